@@ -1,0 +1,53 @@
+# make demo    train a small model on the images in demo_data/ and show what came out
+# make test    the whole CPU test suite
+# make check   format, lint, types, tests
+# make gpu     also the tests that need CUDA
+# make bench   speed and memory on this machine
+# Each target installs what it needs into .venv with pip; PYTHON chooses the interpreter (3.11 or newer).
+
+PYTHON ?= python3
+BIN = .venv/bin
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+SOURCES = pyproject.toml constraints.txt
+
+.PHONY: demo test lint check gpu bench clean
+
+demo: .venv/.run
+	$(BIN)/python demo.py
+
+test: .venv/.test
+	$(BIN)/python -m pytest
+
+lint: .venv/.check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+check: lint test
+
+gpu: .venv/.test
+	$(BIN)/python -m pytest -m "not (slow or network)"
+
+bench: .venv/.run
+	$(BIN)/python bench/clustering.py
+	$(BIN)/python bench/step.py
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv .venv
+
+.venv/.run: .venv/bin/python $(SOURCES)
+	@echo "installing into .venv: a minute or two, about 5.5 GB with torch's CUDA libraries"
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/.test: .venv/.run
+	$(INSTALL) -e '.[test]'
+	@touch $@
+
+.venv/.check: .venv/.test
+	$(INSTALL) -e '.[test,check]'
+	@touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,736 @@
+"""What outlives a process: training checkpoints, weights-only exports, and the claim of one run on its output folder.
+
+A run that is killed at any instant, or whose disk fills up, loses the steps since its last save and nothing else. A
+checkpoint that cannot be read stops the run with the name of one that can; training never starts anew by itself.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from config import changed_keys
+from distributed import rank, world_size
+from utils import UserError, git_revision
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Modules = Mapping[str, nn.Module]
+Optimizers = Mapping[str, tuple[nn.Module, Optimizer]]
+
+MODEL_DEFINING_KEYS = ("model", "capi.num_clusters", "capi.clustering_kwargs.bias")
+NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """Everything in a checkpoint besides tensors."""
+
+    path: Path
+    step: int
+    """Finished updates."""
+    extra: dict[str, Any]
+    """What `save` was given, the same on all ranks."""
+    rank_extra: list[dict[str, Any]]
+    """What each rank gave to `save`; as long as `world_size`, which may differ from today's."""
+    world_size: int
+    """Ranks of the run that saved it."""
+    config: dict[str, Any]
+    """Resolved configuration of the run that saved it."""
+
+
+class Checkpoints:
+    """The training checkpoints of one run, saved and loaded by all ranks together.
+
+        output_dir/checkpoints/
+            step_000003750/              3750 finished updates
+                __0_0.distcp, ...        tensors, one file per rank; readable on any number of ranks
+                .metadata                which tensor lies where
+                state.json               step, extra, rank_extra, world size, versions, time
+                config.yaml              resolved configuration
+                manifest.json            size and sha256 of every file above
+            step_000007500/
+            step_000011250.set-aside-1/  not part of this run's history any more; never read, never deleted
+            .tmp-step_000015000/         being written; becomes step_000015000 by one rename
+            .trash-step_.../             being deleted
+            .replaced-step_.../          its step is being saved a second time
+
+    Folders are ordered by the number in their name; modification times and symbolic links mean nothing. What a killed
+    run left behind (`.tmp-`, `.trash-`) is deleted by the next `restore*` or `save`, so a run must hold
+    `claim_output_dir` when it calls them; `all`, `newest` and `load` change nothing on disk.
+
+    **Histories.** A run may start from a checkpoint that is not the newest one (`restore`), or from none at all in a
+    folder that has some. Checkpoints beyond its starting step then belong to another history, and would be picked by
+    the next automatic resume. They stay as they are until the first checkpoint of the new history is complete on disk,
+    so that a start that comes to nothing changes nothing. Then they are renamed to `<name>.set-aside-<n>`, lowest step
+    first: until the last rename the newest checkpoint is still the old one, afterwards it is the one the user chose or
+    the new one. Nothing but the user deletes them, and `train.resume_from` can name one of them.
+
+    **Safety.** The hashes detect damage, not malice: `.metadata` is a pickle that torch reads without restrictions, so
+    load only checkpoints whose origin you trust. Exports (`export_weights`) are the files to share.
+
+    Args:
+        output_dir: folder of the run, on a file system that all ranks share.
+        keep: how many of the newest checkpoints stay on disk.
+    """
+
+    def __init__(self, output_dir: str | Path, *, keep: int) -> None:
+        assert keep >= 1
+        self.directory = Path(output_dir) / "checkpoints"
+        self.keep = keep
+        self._start_step = 0  # the history of this process begins here
+        self._others_are_aside = False  # checkpoints of other histories beyond it were set aside
+        self._resumed_from: str | None = None  # the checkpoint last chosen by hand in this history
+
+    def all(self) -> list[Path]:
+        """Finished checkpoints, lowest step first."""
+        try:
+            found = [path for path in self.directory.iterdir() if _is_checkpoint(path)]
+        except FileNotFoundError:
+            return []
+        return sorted(found, key=_step_of)
+
+    def newest(self) -> Path | None:
+        """The checkpoint with the highest step, or None."""
+        return next(reversed(self.all()), None)
+
+    def save(
+        self,
+        step: int,
+        *,
+        modules: Modules,
+        optimizers: Optimizers,
+        extra: dict[str, Any],
+        rank_extra: dict[str, Any],
+        config_yaml: str,
+    ) -> Path:
+        """Save the state after `step` finished updates; every rank calls it. A checkpoint of that step is replaced.
+
+        Optimizer hyper-parameters (learning rate, betas, ...) are not saved: they come from the configuration and its
+        schedules at every step.
+
+        Args:
+            step: finished updates.
+            modules: name -> module; a tensor's key is `<name>.<its state-dict key>`.
+            optimizers: name -> (module that owns the parameters, optimizer).
+            extra: JSON-able state that is the same on all ranks.
+            rank_extra: JSON-able state of this rank.
+            config_yaml: the resolved configuration.
+
+        Raises: UserError if it cannot be written (disk full, quota, permissions). Older checkpoints stay as they were.
+        """
+        final = self.directory / f"step_{step:09d}"
+        temporary = self.directory / f".tmp-{final.name}"
+        try:
+            _on_rank_0(lambda: self._make_room_for(temporary))
+            _write_tensors(_model_tensors(modules) | _optimizer_tensors(optimizers), temporary)
+            manifests = _on_all_ranks(lambda: _describe_own_tensor_files(temporary))
+            state = {
+                "step": step,
+                "extra": extra,
+                "rank_extra": _gather(rank_extra),
+                "world_size": world_size(),
+                "modules": sorted(modules),
+                "optimizers": sorted(optimizers),
+                "resumed_from": self._resumed_from,
+                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "versions": {
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                    "code": _on_rank_0(git_revision),
+                },
+            }
+            _on_rank_0(lambda: _write_texts(temporary, state, config_yaml, manifests))
+            _on_rank_0(lambda: self._publish(temporary, final))
+        except OSError as error:
+            _on_rank_0(self._sweep)
+            raise UserError(
+                f"The checkpoint of step {step} could not be saved in {str(self.directory)!r}: {_reason(error)}. "
+                + self._after_failure()
+            ) from error
+        self._others_are_aside = True
+        _on_rank_0(self._delete_oldest)
+        return final
+
+    def load(
+        self, path: Path, *, modules: Modules, optimizers: Optimizers, config: dict[str, Any] | None = None
+    ) -> SavedState:
+        """Verify a checkpoint, then load its tensors in place, bit for bit; every rank calls it.
+
+        Args:
+            path: checkpoint folder.
+            modules: as given to `save`; none may be left out. Gradients are not touched.
+            optimizers: as given to `save`. Their hyper-parameters stay as they are.
+            config: resolved configuration of this run as nested dicts, to check with `check_compatible` before any
+                tensor is read; None skips the check.
+
+        Raises: UserError if the checkpoint is damaged, or does not fit `config`, `modules` or `optimizers`.
+        """
+        problem = _problem_with(path)
+        if problem:
+            raise UserError(f"The checkpoint {str(path)!r} is unreadable: {problem}")
+        return self._load_verified(path, modules, optimizers, config)
+
+    def restore_latest(
+        self, *, modules: Modules, optimizers: Optimizers, config: dict[str, Any] | None = None
+    ) -> SavedState | None:
+        """Load the newest checkpoint, or return None if there is none.
+
+        Raises: UserError if the newest one is damaged; it says which older one is good and how to choose it.
+        """
+        _on_rank_0(self._sweep)
+        path = _on_rank_0(self.newest)
+        if path is None:
+            return None
+        problem = _problem_with(path)
+        if problem:
+            raise UserError(f"The newest checkpoint {str(path)!r} is unreadable: {problem}. " + self._remedy(path))
+        return self._load_verified(path, modules, optimizers, config)
+
+    def restore(
+        self,
+        resume_from: str | Path,
+        *,
+        modules: Modules,
+        optimizers: Optimizers,
+        config: dict[str, Any] | None = None,
+        restarted: bool = False,
+    ) -> SavedState:
+        """Load the checkpoint that the user chose; newer ones are set aside at the next save.
+
+        Args:
+            resume_from: a checkpoint folder, of this run or of another one.
+            modules, optimizers, config: as for `load`.
+            restarted: whether a scheduler, not the user, repeats the command. If checkpoints that descend from
+                `resume_from` exist, the choice was carried out before, and the newest of them is loaded instead.
+
+        Raises: UserError if there is no such folder (it lists those there are) or it is damaged.
+        """
+        chosen = Path(resume_from)
+        _on_rank_0(self._sweep)
+        if restarted and _on_rank_0(
+            lambda: any(_chosen_ancestor(path) == str(chosen.resolve()) for path in self.all())
+        ):
+            logger.info("restarted: continuing after %s with the newest checkpoint that descends from it", chosen)
+            state = self.restore_latest(modules=modules, optimizers=optimizers, config=config)
+            assert state is not None
+            return state
+        if not _on_rank_0(chosen.is_dir):
+            there = _on_rank_0(lambda: ", ".join(map(str, self.all())) or "none")
+            raise UserError(
+                f"train.resume_from={str(resume_from)!r}: there is no such folder; "
+                f"checkpoints in {str(self.directory)!r}: {there}"
+            )
+        problem = _problem_with(chosen)
+        if problem:
+            raise UserError(
+                f"train.resume_from={str(resume_from)!r}: the checkpoint is unreadable: {problem}. "
+                + self._remedy(chosen)
+            )
+        state = self._load_verified(chosen, modules, optimizers, config)
+        self._resumed_from = str(chosen.resolve())
+        return state
+
+    def _load_verified(
+        self, path: Path, modules: Modules, optimizers: Optimizers, config: dict[str, Any] | None
+    ) -> SavedState:
+        saved = json.loads((path / "state.json").read_text())
+        state = SavedState(
+            path=path,
+            step=saved["step"],
+            extra=saved["extra"],
+            rank_extra=saved["rank_extra"],
+            world_size=saved["world_size"],
+            config=yaml.safe_load((path / "config.yaml").read_text()),
+        )
+        if config is not None:
+            for key, (old, new) in check_compatible(state.config, config).items():
+                logger.info("changed since the checkpoint: %s: %r -> %r", key, old, new)
+        for kind, given in (("modules", modules), ("optimizers", optimizers)):
+            if saved[kind] != sorted(given):
+                raise UserError(f"The checkpoint {str(path)!r} holds the {kind} {saved[kind]}, not {sorted(given)}")
+        _read_tensors(path, modules, optimizers)
+        self._start_step = state.step
+        self._others_are_aside = False
+        self._resumed_from = saved["resumed_from"]
+        logger.info("loaded %s", path)
+        return state
+
+    def _make_room_for(self, temporary: Path) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        temporary.mkdir()
+
+    def _publish(self, temporary: Path, final: Path) -> None:
+        """Make the finished checkpoint visible under its name, after other histories are out of its way."""
+        if not self._others_are_aside:
+            for other in self.all():
+                if _step_of(other) > self._start_step:
+                    aside = _free_name(f"{other}.set-aside-")
+                    other.rename(aside)
+                    logger.info("%s is not part of this run's history; set aside as %s", other, aside.name)
+        replaced = self.directory / f".replaced-{final.name}"
+        if final.is_dir():
+            final.rename(replaced)
+        temporary.rename(final)
+        _fsync(self.directory)
+        if replaced.exists():
+            self._delete(replaced)
+
+    def _delete_oldest(self) -> None:
+        for path in self.all()[: -self.keep]:
+            self._delete(path)
+
+    def _delete(self, path: Path) -> None:
+        """Delete a folder so that a kill halfway never leaves a part of it under a name that is read."""
+        trash = (
+            path if path.name.startswith(".trash-") else _free_name(f"{path.parent}/.trash-{path.name.lstrip('.')}-")
+        )
+        try:
+            if trash != path:
+                path.rename(trash)
+            shutil.rmtree(trash)
+        except OSError as error:
+            # The checkpoints that count are complete; this one takes space until the next save tries again.
+            logger.warning("%s could not be deleted: %s", path, _reason(error))
+
+    def _sweep(self) -> None:
+        """Delete what a killed or failed save left; bring back a checkpoint whose replacement never came."""
+        for path in sorted(self.directory.glob(".*-step_*")):
+            kind, name = path.name.split("-", 1)
+            if path.is_symlink() or kind not in {".tmp", ".trash", ".replaced"}:
+                continue
+            if kind == ".replaced" and not (self.directory / name).exists():
+                path.rename(self.directory / name)
+            else:
+                self._delete(path)
+
+    def _after_failure(self) -> str:
+        newest = _on_rank_0(self.newest)
+        if newest is None:
+            return "There is no earlier checkpoint"
+        return f"Earlier checkpoints are untouched; the newest is {str(newest)!r}"
+
+    def _remedy(self, damaged: Path) -> str:
+        """What to do about a damaged checkpoint; verifies the others, newest first, until one is good."""
+        others = [path for path in reversed(_on_rank_0(self.all)) if path.resolve() != damaged.resolve()]
+        good = next((path for path in others if _problem_with(path) is None), None)
+        if good is None:
+            return f"No other one in {str(self.directory)!r} is good. To start anew, choose another train.output_dir"
+        return (
+            f"{str(good)!r} is good: continue from it with train.resume_from={good} "
+            "(checkpoints after it are then set aside, not deleted)"
+        )
+
+
+def check_compatible(saved_config: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Check that a checkpoint's model is the configured one.
+
+    Args:
+        saved_config: resolved configuration in the checkpoint, as nested dicts.
+        config: resolved configuration of this run.
+
+    Returns: the other keys that differ, as `a.b` -> (saved, now).
+    Raises: UserError listing every model-defining key that differs, with both values.
+    """
+    changed = changed_keys(saved_config, config)
+    breaking = [key for key in changed if any(f"{key}.".startswith(f"{part}.") for part in MODEL_DEFINING_KEYS)]
+    if breaking:
+        listing = "; ".join(f"{key} is {changed[key][0]!r} there and {changed[key][1]!r} now" for key in breaking)
+        raise UserError(
+            f"The checkpoint holds another model: {listing}. Set these keys back, or choose another train.output_dir"
+        )
+    return changed
+
+
+@contextlib.contextmanager
+def claim_output_dir(output_dir: str | Path) -> Iterator[Path]:
+    """Create `output_dir` and keep other runs out of it until the block ends; every rank calls it, rank 0 holds it.
+
+    The claim is a lock that the kernel takes from a dead process, so nothing has to be cleaned up after a crash.
+
+    Raises: UserError if another run holds the folder (it says which), or if it cannot be created or written.
+    """
+    output_dir = Path(output_dir)
+    claim = _Claim(output_dir)
+    try:
+        refusal = _on_rank_0(claim.take)
+    except OSError as error:
+        claim.release()
+        raise UserError(
+            f"train.output_dir={str(output_dir)!r} cannot be written: {_reason(error)}; choose another folder"
+        ) from error
+    if refusal:
+        raise UserError(refusal)
+    try:
+        yield output_dir
+    finally:
+        claim.release()
+
+
+class _Claim:
+    """An exclusive lock on `output_dir/.lock`, with the holder's name in the file."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir = output_dir
+        self.descriptor: int | None = None
+
+    def take(self) -> str | None:
+        """Take the lock; if another process holds it, return the sentence for the user."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 4096).decode(errors="replace").strip()
+            os.close(descriptor)
+            return (
+                f"train.output_dir={str(self.output_dir)!r} is in use by another run ({holder or 'just starting'}); "
+                "stop that run or choose another train.output_dir"
+            )
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in NO_LOCKS_HERE:
+                raise
+            logger.warning(
+                "%s is on a file system without locks: a second run in it will not be noticed", self.output_dir
+            )
+            return None
+        self.descriptor = descriptor
+        # A forked data worker shares the lock; were it to outlive this process, it would go on holding it.
+        os.register_at_fork(after_in_child=self.release)
+        os.ftruncate(descriptor, 0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, started {started}\n".encode())
+        return None
+
+    def release(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+def export_weights(path: Path, modules: Modules, config_yaml: str) -> None:
+    """Write weights alone for others to load; every rank calls it, rank 0 writes.
+
+    The file is a flat dict `<module name>.<state-dict key>` -> CPU tensor, for `torch.load(..., weights_only=True)`.
+
+    Args:
+        path: file to write or replace; `config_yaml` goes beside it as `<stem>.yaml`.
+        modules: for CAPI `{"backbone": ..., "head": ...}`.
+        config_yaml: the resolved configuration.
+
+    Raises: UserError if it cannot be written; a file that was there before stays.
+    """
+    weights: dict[str, Tensor] = {}
+    for key, tensor in _model_tensors(modules).items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective, so on every rank
+        if rank() == 0:
+            weights[key] = full.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(path.with_suffix(".yaml"), config_yaml)
+        with _replacing(path) as temporary, temporary.open("wb") as file, _os_errors_shown():
+            torch.save(weights, file)
+
+    try:
+        _on_rank_0(write)
+    except OSError as error:
+        raise UserError(f"The weights could not be exported to {str(path)!r}: {_reason(error)}") from error
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, also one after a crash, finds the old text or the new one and nothing between."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        yield temporary
+        _fsync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_name(prefix: str) -> Path:
+    number = 1
+    while os.path.lexists(f"{prefix}{number}"):
+        number += 1
+    return Path(f"{prefix}{number}")
+
+
+def _reason(error: OSError) -> str:
+    where = f": {str(error.filename)!r}" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
+# Tensors: their keys, and the files that hold them.
+
+
+def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers themselves, by state-dict keys free of the prefixes that wrappers add."""
+    named: dict[str, Tensor] = {}
+    for key, value in module.state_dict(keep_vars=True).items():
+        plain = ".".join(part for part in key.split(".") if part not in {"_orig_mod", "_checkpoint_wrapped_module"})
+        assert isinstance(value, Tensor), f"{key} is not a tensor; state of other kinds belongs into `extra`"
+        assert plain not in named, f"two tensors are called {plain}"
+        named[plain] = value
+    return named
+
+
+def _model_tensors(modules: Modules) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        for key, tensor in _named_tensors(module).items():
+            full_key = f"{name}.{key}"
+            assert full_key not in tensors, f"two tensors are called {full_key}"
+            tensors[full_key] = tensor.detach()
+    return tensors
+
+
+def _parameter_keys(name: str, module: nn.Module, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
+    """Key prefix of each parameter's state, in the order in which the optimizer numbers its parameters."""
+    key_of = {tensor: key for key, tensor in reversed(_named_tensors(module).items())}  # a tied one: its first key
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [(f"optimizers.{name}.{key_of[parameter]}", parameter) for parameter in parameters]
+
+
+def _optimizer_tensors(optimizers: Optimizers) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, (module, optimizer) in optimizers.items():
+        for prefix, parameter in _parameter_keys(name, module, optimizer):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                assert isinstance(value, Tensor), f"{prefix}.{key} is not a tensor"
+                tensors[f"{prefix}.{key}"] = value
+    return tensors
+
+
+class _Writer(FileSystemWriter):
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        with _os_errors_shown():
+            return super().write_data(plan, planner)
+
+
+@contextlib.contextmanager
+def _os_errors_shown() -> Iterator[None]:
+    """On a full disk torch's zip writer replaces the OSError by a RuntimeError about file positions: undo that."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+@contextlib.contextmanager
+def _single_process_is_fine() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+def _write_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
+    try:
+        with _single_process_is_fine():
+            save_tensors(dict(tensors), storage_writer=_Writer(directory))
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        if all(isinstance(cause, OSError) for cause in causes):
+            raise causes[0] from error
+        raise
+
+
+def _read_tensors(path: Path, modules: Modules, optimizers: Optimizers) -> None:
+    reader = FileSystemReader(path)
+    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    tensors = _model_tensors(modules)
+    states: list[tuple[Optimizer, dict[int, dict[str, Tensor]]]] = []
+    for name, (module, optimizer) in optimizers.items():
+        parameters = {
+            prefix: (index, parameter)
+            for index, (prefix, parameter) in enumerate(_parameter_keys(name, module, optimizer))
+        }
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, described in saved.items():
+            prefix, _, state_name = key.rpartition(".")
+            if prefix in parameters:
+                index, parameter = parameters[prefix]
+                tensors[key] = _room_for(state_name, described, parameter)
+                state.setdefault(index, {})[state_name] = tensors[key]
+        states.append((optimizer, state))
+    _check_fit(path, saved, tensors)
+    with _single_process_is_fine():
+        load_tensors(tensors, storage_reader=reader)
+    for optimizer, state in states:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _room_for(state_name: str, described: Any, parameter: Tensor) -> Tensor:
+    """An empty tensor for saved optimizer state: sharded as its parameter if it has one value per weight."""
+    dtype, shape = described.properties.dtype, described.size
+    if state_name != "step" and shape == parameter.shape:
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _check_fit(path: Path, saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    problems = [f"{key} is missing" for key in sorted(tensors.keys() - saved.keys())]
+    problems += [f"{key} is unexpected" for key in sorted(saved.keys() - tensors.keys())]
+    for key in sorted(tensors.keys() & saved.keys()):
+        there, here = saved[key], tensors[key]
+        assert isinstance(there, TensorStorageMetadata), f"{key} is not a tensor"
+        if there.size != here.shape or there.properties.dtype != here.dtype:
+            problems.append(
+                f"{key} is {there.properties.dtype} {list(there.size)} there, {here.dtype} {list(here.shape)} here"
+            )
+    if problems:
+        shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise UserError(f"The checkpoint {str(path)!r} does not fit the model: {shown}")
+
+
+# Folders: names, and the manifest that tells a good one from a damaged one.
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return re.fullmatch(r"step_\d{9,}", path.name) is not None and path.is_dir() and not path.is_symlink()
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _chosen_ancestor(path: Path) -> str | None:
+    """The checkpoint chosen by hand from which this one descends; None also if it cannot be read."""
+    try:
+        return json.loads((path / "state.json").read_text())["resumed_from"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _describe_own_tensor_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Manifest entries of the files this rank wrote, so that hashing takes as long as one rank's share."""
+    own = sorted(directory.glob(f"__{rank()}_*")) + ([directory / ".metadata"] if rank() == 0 else [])
+    for path in own:
+        _fsync(path)  # torch 2.11 syncs `.metadata` while its content is still in a buffer of Python
+    return {path.name: _describe(path) for path in own}
+
+
+def _write_texts(
+    directory: Path, state: dict[str, Any], config_yaml: str, manifests: list[dict[str, dict[str, Any]]]
+) -> None:
+    def write(name: str, text: str) -> None:
+        (directory / name).write_text(text)
+        _fsync(directory / name)
+
+    write("state.json", json.dumps(state, indent=1))
+    write("config.yaml", config_yaml)
+    manifest = {name: entry for part in manifests for name, entry in part.items()}
+    unseen = [name for name in manifest if not (directory / name).exists()]
+    if unseen:
+        raise OSError(f"rank 0 does not see {unseen[0]}; all nodes must share the file system of train.output_dir")
+    manifest |= {name: _describe(directory / name) for name in ("state.json", "config.yaml")}
+    write("manifest.json", json.dumps(manifest, indent=1))
+    _fsync(directory)
+
+
+def _problem_with(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None; every rank calls it and verifies its share of the files."""
+    return next((problem for problem in _gather(_problem_with_share(path)) if problem), None)
+
+
+def _problem_with_share(path: Path) -> str | None:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        absent = {".metadata", "state.json", "config.yaml"} - manifest.keys()
+        if absent:
+            return f"manifest.json does not list {', '.join(sorted(absent))}"
+        for name in sorted(manifest)[rank() :: world_size()]:
+            expected, actual = manifest[name]["bytes"], (path / name).stat().st_size
+            if actual != expected:
+                return f"{name} has {actual} bytes instead of {expected}"
+            if _describe(path / name) != manifest[name]:
+                return f"the content of {name} has changed (its sha256 differs from manifest.json)"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"it cannot be read: {_reason(error)}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json is damaged: {error}"
+    return None
+
+
+# Ranks. A failure of one rank is raised by all, so that none waits for a rank that gave up.
+
+
+def _gather(value: T) -> list[T]:
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _on_all_ranks(action: Callable[[], T]) -> list[T]:
+    """Results of all ranks, once all are done. Raises on every rank the first OSError of any."""
+    result: T | None = None
+    failure: OSError | None = None
+    try:
+        result = action()
+    except OSError as error:
+        failure = error
+    outcomes = _gather((result, failure))
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [outcome for outcome, _ in outcomes]  # pyright: ignore[reportReturnType]  # None only where T is optional
+
+
+def _on_rank_0(action: Callable[[], T]) -> T:
+    return _on_all_ranks(lambda: action() if rank() == 0 else None)[0]  # pyright: ignore[reportReturnType]  # as above

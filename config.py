@@ -1,0 +1,617 @@
+"""Typed configuration: what every key means, and how YAML files and `a.b=c` overrides become one checked object.
+
+Values live in YAML, types and meanings here. Later sources win: `default_pretrain_config.yaml`, your files, the
+command line. Unknown keys, wrong types and impossible combinations are `UserError`s before any device is touched.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+
+from utils import UserError
+
+DEFAULT_PRETRAIN_CONFIG = Path(__file__).parent / "default_pretrain_config.yaml"
+
+
+def require(condition: bool, key: str, value: object, remedy: str) -> None:
+    """Raise the error a user understands unless `condition` holds."""
+    if not condition:
+        raise UserError(f"{key}={value!r}: {remedy}")
+
+
+def require_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    require(value in choices, key, value, f"must be one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class LauncherConfig:
+    """Where a Slurm job runs."""
+
+    num_nodes: int
+    """Nodes of a job, each used whole; 4 nodes of 8 GPUs in the paper."""
+
+
+@dataclass(frozen=True)
+class CheckpointingConfig:
+    """When the training state is saved."""
+
+    period: int
+    """Steps between checkpoints; one is also saved at the end and when a signal asks the run to stop."""
+    max_to_keep: int
+    """How many of the newest checkpoints stay on disk."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        require(self.period >= 1, "train.checkpointing.period", self.period, "must be at least 1 step")
+        require(self.max_to_keep >= 1, "train.checkpointing.max_to_keep", self.max_to_keep, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run itself: where it writes, on what it runs, how often it reports."""
+
+    output_dir: str
+    """Folder of the run: checkpoints, metrics, exports, logs. One run at a time."""
+    device: str
+    """auto (cuda, then mps, then cpu), or one of them."""
+    auto_resume: bool
+    """Continue from the newest checkpoint in output_dir if there is one."""
+    resume_from: str | None
+    """Continue from this checkpoint folder instead of the newest one, for example after the newest was damaged."""
+    seed: int
+    """Seed of initial weights, data order, crops, masks and drop-path. All are functions of it and of the step."""
+    nan_check_period: int
+    """Steps between looks at whether a loss was ever NaN or infinite; the run stops if so. 0 never looks."""
+    log_loss_every: int
+    """Steps between log lines and metric records, averaged over the steps since the last one."""
+    health_every: int
+    """Steps between the costlier health metrics (effective rank and norms of teacher features). 0 turns them off."""
+    loggers: list[str]
+    """Besides metrics.jsonl: any of tensorboard, wandb, mlflow, trackio."""
+    profiling: bool
+    """Write a profiler trace and a memory snapshot of a few early steps to output_dir/profile."""
+    checkpointing: CheckpointingConfig
+
+    def __post_init__(self) -> None:
+        """Check ranges and choices."""
+        require_one_of("train.device", self.device, ("auto", "cuda", "mps", "cpu"))
+        require(self.log_loss_every >= 1, "train.log_loss_every", self.log_loss_every, "must be at least 1 step")
+        require(
+            self.nan_check_period >= 0, "train.nan_check_period", self.nan_check_period, "must be 0 (never) or more"
+        )
+        require(self.health_every >= 0, "train.health_every", self.health_every, "must be 0 (never) or more")
+        require(0 <= self.seed < 2**32, "train.seed", self.seed, "must be in [0, 2**32)")
+        for logger in self.loggers:
+            require_one_of("train.loggers", logger, ("tensorboard", "wandb", "mlflow", "trackio"))
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """One `optim.WarmupThenCosine` over `optim.total_iters` steps."""
+
+    start_warmup_value: float
+    """Value at the first warm-up step."""
+    base_value: float
+    """Value at the end of the warm-up, where the cosine starts."""
+    final_value: float
+    """Where a full cosine would end, and the value past the last step."""
+    warmup_iters: int | float
+    """Steps of the linear warm-up, or, with a decimal point, a fraction of total_iters in [0, 1] (0.1 in the paper)."""
+    freeze_iters: int
+    """Steps at 0 before the warm-up."""
+    truncate_cos: float
+    """Fraction of the half cosine that is run through, 0.8 in the paper: the learning rate ends above final_value."""
+
+    def warmup_steps(self, total_iters: int) -> int:
+        """`warmup_iters` in steps."""
+        return round(self.warmup_iters * total_iters) if isinstance(self.warmup_iters, float) else self.warmup_iters
+
+    def check(self, key: str, total_iters: int) -> None:
+        """Raise unless the schedule fits into `total_iters` steps."""
+        if isinstance(self.warmup_iters, float):
+            require(
+                0 <= self.warmup_iters <= 1,
+                f"{key}.warmup_iters",
+                self.warmup_iters,
+                "a number with a decimal point is a fraction of optim.total_iters and must lie in [0, 1]",
+            )
+        steps = self.warmup_steps(total_iters)
+        require(
+            0 <= steps + self.freeze_iters <= total_iters and steps >= 0 and self.freeze_iters >= 0,
+            f"{key}.warmup_iters",
+            self.warmup_iters,
+            f"with freeze_iters={self.freeze_iters} it does not fit into optim.total_iters={total_iters}; "
+            "give the warm-up as a fraction, for example 0.1",
+        )
+
+
+@dataclass(frozen=True)
+class ClusteringHeadConfig:
+    """Arguments of `clustering.OnlineClustering`."""
+
+    target_temp: float
+    """Temperature of the Sinkhorn targets, 0.06 in the paper."""
+    pred_temp: float
+    """Temperature of the head's own prediction in the clustering loss, 0.12."""
+    n_sk_iter: int
+    """Sinkhorn-Knopp rounds, 3."""
+    bias: bool
+    """Whether the head's linear layer has a bias."""
+    positionwise_sk: bool
+    """True: one Sinkhorn problem per patch position (paper, section 3.2). False: one over all tokens."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for key in ("target_temp", "pred_temp"):
+            require(getattr(self, key) > 0, f"capi.clustering_kwargs.{key}", getattr(self, key), "must be above 0")
+        require(self.n_sk_iter >= 1, "capi.clustering_kwargs.n_sk_iter", self.n_sk_iter, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class ClusteringOptimizerConfig:
+    """The clustering head's own optimizer."""
+
+    optimizer: str
+    betas: tuple[float, float]
+    weight_decay: float
+    lr_schedule: ScheduleConfig
+
+    def __post_init__(self) -> None:
+        """Check the choice of optimizer."""
+        require_one_of("capi.clustering_optimizer.optimizer", self.optimizer, ("AdamW",))
+
+
+@dataclass(frozen=True)
+class CapiMethodConfig:
+    """The method: clustering and prediction."""
+
+    num_clusters: int
+    """Prototypes K, 16384 in the paper. Needs a global batch that is not far smaller."""
+    student_temp: float
+    """Temperature of the student's prediction, 0.12."""
+    clustering_chunk: int | None
+    """Patch positions clustered at a time; only memory and speed depend on it. null: chosen by memory."""
+    clustering_kwargs: ClusteringHeadConfig
+    clustering_optimizer: ClusteringOptimizerConfig
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        require(self.num_clusters >= 2, "capi.num_clusters", self.num_clusters, "must be at least 2")
+        require(self.student_temp > 0, "capi.student_temp", self.student_temp, "must be above 0")
+        chunk = self.clustering_chunk
+        require(
+            chunk is None or chunk >= 1, "capi.clustering_chunk", chunk, "must be at least 1, or null for automatic"
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Length of training, batch, and the student's optimizer and schedules."""
+
+    total_iters: int
+    """Optimizer updates of the whole training."""
+    batch_size_per_gpu: int
+    """Images per forward pass on one rank; global batch = this x accumulation_steps x ranks."""
+    accumulation_steps: int
+    """Forward passes per update. Sinkhorn balances over all of them: the same result as one large batch."""
+    clip_grad: float | None
+    """Largest norm of the student's gradient, or null for no clipping (the paper's choice)."""
+    optimizer: str
+    betas: tuple[float, float]
+    weight_decay: float
+    lr_schedule: ScheduleConfig
+    patch_embed_lr_mult: float
+    """Learning-rate multiplier of the patch embedding, 0.2."""
+    rope_lr_mult: float
+    """Learning-rate multiplier of the rotary frequencies, 0: they stay as initialised."""
+    layernorm_wd_mult: float
+    """Weight-decay multiplier of norm weights, 0.1."""
+    momentum_schedule: ScheduleConfig
+    """EMA momentum m in ema = m * ema + (1 - m) * student."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and that the schedules fit."""
+        require_one_of("optim.optimizer", self.optimizer, ("AdamW",))
+        for key in ("total_iters", "batch_size_per_gpu", "accumulation_steps"):
+            require(getattr(self, key) >= 1, f"optim.{key}", getattr(self, key), "must be at least 1")
+        clip = self.clip_grad
+        require(clip is None or clip > 0, "optim.clip_grad", clip, "must be above 0, or null for no clipping")
+        self.lr_schedule.check("optim.lr_schedule", self.total_iters)
+        self.momentum_schedule.check("optim.momentum_schedule", self.total_iters)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images, crops and masks."""
+
+    dataset: str
+    """Data URL (README lists the sources), or the path of a folder of images."""
+    mask_ratio: float
+    """Fraction of the patches that the student does not see, 0.65."""
+    prediction_subsampling: float
+    """Fraction of the hidden patches that are predicted, 0.05 (the authors: about 0.2 is better)."""
+    crop_scale: tuple[float, float]
+    """Area range of the random crop, as fractions of the image."""
+    images_size: int
+    """Side of the square crop in pixels, a multiple of model.patch_size."""
+    do_hflip: bool
+    """Flip half of the images."""
+    masking_generator: str
+    """InverseBlock (a block stays visible), Block or Uniform; see masking.py."""
+    masking_generator_kwargs: dict[str, Any]
+    """Arguments of the generator, `roll` for the two block kinds."""
+    stream_shuffle_block: int
+    """Streaming data: samples that are read ahead and shuffled together. 1 keeps the order of the stream."""
+    stream_partitions: int | None
+    """Streaming data: independent streams per rank, read by the loader's workers in turn. The order of the images
+    depends on it. null: one per worker."""
+    max_bad_fraction: float
+    """Largest fraction of unreadable images; the run stops beyond it, and beyond this fraction of the first 100."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and choices."""
+        require(self.images_size >= 1, "data.images_size", self.images_size, "must be at least 1 pixel")
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, "data.crop_scale", list(self.crop_scale), "needs 0 < smallest <= largest <= 1")
+        require(0 < self.mask_ratio < 1, "data.mask_ratio", self.mask_ratio, "must lie between 0 and 1")
+        subsampling = self.prediction_subsampling
+        require(0 < subsampling <= 1, "data.prediction_subsampling", subsampling, "must be above 0 and at most 1")
+        require_one_of("data.masking_generator", self.masking_generator, ("InverseBlock", "Block", "Uniform"))
+        require(
+            self.stream_shuffle_block >= 1, "data.stream_shuffle_block", self.stream_shuffle_block, "must be at least 1"
+        )
+        parts = self.stream_partitions
+        require(parts is None or parts >= 1, "data.stream_partitions", parts, "must be at least 1, or null")
+        require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Arguments of `model.RotaryEmbedding`."""
+
+    max_freq: float
+    min_freq: float
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Arguments of `model.Attention`."""
+
+    num_heads: int
+    qkv_bias: bool
+    proj_bias: bool
+    rope_kwargs: RopeConfig
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Arguments of `model.Block`."""
+
+    drop_path_type: str
+    """efficient (the branch runs on a subset of the images) or naive (its result is masked)."""
+    attn_kwargs: AttentionConfig
+
+
+@dataclass(frozen=True)
+class TransformersConfig:
+    """What encoder and predictor share."""
+
+    embed_dim: int
+    drop_path_rate: float
+    block_kwargs: BlockConfig
+
+
+@dataclass(frozen=True)
+class DepthConfig:
+    """Depth of one tower."""
+
+    depth: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Arguments of `model.EncoderDecoder`."""
+
+    patch_size: int
+    in_chans: int
+    norm_layer_type: str
+    """Name of a norm in torch.nn."""
+    norm_layer_kwargs: dict[str, Any]
+    final_norm_kwargs: dict[str, Any]
+    n_registers: int
+    register_coordinates: str
+    """edge (spread over the border of the image, so a multiple of 4) or zeros."""
+    scale_reg_to_visible: bool
+    out_layer: int
+    transformers_kwargs: TransformersConfig
+    encoder_kwargs: DepthConfig
+    decoder_kwargs: DepthConfig
+
+    def __post_init__(self) -> None:
+        """Check the divisibility rules."""
+        require_one_of("model.register_coordinates", self.register_coordinates, ("edge", "zeros"))
+        if self.register_coordinates == "edge":
+            require(
+                self.n_registers % 4 == 0,
+                "model.n_registers",
+                self.n_registers,
+                "must be a multiple of 4 with model.register_coordinates=edge (one quarter per side); "
+                "change it, or use model.register_coordinates=zeros",
+            )
+        towers = self.transformers_kwargs
+        heads = towers.block_kwargs.attn_kwargs.num_heads
+        require(heads >= 1, "model.transformers_kwargs.block_kwargs.attn_kwargs.num_heads", heads, "must be at least 1")
+        require(
+            towers.embed_dim % (4 * heads) == 0,
+            "model.transformers_kwargs.embed_dim",
+            towers.embed_dim,
+            f"must be a multiple of 4 x num_heads = {4 * heads}, so that rotary embedding can split each head in four",
+        )
+        require(
+            0 <= towers.drop_path_rate < 1,
+            "model.transformers_kwargs.drop_path_rate",
+            towers.drop_path_rate,
+            "must lie in [0, 1)",
+        )
+        require_one_of(
+            "model.transformers_kwargs.block_kwargs.drop_path_type",
+            towers.block_kwargs.drop_path_type,
+            ("efficient", "naive"),
+        )
+        for tower in ("encoder_kwargs", "decoder_kwargs"):
+            require(
+                getattr(self, tower).depth >= 1,
+                f"model.{tower}.depth",
+                getattr(self, tower).depth,
+                "must be at least 1",
+            )
+
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `model.EncoderDecoder`."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """How `torch.compile` treats one function."""
+
+    disable: bool
+    """True runs it eagerly."""
+    dynamic: bool | None
+    """Passed to torch.compile; null lets it decide."""
+
+
+@dataclass(frozen=True)
+class CompilationConfig:
+    """The two compiled functions of the step."""
+
+    do_teacher: CompileConfig
+    do_student: CompileConfig
+
+
+@dataclass(frozen=True)
+class RematerializationConfig:
+    """Which operators of a transformer block run again in the backward pass instead of keeping their results."""
+
+    enabled: bool
+    default: bool
+    """Whether an operator that `policy` does not name is recomputed."""
+    policy: dict[str, bool]
+    """Operator name (`aten::mm`) -> recompute?"""
+
+
+@dataclass(frozen=True)
+class EfficiencyConfig:
+    """Speed, memory and precision. Nothing here changes what is computed."""
+
+    param_dtype: str
+    """Precision of matmuls and activations: bfloat16, float16 or float32. Weights and optimizer stay float32."""
+    reduce_dtype: str
+    """Precision in which gradients are averaged over ranks."""
+    grad_scaler: bool
+    """Scale the loss and skip steps whose gradients overflow; for float16."""
+    grad_scaler_growth_interval: int
+    """Steps without overflow after which the scale doubles."""
+    dataloader_num_workers: int
+    """Processes that read and decode images, per rank. 0 decodes in the training process."""
+    cache_dataset: bool
+    """Keep the list of files of an image folder on disk, so that later starts need not read the whole tree."""
+    compilation: CompilationConfig
+    rematerialization: RematerializationConfig
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        require_one_of("efficiency.param_dtype", self.param_dtype, ("bfloat16", "float16", "float32"))
+        require_one_of("efficiency.reduce_dtype", self.reduce_dtype, ("bfloat16", "float16", "float32"))
+        workers = self.dataloader_num_workers
+        require(workers >= 0, "efficiency.dataloader_num_workers", workers, "must be 0 or more")
+        require(
+            self.grad_scaler or self.param_dtype != "float16",
+            "efficiency.grad_scaler",
+            self.grad_scaler,
+            "float16 gradients underflow without it; set it to true, or use efficiency.param_dtype=bfloat16",
+        )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """One named set of evaluations of a run."""
+
+    period: int
+    """Steps between evaluations; 0 for none before the end."""
+    final: bool
+    """Whether it also runs after the last step."""
+    model_to_eval: str
+    """student or student_ema."""
+    model_setup_script: str
+    """Model file whose loader builds the model."""
+    eval_config: dict[str, Any]
+    """Evaluations to run, as in default_eval_config.py."""
+
+    def __post_init__(self) -> None:
+        """Check the choice of model."""
+        require_one_of("evals.*.model_to_eval", self.model_to_eval, ("student", "student_ema"))
+
+
+@dataclass(frozen=True)
+class CapiConfig:
+    """Everything `train_capi.py` reads."""
+
+    launcher: LauncherConfig
+    train: TrainConfig
+    capi: CapiMethodConfig
+    optim: OptimConfig
+    data: DataConfig
+    model: ModelConfig
+    efficiency: EfficiencyConfig
+    evals: dict[str, EvalConfig] | None
+    """Named sets of evaluations; null for none."""
+
+    def __post_init__(self) -> None:
+        """Check rules that span sections."""
+        self.capi.clustering_optimizer.lr_schedule.check(
+            "capi.clustering_optimizer.lr_schedule", self.optim.total_iters
+        )
+        size, patch = self.data.images_size, self.model.patch_size
+        nearest = max(patch, round(size / patch) * patch)
+        require(
+            size % patch == 0,
+            "data.images_size",
+            size,
+            f"must be a multiple of model.patch_size={patch}; the nearest is {nearest}",
+        )
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a crop."""
+        return self.data.images_size // self.model.patch_size
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def load_config(schema: type[ConfigT], default_path: Path, sources: list[str]) -> ConfigT:
+    """Merge the default file, then `sources` in order, into a checked `schema` object.
+
+    Args:
+        schema: a frozen dataclass without defaults.
+        default_path: YAML file that gives every key a value.
+        sources: paths of YAML files and `a.b=c` overrides, as typed on the command line.
+
+    Raises: UserError naming the key or file, its value and what to do instead.
+    """
+    merged = OmegaConf.structured(schema)
+    _make_writable(merged)
+    merged = _merge(merged, _read_yaml(default_path), str(default_path), schema)
+    for source in sources:
+        if "=" in source:
+            merged = _merge(merged, _read_override(source), source, schema)
+        else:
+            merged = _merge(merged, _read_yaml(Path(source)), source, schema)
+    try:
+        return OmegaConf.to_object(merged)  # pyright: ignore[reportReturnType]  # an instance of `schema`
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error, "the configuration", schema)) from error
+
+
+def to_yaml(cfg: object) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to the same object."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg)))  # pyright: ignore[reportArgumentType]
+
+
+def changed_keys(old: object, new: object) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ between two nested dicts, as `a.b` -> (old, new); a key that one side lacks is None."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    return {
+        key: (flat_old.get(key), flat_new.get(key))
+        for key in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(key) != flat_new.get(key)
+    }
+
+
+def _flatten(tree: object, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: list(tree) if isinstance(tree, tuple) else tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _make_writable(node: DictConfig) -> None:
+    # Frozen dataclasses become read-only nodes, each for itself; only the merged object has to be frozen.
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_missing():
+            _make_writable(child)
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        hint = "; overrides are written key=value" if path.suffix not in {".yaml", ".yml"} else ""
+        raise UserError(f"There is no configuration file {str(path)!r}{hint}") from error
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise UserError(f"The configuration file {str(path)!r} cannot be read: {error}") from error
+    except (yaml.YAMLError, GrammarParseError) as error:
+        raise UserError(f"The configuration file {str(path)!r} is not valid YAML: {error}") from error
+    if isinstance(loaded, ListConfig):
+        raise UserError(f"The configuration file {str(path)!r} holds a list; it must hold `key: value` pairs")
+    return loaded
+
+
+def _read_override(text: str) -> DictConfig:
+    key = text.split("=", 1)[0]
+    if not key or any(not part for part in key.split(".")):
+        raise UserError(f"{text!r} is not an override; write key=value, for example optim.total_iters=1000")
+    try:
+        return OmegaConf.from_dotlist([text])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"The value of {text!r} is not valid YAML: {error}") from error
+
+
+def _merge(base: DictConfig, top: DictConfig, source: str, schema: type) -> DictConfig:
+    try:
+        return OmegaConf.merge(base, top)  # pyright: ignore[reportReturnType]  # both are dicts
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error, source, schema)) from error
+
+
+def _explain(error: OmegaConfBaseException, source: str, schema: type) -> str:
+    key = error.full_key
+    first_line = str(error.msg or error).splitlines()[0]
+    if not key:
+        return f"{source}: {first_line}"
+    keys = list(_schema_keys(schema))
+    if key in keys:
+        return f"{source}: {key}: {first_line}"
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or _same_name(key, keys)
+    suggestion = (
+        f"; did you mean {close[0]}?" if close else f"; known sections: {', '.join(k for k in keys if '.' not in k)}"
+    )
+    return f"{source}: unknown key {key}{suggestion}"
+
+
+def _same_name(key: str, keys: list[str]) -> list[str]:
+    """Keys of other sections whose last part looks like that of `key`, for a right name in the wrong place."""
+    by_name = {known.rsplit(".", 1)[-1]: known for known in reversed(keys)}
+    return [by_name[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_name), n=1, cutoff=0.8)]
+
+
+def _schema_keys(schema: type, prefix: str = "") -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for field in dataclasses.fields(schema):
+        name = prefix + field.name
+        keys[name] = field.type
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            keys |= _schema_keys(field.type, f"{name}.")
+    return keys

@@ -1,0 +1,286 @@
+"""The demo: train a small CAPI model on the images in demo_data, then draw what it learned. Minutes on two CPU cores.
+
+    python demo.py [--output-dir runs/demo] [a.b=c ...]
+
+Runs `train_capi.py configs/demo.yaml` as you would type it, with your overrides, and draws curves.png and features.png
+into the output folder. Started again after an interruption, it continues.
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from checkpoint import Checkpoints
+from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from data import make_dataset, normalize
+from masking import MaskPlan, draw_positions, make_masking_generator
+from metrics import read_metrics
+from model import EncoderDecoder, load_model
+from utils import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent
+DEMO_CONFIG = "configs/demo.yaml"
+VALIDATION_IMAGES = ROOT / "demo_data" / "emoji_on_scenes" / "val" / "images"
+NUM_IMAGES = 6
+
+# Okabe and Ito: told apart also by colour-blind people.
+BLUE, VERMILLION, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#777777"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: that of the training if it failed, 2 for a mistake of the user."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", default="runs/demo", help="where everything is written (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="as for train_capi.py")
+    given = parser.parse_args(arguments)
+    started = time.monotonic()
+    try:
+        sources = [DEMO_CONFIG, *given.overrides, f"train.output_dir={given.output_dir}"]
+        exit_code = train(sources)
+        if exit_code != 0:
+            return exit_code
+        files = draw(sources)
+    except UserError as error:
+        sys.stderr.write(f"{parser.prog}: {error}\n")
+        return 2
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    sys.stdout.write(f"\nDone in {minutes} min {seconds} s. Written:\n")
+    for path, what in files.items():
+        sys.stdout.write(f"  {_relative(path):<44} {_size(path):>9}  {what}\n")
+    return 0
+
+
+def train(sources: Sequence[str]) -> int:
+    """Run the training in a process of its own, in the folder of this file. Returns its exit code."""
+    command = [sys.executable, "train_capi.py", *sources]
+    sys.stdout.write(f"$ python {' '.join(command[1:])}\n")
+    sys.stdout.flush()
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue  # the training got Ctrl-C as well: it saves a checkpoint and ends
+
+
+def draw(sources: Sequence[str]) -> dict[Path, str]:
+    """Draw both pictures of a finished training.
+
+    Returns: every file worth looking at, and what it is.
+    Raises: UserError if the training has not finished.
+    """
+    paths = [source if "=" in source else str(ROOT / source) for source in sources]
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, paths)
+    output_dir = ROOT / cfg.train.output_dir
+    weights, metrics_path = output_dir / "student_ema.pth", output_dir / "metrics.jsonl"
+    records = read_metrics(metrics_path)
+    num_steps = records[-1]["step"] if records else 0
+    checkpoint = Checkpoints(output_dir, keep=1).newest()
+    if num_steps < cfg.optim.total_iters or checkpoint is None:
+        raise UserError(
+            f"the training stopped after {num_steps} of {cfg.optim.total_iters} steps; the same command continues it"
+        )
+
+    curves, features = output_dir / "curves.png", output_dir / "features.png"
+    draw_curves(records, cfg.capi.num_clusters).savefig(curves)
+    images = validation_images(cfg.data.images_size)
+    visible, predicted = draw_masks(cfg, len(images))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.train.seed)
+        untrained = EncoderDecoder(**cfg.model.kwargs()).eval()
+    feature_maps = {
+        "patch features (PCA),\nrandom weights": patch_features(untrained, images),
+        f"patch features (PCA),\nafter {num_steps} steps": patch_features(
+            load_model(pretrained_weights=weights), images
+        ),
+    }
+    draw_features(images, visible, predicted, feature_maps).savefig(features)
+    return {
+        checkpoint: "newest checkpoint, to continue from",
+        weights: "averaged weights, for model.load_model",
+        metrics_path: "a line of numbers each few steps",
+        curves: "how the training went",
+        features: "what the student sees, and the features it learned",
+    }
+
+
+def validation_images(size: int, folder: Path = VALIDATION_IMAGES) -> UInt8[Tensor, "b 3 h w"]:
+    """A few images of the folder, evenly spread, as squares of `size` pixels."""
+    from PIL import Image, ImageOps
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    dataset = make_dataset(str(folder))
+    chosen = torch.linspace(0, len(dataset) - 1, min(NUM_IMAGES, len(dataset))).long().tolist()
+    pictures = [ImageOps.fit(dataset[i].image(), (size, size), Image.Resampling.BICUBIC) for i in chosen]
+    return torch.stack([pil_to_tensor(picture) for picture in pictures])
+
+
+def draw_masks(cfg: CapiConfig, num_images: int) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b m"]]:
+    """Visible and predict positions as the training draws them, for `num_images` images."""
+    plan = MaskPlan(cfg.grid_size, cfg.grid_size, cfg.data.mask_ratio, cfg.data.prediction_subsampling)
+    masking = make_masking_generator(cfg.data.masking_generator, **cfg.data.masking_generator_kwargs)
+    generator = torch.Generator().manual_seed(cfg.train.seed)
+    visible, predicted = zip(*(draw_positions(plan, masking, generator) for _ in range(num_images)), strict=True)
+    return torch.stack(visible), torch.stack(predicted)
+
+
+@torch.no_grad()
+def patch_features(model: EncoderDecoder, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b hp wp d"]:
+    """The encoder's output at every patch."""
+    return model(normalize(images)).feature_map
+
+
+def pca_colors(feature_map: Float[Tensor, "b hp wp d"]) -> Float[Tensor, "b hp wp 3"]:
+    """First three principal components over all patches of all images, as colours in [0, 1].
+
+    A component's sign is chosen such that its longer tail is bright; its range is that of 96 % of the patches.
+    """
+    x = feature_map.flatten(0, 2).double()
+    x = x - x.mean(dim=0)
+    components = x @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -3:].flip(1)
+    components = components * torch.where((components**3).sum(dim=0) < 0, -1.0, 1.0)
+    low, high = torch.quantile(components, torch.tensor([0.02, 0.98], dtype=x.dtype), dim=0)
+    scaled = ((components - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    return scaled.float().unflatten(0, feature_map.shape[:3])
+
+
+def draw_features(
+    images: UInt8[Tensor, "b 3 h w"],
+    visible: Int[Tensor, "b v"],
+    predicted: Int[Tensor, "b m"],
+    feature_maps: Mapping[str, Float[Tensor, "b hp wp d"]],
+) -> "Figure":
+    """One row per image: the image, its mask, the student's view, and each feature map under its title as colours."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    b, _, height, width = images.shape
+    hp, wp = next(iter(feature_maps.values())).shape[1:3]
+    zoom = 4  # so that the edges of patches stay sharp on the enlarged image
+    shown = F.interpolate(images.float(), scale_factor=zoom, mode="bicubic", align_corners=False).clamp(0, 255) / 255
+    shown = shown.movedim(1, -1)
+    is_visible = torch.zeros(b, hp * wp, dtype=torch.bool).scatter_(1, visible, value=True).view(b, hp, wp)
+    patch_h, patch_w = zoom * height // hp, zoom * width // wp
+    seen = is_visible.repeat_interleave(patch_h, 1).repeat_interleave(patch_w, 2).unsqueeze(-1)
+    columns: dict[str, Tensor] = {
+        "image": shown,
+        "mask: hidden is dark,\npredicted is framed": torch.where(seen, shown, 0.3 * shown),
+        "what the student sees": torch.where(seen, shown, torch.full_like(shown, 0.93)),
+        **{title: pca_colors(feature_map) for title, feature_map in feature_maps.items()},
+    }
+
+    figure = Figure(figsize=(1.75 * len(columns) + 0.2, 1.75 * b + 0.9), dpi=130, layout="constrained")
+    figure.suptitle("Validation images, which were not trained on", fontsize=12)
+    axes = figure.subplots(b, len(columns), squeeze=False)
+    for column, (title, pictures) in enumerate(columns.items()):
+        axes[0, column].set_title(title, fontsize=9)
+        for row, ax in enumerate(axes[:, column]):
+            is_patches = pictures.shape[1] == hp and pictures.shape[2] == wp
+            ax.imshow(pictures[row].numpy(), interpolation="nearest" if is_patches else "antialiased")
+            ax.set_axis_off()
+    for row, positions in enumerate(predicted.tolist()):
+        for position in positions:
+            corner = ((position % wp) * patch_w, (position // wp) * patch_h)
+            axes[row, 1].add_patch(Rectangle(corner, patch_w, patch_h, fill=False, edgecolor=ORANGE, linewidth=1.0))
+    return figure
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]], num_clusters: int) -> "Figure":
+    """Six panels of the records of a metrics.jsonl: losses, targets, prototypes, features, gradient, schedules."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=(12, 6.6), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    (losses, entropy, prototypes), (features, gradient, schedules) = figure.subplots(2, 3)
+    log_k = math.log(num_clusters)
+
+    _plot(losses, records, {"capi_loss": ("student", BLUE), "clustering_loss": ("clustering head", VERMILLION)})
+    _mark(losses, log_k, "log K: knows nothing")
+    _finish(losses, "Cross-entropy losses", "nats")
+
+    _plot(entropy, records, {"target_entropy": ("", BLUE)})
+    _finish(entropy, "Entropy of the targets", "nats")
+    relative = entropy.secondary_yaxis("right", functions=(lambda nats: nats / log_k, lambda part: part * log_k))
+    relative.set_ylabel("fraction of log K")
+
+    usage = {"prototypes_used": ("largest for some token", BLUE), "prototype_perplexity": ("perplexity", VERMILLION)}
+    _plot(prototypes, records, usage)
+    _mark(prototypes, num_clusters, f"all {num_clusters}")
+    _finish(prototypes, "Prototypes in use", "number")
+
+    _plot(features, records, {"teacher_rank": ("", GREEN)})
+    _finish(features, "Effective rank of the teacher's features", "dimensions")
+
+    _plot(gradient, records, {"grad_norm": ("", BLUE)})
+    _finish(gradient, "Norm of the student's gradient", "norm")
+
+    momentum = schedules.twinx()
+    _plot(momentum, records, {"momentum": ("EMA momentum (right axis)", GREEN)}, linestyle=":")
+    _plot(schedules, records, {"lr": ("learning rate, student", BLUE)})
+    _plot(schedules, records, {"clustering_lr": ("learning rate, clustering head", VERMILLION)}, linestyle="--")
+    _finish(schedules, "Schedules", "learning rate", headroom=0.5)
+    schedules.ticklabel_format(axis="y", scilimits=(-2, 2))
+    momentum.margins(y=0.5)
+    momentum.spines["top"].set_visible(False)
+    momentum.set_ylabel("momentum")
+    momentum.ticklabel_format(axis="y", useOffset=False)
+    lines = [*schedules.lines, *momentum.lines]
+    schedules.legend(lines, [str(line.get_label()) for line in lines], frameon=False, fontsize=8, loc="upper left")
+    for ax in figure.axes:
+        ax.set_xlim(0, 1.03 * max((record["step"] for record in records), default=1))
+    return figure
+
+
+def _plot(ax: "Axes", records: Sequence[Mapping[str, Any]], keys: Mapping[str, tuple[str, str]], **style: Any) -> None:
+    """Draw keys (name -> label, colour) over the step, wherever they were logged."""
+    for key, (label, color) in keys.items():
+        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+        if points:
+            marker = "o" if len(points) < 10 else ""  # one point makes no line
+            ax.plot(*zip(*points, strict=True), color=color, label=label, marker=marker, markersize=4, **style)
+    if not ax.lines:
+        ax.text(0.5, 0.5, "not logged in this run", transform=ax.transAxes, ha="center", va="center", color=GREY)
+
+
+def _mark(ax: "Axes", height: float, text: str) -> None:
+    ax.axhline(height, color=GREY, linewidth=1, linestyle=":", label=text)
+
+
+def _finish(ax: "Axes", title: str, unit: str, headroom: float = 0.1) -> None:
+    """Label the axes and start the vertical one at 0, so that small changes look small."""
+    ax.set_title(title, fontsize=11)
+    ax.set_xlabel("step")
+    ax.set_ylabel(unit)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    if ax.lines:
+        ax.set_ylim(0, (1 + headroom) * max(line.get_path().get_extents().ymax for line in ax.lines))
+    if len(ax.lines) > 1:
+        ax.legend(frameon=False, fontsize=8)
+
+
+def _relative(path: Path) -> str:
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def _size(path: Path) -> str:
+    num_bytes = sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} kB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

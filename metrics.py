@@ -1,0 +1,700 @@
+"""What a run says about itself: averaged scalars, their log files, health, speed, and the alarm for non-finite losses.
+
+Nothing here waits for the accelerator except where a docstring says so. Cost models at the end are arithmetic on plain
+numbers. Reductions over ranks belong to the caller.
+"""
+
+import importlib
+import json
+import logging
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from utils import UserError
+
+logger = logging.getLogger(__name__)
+
+Scalar = Tensor | int | float
+
+TIMING_KEYS = ("images_per_s", "step_ms", "data_wait", "memory_gib", "mfu", "eta_s")
+"""Keys of `Throughput.read`: the part of a metrics line that two runs of the same training do not share."""
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Records of a metrics.jsonl, oldest first, without the half-written last line that a killed process may leave.
+
+    Raises: UserError if the file is missing, or if a line before the last one is damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no metrics file {str(path)!r}")
+    lines = path.read_bytes().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(
+                    f"{path}, line {number} is not valid JSON; delete that line or move the file away"
+                ) from error
+    return records
+
+
+class Metrics:
+    """Averages of scalars between two log lines, kept on the device, and the places they are written to.
+
+    Args:
+        output_dir: folder of metrics.jsonl.
+        loggers: further places, any of tensorboard, wandb, mlflow, trackio.
+        run_name: name of the run in those.
+        config: values that wandb, mlflow, trackio and tensorboard store with the run.
+        enabled: False on all ranks but 0: nothing is written, averages are still returned.
+
+    Raises: UserError if a logger's package is not installed.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        loggers: Sequence[str] = (),
+        *,
+        run_name: str = "capi",
+        config: Mapping[str, Any] | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self.path = output_dir / "metrics.jsonl"
+        self._run_name, self._config, self._enabled = run_name, dict(config or {}), enabled
+        self._modules = {name: _import_logger(name) for name in loggers} if enabled else {}
+        self._loggers: dict[str, Logger] = {}
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = {}  # absent for totals
+        self._run_ids: dict[str, str] = {}
+        self._kept_step = 0
+
+    def update(self, **scalars: Scalar) -> None:
+        """Count these values in the averages of the current window. Does not wait for the device."""
+        self._add(scalars)
+        for name in scalars:
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def update_totals(self, **scalars: Scalar) -> None:
+        """Add these values to sums over the current window, for things that are counted: skipped steps, bad images."""
+        self._add(scalars)
+
+    def _add(self, scalars: Mapping[str, Scalar]) -> None:
+        for name, value in scalars.items():
+            if isinstance(value, Tensor):
+                value = value.detach().to(_widest_float(value.device)).reshape(())  # noqa: PLW2901  # same quantity
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def write(self, step: int, **extra: int | float) -> dict[str, int | float]:
+        """End the window: write and return `step`, averages, totals and `extra`. Waits for the device, once.
+
+        Keys follow `step` in alphabetical order. NaN and infinities are null in the file: JSON has no word for them.
+        """
+        values: dict[str, int | float] = {
+            name: total / self._counts.get(name, 1) for name, total in self._host_sums().items()
+        }
+        assert not values.keys() & extra.keys(), f"metered and given: {values.keys() & extra.keys()}"
+        values |= extra
+        self._sums, self._counts = {}, {}
+        record = {"step": step} | {name: values[name] for name in sorted(values)}
+        if self._enabled:
+            finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+            with self.path.open("a") as file:
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
+            for name, module in self._modules.items():
+                if name not in self._loggers:
+                    self._loggers[name] = self._open(name, module)
+                self._loggers[name].log(step, {key: value for key, value in record.items() if key != "step"})
+        return record
+
+    def _open(self, name: str, module: Any) -> "Logger":
+        run = RunInfo(self.path.parent, self._run_name, self._config, self._kept_step, self._run_ids.get(name))
+        opened = _LOGGERS[name](module, run)
+        if opened.run_id is not None:
+            self._run_ids[name] = opened.run_id
+        return opened
+
+    def _host_sums(self) -> dict[str, float]:
+        on_device = {n: total for n, total in self._sums.items() if isinstance(total, Tensor) and not total.is_cpu}
+        fetched = dict(zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True)) if on_device else {}
+        return {name: fetched[name] if name in fetched else float(total) for name, total in self._sums.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The open window and the loggers' run ids, as JSON-able values. Waits for the device."""
+        return {"sums": self._host_sums(), "counts": dict(self._counts), "run_ids": dict(self._run_ids)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the window that `state_dict` described, exactly, and the loggers' runs."""
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        self._run_ids = dict(state["run_ids"])
+
+    def truncate_after(self, step: int) -> None:
+        """Drop what an earlier process wrote past `step`, so that a resumed run's file is that of an uninterrupted one.
+
+        tensorboard hides its later points too. wandb ignores points up to the last one it has. mlflow and trackio keep
+        both points of a repeated step.
+        """
+        self._kept_step = step
+        if not self._enabled or not self.path.exists():
+            return
+        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        partial = self.path.with_name(self.path.name + ".partial")
+        with partial.open("w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+
+    def close(self) -> None:
+        """Finish the loggers' runs."""
+        for opened in self._loggers.values():
+            opened.close()
+        self._loggers = {}
+
+
+def _widest_float(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+
+
+# --- Loggers: one adapter per package --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a logger is told about the run."""
+
+    output_dir: Path
+    name: str
+    config: dict[str, Any]
+    kept_step: int
+    """Last step whose points stay valid; 0 for a fresh start."""
+    run_id: str | None
+    """What the logger called this run before it was interrupted."""
+
+
+class Logger:
+    """A place that takes scalars. `run_id` is what it needs to continue the run, if anything."""
+
+    run_id: str | None = None
+
+    def __init__(self, module: Any, run: RunInfo) -> None:
+        """Start the run, or continue it. `module` is the imported package."""
+        raise NotImplementedError
+
+    def log(self, step: int, values: dict[str, int | float]) -> None:
+        """Send the scalars of one step."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Finish the run."""
+        raise NotImplementedError
+
+
+class _TensorBoard(Logger):
+    def __init__(self, module: Any, run: RunInfo) -> None:
+        purge_step = run.kept_step + 1 if run.kept_step else None
+        self.writer = module.SummaryWriter(log_dir=str(run.output_dir / "tensorboard"), purge_step=purge_step)
+        if not run.kept_step:
+            self.writer.add_text("config", f"```\n{json.dumps(run.config, indent=2)}\n```", 0)
+
+    def log(self, step: int, values: dict[str, int | float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Wandb(Logger):
+    def __init__(self, module: Any, run: RunInfo) -> None:
+        self.run = module.init(
+            project=os.environ.get("WANDB_PROJECT", "capi"),
+            name=run.name,
+            config=run.config,
+            dir=str(run.output_dir),
+            id=run.run_id,
+            resume="allow" if run.run_id else None,
+        )
+        self.run_id = self.run.id
+
+    def log(self, step: int, values: dict[str, int | float]) -> None:
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class _Trackio(Logger):
+    def __init__(self, module: Any, run: RunInfo) -> None:
+        resume = "allow" if run.run_id else "never"
+        self.run = module.init(project="capi", name=run.run_id or run.name, config=run.config, resume=resume)
+        self.run_id = self.run.name  # a free one, if the name was taken
+
+    def log(self, step: int, values: dict[str, int | float]) -> None:
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class _Mlflow(Logger):
+    def __init__(self, module: Any, run: RunInfo) -> None:
+        self.module = module
+        module.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "capi"))
+        self.run_id = module.start_run(run_id=run.run_id, run_name=run.name).info.run_id
+        if run.run_id is None:
+            # Not log_params: it limits number, length and characters of the parameters.
+            module.log_dict(run.config, "config.json")
+
+    def log(self, step: int, values: dict[str, int | float]) -> None:
+        self.module.log_metrics(values, step=step)
+
+    def close(self) -> None:
+        self.module.end_run()
+
+
+_LOGGERS: dict[str, type[Logger]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+    "mlflow": _Mlflow,
+    "trackio": _Trackio,
+}
+
+
+def _import_logger(name: str) -> Any:
+    assert name in _LOGGERS, name
+    try:
+        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+    except ImportError as error:
+        raise UserError(
+            f"train.loggers={name}: the package cannot be imported ({error}); "
+            f"run `pip install {name}`, or take it out of train.loggers"
+        ) from error
+
+
+# --- Non-finite losses -----------------------------------------------------------------------------------------------
+
+
+class NonFiniteError(UserError):
+    """A loss became NaN or infinite. `quantity` and `step` say which and when first."""
+
+    def __init__(self, message: str, quantity: str, step: int) -> None:
+        super().__init__(message)
+        self.quantity, self.step = quantity, step
+
+
+class FiniteWatch:
+    """Remembers on the device when each quantity was first not finite, so that looking can wait for many steps.
+
+    Give it values that are averaged over the ranks: then all ranks find the same and stop together. Call `check` before
+    a checkpoint is saved too, so that no checkpoint is later than the first bad step.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[Int[Tensor, ""], Float[Tensor, ""]]] = {}
+
+    def update(self, step: int, **quantities: Tensor) -> None:
+        """Look at the scalars of `step`. Does not wait for the device."""
+        for name, quantity in quantities.items():
+            value = quantity.detach().float().reshape(())
+            if name not in self._first:
+                self._first[name] = (torch.full_like(value, -1, dtype=torch.int64), torch.zeros_like(value))
+            first_step, first_value = self._first[name]
+            is_first = ~torch.isfinite(value) & (first_step < 0)
+            # Not torch.where(_, step, _): that copies the number to the device and waits for it.
+            self._first[name] = (first_step.masked_fill(is_first, step), torch.where(is_first, value, first_value))
+
+    def check(self, last_checkpoint: Path | None = None) -> None:
+        """Raise if any quantity was ever not finite. Waits for the device.
+
+        Raises: NonFiniteError naming quantities and first steps, the checkpoint to go back to, and remedies.
+        """
+        if not self._first:
+            return
+        steps = torch.stack([step for step, _ in self._first.values()]).tolist()
+        if max(steps) < 0:
+            return
+        values = torch.stack([value for _, value in self._first.values()]).tolist()
+        found = sorted(
+            ((step, name, value) for step, name, value in zip(steps, self._first, values, strict=True) if step >= 0),
+            key=lambda item: item[0],
+        )
+        events = ", then ".join(f"{name} became {_kind(value)} at step {step}" for step, name, value in found)
+        back = (
+            f"continue from the last good checkpoint with train.resume_from={last_checkpoint} and"
+            if last_checkpoint is not None
+            else "there is no checkpoint from before; start again and"
+        )
+        raise NonFiniteError(
+            f"{events}. The weights are lost from that step on: {back} lower optim.lr_schedule.base_value, "
+            "clip gradients (optim.clip_grad=1.0), or compute in float32 (efficiency.param_dtype=float32)",
+            quantity=found[0][1],
+            step=found[0][0],
+        )
+
+
+def _kind(value: float) -> str:
+    return "NaN" if math.isnan(value) else "+infinity" if value > 0 else "-infinity"
+
+
+# --- Health ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def effective_rank(features: Float[Tensor, "n d"], eps: float = 1e-7) -> Float[Tensor, ""]:
+    """RankMe (arXiv:2210.02885, equation 1): exp of the entropy of the normalised singular values.
+
+    Between 1 and min(n, d), whatever the scale. A few thousand rows are enough; the caller subsamples.
+    On CUDA the eigenvalue routine itself waits for the device.
+    """
+    # Squared singular values lose half the digits: in float32 the noise of d near-zero ones would pass for rank.
+    x = features.detach().to("cpu" if features.device.type == "mps" else features.device, torch.float64)
+    gram = x.T @ x if x.shape[0] > x.shape[1] else x @ x.T
+    singular_values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    p = singular_values / singular_values.sum() + eps
+    return torch.special.entr(p).sum().exp().to(features.device, torch.float32)
+
+
+@torch.no_grad()
+def norm_stats(features: Float[Tensor, "n d"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Median and largest norm of the rows. A maximum far above the median means outlier tokens (arXiv:2309.16588)."""
+    norms = features.detach().float().norm(dim=-1)
+    return norms.median(), norms.max()
+
+
+@torch.no_grad()
+def prototype_usage(counts: Int[Tensor, " k"], mass: Float[Tensor, " k"]) -> dict[str, Float[Tensor, ""]]:
+    """How many of the k prototypes are in use, by two measures.
+
+    Args:
+        counts: tokens for which the prototype has the largest assignment.
+        mass: sum of its assignments.
+
+    Returns: `prototypes_used`, prototypes with a count above 0; `prototype_perplexity`, exp of the entropy of the mass.
+    """
+    mass = mass.detach().to(_widest_float(mass.device))
+    perplexity = torch.special.entr(mass / mass.sum()).sum().exp()
+    return {"prototypes_used": (counts > 0).sum().float(), "prototype_perplexity": perplexity.float()}
+
+
+def normalized_entropy(entropy: Float[Tensor, ""], num_clusters: int) -> Float[Tensor, ""]:
+    """Entropy as a fraction of that of a uniform choice among `num_clusters`: 0 is certain, 1 knows nothing."""
+    return entropy / math.log(num_clusters)
+
+
+def batch_warning(global_batch_size: int, num_clusters: int) -> str | None:
+    """What to tell a user whose batch is too small for the number of prototypes, or None.
+
+    Published is one image per prototype (16384 each); runs with one image for 4 prototypes worked here.
+    """
+    if global_batch_size * 8 >= num_clusters:
+        return None
+    return (
+        f"The global batch of {global_batch_size} images is small for capi.num_clusters={num_clusters}. At each patch "
+        f"position Sinkhorn shares the images out among all prototypes, {global_batch_size / num_clusters:.2g} images "
+        "each (1 in the paper), so that targets are spread over prototypes that no image is close to. Use at most "
+        f"capi.num_clusters={global_batch_size * 8}, better {global_batch_size * 4} or fewer, a larger "
+        "optim.batch_size_per_gpu, or optim.accumulation_steps, over which Sinkhorn balances as over one batch."
+    )
+
+
+# --- Speed -----------------------------------------------------------------------------------------------------------
+
+_PEAK_FLOPS = (
+    # Dense bf16 (equal to fp16) tensor-core peak with fp32 accumulation, FLOP/s, from the makers' data sheets.
+    # The whole name has to match: variants (H100 NVL, A10G, 4090 D, laptops, MIG slices) differ.
+    (r"NVIDIA A100-(SXM4|PCIE|PCIe)-\d+GB|NVIDIA A100 80GB PCIe", 312e12),
+    (r"NVIDIA H100 80GB HBM3", 989e12),
+    (r"NVIDIA H100 PCIe", 756e12),
+    (r"NVIDIA H200", 989e12),
+    (r"NVIDIA GH200 \d+GB", 989e12),
+    (r"NVIDIA B200", 2250e12),
+    (r"NVIDIA L40S", 362e12),
+    (r"NVIDIA L4", 121e12),
+    (r"NVIDIA A10", 125e12),
+    (r"NVIDIA A30", 165e12),
+    (r"NVIDIA A40", 149.7e12),
+    (r"NVIDIA GeForce RTX 4090", 165.2e12),
+    (r"NVIDIA GeForce RTX 3090", 71e12),
+)
+_PEAK_FLOPS_FLOAT16_ONLY = ((r"Tesla V100-SXM\d-\d+GB(-LS)?", 125e12), (r"Tesla T4", 65e12))
+
+
+def peak_flops(device_name: str, param_dtype: str) -> float | None:
+    """Peak FLOP/s of a GPU model (as `torch.cuda.get_device_name` says it) in this precision, or None if not known."""
+    table = _PEAK_FLOPS if param_dtype in ("bfloat16", "float16") else ()
+    if param_dtype == "float16":
+        table += _PEAK_FLOPS_FLOAT16_ONLY
+    return next((flops for pattern, flops in table if re.fullmatch(pattern, device_name)), None)
+
+
+class Throughput:
+    """Speed between two readings.
+
+    Args:
+        images_per_step: images of one optimizer step, on all ranks together.
+        flops_per_image: from `training_flops_per_image`.
+        device: this rank's device.
+        world_size: ranks.
+        param_dtype: precision of the matmuls; decides against which peak utilisation is measured.
+        clock: seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        images_per_step: int,
+        flops_per_image: float,
+        device: torch.device,
+        world_size: int,
+        *,
+        param_dtype: str = "bfloat16",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.images_per_step, self.flops_per_image, self.world_size = images_per_step, flops_per_image, world_size
+        self.device, self._clock = device, clock
+        is_cuda = device.type == "cuda"
+        self.peak_flops = peak_flops(torch.cuda.get_device_name(device), param_dtype) if is_cuda else None
+        self._start, self._steps, self._wait_s = clock(), 0, 0.0
+
+    def step(self, wait_s: float) -> None:
+        """Count one finished step, `wait_s` seconds of which went by waiting for data."""
+        self._steps += 1
+        self._wait_s += wait_s
+
+    def read(self, remaining_steps: int | None = None) -> dict[str, float]:
+        """Rates since the last reading; call it right before `Metrics.write`, for it waits for the device.
+
+        Returns: `images_per_s` (all ranks), `step_ms`, `data_wait` (fraction of the time), `memory_gib` (peak so far),
+            `mfu` (model FLOPs utilisation, arXiv:2204.02311 appendix B) where the peak is known, and `eta_s` if
+            `remaining_steps` is given. Empty before the first step.
+        """
+        if self._steps == 0:
+            return {}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+        now = self._clock()
+        elapsed = max(now - self._start, 1e-9)
+        images_per_s = self._steps * self.images_per_step / elapsed
+        rates = {
+            "images_per_s": images_per_s,
+            "step_ms": 1e3 * elapsed / self._steps,
+            "data_wait": self._wait_s / elapsed,
+            "memory_gib": peak_memory_gib(self.device),
+        }
+        if self.peak_flops is not None:
+            rates["mfu"] = images_per_s * self.flops_per_image / (self.world_size * self.peak_flops)
+        if remaining_steps is not None:
+            rates["eta_s"] = remaining_steps * elapsed / self._steps
+        self._start, self._steps, self._wait_s = now, 0, 0.0
+        return rates
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory so far: tensors on a CUDA device, else the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+# --- Cost models -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Sizes that decide what one CAPI step costs per image."""
+
+    embed_dim: int
+    encoder_depth: int
+    decoder_depth: int
+    num_heads: int
+    num_registers: int
+    patch_size: int
+    num_patches: int
+    num_visible: int
+    """Patches that the student sees."""
+    num_predict: int
+    """Positions that it predicts."""
+    num_clusters: int
+    in_chans: int = 3
+    drop_path_rate: float = 0.0
+    """For drop_path_type=efficient, whose skipped branches cost nothing; leave it at 0 for naive."""
+
+
+def _block_flops(d: int, queries: int, context: int) -> int:
+    """Forward pass of one block: projections, attention, MLP with hidden width 4 d. A multiply-add is 2 FLOPs."""
+    query_and_output, keys_and_values, mlp = 2 * d * d * queries, 2 * d * d * context, 8 * d * d * queries
+    return 2 * (query_and_output + keys_and_values + 2 * queries * context * d + mlp)
+
+
+def _embedding_flops(shape: StepShape) -> int:
+    return 2 * shape.num_patches * shape.in_chans * shape.patch_size**2 * shape.embed_dim
+
+
+def encoder_flops_per_image(shape: StepShape) -> int:
+    """FLOPs of the encoder's forward pass on all patches of an image: 1.70e11 for ViT-L/14 at 224 pixels."""
+    num_tokens = shape.num_patches + shape.num_registers
+    return _embedding_flops(shape) + shape.encoder_depth * _block_flops(shape.embed_dim, num_tokens, num_tokens)
+
+
+def training_flops_per_image(shape: StepShape) -> float:
+    """Model FLOPs of one CAPI step per image: matmuls alone, recomputation not counted.
+
+    Teacher forward on all patches; student (encoder on visible patches, predictor, head) forward and backward, a
+    backward pass being two forward passes; clustering head forward and weight gradient, as its input needs no gradient.
+    """
+    d, context = shape.embed_dim, shape.num_visible + shape.num_registers
+    blocks = shape.encoder_depth * _block_flops(d, context, context)
+    blocks += shape.decoder_depth * _block_flops(d, shape.num_predict, context)
+    student_head = 2 * shape.num_predict * d * shape.num_clusters
+    clustering_head = 2 * shape.num_patches * d * shape.num_clusters
+    # The image needs no gradient either: the student's embedding costs forward and weight gradient, of all patches.
+    student = 2 * _embedding_flops(shape) + 3 * ((1 - shape.drop_path_rate) * blocks + student_head)
+    return encoder_flops_per_image(shape) + student + 2 * clustering_head
+
+
+def num_backbone_parameters(shape: StepShape) -> int:
+    """Parameters of `model.EncoderDecoder` with RMSNorm and blocks without biases (the defaults)."""
+    d = shape.embed_dim
+    matrices, norms, rotary_frequencies = 12 * d * d, 2 * d, 2 * (d // shape.num_heads)
+    blocks = (shape.encoder_depth + shape.decoder_depth) * (matrices + norms + rotary_frequencies)
+    mask_token, patch_embedding = d, shape.in_chans * shape.patch_size**2 * d + d
+    return blocks + patch_embedding + shape.num_registers * d + mask_token
+
+
+def device_memory_estimate(
+    shape: StepShape, *, batch_size: int, param_bytes: int, recompute: bool, world_size: int
+) -> dict[str, int | float]:
+    """A rough estimate, for planning, of what one device holds: exact for weights, a factor 1.5 or so for the rest.
+
+    Args:
+        shape: sizes of model and step.
+        batch_size: images per forward pass on this device.
+        param_bytes: bytes of an activation: 2 for bfloat16, 4 for float32.
+        recompute: whether blocks keep the results of matmuls and attention only.
+        world_size: ranks among which weights, gradients, optimizer state and average are sharded.
+
+    Returns: `parameters` (backbone and both heads, a number), and in GiB: `state` (float32 weights, gradients and two
+        AdamW moments of student and clustering head, and the average), `activations` (of the student, kept for its
+        backward pass), `clustering` (teacher features and logits), and `total`, the state and the larger of those two.
+    """
+    d = shape.embed_dim
+    head = shape.num_clusters * (d + 1)  # one per prototype more: a bias in the teacher's, a magnitude in the student's
+    student = num_backbone_parameters(shape) + head
+    state = 4 * (4 * (student + head) + student) / world_size
+    # Values per channel that a block keeps of each of its tokens, and in the predictor of each context token (keys and
+    # values). Without recomputation they were counted on the model with saved_tensors_hooks.
+    own, context = (10, 2) if recompute else (28, 8)
+    values = (shape.num_visible + shape.num_registers) * (shape.encoder_depth * own + shape.decoder_depth * context)
+    values += shape.num_predict * shape.decoder_depth * own
+    activations = batch_size * (values * d * param_bytes + 3 * 4 * shape.num_predict * shape.num_clusters)
+    logits = 4 * batch_size * shape.num_clusters  # of one position
+    chunk = min(max(2**28, logits), logits * shape.num_patches)  # as clustering.OnlineClustering takes them on a GPU
+    features = batch_size * (shape.num_patches + shape.num_registers) * d * (4 + 12 * param_bytes)
+    clustering = 4 * chunk + features
+    return {
+        "parameters": student + head,
+        "state": state / 2**30,
+        "activations": activations / 2**30,
+        "clustering": clustering / 2**30,
+        "total": (state + max(activations, clustering)) / 2**30,
+    }
+
+
+# --- Profiling -------------------------------------------------------------------------------------------------------
+
+
+class Profile:
+    """Profiler of a few early steps: `with Profile(...) as profile:`, and `profile.step()` after each training step.
+
+    Skips 2 steps, warms up for 2 and records 3, fewer of each if `num_steps` is small. Writes to `output_dir/profile`:
+    trace.json (open it in https://ui.perfetto.dev), operators.txt (time and memory by operator), and on CUDA
+    memory_snapshot.pickle (open it in https://docs.pytorch.org/memory_viz).
+
+    Args:
+        output_dir: folder of the run.
+        enabled: False makes everything here do nothing.
+        num_steps: training steps that are to come.
+        device: of the training.
+    """
+
+    def __init__(self, output_dir: Path, enabled: bool, *, num_steps: int, device: torch.device) -> None:
+        self.folder = output_dir / "profile"
+        self._is_cuda = device.type == "cuda"
+        self._num_active = max(1, min(3, num_steps))
+        num_warmup = max(0, min(2, num_steps - self._num_active))
+        self._first_warmup = max(0, min(2, num_steps - self._num_active - num_warmup))
+        self._first_active = self._first_warmup + num_warmup
+        self._written = False
+        self._profiler: torch.profiler.profile | None = None
+        if enabled:
+            activity = torch.profiler.ProfilerActivity
+            self._profiler = torch.profiler.profile(
+                activities=[activity.CPU, activity.CUDA] if self._is_cuda else [activity.CPU],
+                schedule=self._action,
+                on_trace_ready=self._write,
+                record_shapes=True,
+                profile_memory=True,
+            )
+
+    def _action(self, step: int) -> torch.profiler.ProfilerAction:
+        action = torch.profiler.ProfilerAction
+        last = self._first_active + self._num_active - 1
+        if step == self._first_active and self._is_cuda and self._profiler is not None:
+            torch.cuda.memory._record_memory_history(max_entries=200_000)
+        if step < self._first_warmup or step > last:
+            return action.NONE
+        if step < self._first_active:
+            return action.WARMUP
+        return action.RECORD if step < last else action.RECORD_AND_SAVE
+
+    def __enter__(self) -> "Profile":
+        if self._profiler is not None:
+            self._profiler.__enter__()
+        return self
+
+    def step(self) -> None:
+        """Say that a training step has finished."""
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._profiler is not None:
+            self._profiler.__exit__(kind, error, traceback)
+            if not self._written:
+                logger.warning("Nothing was profiled: the run ended before step %d", self._first_active + 1)
+
+    def _write(self, profiler: torch.profiler.profile) -> None:
+        self._written = True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(self.folder / "trace.json"))
+        place = "cuda" if self._is_cuda else "cpu"
+        averages = profiler.key_averages()
+        by_time = averages.table(sort_by=f"self_{place}_time_total", row_limit=40)
+        by_memory = averages.table(sort_by=f"self_{place}_memory_usage", row_limit=40)
+        (self.folder / "operators.txt").write_text(f"By time\n{by_time}\n\nBy memory\n{by_memory}\n")
+        if self._is_cuda:
+            torch.cuda.memory._dump_snapshot(str(self.folder / "memory_snapshot.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        logger.info("Wrote the profile of %d steps to %s", self._num_active, self.folder)

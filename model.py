@@ -1,0 +1,519 @@
+"""The CAPI backbone: a ViT encoder with registers and rotary embedding, and its cross-attention predictor.
+
+Needs torch alone. It knows nothing of configs, ranks or training; `train_capi.py` and `fsdp.py` act on it from outside.
+This file is also a model file in the sense of the evaluations: `load_model` builds a backbone from weights on disk.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils import UserError
+
+try:
+    from jaxtyping import Float, Int
+except ImportError:  # torch.hub users have torch alone; annotations then say less
+
+    class _Untyped:
+        def __class_getitem__(cls, _: object) -> Any:
+            return Tensor
+
+    Float = Int = _Untyped
+
+DEFAULT_CONFIG = Path(__file__).parent / "default_pretrain_config.yaml"
+
+
+class Features(NamedTuple):
+    """What `EncoderDecoder.forward` returns; unpacks as (global_repr, registers, feature_map)."""
+
+    global_repr: Float[Tensor, "b d"]
+    registers: Float[Tensor, "b r d"]
+    feature_map: Float[Tensor, "b hp wp d"]
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary embedding (arXiv:2104.09864) of continuous 2-D coordinates over the whole head dimension, as CAPI has it.
+
+    Channel c is rotated with channel c + D/2 although one carries the row angle and the other the column angle. That is
+    how the released weights were trained.
+
+    Args:
+        head_dim: D, a multiple of 4.
+        max_freq: highest frequency, in turns over the image.
+        min_freq: lowest frequency.
+    """
+
+    def __init__(self, head_dim: int, *, max_freq: float = 7.0, min_freq: float = 7e-4) -> None:
+        super().__init__()
+        self.head_dim, self.max_freq, self.min_freq = head_dim, max_freq, min_freq
+        self.freqs = nn.Parameter(torch.empty(2, head_dim))
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Geometric frequencies from `max_freq` to `min_freq`: rows in the first half of the channels, columns next."""
+        num = self.head_dim // 4
+        exponents = torch.arange(num, device=self.freqs.device) / max(num - 1, 1)
+        freqs = 2 * math.pi * self.max_freq * (self.max_freq / self.min_freq) ** -exponents
+        half = self.head_dim // 2
+        self.freqs.zero_()
+        self.freqs[0, :half] = torch.cat([freqs, freqs])
+        self.freqs[1, half:] = torch.cat([freqs, freqs])
+
+    def forward(self, coords: Float[Tensor, "b n 2"]) -> tuple[Float[Tensor, "b 1 n dh"], Float[Tensor, "b 1 n dh"]]:
+        """Cosine and sine of every token's angles, in float32, with an axis for the heads."""
+        # No matmul: autocast would round angles of up to 44 radians to bfloat16.
+        freqs = self.freqs.float()
+        angles = coords[..., :1].float() * freqs[0] + coords[..., 1:].float() * freqs[1]
+        angles = angles.unsqueeze(1)
+        return angles.cos(), angles.sin()
+
+
+def rotate(
+    x: Float[Tensor, "b heads n dh"], cos: Float[Tensor, "b 1 n dh"], sin: Float[Tensor, "b 1 n dh"]
+) -> Float[Tensor, "b heads n dh"]:
+    """Apply rotary angles: x * cos + [-x2, x1] * sin on the two halves of the head dimension. Keeps `x`'s dtype."""
+    x1, x2 = x.float().chunk(2, dim=-1)
+    rotated = torch.cat([-x2, x1], dim=-1)
+    return (x.float() * cos + rotated * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x` on `context` with rotary embedding on queries and keys."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        qkv_bias: bool = False,
+        proj_bias: bool = False,
+        rope_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % (4 * num_heads):
+            raise UserError(
+                f"embed_dim={dim} must be a multiple of 4 x num_heads={4 * num_heads} for the rotary embedding"
+            )
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(dim, dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(dim, dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.rope = RotaryEmbedding(dim // num_heads, **(rope_kwargs or {}))
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Float[Tensor, "b nc d"],
+        x_coords: Float[Tensor, "b n 2"],
+        context_coords: Float[Tensor, "b nc 2"],
+    ) -> Float[Tensor, "b n d"]:
+        """Queries from `x`, keys and values from `context`; coordinates in units of the image."""
+        q, k, v = (self._split_heads(tokens) for tokens in (self.q_proj(x), self.k_proj(context), self.v_proj(context)))
+        context_angles = self.rope(context_coords)
+        x_angles = context_angles if x_coords is context_coords else self.rope(x_coords)
+        q, k = rotate(q, *x_angles), rotate(k, *context_angles)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b heads n dh"]:
+        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class Mlp(nn.Module):
+    """Two linear layers without bias around an exact GELU, hidden width 4 x dim."""
+
+    def __init__(self, dim: int, *, ratio: int = 4, bias: bool = False) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, ratio * dim, bias=bias)
+        self.fc2 = nn.Linear(ratio * dim, dim, bias=bias)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Apply the layers to every token."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Residual(nn.Module):
+    """A pre-norm residual branch with stochastic depth (arXiv:1603.09382).
+
+    Args:
+        norm: applied to the branch's input.
+        fn: the branch; called with the normed tokens and further tensors whose first axis is the batch.
+        drop_path_rate: probability of skipping the branch, per image.
+        drop_path_type: `efficient` runs the branch on a random subset of max(int(b * keep), 1) images and adds it back
+            scaled by b / subset size; `naive` runs it on all and zeroes some.
+    """
+
+    def __init__(self, norm: nn.Module, fn: nn.Module, *, drop_path_rate: float, drop_path_type: str) -> None:
+        super().__init__()
+        if drop_path_type not in ("efficient", "naive"):
+            raise UserError(f"drop_path_type={drop_path_type!r} must be one of efficient, naive")
+        self.norm, self.fn = norm, fn
+        self.keep_prob, self.drop_path_type = 1.0 - drop_path_rate, drop_path_type
+
+    def forward(self, x: Float[Tensor, "b n d"], *others: Tensor | None) -> Float[Tensor, "b n d"]:
+        """Add the branch to `x`. None among `others` stands for the normed tokens themselves (self-attention)."""
+        if not self.training or self.keep_prob == 1.0:
+            return x + self._branch(x, others)
+        b = x.shape[0]
+        if self.drop_path_type == "naive":
+            kept = torch.rand(b, 1, 1, device=x.device) < self.keep_prob
+            return x + self._branch(x, others) * (kept / self.keep_prob).to(x.dtype)
+        num_kept = max(int(b * self.keep_prob), 1)
+        subset = torch.randperm(b, device=x.device)[:num_kept]
+        shared: dict[int, Tensor] = {}  # one gather per tensor, so that equal coordinates stay one object
+        for tensor in others:
+            if tensor is not None and id(tensor) not in shared:
+                shared[id(tensor)] = tensor[subset]
+        branch = self._branch(x[subset], [None if t is None else shared[id(t)] for t in others])
+        return x.index_add(0, subset, branch.to(x.dtype), alpha=b / num_kept)
+
+    def _branch(self, x: Tensor, others: Any) -> Tensor:
+        normed = _norm_in_dtype_of(x, self.norm)
+        return self.fn(normed, *(normed if tensor is None else tensor for tensor in others))
+
+
+def _norm_in_dtype_of(x: Tensor, norm: nn.Module) -> Tensor:
+    """Norm with weights in the dtype of `x`: autocast leaves them in float32, for which there is no fused kernel."""
+    weights = {name: weight.to(x.dtype) for name, weight in norm.named_parameters() if weight.dtype != x.dtype}
+    return torch.func.functional_call(norm, weights, (x,)) if weights else norm(x)
+
+
+class Block(nn.Module):
+    """Transformer block: residual attention, then residual MLP."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        norm_layer: Any,
+        drop_path_rate: float = 0.0,
+        drop_path_type: str = "efficient",
+        attn_kwargs: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        drop = {"drop_path_rate": drop_path_rate, "drop_path_type": drop_path_type}
+        self.residual1 = Residual(norm_layer(dim), Attention(dim, **attn_kwargs), **drop)
+        self.residual2 = Residual(norm_layer(dim), Mlp(dim), **drop)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Float[Tensor, "b nc d"] | None,
+        x_coords: Float[Tensor, "b n 2"],
+        context_coords: Float[Tensor, "b nc 2"],
+    ) -> Float[Tensor, "b n d"]:
+        """Attend to `context`, or to `x` itself if it is None."""
+        return self.residual2(self.residual1(x, context, x_coords, context_coords))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks and a final norm without parameters."""
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depth: int,
+        norm_layer: Any,
+        final_norm: nn.Module,
+        drop_path_rate: float = 0.0,
+        block_kwargs: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, norm_layer=norm_layer, drop_path_rate=drop_path_rate, **block_kwargs) for _ in range(depth)
+        )
+        self.norm = final_norm
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        x_coords: Float[Tensor, "b n 2"],
+        context: Float[Tensor, "b nc d"] | None = None,
+        context_coords: Float[Tensor, "b nc 2"] | None = None,
+        num_blocks: int | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Run the first `num_blocks` blocks (default all), then the final norm."""
+        if context_coords is None:
+            context_coords = x_coords
+        for block in self.blocks[:num_blocks]:
+            x = block(x, context, x_coords, context_coords)
+        return self.norm(x)
+
+
+class EncoderDecoder(nn.Module):
+    """Encoder (the ViT that is kept) and predictor ("decoder") of CAPI (arXiv:2502.08769, section 3).
+
+    State-dict names are those of the released weights. Token order is registers, then patches in row-major order.
+
+    Args:
+        patch_size: side of a patch, pixels.
+        in_chans: image channels.
+        norm_layer_type: name of a norm in `torch.nn`; `norm_layer_kwargs` are its arguments, `final_norm_kwargs` come
+            on top for the norm after the last block.
+        n_registers: learned tokens beside the patches.
+        register_coordinates: `edge` spreads them over the border of the image, `zeros` puts them at the corner.
+        scale_reg_to_visible: map their coordinates into the bounding box of each image's visible patches.
+        transformers_kwargs: what both towers share: `embed_dim`, `drop_path_rate`, `block_kwargs`.
+        encoder_kwargs: the encoder's `depth`.
+        decoder_kwargs: the predictor's `depth`.
+        out_layer: which layer's output is the feature, modulo depth + 1; 0 is the embedding, -1 the last layer.
+
+    Raises: UserError on an impossible combination.
+    """
+
+    def __init__(
+        self,
+        *,
+        patch_size: int = 14,
+        in_chans: int = 3,
+        norm_layer_type: str = "RMSNorm",
+        n_registers: int = 16,
+        register_coordinates: str = "edge",
+        scale_reg_to_visible: bool = True,
+        transformers_kwargs: Mapping[str, Any],
+        encoder_kwargs: Mapping[str, Any],
+        decoder_kwargs: Mapping[str, Any],
+        norm_layer_kwargs: Mapping[str, Any] | None = None,
+        final_norm_kwargs: Mapping[str, Any] | None = None,
+        out_layer: int = -1,
+    ) -> None:
+        super().__init__()
+        if not hasattr(nn, norm_layer_type):
+            raise UserError(f"norm_layer_type={norm_layer_type!r} is not a layer of torch.nn; try RMSNorm or LayerNorm")
+        norm_type = getattr(nn, norm_layer_type)
+        norm_kwargs = {"eps": 1e-5} if norm_layer_kwargs is None else dict(norm_layer_kwargs)
+        final_kwargs = {"elementwise_affine": False} if final_norm_kwargs is None else dict(final_norm_kwargs)
+
+        def norm_layer(dim: int) -> nn.Module:
+            return norm_type(dim, **norm_kwargs)
+
+        def tower(depth_kwargs: Mapping[str, Any]) -> Transformer:
+            final_norm = norm_type(embed_dim, **(norm_kwargs | final_kwargs))
+            return Transformer(norm_layer=norm_layer, final_norm=final_norm, **transformers_kwargs, **depth_kwargs)
+
+        embed_dim = transformers_kwargs["embed_dim"]
+        self.patch_size, self.in_chans, self.embed_dim, self.pred_dim = patch_size, in_chans, embed_dim, embed_dim
+        self.n_registers = self.num_prefix_tokens = n_registers
+        self.register_coordinates, self.scale_reg_to_visible = register_coordinates, scale_reg_to_visible
+        edge_coordinates(n_registers, register_coordinates)  # raises early
+        self.n_blocks = encoder_kwargs["depth"]
+        self.out_layer = out_layer % (self.n_blocks + 1)
+        self.mask_token = nn.Parameter(torch.empty(1, embed_dim))
+        self.registers = nn.Parameter(torch.empty(1, n_registers, embed_dim))
+        self.patch_embed = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.encoder = tower(encoder_kwargs)
+        self.decoder = tower(decoder_kwargs)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fill every parameter: also those that come uninitialised from the meta device."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, RotaryEmbedding):
+                module.init_weights()
+            elif isinstance(module, Residual):
+                for name, parameter in module.norm.named_parameters():
+                    nn.init.ones_(parameter) if name == "weight" else nn.init.zeros_(parameter)
+        for tower in (self.encoder, self.decoder):
+            for name, parameter in tower.norm.named_parameters():
+                nn.init.ones_(parameter) if name == "weight" else nn.init.zeros_(parameter)
+        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
+        assert self.patch_embed.bias is not None
+        bound = 1 / math.sqrt(self.patch_embed.weight[0].numel())
+        nn.init.uniform_(self.patch_embed.bias, -bound, bound)
+        nn.init.normal_(self.registers, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Features:
+        """Features of whole images, for evaluation.
+
+        Args:
+            x: normalised images; both sides must be multiples of the patch size.
+
+        Returns: `Features`: `global_repr` is the mean over all positions of the first predictor block's output;
+            `registers` and `feature_map` come from `out_layer`. All went through the final norm of their tower.
+        """
+        patches, hp, wp = self._embed_patches(x)
+        coords = self._grid_coordinates(hp, wp, x.device).expand(x.shape[0], -1, -1)
+        tokens, token_coords = self._prepend_registers(patches, coords)
+        hidden = tokens
+        out = self.encoder.norm(hidden)
+        for layer, block in enumerate(self.encoder.blocks, start=1):
+            hidden = block(hidden, None, token_coords, token_coords)
+            if layer == self.out_layer:
+                out = self.encoder.norm(hidden)
+        context = out if self.out_layer == self.n_blocks else self.encoder.norm(hidden)
+        queries = self.mask_token.expand(x.shape[0], hp * wp, -1)
+        predicted = self.decoder(queries, coords, context, token_coords, num_blocks=1)
+        registers, feature_map = out.split([self.n_registers, hp * wp], dim=1)
+        return Features(predicted.mean(dim=1), registers, feature_map.unflatten(1, (hp, wp)))
+
+    def forward_pretrain(
+        self,
+        x: Float[Tensor, "b c h w"],
+        visible_indices: Int[Tensor, " visible"] | None = None,
+        predict_indices: Int[Tensor, " predicted"] | None = None,
+        do_prediction: bool = False,
+    ) -> tuple[Float[Tensor, "b v d"], Float[Tensor, "predicted d"] | None]:
+        """Encode the visible patches and, if asked, predict the hidden ones.
+
+        Args:
+            x: normalised images.
+            visible_indices: flat positions `image * n + patch` of the visible patches, image-major, equally many per
+                image; None shows all patches (the teacher).
+            predict_indices: flat positions to predict, likewise.
+            do_prediction: run the predictor; needs `predict_indices`.
+
+        Returns: encoder output at the visible patches in the given order, and predictions or None.
+        """
+        b = x.shape[0]
+        patches, hp, wp = self._embed_patches(x)
+        grid = self._grid_coordinates(hp, wp, x.device)
+        coords = grid.expand(b, -1, -1)
+        if visible_indices is not None:
+            patches = patches.flatten(0, 1)[visible_indices].unflatten(0, (b, -1))
+            coords = grid[0][visible_indices % (hp * wp)].unflatten(0, (b, -1))
+        tokens, token_coords = self._prepend_registers(patches, coords)
+        encoded = self.encoder(tokens, token_coords)
+        encoder_patches = encoded[:, self.n_registers :]
+        if not do_prediction:
+            return encoder_patches, None
+        assert predict_indices is not None
+        query_coords = grid[0][predict_indices % (hp * wp)].unflatten(0, (b, -1))
+        queries = self.mask_token.expand(b, query_coords.shape[1], -1)
+        predictions = self.decoder(queries, query_coords, encoded, token_coords)
+        return encoder_patches, predictions.flatten(0, 1)
+
+    def _embed_patches(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n d"], int, int]:
+        p = self.patch_size
+        if x.shape[-2] % p or x.shape[-1] % p:
+            raise UserError(
+                f"The image size {x.shape[-2]}x{x.shape[-1]} must be a multiple of the patch size {p} in both "
+                "directions; resize or crop the images"
+            )
+        embedded = self.patch_embed(x)
+        return embedded.flatten(2).transpose(1, 2), embedded.shape[-2], embedded.shape[-1]
+
+    def _grid_coordinates(self, hp: int, wp: int, device: torch.device) -> Float[Tensor, "1 n 2"]:
+        rows, columns = torch.linspace(0, 1, hp, device=device), torch.linspace(0, 1, wp, device=device)
+        return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).view(1, hp * wp, 2)
+
+    def _prepend_registers(
+        self, patches: Float[Tensor, "b v d"], coords: Float[Tensor, "b v 2"]
+    ) -> tuple[Float[Tensor, "b rv d"], Float[Tensor, "b rv 2"]]:
+        b = patches.shape[0]
+        register_coords = edge_coordinates(self.n_registers, self.register_coordinates).to(coords).expand(b, -1, -1)
+        if self.scale_reg_to_visible:
+            low, high = coords.amin(dim=1, keepdim=True), coords.amax(dim=1, keepdim=True)
+            register_coords = low + register_coords * (high - low)
+        registers = self.registers.to(patches.dtype).expand(b, -1, -1)
+        return torch.cat([registers, patches], dim=1), torch.cat([register_coords, coords], dim=1)
+
+
+def edge_coordinates(num_registers: int, kind: str) -> Float[Tensor, "r 2"]:
+    """Coordinates of the registers: walking round the unit square (`edge`), or all at its origin (`zeros`).
+
+    Raises: UserError if `edge` has a number of registers that is no multiple of 4, or for another kind.
+    """
+    if kind == "zeros":
+        return torch.zeros(num_registers, 2)
+    if kind != "edge":
+        raise UserError(f"register_coordinates={kind!r} must be one of edge, zeros")
+    if num_registers % 4:
+        raise UserError(
+            f"n_registers={num_registers} must be a multiple of 4 with register_coordinates='edge' (a quarter per side)"
+        )
+    if num_registers == 0:
+        return torch.zeros(0, 2)
+    c = torch.arange(num_registers // 4) / (num_registers // 4)
+    zero, one = torch.zeros_like(c), torch.ones_like(c)
+    sides = [(c, zero), (one, c), (1 - c, one), (zero, 1 - c)]
+    return torch.cat([torch.stack(side, dim=-1) for side in sides])
+
+
+def load_model(
+    config_path: str | Path | None = None,
+    pretrained_weights: str | Path | None = None,
+    config_override: Mapping[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+) -> EncoderDecoder:
+    """Build a backbone and load its weights: the model loader that evaluations call.
+
+    Args:
+        config_path: training configuration whose `model` section comes on top of the default one. None: the file of
+            the same name beside the weights if there is one (exports of a training run have it), else the default.
+        pretrained_weights: path or URL of a state dict; keys under `backbone.` are used, or all if none has that
+            prefix. None leaves the random initialisation.
+        config_override: last word, for example `{"model": {"out_layer": -2}}`.
+        device: where to put the model.
+
+    Returns: the model in eval mode.
+    Raises: UserError for a missing file, or weights that do not fit, naming the keys.
+    """
+    from omegaconf import OmegaConf  # here, so that torch.hub users need torch alone
+
+    weights = None if pretrained_weights is None else str(pretrained_weights)
+    if config_path is None and weights is not None and Path(weights).with_suffix(".yaml").is_file():
+        config_path = Path(weights).with_suffix(".yaml")
+    if config_path is not None and not Path(config_path).is_file():
+        raise UserError(f"There is no configuration file {str(config_path)!r}")
+    sources = [OmegaConf.load(path) for path in (DEFAULT_CONFIG, config_path) if path is not None]
+    merged = OmegaConf.merge(*sources, OmegaConf.create(dict(config_override or {})))
+    arguments: Any = OmegaConf.to_container(merged.model, resolve=True)
+    try:
+        model = EncoderDecoder(**arguments)
+    except TypeError as error:
+        raise UserError(f"The model section of {config_path or 'config_override'} has a wrong key: {error}") from error
+    if weights is not None:
+        load_backbone_weights(model, read_state_dict(weights), weights)
+    return model.to(device).eval()
+
+
+__model_loader__ = load_model  # the name that evaluation scripts look for in a model file
+
+
+def read_state_dict(path_or_url: str) -> dict[str, Tensor]:
+    """Read tensors from a path or URL without executing anything the file may contain."""
+    if "://" in path_or_url:
+        return torch.hub.load_state_dict_from_url(path_or_url, map_location="cpu", weights_only=True)
+    if not Path(path_or_url).is_file():
+        raise UserError(f"There is no weights file {path_or_url!r}")
+    return torch.load(path_or_url, map_location="cpu", weights_only=True)
+
+
+def load_backbone_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Copy the `backbone.` part of a state dict (or all of it if there is no such prefix) into `model`, exactly.
+
+    Raises: UserError naming missing, unexpected and misshapen keys.
+    """
+    prefix = "backbone."
+    own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    own = own or dict(state_dict)
+    expected = model.state_dict()
+    wrong = {
+        "missing": sorted(expected.keys() - own.keys()),
+        "unexpected": sorted(own.keys() - expected.keys()),
+        "of another shape": [
+            f"{key} ({list(own[key].shape)}, expected {list(expected[key].shape)})"
+            for key in sorted(own.keys() & expected.keys())
+            if own[key].shape != expected[key].shape
+        ],
+    }
+    if any(wrong.values()):
+        details = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:5])}" for what, keys in wrong.items() if keys)
+        raise UserError(
+            f"The weights in {source!r} do not fit the model ({details}). Give the config they were trained with."
+        )
+    model.load_state_dict(own)

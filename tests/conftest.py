@@ -1,0 +1,57 @@
+"""What several test files share: golden files, seeded generators, and running a command as a user types it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+# Some virtual machines advertise AMX and then refuse its instructions: bfloat16 matmuls end in SIGILL there.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+import pytest
+import torch
+from safetensors import safe_open
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def load_golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and settings of a golden .safetensors file."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+        return tensors, json.loads(file.metadata()["meta"])
+
+
+def load_golden_json(name: str) -> Any:
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def run_cli(*args: str | Path, cwd: Path = ROOT, timeout: float = 100, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of the repository in a process of its own; shape checks stay off, as for a user."""
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, "JAXTYPING_DISABLE": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tensors in tests are tiny: on a busy machine, threads that wait for each other cost more than they gain."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

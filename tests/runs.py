@@ -1,0 +1,129 @@
+"""Tiny training runs that tests start, in this process or in one that can be killed."""
+
+import json
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+SPEED = {"images_per_s", "step_ms", "data_wait", "memory_gib", "eta_s", "mfu"}
+"""Metrics that depend on the machine and the moment."""
+
+TINY = [
+    "train.device=cpu",
+    "train.log_loss_every=1",
+    "train.health_every=3",
+    "train.checkpointing.period=2",
+    "capi.num_clusters=16",
+    "optim.batch_size_per_gpu=4",
+    "optim.total_iters=6",
+    "optim.momentum_schedule.start_warmup_value=0.9",
+    "optim.momentum_schedule.base_value=0.9",
+    "data.images_size=16",
+    "data.prediction_subsampling=0.5",
+    "data.stream_shuffle_block=4",
+    "model.patch_size=4",
+    "model.n_registers=4",
+    "model.transformers_kwargs.embed_dim=32",
+    "model.transformers_kwargs.block_kwargs.attn_kwargs.num_heads=2",
+    "model.encoder_kwargs.depth=2",
+    "model.decoder_kwargs.depth=1",
+    "efficiency.param_dtype=float32",
+    "efficiency.dataloader_num_workers=0",
+    "efficiency.compilation.do_teacher.disable=true",
+    "efficiency.compilation.do_student.disable=true",
+    "efficiency.rematerialization.enabled=false",
+    "evals=null",
+]
+
+
+def make_images(folder: Path, num: int = 10, size: int = 24) -> Path:
+    """A folder of colourful JPEGs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(num):
+        coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((size, size), Image.Resampling.BILINEAR).save(
+            folder / f"{i:02d}.jpg", quality=90
+        )
+    return folder
+
+
+def tiny(images: Path | str, output_dir: Path, *overrides: str) -> list[str]:
+    """Command-line arguments of a tiny run."""
+    return [*TINY, f"data.dataset={images}", f"train.output_dir={output_dir}", *overrides]
+
+
+def run_main(arguments: list[str]) -> int:
+    """Train in this process; the exit code."""
+    import train_capi
+
+    return train_capi.main(arguments)
+
+
+def _child(arguments: list[str]) -> None:
+    import train_capi
+
+    torch.set_num_threads(1)
+    raise SystemExit(train_capi.main(arguments))
+
+
+class KillableRun:
+    """A training in a process of its own, started from a server that has imported everything already."""
+
+    def __init__(self, arguments: list[str], output_dir: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["train_capi"])
+        self.output_dir = output_dir
+        self.process = context.Process(target=_child, args=(arguments,))
+        self.process.start()
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> bool:
+        """Until the condition holds (True) or the process ended (False)."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if not self.process.is_alive():
+                return condition()
+            assert time.monotonic() < end, f"{self.output_dir} did not get that far in {seconds} s"
+            time.sleep(0.002)
+        return True
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        import os
+
+        os.kill(self.process.pid, number)
+
+    def join(self, seconds: float = 60) -> int:
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, "still running"
+        return self.process.exitcode
+
+
+def logged_steps(output_dir: Path) -> int:
+    """Last step in metrics.jsonl, 0 if there is none."""
+    path = output_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+
+
+def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
+    """All records of metrics.jsonl without what depends on the machine."""
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in SPEED} for line in lines]
+
+
+def assert_same_run(actual: Path, expected: Path) -> None:
+    """Bit for bit the same weights and metrics."""
+    assert metrics_of(actual) == metrics_of(expected)
+    for name in ("student", "student_ema"):
+        a, b = (torch.load(run / f"{name}.pth", weights_only=True) for run in (actual, expected))
+        assert a.keys() == b.keys()
+        different = [key for key in a if not torch.equal(a[key], b[key])]
+        assert different == [], f"{name}.pth differs"

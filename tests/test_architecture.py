@@ -1,0 +1,85 @@
+"""The house map: who may import whom, and what no file may do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+LAYERS = [
+    {"utils", "default_eval_config"},
+    {"config", "distributed", "masking", "model", "sources"},
+    {"cae", "checkpoint", "clustering", "data", "fsdp", "ijepa", "launch", "metrics", "optim"},
+    {"evaluation"},
+    {"train_capi", "train_ijepa", "train_cae", "train_distributed", "benchmark", "hubconf", "demo",
+     "eval_segmentation", "eval_classification", "eval_visualizations"},
+]  # fmt: skip
+LAYER = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
+MODULES = sorted(ROOT.glob("*.py"))
+HEAVY = {"datasets", "submitit", "matplotlib", "sklearn", "scipy", "timm", "xformers", "huggingface_hub", "pandas"}
+
+
+def imported_modules(path: Path) -> list[str]:
+    """Top-level names of everything imported anywhere in the file, also inside functions."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.append(node.module)
+    return [name.split(".")[0] for name in names]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_imports_point_down(path):
+    assert path.stem in LAYER, f"{path.name} is not on the map; place it before adding it"
+    upward = [m for m in imported_modules(path) if m in LAYER and LAYER[m] >= LAYER[path.stem]]
+    assert not upward, f"{path.name} may only import lower layers, but imports {upward}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_heavy_packages_are_imported_where_they_are_used(path):
+    top_level = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {
+        name.split(".")[0]
+        for node in top_level
+        for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+    }
+    assert not names & HEAVY
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_nothing_loads_code_from_files_or_hides_errors(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            assert caught not in ("everything", "Exception", "BaseException"), f"line {node.lineno} catches {caught}"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert arguments.get("weights_only") == "True", f"line {node.lineno}"
+        if isinstance(node, ast.keyword) and node.arg in ("strict", "trust_remote_code") and node.arg:
+            is_zip = node.arg == "strict" and ast.unparse(node.value) == "True"
+            assert is_zip or ast.unparse(node.value) != {"strict": "False"}.get(node.arg, "True"), (
+                f"{node.value.lineno}"
+            )
+
+
+def test_model_needs_torch_alone():
+    """A user of torch.hub has torch; importing model.py must not ask for more."""
+    allowed = {"torch", "utils", "jaxtyping", "omegaconf"} | sys.stdlib_module_names
+    assert set(imported_modules(ROOT / "model.py")) <= allowed
+    code = (
+        "import sys\n"
+        "for name in ('jaxtyping', 'omegaconf', 'numpy', 'PIL', 'datasets'): sys.modules[name] = None\n"
+        "import model, torch\n"
+        "kwargs = dict(embed_dim=32, block_kwargs=dict(attn_kwargs=dict(num_heads=2)))\n"
+        "m = model.EncoderDecoder(patch_size=4, transformers_kwargs=kwargs, encoder_kwargs=dict(depth=1),"
+        " decoder_kwargs=dict(depth=1))\n"
+        "m(torch.zeros(1, 3, 8, 8))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

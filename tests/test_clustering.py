@@ -1,0 +1,182 @@
+"""clustering.py against the golden numbers, an independent oracle, and itself in chunks."""
+
+import math
+
+import pytest
+import torch
+from conftest import load_golden, seeded
+from torch import Tensor
+
+from clustering import L2NormLinear, OnlineClustering, entropy, sinkhorn_knopp, soft_cross_entropy
+from utils import UserError
+
+GOLDEN, _META = load_golden("clustering")
+
+
+@pytest.mark.parametrize("n_iterations", [1, 3, 10])
+def test_sinkhorn_matches_golden(n_iterations):
+    actual = sinkhorn_knopp(GOLDEN["sinkhorn.in"], n_iterations)
+    torch.testing.assert_close(actual, GOLDEN[f"sinkhorn.out_{n_iterations}"], atol=1e-6, rtol=1e-5)
+
+
+def log_domain_oracle(logits: Tensor, n_iterations: int) -> Tensor:
+    """Without eps and without a shift: what the algorithm means."""
+    log = logits.double()
+    for _ in range(n_iterations):
+        log = log - log.logsumexp(dim=-2, keepdim=True)
+        log = log - log.logsumexp(dim=-1, keepdim=True)
+    return log.exp()
+
+
+def float64_oracle(logits: Tensor, n_iterations: int) -> Tensor:
+    """With the published shift and eps, sample by sample: what they do where a row or column all but vanishes."""
+    m = logits.double()
+    m = (m - m.max(dim=-2, keepdim=True).values + 50).exp()
+    for _ in range(n_iterations):
+        for k in range(m.shape[-1]):
+            m[..., k] = m[..., k] / (m[..., k].sum(-1, keepdim=True) + 1e-8)
+        for b in range(m.shape[-2]):
+            m[..., b, :] = m[..., b, :] / (m[..., b, :].sum(-1, keepdim=True) + 1e-8)
+    return m
+
+
+@pytest.mark.parametrize(("oracle", "scale"), [(log_domain_oracle, 1.0), (float64_oracle, 1.0), (float64_oracle, 17.0)])
+@pytest.mark.parametrize("shape", [(64, 16), (16, 64), (3, 5, 20, 8)])  # more samples than prototypes, fewer, batched
+def test_sinkhorn_matches_an_oracle(oracle, scale, shape):
+    logits = scale * torch.randn(
+        shape, generator=seeded(0)
+    )  # 1 / target_temp = 17: std of the logits at initialisation
+    before = logits.clone()
+    torch.testing.assert_close(sinkhorn_knopp(logits, 3).double(), oracle(logits, 3), rtol=1e-3, atol=1e-6)
+    assert torch.equal(logits, before), "the input was modified in place"
+
+
+def test_sinkhorn_rows_sum_to_one_and_columns_balance():
+    assignments = sinkhorn_knopp(torch.randn(40, 10, generator=seeded(0)), 50)
+    torch.testing.assert_close(assignments.sum(-1), torch.ones(40))
+    torch.testing.assert_close(assignments.sum(-2), torch.full((10,), 4.0), rtol=1e-3, atol=0)
+
+
+def test_changing_one_position_leaves_the_other_positions_targets_alone():
+    head = OnlineClustering(8, 6, bias=True, n_sk_iter=3, target_temp=0.06, pred_temp=0.12)
+    x = torch.randn(5, 7, 8, generator=seeded(0))
+    changed = x.clone()
+    changed[2] = torch.randn(7, 8, generator=seeded(1))
+    a, b = head(x)[0], head(changed)[0]
+    same = [bool(torch.equal(a[i], b[i])) for i in range(5)]
+    assert same == [True, True, False, True, True]
+
+
+def test_sinkhorn_needs_an_iteration():
+    with pytest.raises(UserError, match="n_sk_iter=0"):
+        sinkhorn_knopp(torch.zeros(2, 2), 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sinkhorn_in_half_precision_is_that_of_float32(dtype):
+    logits = (17 * torch.randn(4, 32, 16, generator=seeded(0))).to(dtype)
+    assignments = sinkhorn_knopp(logits, 3)
+    assert assignments.dtype == dtype
+    torch.testing.assert_close(assignments.float(), sinkhorn_knopp(logits.float(), 3), atol=5e-3, rtol=0)
+
+
+def golden_head(positionwise: bool) -> tuple[OnlineClustering, dict[str, Tensor]]:
+    prefix = f"clustering.positionwise_{positionwise}."
+    tensors = {k.removeprefix(prefix): v for k, v in GOLDEN.items() if k.startswith(prefix)}
+    k, d = tensors["weight"].shape
+    head = OnlineClustering(
+        d, k, bias=True, n_sk_iter=3, target_temp=0.06, pred_temp=0.12, positionwise_sk=positionwise
+    )
+    head.load_state_dict({"layer.weight": tensors["weight"], "layer.bias": tensors["bias"]})
+    return head, tensors
+
+
+@pytest.mark.parametrize("positionwise", [True, False])
+def test_clustering_head_matches_golden(positionwise):
+    head, golden = golden_head(positionwise)
+    assignments, loss = head(golden["x"])
+    loss.backward()
+    torch.testing.assert_close(assignments, golden["assignments"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss.detach(), golden["loss"][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(head.layer.weight.grad, golden["grad_weight"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(head.layer.bias.grad, golden["grad_bias"], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("positionwise", [True, False])
+@pytest.mark.parametrize("chunk", [1, 7, 9, None])
+def test_chunks_change_nothing(positionwise, chunk):
+    head, golden = golden_head(positionwise)
+    p, b, _ = golden["x"].shape
+    predict_indices = torch.randperm(p * b, generator=seeded(0))[:25]
+    step = head.step(golden["x"], predict_indices, chunk=chunk, with_usage=True)
+    expected = golden["assignments"][predict_indices % p, predict_indices // p]
+    torch.testing.assert_close(step.targets, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(step.loss, golden["loss"][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(head.layer.weight.grad, golden["grad_weight"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(head.layer.bias.grad, golden["grad_bias"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(step.mass, golden["assignments"].sum((0, 1)), atol=1e-4, rtol=1e-4)
+    counts = golden["assignments"].argmax(-1).flatten().bincount(minlength=step.targets.shape[1])
+    assert torch.equal(step.counts, counts)
+
+
+def test_chunks_hold_no_more_logits_than_they_say():
+    """The largest tensor the step makes is one chunk's logits, not all positions' logits."""
+    head = OnlineClustering(8, 64, bias=True, n_sk_iter=3, target_temp=0.06, pred_temp=0.12)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        head.step(torch.randn(16, 32, 8), torch.arange(0, 16 * 32, 50), chunk=2)
+    assert largest == 2 * 32 * 64
+
+
+def test_loss_scale_scales_the_gradient_alone():
+    grads, losses = [], []
+    for scale in (1.0, 1024.0):
+        head, golden = golden_head(True)
+        losses.append(head.step(golden["x"], torch.tensor([0]), loss_scale=scale).loss)
+        grads.append(head.layer.weight.grad)
+    assert torch.equal(losses[0], losses[1])
+    torch.testing.assert_close(grads[1] / 1024, grads[0])
+
+
+def test_no_gradient_reaches_the_features():
+    head, golden = golden_head(True)
+    x = golden["x"].clone().requires_grad_()
+    head(x)[1].backward()
+    assert x.grad is None
+
+
+def test_student_head_matches_golden():
+    k, d = GOLDEN["student_head.weight_v"].shape
+    head = L2NormLinear(d, k)
+    head.load_state_dict({f"last_layer.{n}": GOLDEN[f"student_head.{n}"] for n in ("weight_g", "weight_v")})
+    x = GOLDEN["student_head.x"].clone().requires_grad_()
+    out = head(x)
+    loss = soft_cross_entropy(GOLDEN["student_head.target"], out, 0.12).mean()
+    loss.backward()
+    torch.testing.assert_close(out.detach(), GOLDEN["student_head.out"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(loss.detach(), GOLDEN["student_head.loss_temp_0.12"][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(x.grad, GOLDEN["student_head.grad_x"], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(head.last_layer.weight_g.grad, GOLDEN["student_head.grad_g"], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(head.last_layer.weight_v.grad, GOLDEN["student_head.grad_v"], atol=1e-6, rtol=1e-4)
+
+
+def test_student_head_works_in_bfloat16():
+    head = L2NormLinear(16, 8)
+    x = torch.randn(4, 16, generator=seeded(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = head(x.bfloat16())
+    torch.testing.assert_close(out.float(), head(x), atol=2e-2, rtol=0)
+
+
+def test_entropy_is_zero_for_certainty_and_log_k_for_ignorance():
+    rows = torch.stack([torch.eye(8)[0], torch.full((8,), 1 / 8)])
+    torch.testing.assert_close(entropy(rows), torch.tensor([0.0, math.log(8)]))

@@ -1,0 +1,177 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_cli, seeded
+from PIL import Image
+
+import demo
+from model import EncoderDecoder
+
+
+def made_up_records() -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = []
+    for step in range(10, 210, 10):
+        record: dict[str, Any] = {"step": step, "capi_loss": 3 + 30 / step, "clustering_loss": 5 - step / 100}
+        record |= {"target_entropy": 1.4 - step / 1000, "prototypes_used": 60.0, "prototype_perplexity": 40 + step / 10}
+        record |= {
+            "lr": 1e-3 * step / 200,
+            "clustering_lr": 5e-4,
+            "momentum": 0.99 + step / 1e5,
+            "grad_norm": 20 / step,
+        }
+        if step % 50 == 0:
+            record |= {"teacher_rank": 30.0 + step / 10}
+        records.append(record)
+    return records
+
+
+def tiny_model() -> EncoderDecoder:
+    return EncoderDecoder(
+        patch_size=8,
+        n_registers=4,
+        transformers_kwargs={"embed_dim": 16, "block_kwargs": {"attn_kwargs": {"num_heads": 2}}},
+        encoder_kwargs={"depth": 2},
+        decoder_kwargs={"depth": 1},
+    ).eval()
+
+
+def panels(figure: Any, path: Path) -> list[np.ndarray]:
+    """Save the figure, read it back, and cut out the pixels inside each axes."""
+    figure.savefig(path)
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    height, width, _ = pixels.shape
+    assert 600 < width < 3000
+    assert 400 < height < 3000
+    cut = []
+    for ax in figure.axes:
+        box = ax.get_position()
+        rows = slice(math.ceil((1 - box.y1) * height), math.floor((1 - box.y0) * height))
+        cut.append(pixels[rows, math.ceil(box.x0 * width) : math.floor(box.x1 * width)])
+    return cut
+
+
+def num_coloured(pixels: np.ndarray) -> int:
+    """Pixels that are not grey."""
+    return int((np.ptp(pixels.astype(int), axis=-1) > 60).sum())
+
+
+def assert_no_overlaps(figure: Any) -> None:
+    boxes = {}
+    for number, ax in enumerate(figure.axes):
+        texts = {"title": ax.title, "x": ax.xaxis.label, "y": ax.yaxis.label}
+        boxes |= {(number, kind): t.get_window_extent() for kind, t in texts.items() if t.get_text()}
+    names = list(boxes)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            assert not boxes[first].overlaps(boxes[second]), f"{first} overlaps {second}"
+
+
+def test_every_panel_of_the_curves_shows_its_quantity(tmp_path):
+    figure = demo.draw_curves(made_up_records(), num_clusters=64)
+    cut = panels(figure, tmp_path / "curves.png")
+    assert len(cut) == 7  # six panels, one of them with a second axis
+    assert all(num_coloured(panel) > 100 for panel in cut)
+    assert_no_overlaps(figure)
+    words = " ".join(ax.get_title() + ax.get_ylabel() for ax in figure.axes)
+    for word in ("losses", "nats", "Entropy", "Prototypes", "rank", "gradient", "learning rate", "momentum"):
+        assert word in words
+
+
+def test_curves_leave_out_what_was_not_logged_or_not_finite(tmp_path):
+    records = [{"step": 1, "capi_loss": None, "lr": 1e-3, "momentum": 0.9}, {"step": 2, "capi_loss": 2.0, "lr": 1e-3}]
+    figure = demo.draw_curves(records, num_clusters=64)
+    panels(figure, tmp_path / "curves.png")
+    texts = [[text.get_text() for text in ax.texts] for ax in figure.axes[:6]]
+    missing = ["not logged in this run"]
+    assert texts == [[], missing, missing, missing, missing, []]
+    demo.draw_curves([], num_clusters=64).savefig(tmp_path / "empty.png")
+
+
+@pytest.fixture
+def drawn() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+    images = demo.validation_images(48)[:3]
+    order = torch.rand(3, 36, generator=seeded(0)).argsort(dim=1)
+    visible, predicted = order[:, :12], order[:, 12:17]
+    maps = {name: demo.patch_features(tiny_model(), images) for name in ("before", "after")}
+    return images, visible, predicted, demo.draw_features(images, visible, predicted, maps)
+
+
+def test_every_panel_of_the_features_is_a_picture(drawn, tmp_path):
+    *_, figure = drawn
+    cut = panels(figure, tmp_path / "features.png")
+    assert len(cut) == 3 * 5
+    for panel in cut:
+        assert min(panel.shape[:2]) > 100, "too small to see anything"
+        assert len(np.unique(panel.reshape(-1, 3), axis=0)) > 20
+    assert_no_overlaps(figure)
+    assert [ax.get_title() for ax in figure.axes[3:5]] == ["before", "after"]
+
+
+def test_the_students_view_has_the_visible_patches_and_nothing_else(drawn):
+    _, visible, predicted, figure = drawn
+    for row in range(3):
+        image, masked, view = (np.asarray(figure.axes[5 * row + column].images[0].get_array()) for column in range(3))
+        patch = image.shape[0] // 6
+        for position in range(36):
+            top, left = position // 6 * patch, position % 6 * patch
+            cell = np.s_[top : top + patch, left : left + patch]
+            if position in visible[row]:
+                np.testing.assert_array_equal(view[cell], image[cell])
+                np.testing.assert_array_equal(masked[cell], image[cell])
+            else:
+                assert np.ptp(view[cell]) == 0, "a hidden patch shows something"
+                assert (masked[cell] <= image[cell]).all()
+        frames = {(frame.get_x() // patch, frame.get_y() // patch) for frame in figure.axes[5 * row + 1].patches}
+        assert frames == {(position % 6, position // 6) for position in predicted[row].tolist()}
+
+
+def test_pca_colours_do_not_depend_on_the_basis_and_are_shared_by_the_images():
+    maps = torch.randn(3, 6, 6, 16, generator=seeded(0)) ** 3
+    maps[1] = maps[0]
+    colours = demo.pca_colors(maps)
+    assert colours.shape == (3, 6, 6, 3)
+    assert colours.min() == 0
+    assert colours.max() == 1
+    torch.testing.assert_close(colours[1], colours[0])
+    rotation = torch.linalg.qr(torch.randn(16, 16, generator=seeded(1))).Q
+    torch.testing.assert_close(demo.pca_colors(5 * maps @ rotation + 3), colours, rtol=0, atol=1e-3)
+
+
+def test_validation_images_are_different_squares():
+    images = demo.validation_images(32)
+    assert images.shape == (demo.NUM_IMAGES, 3, 32, 32)
+    assert images.dtype == torch.uint8
+    assert len({image.numpy().tobytes() for image in images}) == demo.NUM_IMAGES
+
+
+def test_a_failed_training_ends_the_demo_with_its_exit_code(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "train", lambda sources: 3)
+    assert demo.main(["--output-dir", str(tmp_path)]) == 3
+
+
+def test_an_interrupted_training_draws_nothing_and_says_how_to_continue(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "train", lambda sources: 0)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "capi_loss": 4.7}\n')
+    assert demo.main(["--output-dir", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "stopped after 10 of 250 steps; the same command continues it" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.slow
+def test_the_demo_command_trains_draws_and_names_its_files(tmp_path):
+    small = ["optim.total_iters=2", "optim.batch_size_per_gpu=4", "train.log_loss_every=1", "data.images_size=48"]
+    small += ["model.encoder_kwargs.depth=1", "model.decoder_kwargs.depth=1", "capi.num_clusters=8"]
+    small += ["efficiency.dataloader_num_workers=0", "data.mask_ratio=0.5"]
+    done = run_cli("demo.py", "--output-dir", tmp_path / "run", *small)
+    assert done.returncode == 0, done.stderr
+    assert "train_capi.py configs/demo.yaml optim.total_iters=2" in done.stdout, "the command that a user could type"
+    for name in ("student_ema.pth", "metrics.jsonl", "curves.png", "features.png", "checkpoints/step_000000002"):
+        assert (tmp_path / "run" / name).exists()
+        assert str(tmp_path / "run" / name) in done.stdout
+    assert "Done in 0 min" in done.stdout

@@ -1,0 +1,268 @@
+"""model.py against the golden numbers, and its properties."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import load_golden, load_golden_json, seeded
+from torch import Tensor, nn
+
+from clustering import L2NormLinear, OnlineClustering
+from model import EncoderDecoder, RotaryEmbedding, edge_coordinates, load_model
+from utils import UserError
+
+
+def tiny_model(**changes: Any) -> EncoderDecoder:
+    kwargs: dict[str, Any] = {
+        "patch_size": 4,
+        "n_registers": 4,
+        "transformers_kwargs": {
+            "embed_dim": 32,
+            "drop_path_rate": 0.0,
+            "block_kwargs": {"attn_kwargs": {"num_heads": 2}},
+        },
+        "encoder_kwargs": {"depth": 2},
+        "decoder_kwargs": {"depth": 2},
+    }
+    return EncoderDecoder(**(kwargs | changes))
+
+
+def with_drop_path(rate: float, kind: str) -> dict[str, Any]:
+    block = {"drop_path_type": kind, "attn_kwargs": {"num_heads": 2}}
+    return {"transformers_kwargs": {"embed_dim": 32, "drop_path_rate": rate, "block_kwargs": block}}
+
+
+@pytest.fixture(scope="module")
+def golden() -> tuple[dict[str, Tensor], EncoderDecoder]:
+    tensors, meta = load_golden("model_default")
+    model = EncoderDecoder(**meta["model"])
+    model.load_state_dict({k.removeprefix("sd."): v for k, v in tensors.items() if k.startswith("sd.")})
+    return tensors, model.eval()
+
+
+def test_state_dict_has_the_names_and_shapes_of_the_released_weights(golden):
+    tensors, model = golden
+    expected = {k.removeprefix("sd."): v.shape for k, v in tensors.items() if k.startswith("sd.")}
+    assert {k: v.shape for k, v in model.state_dict().items()} == expected
+
+
+def test_forward_matches_golden(golden):
+    tensors, model = golden
+    with torch.no_grad():
+        out = model(tensors["images"])
+    for name in ("global_repr", "registers", "feature_map"):
+        torch.testing.assert_close(getattr(out, name), tensors[f"out.{name}"], atol=1e-5, rtol=0)
+    global_repr, registers, feature_map = out
+    assert global_repr is out.global_repr
+    assert registers is out.registers
+    assert feature_map is out.feature_map
+
+
+def test_forward_pretrain_matches_golden(golden):
+    tensors, model = golden
+    with torch.no_grad():
+        patches, predictions = model.forward_pretrain(
+            tensors["images"], tensors["visible_indices"], tensors["predict_indices"], do_prediction=True
+        )
+        teacher_patches, nothing = model.forward_pretrain(tensors["images"])
+    torch.testing.assert_close(patches, tensors["pretrain.encoder_patches"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(predictions, tensors["pretrain.predictions"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(teacher_patches, tensors["teacher.encoder_patches"], atol=1e-5, rtol=0)
+    assert nothing is None
+
+
+def test_rotary_frequencies_match_golden(golden):
+    tensors, _ = golden
+    torch.testing.assert_close(
+        RotaryEmbedding(16).freqs.detach(), tensors["sd.encoder.blocks.0.residual1.fn.rope.freqs"]
+    )
+
+
+def test_initialisation_has_the_golden_statistics():
+    golden = load_golden_json("init_stats")
+    width, stats = golden["embed_dim"], golden["stats"]
+    towers = {"embed_dim": width, "drop_path_rate": 0.0, "block_kwargs": {"attn_kwargs": {"num_heads": 4}}}
+    backbone = EncoderDecoder(
+        transformers_kwargs=towers, encoder_kwargs={"depth": 3}, decoder_kwargs={"depth": 2}, n_registers=16
+    )
+    k = stats["teacher_head.layer.weight"]["shape"][0]
+    teacher_head = OnlineClustering(width, k, bias=True, n_sk_iter=3, target_temp=0.06, pred_temp=0.12)
+    fresh = dict(backbone.named_parameters())
+    fresh |= {f"student_head.{name}": p for name, p in L2NormLinear(width, k).named_parameters()}
+    fresh |= {f"teacher_head.{name}": p for name, p in teacher_head.named_parameters()}
+    assert fresh.keys() == stats.keys()
+    for name, expected in stats.items():
+        assert_same_statistics(name, fresh[name].detach(), expected)
+
+
+def assert_same_statistics(name: str, actual: Tensor, stats: dict[str, Any]) -> None:
+    n = actual.numel()
+    assert list(actual.shape) == stats["shape"], name
+    if stats["std"] == 0 or name.endswith("freqs"):  # not random
+        assert actual.mean().item() == pytest.approx(stats["mean"], rel=1e-5), name
+        assert actual.abs().max().item() == pytest.approx(stats["absmax"], rel=1e-5), name
+        return
+    std = stats["std"]
+    assert abs(actual.mean().item() - stats["mean"]) < 6 * std * math.sqrt(2 / n), name
+    assert actual.std().item() / std == pytest.approx(1, abs=6 / math.sqrt(n)), name
+    assert actual.abs().max().item() / stats["absmax"] == pytest.approx(1, abs=0.6), name
+
+
+def test_meta_device_then_materialise_is_the_same_model():
+    torch.manual_seed(3)
+    model = tiny_model()
+    with torch.device("meta"):
+        materialised = tiny_model()
+    materialised.to_empty(device="cpu")
+    for parameter in materialised.parameters():
+        nn.init.constant_(parameter, math.nan)
+    torch.manual_seed(3)
+    tiny_model()  # the constructor above drew once; init_weights draws the same again
+    torch.manual_seed(3)
+    model.init_weights()
+    torch.manual_seed(3)
+    materialised.init_weights()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, materialised.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("kind", ["efficient", "naive"])
+def test_drop_path_keeps_the_expectation(kind):
+    model = tiny_model(**with_drop_path(0.3, kind)).train()
+    residual = model.encoder.blocks[0].residual2
+    x = torch.randn(8, 3, 32, generator=seeded(0))
+    with torch.no_grad():
+        mean = torch.stack([residual(x) for _ in range(3000)]).mean(0)
+        expected = x + residual._branch(x, [])
+    kept = max(int(8 * 0.7), 1) / 8 if kind == "efficient" else 0.7
+    spread = (expected - x).abs().max() * math.sqrt((1 - kept) / kept / 3000)
+    assert (mean - expected).abs().max() < 6 * spread
+
+
+def test_efficient_drop_path_runs_the_branch_on_exactly_that_many_images():
+    model = tiny_model(**with_drop_path(0.3, "efficient")).train()
+    residual = model.encoder.blocks[0].residual2
+    seen = []
+    residual.fn.register_forward_hook(lambda _module, args, _out: seen.append(len(args[0])))
+    for b in (1, 2, 8, 10):
+        residual(torch.randn(b, 3, 32))
+    assert seen == [1, 1, 5, 7]  # max(int(b * 0.7), 1), where 10 * (1 - 0.3) is 7.0 in floating point
+
+
+def test_drop_path_is_off_in_eval_mode():
+    model = tiny_model(**with_drop_path(0.9, "efficient")).eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model(x).feature_map, model(x).feature_map)
+
+
+def test_dropped_self_attention_still_sees_one_coordinate_tensor():
+    """Self-attention computes its angles once: the subset of the coordinates must stay one object for q and k."""
+    model = tiny_model(**with_drop_path(0.5, "efficient")).train()
+    calls = []
+    model.encoder.blocks[0].residual1.fn.rope.register_forward_hook(lambda *_: calls.append(1))
+    model.forward_pretrain(torch.randn(4, 3, 8, 8))
+    assert len(calls) == 1
+
+
+def test_masked_patches_do_not_reach_the_student():
+    model = tiny_model().eval()
+    images = torch.randn(1, 3, 8, 8, generator=seeded(0))
+    visible, predict = torch.tensor([0, 1]), torch.tensor([2, 3])
+    changed = images.clone()
+    changed[:, :, 4:] += 1  # patches 2 and 3
+    for a, b in zip(
+        model.forward_pretrain(images, visible, predict, do_prediction=True),
+        model.forward_pretrain(changed, visible, predict, do_prediction=True),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_every_parameter_gets_a_gradient():
+    model = tiny_model()
+    images = torch.randn(2, 3, 8, 8)
+    _, predictions = model.forward_pretrain(
+        images, torch.tensor([0, 1, 5, 6]), torch.tensor([2, 7]), do_prediction=True
+    )
+    predictions.square().sum().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_image_size_that_is_no_multiple_of_the_patch_is_refused():
+    with pytest.raises(UserError, match=r"10x8 must be a multiple of the patch size 4"):
+        tiny_model()(torch.randn(1, 3, 10, 8))
+
+
+def test_registers_walk_round_the_unit_square():
+    expected = [(0, 0), (0.5, 0), (1, 0), (1, 0.5), (1, 1), (0.5, 1), (0, 1), (0, 0.5)]
+    torch.testing.assert_close(edge_coordinates(8, "edge"), torch.tensor(expected, dtype=torch.float32))
+    with pytest.raises(UserError, match="multiple of 4"):
+        tiny_model(n_registers=6)
+    assert tiny_model(n_registers=6, register_coordinates="zeros").n_registers == 6
+
+
+def test_out_layer_counts_from_the_embedding_and_wraps_around():
+    torch.manual_seed(1)
+    model = tiny_model().eval()
+    images = torch.randn(1, 3, 8, 8)
+    by_layer = {}
+    for layer in (0, 1, 2, -1, -3):
+        chosen = tiny_model(out_layer=layer).eval()
+        chosen.load_state_dict(model.state_dict())
+        by_layer[layer] = chosen(images)
+    assert torch.equal(by_layer[-1].feature_map, by_layer[2].feature_map)
+    assert torch.equal(by_layer[-3].feature_map, by_layer[0].feature_map)
+    assert not torch.allclose(by_layer[0].feature_map, by_layer[1].feature_map)
+    for out in by_layer.values():
+        assert torch.equal(out.global_repr, by_layer[-1].global_repr)
+
+
+def test_no_registers_work():
+    out = tiny_model(n_registers=0)(torch.randn(2, 3, 8, 12))
+    assert out.registers.shape == (2, 0, 32)
+    assert out.feature_map.shape == (2, 2, 3, 32)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_load_model_reads_an_export_with_its_config_beside_it(tmp_path, prefix):
+    model = tiny_model()
+    torch.save({f"{prefix}{k}": v for k, v in model.state_dict().items()}, tmp_path / "w.pth")
+    (tmp_path / "w.yaml").write_text(
+        "model:\n  patch_size: 4\n  n_registers: 4\n  transformers_kwargs: {embed_dim: 32, block_kwargs: "
+        "{attn_kwargs: {num_heads: 2}}}\n  encoder_kwargs: {depth: 2}\n  decoder_kwargs: {depth: 2}\n"
+    )
+    loaded = load_model(pretrained_weights=tmp_path / "w.pth")
+    assert not loaded.training
+    images = torch.randn(1, 3, 8, 8)
+    assert torch.equal(loaded(images).global_repr, model.eval()(images).global_repr)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda sd: sd.pop("backbone.mask_token"), "1 missing: mask_token"),
+        (lambda sd: sd.update({"backbone.extra": torch.zeros(1)}), "1 unexpected: extra"),
+        (
+            lambda sd: sd.update({"backbone.mask_token": torch.zeros(1, 3)}),
+            r"mask_token \(\[1, 3\], expected \[1, 32\]\)",
+        ),
+        (lambda sd: sd.clear(), "missing"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
+    small = {
+        "model": {
+            "patch_size": 4,
+            "n_registers": 4,
+            "transformers_kwargs": {"embed_dim": 32, "block_kwargs": {"attn_kwargs": {"num_heads": 2}}},
+            "encoder_kwargs": {"depth": 2},
+            "decoder_kwargs": {"depth": 2},
+        }
+    }
+    state = {f"backbone.{k}": v for k, v in tiny_model().state_dict().items()}
+    change(state)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=message):
+        load_model(pretrained_weights=tmp_path / "w.pth", config_override=small)

@@ -1,0 +1,83 @@
+"""optim.py: schedules and parameter groups against the golden numbers, and the moving average."""
+
+import pytest
+import torch
+from conftest import load_golden_json
+from torch import nn
+
+from clustering import L2NormLinear
+from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from model import EncoderDecoder
+from optim import Multipliers, WarmupThenCosine, ema_update_, hyper_at, make_student_optimizer, multipliers, set_hyper
+
+
+@pytest.mark.parametrize("case", load_golden_json("schedules"), ids=lambda c: str(c["kwargs"])[:60])
+def test_schedule_matches_golden(case):
+    schedule = WarmupThenCosine(**case["kwargs"])
+    for step, expected in case["values"].items():
+        assert schedule(int(step)) == pytest.approx(expected, rel=1e-9, abs=1e-15), f"at step {step}"
+
+
+def test_fractions_of_the_default_recipe_are_the_published_steps():
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [])
+    for schedule in (cfg.optim.lr_schedule, cfg.optim.momentum_schedule, cfg.capi.clustering_optimizer.lr_schedule):
+        assert schedule.warmup_steps(cfg.optim.total_iters) == 50_000
+    golden = load_golden_json("schedules")
+    assert hyper_at(250_000, cfg).lr == pytest.approx(golden[0]["values"]["250000"])
+    assert hyper_at(250_000, cfg).momentum == pytest.approx(golden[1]["values"]["250000"])
+    assert hyper_at(250_000, cfg).clustering_lr == pytest.approx(golden[2]["values"]["250000"])
+
+
+def test_a_shorter_run_is_the_same_curve_compressed():
+    long = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [])
+    short = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, ["optim.total_iters=5000"])
+    for share in (0.2, 0.5, 0.9):
+        a, b = hyper_at(int(share * 500_000), long), hyper_at(int(share * 5000), short)
+        assert a.lr == pytest.approx(b.lr, rel=1e-3)
+        assert 1 - a.momentum == pytest.approx(1 - b.momentum, rel=1e-3)
+
+
+def student(depths: tuple[int, int] = (3, 2)) -> nn.ModuleDict:
+    towers = {"embed_dim": 64, "drop_path_rate": 0.0, "block_kwargs": {"attn_kwargs": {"num_heads": 4}}}
+    backbone = EncoderDecoder(
+        transformers_kwargs=towers, encoder_kwargs={"depth": depths[0]}, decoder_kwargs={"depth": depths[1]}
+    )
+    return nn.ModuleDict({"backbone": backbone, "head": L2NormLinear(64, 48)})
+
+
+def test_parameter_groups_match_golden():
+    golden = load_golden_json("param_groups")
+    actual = multipliers(student(), patch_embed_lr_mult=0.2, rope_lr_mult=0.0, layernorm_wd_mult=0.1)
+    assert {k: v for k, v in actual.items() if k in golden} == {
+        k: Multipliers(v["lr_multiplier"], v["wd_multiplier"]) for k, v in golden.items()
+    }
+    assert actual.keys() - golden.keys() <= {"head.last_layer.weight_g", "head.last_layer.weight_v"}
+
+
+def test_every_parameter_is_in_exactly_one_group_and_gets_its_multipliers():
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [])
+    module = student()
+    optimizer = make_student_optimizer(module, cfg)
+    other = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    hyper = hyper_at(60_000, cfg)
+    set_hyper(optimizer, other, hyper)
+    by_parameter = {p: g for g in optimizer.param_groups for p in g["params"]}
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(by_parameter) == len(list(module.parameters()))
+    freqs = by_parameter[module.get_parameter("backbone.encoder.blocks.0.residual1.fn.rope.freqs")]
+    bias = by_parameter[module.get_parameter("backbone.patch_embed.bias")]
+    assert freqs["lr"] == 0
+    assert bias["lr"] == pytest.approx(0.2 * hyper.lr)
+    assert bias["weight_decay"] == 0
+    assert other.param_groups[0]["lr"] == hyper.clustering_lr
+
+
+def test_ema_moves_by_one_minus_momentum():
+    ema, module = nn.Linear(2, 2), nn.Linear(2, 2)
+    before, target = ema.weight.detach().clone(), module.weight.detach().clone()
+    ema_update_(ema, module, 1.0)
+    assert torch.equal(ema.weight, before)
+    ema_update_(ema, module, 0.9)
+    torch.testing.assert_close(ema.weight.detach(), 0.9 * before + 0.1 * target)
+    assert torch.equal(module.weight, target)
+    ema_update_(ema, module, 0.0)
+    assert torch.equal(ema.weight, target)

@@ -1,0 +1,453 @@
+"""train_capi.py: the step against the golden trajectory, and the loop as a user meets it."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, load_golden, load_golden_json, run_cli
+from runs import KillableRun, assert_same_run, logged_steps, make_images, metrics_of, run_main, tiny
+from torch import Tensor
+
+import train_capi
+from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from data import Batch
+from optim import hyper_at
+
+GOLDEN, META = load_golden("trajectory_default")
+GOLDEN_CONFIG = [
+    "train.device=cpu",
+    f"capi.num_clusters={META['num_clusters']}",
+    f"data.images_size={META['image'][-1]}",
+    f"optim.total_iters={META['steps']}",
+    "optim.lr_schedule.warmup_iters=2",
+    "optim.momentum_schedule.warmup_iters=2",
+    f"optim.momentum_schedule.base_value={META['optim']['momentum']['base_value']}",
+    "capi.clustering_optimizer.lr_schedule.warmup_iters=2",
+    "model.transformers_kwargs.embed_dim=64",
+    "model.transformers_kwargs.drop_path_rate=0",
+    "model.transformers_kwargs.block_kwargs.attn_kwargs.num_heads=4",
+    "model.encoder_kwargs.depth=3",
+    "model.decoder_kwargs.depth=2",
+    "efficiency.param_dtype=float32",
+    "efficiency.compilation.do_teacher.disable=true",
+    "efficiency.compilation.do_student.disable=true",
+]
+
+
+def part(prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in GOLDEN.items() if key.startswith(prefix)}
+
+
+def golden_state(*overrides: str) -> train_capi.TrainState:
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*GOLDEN_CONFIG, *overrides])
+    state = train_capi.TrainState(cfg, torch.device("cpu"))
+    state.student.load_state_dict(part("init.student."))
+    state.student_ema.load_state_dict(part("init.student."))
+    state.clustering.load_state_dict(part("init.clustering."))
+    return state
+
+
+def golden_batches(step: int, accumulation_steps: int) -> list[Batch]:
+    """The step's six images as so many batches."""
+    tensors = part(f"step{step}.")
+    per_batch = len(tensors["images"]) // accumulation_steps
+    num_patches = 36
+    batches = []
+    for i in range(accumulation_steps):
+        share = {name: tensors[name].chunk(accumulation_steps)[i] for name in tensors}
+        offset = i * per_batch * num_patches
+        batches.append(
+            Batch(
+                images=share["images"],
+                visible_indices=share["visible_indices"] - offset,
+                predict_indices=share["predict_indices"] - offset,
+                sample_ids=torch.arange(per_batch),
+            )
+        )
+    return batches
+
+
+@pytest.mark.parametrize(
+    ("accumulation_steps", "overrides"),
+    [
+        (1, ["efficiency.rematerialization.enabled=false"]),
+        (1, ["efficiency.rematerialization.enabled=true"]),
+        (1, ["efficiency.rematerialization.enabled=true", "efficiency.rematerialization.policy={}"]),
+        (1, ["capi.clustering_chunk=7"]),
+        (2, []),
+        (3, ["capi.clustering_chunk=1"]),
+    ],
+)
+def test_eight_steps_reproduce_the_golden_trajectory(accumulation_steps, overrides):
+    state = golden_state(*overrides)
+    for i, expected in enumerate(load_golden_json("trajectory_default")):
+        hyper = hyper_at(i, state.cfg)
+        scalars = train_capi.train_step(state, golden_batches(i, accumulation_steps), hyper)
+        state.step += 1
+        assert scalars["capi_loss"].item() == pytest.approx(expected["capi_loss"], rel=1e-6)
+        assert scalars["clustering_loss"].item() == pytest.approx(expected["clustering_loss"], rel=1e-6)
+        assert scalars["target_entropy"].item() == pytest.approx(expected["target_entropy"], rel=1e-5)
+        assert scalars["grad_norm"].item() == pytest.approx(expected["student_grad_norm"], rel=1e-5)
+        assert hyper.lr == pytest.approx(expected["lr"])
+        assert hyper.momentum == pytest.approx(expected["momentum"])
+        assert hyper.clustering_lr == pytest.approx(expected["clustering_lr"])
+    for name, module in state.modules.items():
+        for key, value in part(f"final.{name}.").items():
+            torch.testing.assert_close(module.state_dict()[key], value, atol=1e-5, rtol=0, msg=f"{name}.{key}")
+
+
+def test_gradient_clipping_bounds_the_update_and_reports_the_norm_before():
+    state, clipped = golden_state(), golden_state("optim.clip_grad=0.5")
+    a = train_capi.train_step(state, golden_batches(0, 1), hyper_at(1, state.cfg))
+    b = train_capi.train_step(clipped, golden_batches(0, 1), hyper_at(1, clipped.cfg))
+    assert a["grad_norm"] == b["grad_norm"]
+    norm = torch.stack([p.grad.norm() for p in clipped.student.parameters()]).norm()
+    assert norm.item() == pytest.approx(0.5, rel=1e-4)
+
+
+def weights(state: train_capi.TrainState) -> dict[str, Tensor]:
+    return {f"{n}.{k}": v.clone() for n, m in state.modules.items() for k, v in m.state_dict().items()}
+
+
+def test_an_overflow_in_float16_skips_student_average_and_clustering_head():
+    state = golden_state("efficiency.param_dtype=float16", "efficiency.grad_scaler=true")
+    before = weights(state)
+    state.scaler._init_scale = 2.0**127
+    scalars = train_capi.train_step(state, golden_batches(0, 1), hyper_at(2, state.cfg))
+    assert "grad_norm" not in scalars
+    assert scalars["loss"].isfinite()
+    assert all(torch.equal(value, before[key]) for key, value in weights(state).items())
+    assert state.scaler.get_scale() == 2.0**126
+
+
+def test_float16_with_the_scaler_is_close_to_float32():
+    plain, scaled = golden_state(), golden_state("efficiency.param_dtype=float16", "efficiency.grad_scaler=true")
+    for i in range(3):
+        a = train_capi.train_step(plain, golden_batches(i, 1), hyper_at(i, plain.cfg))
+        b = train_capi.train_step(scaled, golden_batches(i, 1), hyper_at(i, plain.cfg))
+        assert b["loss"].item() == pytest.approx(a["loss"].item(), rel=1e-2)
+        assert b["grad_norm"].item() == pytest.approx(a["grad_norm"].item(), rel=5e-2)
+    torch.testing.assert_close(scaled.clustering.layer.weight, plain.clustering.layer.weight, atol=2e-3, rtol=0)
+
+
+def test_bfloat16_is_close_to_float32_and_keeps_float32_weights():
+    plain, half = golden_state(), golden_state("efficiency.param_dtype=bfloat16")
+    a = train_capi.train_step(plain, golden_batches(0, 1), hyper_at(1, plain.cfg))
+    b = train_capi.train_step(half, golden_batches(0, 1), hyper_at(1, plain.cfg))
+    assert b["loss"].item() == pytest.approx(a["loss"].item(), rel=2e-2)
+    assert {p.dtype for p in half.student.parameters()} == {torch.float32}
+
+
+def test_drop_path_of_a_step_depends_on_seed_and_step_alone():
+    losses = []
+    for noise in (0, 1):
+        state = golden_state("model.transformers_kwargs.drop_path_rate=0.3")
+        torch.manual_seed(noise)
+        state.step = 5
+        losses.append(train_capi.train_step(state, golden_batches(0, 1), hyper_at(1, state.cfg))["capi_loss"])
+    assert losses[0] == losses[1]
+    state.step = 6
+    assert train_capi.train_step(state, golden_batches(0, 1), hyper_at(1, state.cfg))["capi_loss"] != losses[0]
+
+
+def test_the_teacher_is_the_average_and_gets_no_gradient():
+    state = golden_state()
+    with torch.no_grad():
+        state.student_ema["backbone"].patch_embed.weight.add_(1)
+    changed = train_capi.train_step(state, golden_batches(0, 1), hyper_at(0, state.cfg))
+    assert changed["clustering_loss"].item() != pytest.approx(9.921250343322754, rel=1e-4)
+    assert all(p.grad is None for p in state.student_ema.parameters())
+
+
+# --- The loop --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("finished")
+    assert run_main(tiny(images, output_dir)) == 0
+    return output_dir
+
+
+def test_a_run_leaves_checkpoints_metrics_config_log_and_exports(finished):
+    steps = [path.name for path in sorted((finished / "checkpoints").glob("step_*"))]
+    assert steps == ["step_000000002", "step_000000004", "step_000000006"]
+    assert [record["step"] for record in metrics_of(finished)] == [1, 2, 3, 4, 5, 6]
+    for name in ("config.yaml", "log.txt", "student.pth", "student.yaml", "student_ema.pth", "student_ema.yaml"):
+        assert (finished / name).stat().st_size > 0, name
+
+
+def test_metrics_say_what_a_healthy_run_is_judged_by(finished):
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    always = {
+        "capi_loss", "clustering_loss", "loss", "target_entropy", "target_entropy_rel", "prototypes_used",
+        "prototype_perplexity", "lr", "clustering_lr", "momentum", "grad_norm", "images_per_s", "data_wait", "memory_gib",
+    }  # fmt: skip
+    health = {"teacher_rank", "feature_norm_median", "feature_norm_max"}
+    for record in records:
+        assert always <= record.keys()
+        assert (health <= record.keys()) == (record["step"] % 3 == 0), record["step"]
+        assert 0 < record["target_entropy_rel"] < 1
+        assert 1 <= record["prototypes_used"] <= 16
+        assert 1 <= record["prototype_perplexity"] <= 16.001
+
+
+def test_an_export_loads_as_a_model_with_its_config_beside_it(finished):
+    from model import load_model
+
+    model = load_model(pretrained_weights=finished / "student_ema.pth")
+    assert model.patch_size == 4
+    out = model(torch.zeros(1, 3, 16, 24))
+    assert out.feature_map.shape == (1, 4, 6, 32)
+    state = torch.load(finished / "student_ema.pth", weights_only=True)
+    assert {"head.last_layer.weight_g", "head.last_layer.weight_v", "backbone.mask_token"} <= state.keys()
+
+
+def test_a_finished_run_started_again_changes_nothing(images, finished):
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert run_main(tiny(images, finished)) == 0
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_export_on_demand_writes_the_newest_checkpoint(images, finished, tmp_path, capsys):
+    expected = torch.load(finished / "student.pth", weights_only=True)
+    (finished / "student.pth").unlink()
+    assert run_main([*tiny(images, finished), "--export"]) == 0
+    assert str(finished / "student.pth") in capsys.readouterr().out
+    actual = torch.load(finished / "student.pth", weights_only=True)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    assert run_main([*tiny(images, tmp_path), "--export"]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def hub_source(images: Path, kind: str, tmp_path: Path) -> str:
+    """The images as a folder, or as a stream of two parquet shards."""
+    if kind == "folder":
+        return str(images)
+    import datasets
+
+    rows = [{"image": {"bytes": path.read_bytes(), "path": None}} for path in sorted(images.iterdir())]
+    features = datasets.Features({"image": datasets.Image()})
+    for shard in range(2):
+        path = tmp_path / f"part-{shard}.parquet"
+        datasets.Dataset.from_list(rows[shard::2], features=features).to_parquet(path)
+    files = [str(tmp_path / f"part-{shard}.parquet") for shard in range(2)]
+    return f"hf://parquet?data_files={files!r}&split='train'&img_field='image'&streaming=True".replace(" ", "")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kind", ["folder", "stream"])
+def test_a_run_killed_at_any_moment_ends_like_one_never_interrupted(images, tmp_path, kind, num_workers):
+    source = hub_source(images, kind, tmp_path)
+    extra = [
+        "optim.total_iters=9",  # 36 images: the fourth pass over the ten of them
+        f"efficiency.dataloader_num_workers={num_workers}",
+        "train.log_loss_every=2",  # windows of log and checkpoint differ: averages in the middle must survive
+        "train.checkpointing.period=3",
+        "model.transformers_kwargs.drop_path_rate=0.3",
+    ]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert KillableRun(tiny(source, straight, *extra), straight).join() == 0
+    for at_step in (2, 4, 6, 8):
+        run = KillableRun(tiny(source, killed, *extra), killed)
+        run.wait_for(lambda at_step=at_step: logged_steps(killed) >= at_step)
+        run.signal(signal.SIGKILL)
+        assert run.join() == -signal.SIGKILL
+    assert KillableRun(tiny(source, killed, *extra), killed).join() == 0
+    assert_same_run(killed, straight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_saves_and_leaves_at_the_next_step(images, tmp_path, number):
+    arguments = tiny(images, tmp_path / "run", "optim.total_iters=100000", "train.checkpointing.period=100000")
+    run = KillableRun(arguments, tmp_path / "run")
+    run.wait_for(lambda: logged_steps(tmp_path / "run") >= 3)
+    run.signal(number)
+    assert run.join() == 0
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    step = int(saved.name.removeprefix("step_"))
+    assert logged_steps(tmp_path / "run") == step, "it went on after the save"
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert f"stopped by {number.name} after {step} of 100000 steps" in log
+
+
+def test_two_runs_cannot_share_an_output_directory(images, tmp_path, capsys):
+    arguments = tiny(images, tmp_path / "run", "optim.total_iters=100000")
+    run = KillableRun(arguments, tmp_path / "run")
+    run.wait_for(lambda: logged_steps(tmp_path / "run") >= 1)
+    try:
+        assert run_main(arguments) == 2
+        assert "is in use by another run (process" in capsys.readouterr().err
+    finally:
+        run.signal(signal.SIGKILL)
+        run.join()
+
+
+def test_resuming_with_another_model_names_the_keys(images, finished, capsys):
+    assert run_main(tiny(images, finished, "model.encoder_kwargs.depth=3", "optim.total_iters=8")) == 2
+    error = capsys.readouterr().err
+    assert "model.encoder_kwargs.depth is 2 there and 3 now" in error
+    assert "Traceback" not in error
+
+
+def test_auto_resume_off_does_not_mix_two_runs(images, finished, capsys):
+    assert run_main(tiny(images, finished, "train.auto_resume=false")) == 2
+    assert "has checkpoints of an earlier run" in capsys.readouterr().err
+
+
+def test_resume_from_an_older_checkpoint_gives_the_same_end(images, finished, tmp_path):
+    older = finished / "checkpoints" / "step_000000002"
+    assert run_main(tiny(images, tmp_path / "again", f"train.resume_from={older}")) == 0
+    expected = torch.load(finished / "student.pth", weights_only=True)
+    actual = torch.load(tmp_path / "again" / "student.pth", weights_only=True)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_an_unreadable_newest_checkpoint_is_never_a_silent_fresh_start(images, tmp_path, capsys):
+    assert run_main(tiny(images, tmp_path)) == 0
+    newest = sorted((tmp_path / "checkpoints").glob("step_*"))[-1]
+    victim = next(path for path in newest.iterdir() if path.suffix == ".distcp")
+    victim.write_bytes(victim.read_bytes()[:-7])
+    assert run_main(tiny(images, tmp_path, "optim.total_iters=8")) == 2
+    error = capsys.readouterr().err
+    assert "step_000000006" in error
+    assert "train.resume_from=" in error
+    assert "step_000000004" in error
+    assert (
+        run_main(tiny(images, tmp_path, "optim.total_iters=8", f"train.resume_from={newest.parent / 'step_000000004'}"))
+        == 0
+    )
+
+
+def test_a_non_finite_loss_stops_the_run_naming_step_and_last_checkpoint(images, tmp_path, capsys):
+    arguments = tiny(images, tmp_path, "optim.total_iters=40", "train.nan_check_period=5")
+    assert run_main([*arguments, "optim.total_iters=4"]) == 0
+    diverging = [
+        "optim.lr_schedule.base_value=1e38",
+        "optim.lr_schedule.warmup_iters=0",
+        "train.checkpointing.period=100",
+    ]
+    assert run_main([*arguments, *diverging]) == 2
+    error = capsys.readouterr().err
+    assert "capi_loss" in error
+    assert "step" in error
+    assert "step_000000004" in error
+    newest = sorted((tmp_path / "checkpoints").glob("step_*"))[-1]
+    assert newest.name == "step_000000004", "a broken state was saved"
+
+
+def test_profiling_writes_a_trace(images, tmp_path):
+    assert run_main(tiny(images, tmp_path, "train.profiling=true")) == 0
+    assert (tmp_path / "profile" / "trace.json").stat().st_size > 0
+
+
+def test_accumulation_over_the_loader_gives_every_image_once(images, tmp_path):
+    arguments = tiny(
+        images, tmp_path, "optim.accumulation_steps=2", "optim.total_iters=3", "optim.batch_size_per_gpu=2"
+    )
+    assert run_main(arguments) == 0
+    state = json.loads((tmp_path / "checkpoints" / "step_000000003" / "state.json").read_text())
+    assert state["extra"]["data"]["samples"] == 12
+
+
+@pytest.mark.parametrize("size", ["s", "b", "l", "h", "g"])
+def test_every_size_runs_dry(images, tmp_path, size, capsys):
+    config = ROOT / "configs" / f"vit{size}14.yaml"
+    arguments = [str(config), f"data.dataset={images}", f"train.output_dir={tmp_path}", "train.device=cpu", "--dry-run"]
+    assert run_main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "10 images" in out
+    assert "16 x 16 = 256 patches" in out
+    assert "90 visible, 166 masked, 8 of them predicted" in out
+    expected = {"s": "32.", "b": "127.", "l": "453.", "h": "944.", "g": "1,4"}[size]
+    assert f"parameters   {expected}".replace(".", ",") in out, out
+    assert list(tmp_path.iterdir()) == [], "a dry run wrote something"
+
+
+def test_dry_run_shows_the_milestones_of_the_schedules(images, capsys):
+    assert run_main([f"data.dataset={images}", "train.device=cpu", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "50000        0.001" in out
+    assert "GiB" in out
+
+
+BAD_INPUT: list[tuple[list[str], list[str]]] = [
+    (["optim.lr_shedule.base_value=1"], ["optim.lr_shedule", "did you mean optim.lr_schedule?"]),
+    (["total_iters=5"], ["total_iters", "did you mean optim.total_iters?"]),
+    (["optim.total_iters=many"], ["optim.total_iters", "many"]),
+    (["optim.total_iters=0"], ["optim.total_iters=0", "at least 1"]),
+    (["data.images_size=18"], ["data.images_size=18", "multiple of model.patch_size=4"]),
+    (["data.mask_ratio=0.01"], ["data.mask_ratio", "0.01"]),
+    (["data.mask_ratio=1.5"], ["data.mask_ratio=1.5"]),
+    (["data.prediction_subsampling=0.001"], ["data.prediction_subsampling", "0.001"]),
+    (["data.dataset=/no/such/folder"], ["data.dataset", "/no/such/folder"]),
+    (["data.dataset=imagenet://x"], ["imagenet", "custom"]),
+    (["data.masking_generator=Blocky"], ["data.masking_generator", "InverseBlock"]),
+    (["model.n_registers=6"], ["model.n_registers=6", "multiple of 4"]),
+    (["train.device=tpu"], ["train.device", "tpu"]),
+    (["train.loggers=[tensorbord]"], ["train.loggers", "tensorbord"]),
+    (["efficiency.rematerialization.enabled=true", "efficiency.rematerialization.policy.aten::nope=true"], ["aten::nope"]),
+    (["nothere.yaml"], ["nothere.yaml"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "named"), BAD_INPUT, ids=lambda value: value[0][:40])
+def test_bad_input_names_the_key_and_leaves_no_traceback(images, tmp_path, capsys, wrong, named):
+    assert run_main([*tiny(images, tmp_path / "run"), *wrong]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in error
+    for text in named:
+        assert text in error, error
+
+
+def test_unreadable_yaml_names_the_file(tmp_path, capsys):
+    (tmp_path / "broken.yaml").write_text("optim: {total_iters: 3\n")
+    assert run_main([str(tmp_path / "broken.yaml")]) == 2
+    assert "broken.yaml" in capsys.readouterr().err
+    (tmp_path / "list.yaml").write_text("- a\n")
+    assert run_main([str(tmp_path / "list.yaml")]) == 2
+    assert "list.yaml" in capsys.readouterr().err
+
+
+def test_an_output_directory_that_cannot_be_written_is_named(images, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run_main(tiny(images, tmp_path / "file" / "run")) == 2
+    assert "train.output_dir" in capsys.readouterr().err
+
+
+def test_a_folder_without_images_is_named(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.txt").write_text("no picture")
+    assert run_main(tiny(tmp_path / "data", tmp_path / "run")) == 2
+    assert str(tmp_path / "data") in capsys.readouterr().err
+
+
+def test_misspelt_key_on_the_command_line_as_a_user_types_it(images, tmp_path):
+    done = run_cli("train_capi.py", *tiny(images, tmp_path), "optim.lr_shedule.base_value=1")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "did you mean optim.lr_schedule?" in done.stderr
+
+
+def test_help_says_how_to_use_it():
+    done = run_cli("train_capi.py", "--help")
+    assert done.returncode == 0
+    assert "a.b=c" in done.stdout
+    assert "--dry-run" in done.stdout
+
+
+def test_config_file_then_overrides_on_the_command_line_as_a_user_types_it(images, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("optim: {total_iters: 50}\n")
+    done = run_cli("train_capi.py", *tiny(images, tmp_path / "run"), config, "optim.total_iters=2")
+    assert done.returncode == 0, done.stderr
+    assert "step 2/2" in done.stderr
+    assert "exported" in done.stderr

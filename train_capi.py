@@ -1,0 +1,541 @@
+"""Pretrain CAPI (arXiv:2502.08769): the teacher clusters patches, the student predicts the clusters of hidden ones.
+
+    python train_capi.py config.yaml [more.yaml ...] [a.b=c ...]      train, or continue where a run stopped
+    python train_capi.py config.yaml a.b=c --dry-run                  say what would be trained, and stop
+    python train_capi.py config.yaml train.output_dir=DIR --export    write student.pth and student_ema.pth of a run
+
+Later files and overrides win over earlier ones, and all over default_pretrain_config.yaml.
+"""
+
+import argparse
+import contextlib
+import gc
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import metrics
+from checkpoint import Checkpoints, SavedState, claim_output_dir, export_weights, write_text_atomically
+from clustering import L2NormLinear, OnlineClustering, entropy, soft_cross_entropy
+from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
+from data import Batch, DevicePrefetcher, PretrainLoader, derive_seed, normalize
+from distributed import any_rank, pick_device, rank, world_size
+from fsdp import compile_function, recompute_blocks
+from launch import StopRequest
+from masking import MaskPlan
+from metrics import FiniteWatch, Metrics, Profile, StepShape, Throughput, training_flops_per_image
+from model import Block, EncoderDecoder
+from optim import Hyper, ema_update_, grad_norm, hyper_at, make_clustering_optimizer, make_student_optimizer, set_hyper
+from utils import UserError, due, git_revision, setup_logging
+
+logger = logging.getLogger("capi")
+
+HEALTH_TOKENS = 4096
+"""Teacher patch tokens from which the health metrics are computed."""
+
+
+def do_teacher(backbone: nn.Module, images: Float[Tensor, "b c h w"], dtype: torch.dtype) -> Float[Tensor, "b n d"]:
+    """Patch features of whole images."""
+    with torch.no_grad(), torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        return backbone.forward_pretrain(images)[0]
+
+
+def do_student(
+    student: nn.ModuleDict,
+    images: Float[Tensor, "b c h w"],
+    visible_indices: Int[Tensor, " bv"],
+    predict_indices: Int[Tensor, " bm"],
+    targets: Float[Tensor, "bm k"],
+    student_temp: float,
+    dtype: torch.dtype,
+) -> Float[Tensor, ""]:
+    """Cross-entropy between targets and predictions, summed over the predicted tokens in float64."""
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        _, predictions = student["backbone"].forward_pretrain(
+            images, visible_indices, predict_indices, do_prediction=True
+        )
+        logits = student["head"](predictions)
+    per_token = soft_cross_entropy(targets, logits, student_temp)
+    return per_token.sum() if per_token.device.type == "mps" else per_token.double().sum()  # mps has no float64
+
+
+class TrainState:
+    """Everything a checkpoint holds, and how one update acts on it.
+
+    Modules: `student` {backbone, head}; `student_ema`, their moving average, whose backbone is the teacher and which is
+    what a run exports; `clustering`, the teacher's head.
+    """
+
+    def __init__(self, cfg: CapiConfig, device: torch.device, *, compiled: bool = True) -> None:
+        self.cfg, self.device, self.step = cfg, device, 0
+        self.dtype: torch.dtype = getattr(torch, cfg.efficiency.param_dtype)
+        torch.manual_seed(derive_seed(cfg.train.seed, "init"))
+        self.student = _materialise(self._make_student, device)
+        self.student_ema = _materialise(self._make_student, device).requires_grad_(False).eval()
+        self.student_ema.load_state_dict(self.student.state_dict())
+        self.clustering = _materialise(self._make_clustering, device)
+
+        efficiency = cfg.efficiency
+        recompute_blocks(
+            (module for module in self.student.modules() if isinstance(module, Block)), efficiency.rematerialization
+        )
+        self.do_teacher, self.do_student = do_teacher, do_student
+        if compiled:
+            key, options = "efficiency.compilation", efficiency.compilation
+            self.do_teacher = compile_function(do_teacher, options.do_teacher, f"{key}.do_teacher", device)
+            self.do_student = compile_function(do_student, options.do_student, f"{key}.do_student", device)
+        self.student_optimizer = make_student_optimizer(self.student, cfg)
+        self.clustering_optimizer = make_clustering_optimizer(self.clustering, cfg)
+        self.scaler = torch.amp.GradScaler(
+            device.type,
+            enabled=efficiency.grad_scaler,
+            growth_interval=efficiency.grad_scaler_growth_interval,
+        )
+
+    def _make_student(self) -> nn.ModuleDict:
+        backbone = EncoderDecoder(**self.cfg.model.kwargs())
+        return nn.ModuleDict(
+            {"backbone": backbone, "head": L2NormLinear(backbone.pred_dim, self.cfg.capi.num_clusters)}
+        )
+
+    def _make_clustering(self) -> OnlineClustering:
+        width = self.cfg.model.transformers_kwargs.embed_dim
+        return OnlineClustering(width, self.cfg.capi.num_clusters, **asdict(self.cfg.capi.clustering_kwargs))
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Modules by their name in checkpoints."""
+        return {"student": self.student, "student_ema": self.student_ema, "clustering": self.clustering}
+
+    @property
+    def optimizers(self) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
+        """Optimizers by their name in checkpoints, with the module they update."""
+        return {
+            "student": (self.student, self.student_optimizer),
+            "clustering": (self.clustering, self.clustering_optimizer),
+        }
+
+    def apply_gradients(self, hyper: Hyper) -> dict[str, Tensor]:
+        """Update student, average and clustering head, in that order, or none of them if float16 gradients overflowed.
+
+        Returns: the student's gradient norm before clipping, and with the loss scaler whether the update was skipped.
+        """
+        set_hyper(self.student_optimizer, self.clustering_optimizer, hyper)
+        scaled = self.scaler.is_enabled()
+        if scaled:
+            self.scaler.unscale_(self.student_optimizer)
+            self.scaler.unscale_(self.clustering_optimizer)
+        norm = grad_norm(self.student)
+        # Only float16 has to know on the host whether to skip; elsewhere nothing waits for the device.
+        skip = scaled and not bool((norm + grad_norm(self.clustering)).isfinite())
+        if not skip:
+            if self.cfg.optim.clip_grad is not None:
+                nn.utils.clip_grads_with_norm_(list(self.student.parameters()), self.cfg.optim.clip_grad, norm)
+            self.student_optimizer.step()
+            ema_update_(self.student_ema, self.student, hyper.momentum)
+            self.clustering_optimizer.step()
+        if scaled:
+            self.scaler.update()
+            return {} if skip else {"grad_norm": norm}
+        return {"grad_norm": norm}
+
+
+def _materialise(make: Any, device: torch.device) -> Any:
+    """Build on the meta device, then fill the real storage: a parameter that no `init_weights` reaches stays NaN."""
+    with torch.device("meta"):
+        module = make()
+    module.to_empty(device=device)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.fill_(torch.nan)
+    for child in module.children() if isinstance(module, nn.ModuleDict) else [module]:
+        child.init_weights()
+    return module
+
+
+def train_step(
+    state: TrainState, batches: Sequence[Batch], hyper: Hyper, *, with_usage: bool = False, with_health: bool = False
+) -> dict[str, Tensor]:
+    """One update of student, average and clustering head. Returns detached scalars, still on the device.
+
+    Args:
+        state: changed in place.
+        batches: normalised images and indices of the accumulation steps, equally many images each, on the device.
+        hyper: learning rates, weight decay and momentum of this update.
+        with_usage: also say how many prototypes are used.
+        with_health: also compute effective rank and norms of the teacher's features.
+    """
+    cfg = state.cfg
+    torch.manual_seed(derive_seed(cfg.train.seed, "drop-path", state.step, rank()))  # a function of the step: resumable
+    state.student_optimizer.zero_grad()
+    state.clustering_optimizer.zero_grad()
+
+    # Targets are balanced over the images of all accumulation steps: the same problem as one large batch.
+    features = torch.cat([state.do_teacher(state.student_ema["backbone"], b.images, state.dtype) for b in batches])
+    images_before = range(0, len(features), len(features) // len(batches))
+    predict_indices = torch.cat(
+        [b.predict_indices + i * features.shape[1] for b, i in zip(batches, images_before, strict=True)]
+    )
+    one = torch.ones((), device=state.device)
+    with torch.autocast(state.device.type, state.dtype, enabled=state.dtype != torch.float32):
+        clustering = state.clustering.step(
+            features.transpose(0, 1),
+            predict_indices,
+            chunk=cfg.capi.clustering_chunk,
+            with_usage=with_usage,
+            loss_scale=state.scaler.scale(one),
+        )
+
+    capi_loss = torch.zeros((), device=state.device)
+    for batch, targets in zip(batches, clustering.targets.chunk(len(batches)), strict=True):
+        summed = state.do_student(
+            state.student,
+            batch.images,
+            batch.visible_indices,
+            batch.predict_indices,
+            targets,
+            cfg.capi.student_temp,
+            state.dtype,
+        )
+        loss = summed / len(predict_indices)
+        state.scaler.scale(loss).backward()
+        capi_loss = capi_loss + loss.detach()
+
+    target_entropy = entropy(clustering.targets).mean()
+    scalars = {
+        "capi_loss": capi_loss,
+        "clustering_loss": clustering.loss,
+        "loss": capi_loss + clustering.loss,
+        "target_entropy": target_entropy,
+        "target_entropy_rel": metrics.normalized_entropy(target_entropy, cfg.capi.num_clusters),
+    }
+    if clustering.counts is not None and clustering.mass is not None:
+        scalars |= metrics.prototype_usage(clustering.counts, clustering.mass)
+    if with_health:
+        scalars |= _health(features)
+    return scalars | state.apply_gradients(hyper)
+
+
+def _health(features: Float[Tensor, "b n d"]) -> dict[str, Tensor]:
+    tokens = features.flatten(0, 1)
+    tokens = tokens[:: -(-len(tokens) // HEALTH_TOKENS)].float()
+    median, largest = metrics.norm_stats(tokens)
+    return {"teacher_rank": metrics.effective_rank(tokens), "feature_norm_median": median, "feature_norm_max": largest}
+
+
+def train(cfg: CapiConfig, output_dir: Path) -> None:
+    """Train up to `optim.total_iters` finished updates, or until a signal; continue what is in `output_dir`."""
+    device = pick_device(cfg.train.device)
+    state = TrainState(cfg, device)
+    checkpoints = Checkpoints(output_dir, keep=cfg.train.checkpointing.max_to_keep)
+    saved = restore(state, checkpoints)
+    extra = saved.extra if saved else {}
+    meters = Metrics(output_dir, cfg.train.loggers, config=asdict(cfg), enabled=rank() == 0)
+    meters.truncate_after(state.step)
+    if "metrics" in extra:
+        meters.load_state_dict(extra["metrics"])
+    write_text_atomically(output_dir / "config.yaml", to_yaml(cfg))
+    log_start(cfg, state, saved)
+
+    total, every = cfg.optim.total_iters, cfg.train.log_loss_every
+    with contextlib.ExitStack() as stack:
+        stack.callback(meters.close)
+        loader = stack.enter_context(
+            PretrainLoader(
+                cfg,
+                rank=rank(),
+                world_size=world_size(),
+                position=extra.get("data"),
+                pin_memory=device.type == "cuda",
+                bad_files_path=output_dir / "bad_files.jsonl",
+            )
+        )
+        batches = DevicePrefetcher(loader, device)
+        stop = stack.enter_context(StopRequest())
+        profile = stack.enter_context(
+            Profile(output_dir, cfg.train.profiling, num_steps=total - state.step, device=device)
+        )
+        stack.enter_context(logging_redirect_tqdm())
+        bar = stack.enter_context(tqdm(total=total, initial=state.step, unit="step", disable=None, dynamic_ncols=True))
+        stack.enter_context(_manual_garbage_collection())
+        watch, speed = FiniteWatch(), _throughput(cfg, device)
+        newest = saved.path if saved else None
+        stopping, waited = False, 0.0
+        while state.step < total and not stopping:
+            hyper = hyper_at(state.step, cfg)
+            step = state.step + 1  # finished updates after this one: checkpoint 3750 holds 3750 updates
+            done, logs = step == total, step == total or due(step, every)
+            scalars = train_step(
+                state,
+                [_on_device(next(batches)) for _ in range(cfg.optim.accumulation_steps)],
+                hyper,
+                with_usage=logs,
+                with_health=due(step, cfg.train.health_every),
+            )
+            state.step = step
+            meters.update(**scalars, lr=hyper.lr, clustering_lr=hyper.clustering_lr, momentum=hyper.momentum)
+            watch.update(step, capi_loss=scalars["capi_loss"], clustering_loss=scalars["clustering_loss"])
+            speed.step(batches.wait_s - waited)
+            waited = batches.wait_s
+            profile.step()
+            bar.update()
+            stopping = any_rank(stop.is_set, device)
+            saves = done or stopping or due(step, cfg.train.checkpointing.period)
+            if saves or due(step, cfg.train.nan_check_period):
+                watch.check(newest)
+            if logs:
+                log_step(cfg, bar, meters.write(step, **speed.read(total - step)))
+                gc.collect(1)
+            if saves:
+                newest = checkpoints.save(
+                    step,
+                    modules=state.modules,
+                    optimizers=state.optimizers,
+                    extra={
+                        "metrics": meters.state_dict(),
+                        "data": batches.state_dict(),
+                        "scaler": state.scaler.state_dict(),
+                    },
+                    rank_extra={},
+                    config_yaml=to_yaml(cfg),
+                )
+                logger.info("saved %s", newest)
+    if state.step < total:
+        logger.info("stopped by %s after %d of %d steps; the same command continues", stop.name, state.step, total)
+        return
+    for path in export(state, output_dir):
+        logger.info("exported %s", path)
+
+
+def restore(state: TrainState, checkpoints: Checkpoints) -> SavedState | None:
+    """Load the checkpoint that the config chooses into `state`: `resume_from`, or the newest with `auto_resume`.
+
+    Raises: UserError if it is damaged or holds another model, or if there are checkpoints and `auto_resume` is off.
+    """
+    cfg = state.cfg
+    places: dict[str, Any] = {"modules": state.modules, "optimizers": state.optimizers, "config": asdict(cfg)}
+    if cfg.train.resume_from is not None:
+        requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        saved = checkpoints.restore(cfg.train.resume_from, **places, restarted=requeued)
+    elif cfg.train.auto_resume:
+        saved = checkpoints.restore_latest(**places)
+    else:
+        if checkpoints.newest() is not None:
+            raise UserError(
+                f"train.auto_resume=false, but train.output_dir={cfg.train.output_dir!r} has checkpoints of an earlier "
+                "run; choose another train.output_dir, or continue it with train.auto_resume=true"
+            )
+        return None
+    if saved is not None:
+        state.step = saved.step
+        state.scaler.load_state_dict(saved.extra["scaler"])
+    return saved
+
+
+def export(state: TrainState, output_dir: Path) -> list[Path]:
+    """Write student and average in the format of the released weights, each with its config beside it."""
+    paths = []
+    for name, module in (("student", state.student), ("student_ema", state.student_ema)):
+        path = output_dir / f"{name}.pth"
+        export_weights(path, dict(module.items()), to_yaml(state.cfg))
+        paths.append(path)
+    return paths
+
+
+def export_newest(cfg: CapiConfig, output_dir: Path) -> None:
+    """Export the checkpoint that training would continue from, on the CPU.
+
+    Raises: UserError if there is none.
+    """
+    state = TrainState(cfg, torch.device("cpu"), compiled=False)
+    if restore(state, Checkpoints(output_dir, keep=cfg.train.checkpointing.max_to_keep)) is None:
+        raise UserError(f"train.output_dir={cfg.train.output_dir!r} has no checkpoint to export; train first")
+    sys.stdout.writelines(f"{path}\n" for path in export(state, output_dir))
+
+
+def _on_device(batch: Batch) -> Batch:
+    return replace(batch, images=normalize(batch.images))
+
+
+@contextlib.contextmanager
+def _manual_garbage_collection() -> Any:
+    """Collect at log steps only, so that no collection falls into a step, or on some ranks and not on others."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def mask_plan(cfg: CapiConfig) -> MaskPlan:
+    """How many patches are visible, hidden and predicted.
+
+    Raises: UserError if nothing would be visible or predicted.
+    """
+    return MaskPlan(cfg.grid_size, cfg.grid_size, cfg.data.mask_ratio, cfg.data.prediction_subsampling)
+
+
+def global_batch_size(cfg: CapiConfig) -> int:
+    """Images of one update, on all ranks."""
+    return cfg.optim.batch_size_per_gpu * cfg.optim.accumulation_steps * world_size()
+
+
+def step_shape(cfg: CapiConfig) -> StepShape:
+    """The sizes on which the cost of a step depends."""
+    plan, towers = mask_plan(cfg), cfg.model.transformers_kwargs
+    return StepShape(
+        embed_dim=towers.embed_dim,
+        encoder_depth=cfg.model.encoder_kwargs.depth,
+        decoder_depth=cfg.model.decoder_kwargs.depth,
+        num_heads=towers.block_kwargs.attn_kwargs.num_heads,
+        num_registers=cfg.model.n_registers,
+        patch_size=cfg.model.patch_size,
+        num_patches=plan.num_patches,
+        num_visible=plan.num_visible,
+        num_predict=plan.num_predict,
+        num_clusters=cfg.capi.num_clusters,
+        in_chans=cfg.model.in_chans,
+        drop_path_rate=towers.drop_path_rate if towers.block_kwargs.drop_path_type == "efficient" else 0.0,
+    )
+
+
+def _throughput(cfg: CapiConfig, device: torch.device) -> Throughput:
+    flops_per_image = training_flops_per_image(step_shape(cfg))
+    dtype = cfg.efficiency.param_dtype
+    return Throughput(global_batch_size(cfg), flops_per_image, device, world_size(), param_dtype=dtype)
+
+
+def log_start(cfg: CapiConfig, state: TrainState, saved: SavedState | None) -> None:
+    """Say what runs where, and warn about what will not go well."""
+    logger.info(
+        "torch %s on %s, %d process(es), code %s", torch.__version__, state.device, world_size(), git_revision()
+    )
+    plan = mask_plan(cfg)
+    logger.info(
+        "%.1fM backbone parameters; %d patches per image: %d visible, %d hidden, %d predicted; %d images per step",
+        sum(p.numel() for p in state.student["backbone"].parameters()) / 1e6,
+        plan.num_patches,
+        plan.num_visible,
+        plan.num_masked,
+        plan.num_predict,
+        global_batch_size(cfg),
+    )
+    warning = metrics.batch_warning(global_batch_size(cfg), cfg.capi.num_clusters)
+    if warning:
+        logger.warning(warning)
+    if cfg.evals:
+        logger.warning("evals: %s: this version has no evaluations; none will run", ", ".join(cfg.evals))
+    if saved is None:
+        logger.info("starting at step 0 of %d", cfg.optim.total_iters)
+    else:
+        logger.info("continuing %s at step %d of %d", saved.path, saved.step, cfg.optim.total_iters)
+
+
+def log_step(cfg: CapiConfig, bar: Any, values: dict[str, float]) -> None:
+    """One line for people. On a terminal the bar has steps and time already."""
+    mfu = f", MFU {values['mfu']:.1%}" if "mfu" in values else ""
+    minutes, seconds = divmod(round(values["eta_s"]), 60)
+    logger.info(
+        "step %d/%d  capi %.3f  clustering %.3f  entropy %.2f nats (%.2f of log K)  prototypes %d/%d  lr %.1e"
+        "  |  %.1f img/s%s, data wait %.0f%%, %.1f GiB, %d:%02d left",
+        values["step"],
+        cfg.optim.total_iters,
+        values["capi_loss"],
+        values["clustering_loss"],
+        values["target_entropy"],
+        values["target_entropy_rel"],
+        values["prototypes_used"],
+        cfg.capi.num_clusters,
+        values["lr"],
+        values["images_per_s"],
+        mfu,
+        100 * values["data_wait"],
+        values["memory_gib"],
+        minutes,
+        seconds,
+    )
+    bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+
+
+def dry_run(cfg: CapiConfig) -> str:
+    """What a training with this config would be, without training: data, grid, tokens, parameters, schedule, memory."""
+    device, plan, optim = pick_device(cfg.train.device), mask_plan(cfg), cfg.optim
+    with torch.device("meta"):
+        backbone = EncoderDecoder(**cfg.model.kwargs())
+    parameters = sum(p.numel() for p in backbone.parameters())
+    with PretrainLoader(cfg, rank=0, world_size=1, position=None, pin_memory=False, bad_files_path=None) as loader:
+        images = loader.describe()
+    memory = metrics.device_memory_estimate(
+        step_shape(cfg),
+        batch_size=optim.batch_size_per_gpu,
+        param_bytes=4 if cfg.efficiency.param_dtype == "float32" else 2,
+        recompute=cfg.efficiency.rematerialization.enabled,
+        world_size=world_size(),
+    )
+    milestones = sorted(
+        {0, optim.lr_schedule.warmup_steps(optim.total_iters), optim.total_iters // 2, optim.total_iters - 1}
+    )
+    lines = [
+        f"data         {images}",
+        f"batch        {global_batch_size(cfg)} images = {optim.batch_size_per_gpu} per forward pass x "
+        f"{optim.accumulation_steps} accumulation steps x {world_size()} process(es)",
+        f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {plan.num_patches} patches of "
+        f"{cfg.model.patch_size} px",
+        f"tokens       {plan.num_visible} visible, {plan.num_masked} masked, {plan.num_predict} of them predicted; "
+        f"{cfg.model.n_registers} registers",
+        f"parameters   {parameters:,} in the backbone; {cfg.capi.num_clusters:,} prototypes in each head",
+        f"device       {device}, {cfg.efficiency.param_dtype}",
+        f"memory       about {memory['total_gib']:.1f} GiB per device (an estimate): {memory['state_gib']:.1f} for weights, "
+        f"gradients, optimizer and average; {memory['student_gib']:.1f} for the student's activations; "
+        f"{memory['teacher_gib']:.1f} for teacher and clustering",
+        f"compute      {training_flops_per_image(step_shape(cfg)) / 1e12:.4f} TFLOP per image",
+        "schedule     step         lr         momentum   clustering lr",
+    ]
+    for step in milestones:
+        hyper = hyper_at(step, cfg)
+        lines.append(f"             {step:<12} {hyper.lr:<10.3g} {hyper.momentum:<10.6g} {hyper.clustering_lr:.3g}")
+    warning = metrics.batch_warning(global_batch_size(cfg), cfg.capi.num_clusters)
+    return "\n".join([*lines, *([f"warning      {warning}"] if warning else [])]) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="*", metavar="config.yaml | a.b=c", help="YAML files and overrides, in order")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained and stop")
+    parser.add_argument("--export", action="store_true", help="write the weights of the newest checkpoint and stop")
+    args = parser.parse_intermixed_args(arguments)
+    setup_logging()
+    try:
+        cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, args.sources)
+        mask_plan(cfg)
+        if args.dry_run:
+            sys.stdout.write(dry_run(cfg))
+            return 0
+        with claim_output_dir(cfg.train.output_dir) as output_dir:
+            setup_logging(output_dir / "log.txt")
+            if args.export:
+                export_newest(cfg, output_dir)
+            else:
+                train(cfg, output_dir)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
