@@ -1161,7 +1161,8 @@ class PretrainLoader:
     def __next__(self) -> Batch:
         if self._batches is None:
             self._batches = iter(self._make_loader())
-            atexit.register(self.close)  # before multiprocessing's own clean-up, which would wait for the workers
+            if self.num_workers:  # at exit, before multiprocessing's own clean-up, which would wait for them
+                atexit.register(self.close)
         batch = next(self._batches)
         if isinstance(batch, _Failure):
             self.close()

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +59,7 @@ class Metrics:
     Args:
         output_dir: folder of metrics.jsonl.
         loggers: further places, any of tensorboard, wandb, mlflow, trackio.
-        run_name: name of the run in those.
+        run_name: name of the run in those; None takes the name of the folder.
         config: values that wandb, mlflow, trackio and tensorboard store with the run.
         enabled: False on all ranks but 0: nothing is written, averages are still returned.
 
@@ -70,12 +71,13 @@ class Metrics:
         output_dir: Path,
         loggers: Sequence[str] = (),
         *,
-        run_name: str = "capi",
+        run_name: str | None = None,
         config: Mapping[str, Any] | None = None,
         enabled: bool = True,
     ) -> None:
         self.path = output_dir / "metrics.jsonl"
-        self._run_name, self._config, self._enabled = run_name, dict(config or {}), enabled
+        self._run_name = run_name or output_dir.resolve().name
+        self._config, self._enabled = dict(config or {}), enabled
         self._modules = {name: _import_logger(name) for name in loggers} if enabled else {}
         self._loggers: dict[str, Logger] = {}
         self._sums: dict[str, Tensor | float] = {}
@@ -142,16 +144,21 @@ class Metrics:
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
         self._run_ids = dict(state["run_ids"])
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int, *, keep_copy: bool = False) -> None:
         """Drop what an earlier process wrote past `step`, so that a resumed run's file is that of an uninterrupted one.
 
+        With `keep_copy`, for a return to an older checkpoint, what was there stays as `metrics.set-aside-<n>.jsonl`.
         tensorboard hides its later points too. wandb ignores points up to the last one it has. mlflow and trackio keep
         both points of a repeated step.
         """
         self._kept_step = step
         if not self._enabled or not self.path.exists():
             return
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        records = read_metrics(self.path)
+        kept = [record for record in records if record["step"] <= step]
+        if keep_copy and len(kept) < len(records):
+            taken = len(list(self.path.parent.glob("metrics.set-aside-*.jsonl")))
+            shutil.copyfile(self.path, self.path.with_name(f"metrics.set-aside-{taken + 1}.jsonl"))
         partial = self.path.with_name(self.path.name + ".partial")
         with partial.open("w") as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
@@ -360,14 +367,17 @@ def effective_rank(features: Float[Tensor, "n d"], eps: float = 1e-7) -> Float[T
     """RankMe (arXiv:2210.02885, equation 1): exp of the entropy of the normalised singular values.
 
     Between 1 and min(n, d), whatever the scale. A few thousand rows are enough; the caller subsamples.
-    On CUDA the eigenvalue routine itself waits for the device.
+    On CUDA the eigenvalue routine itself waits for the device. NaN if a feature is not finite.
     """
     # Squared singular values lose half the digits: in float32 the noise of d near-zero ones would pass for rank.
     x = features.detach().to("cpu" if features.device.type == "mps" else features.device, torch.float64)
+    finite = x.isfinite().all()
+    x = x.nan_to_num(0.0, 0.0, 0.0)  # the eigenvalue routine raises on what is not finite, which is FiniteWatch's to do
     gram = x.T @ x if x.shape[0] > x.shape[1] else x @ x.T
     singular_values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     p = singular_values / singular_values.sum() + eps
-    return torch.special.entr(p).sum().exp().to(features.device, torch.float32)
+    rank = torch.special.entr(p).sum().exp().where(finite, torch.nan)
+    return rank.to(features.device, torch.float32)
 
 
 @torch.no_grad()

@@ -241,7 +241,7 @@ def train(cfg: CapiConfig, output_dir: Path) -> None:
     saved = restore(state, checkpoints)
     extra = saved.extra if saved else {}
     meters = Metrics(output_dir, cfg.train.loggers, config=asdict(cfg), enabled=rank() == 0)
-    meters.truncate_after(state.step)
+    meters.truncate_after(state.step, keep_copy=cfg.train.resume_from is not None)
     if "metrics" in extra:
         meters.load_state_dict(extra["metrics"])
     write_text_atomically(output_dir / "config.yaml", to_yaml(cfg))
@@ -498,9 +498,9 @@ def dry_run(cfg: CapiConfig) -> str:
         f"{cfg.model.n_registers} registers",
         f"parameters   {parameters:,} in the backbone; {cfg.capi.num_clusters:,} prototypes in each head",
         f"device       {device}, {cfg.efficiency.param_dtype}",
-        f"memory       about {memory['total_gib']:.1f} GiB per device (an estimate): {memory['state_gib']:.1f} for weights, "
-        f"gradients, optimizer and average; {memory['student_gib']:.1f} for the student's activations; "
-        f"{memory['teacher_gib']:.1f} for teacher and clustering",
+        f"memory       about {memory['total']:.1f} GiB per device, an estimate: {memory['state']:.1f} for weights, "
+        f"gradients, optimizer and average; {memory['activations']:.1f} for the student's activations; "
+        f"{memory['clustering']:.1f} for teacher and clustering",
         f"compute      {training_flops_per_image(step_shape(cfg)) / 1e12:.4f} TFLOP per image",
         "schedule     step         lr         momentum   clustering lr",
     ]

@@ -344,6 +344,14 @@ def test_a_logger_gets_the_points_and_its_run_is_continued_after_a_resume(name, 
     assert [call[0] for call in calls if isinstance(call, tuple)] == [3]
 
 
+def test_a_run_without_a_name_has_that_of_its_folder(tmp_path, monkeypatch):
+    calls: list[Any] = []
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(calls))
+    (tmp_path / "vitl14").mkdir()
+    Metrics(tmp_path / "vitl14", ["wandb"]).write(1, loss=0.5)
+    assert calls[0]["name"] == "vitl14"
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])
 def test_a_missing_package_is_a_user_error_before_the_first_step(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
@@ -593,7 +601,7 @@ def test_parameters_are_those_of_the_model():
 
 
 def test_the_memory_estimate_is_close_to_what_the_student_keeps_for_its_backward_pass():
-    shape = replace(SMALL, num_clusters=1024, num_patches=144, num_visible=50)
+    shape = replace(SMALL, num_clusters=8192, num_patches=144, num_visible=50)
     model, head = _model(shape), L2NormLinear(shape.embed_dim, shape.num_clusters)
     kept: dict[int, int] = {}
     alive: list[torch.Tensor] = []
@@ -674,3 +682,9 @@ def test_a_disabled_profile_does_nothing(tmp_path):
         for _ in range(9):
             profile.step()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_rank_of_what_is_not_finite_is_nan_and_no_crash():
+    features = torch.randn(20, 4)
+    features[3, 1] = math.inf
+    assert effective_rank(features).isnan()

@@ -124,6 +124,7 @@ def test_an_overflow_in_float16_skips_student_average_and_clustering_head():
 
 def test_float16_with_the_scaler_is_close_to_float32():
     plain, scaled = golden_state(), golden_state("efficiency.param_dtype=float16", "efficiency.grad_scaler=true")
+    scaled.scaler._init_scale = 1024.0  # the default starts high and skips its first steps
     for i in range(3):
         a = train_capi.train_step(plain, golden_batches(i, 1), hyper_at(i, plain.cfg))
         b = train_capi.train_step(scaled, golden_batches(i, 1), hyper_at(i, plain.cfg))
@@ -308,6 +309,17 @@ def test_resume_from_an_older_checkpoint_gives_the_same_end(images, finished, tm
     expected = torch.load(finished / "student.pth", weights_only=True)
     actual = torch.load(tmp_path / "again" / "student.pth", weights_only=True)
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_going_back_to_an_older_checkpoint_keeps_the_other_history(images, tmp_path):
+    assert run_main(tiny(images, tmp_path)) == 0
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    older = tmp_path / "checkpoints" / "step_000000002"
+    assert run_main(tiny(images, tmp_path, f"train.resume_from={older}", "optim.lr_schedule.base_value=0.1")) == 0
+    assert (tmp_path / "metrics.set-aside-1.jsonl").read_bytes() == before
+    assert (tmp_path / "metrics.jsonl").read_bytes() != before
+    set_aside = sorted(path.name for path in (tmp_path / "checkpoints").glob("*set-aside*"))
+    assert set_aside == ["step_000000004.set-aside-1", "step_000000006.set-aside-1"]
 
 
 def test_an_unreadable_newest_checkpoint_is_never_a_silent_fresh_start(images, tmp_path, capsys):
