@@ -22,10 +22,11 @@ from torch import Tensor
 
 from checkpoint import Checkpoints
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
-from data import make_dataset, normalize
+from data import normalize
 from masking import MaskPlan, draw_positions, make_masking_generator
 from metrics import read_metrics
 from model import EncoderDecoder, load_model
+from sources import make_dataset
 from utils import UserError
 
 if TYPE_CHECKING:

@@ -184,7 +184,7 @@ def train_step(
     features = torch.cat([state.do_teacher(state.student_ema["backbone"], b.images, state.dtype) for b in batches])
     images_before = range(0, len(features), len(features) // len(batches))
     predict_indices = torch.cat(
-        [b.predict_indices + i * features.shape[1] for b, i in zip(batches, images_before, strict=True)]
+        [b.host_predict_indices + i * features.shape[1] for b, i in zip(batches, images_before, strict=True)]
     )
     one = torch.ones((), device=state.device)
     with torch.autocast(state.device.type, state.dtype, enabled=state.dtype != torch.float32):

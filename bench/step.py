@@ -41,7 +41,14 @@ def make_batch(cfg: CapiConfig, device: torch.device) -> Batch:
     visible, predict = (torch.cat([d[k] + i * plan.num_patches for i, d in enumerate(drawn)]) for k in (0, 1))
     images = torch.randn(b, cfg.model.in_chans, size, size, generator=random)
     ids = torch.arange(b)
-    return Batch(images=images, visible_indices=visible, predict_indices=predict, sample_ids=ids).to(device)
+    batch = Batch(
+        images=images,
+        visible_indices=visible,
+        predict_indices=predict,
+        host_predict_indices=predict,
+        sample_ids=ids,
+    )
+    return batch.to(device)
 
 
 def main() -> None:

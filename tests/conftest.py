@@ -13,6 +13,7 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 import pytest
 import torch
 from safetensors import safe_open
+from samples import encode, photo
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -55,3 +56,13 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    (root / "nested" / "deep").mkdir(parents=True)
+    for index in range(10):
+        parent = (root, root / "nested", root / "nested" / "deep")[index % 3]
+        (parent / f"{index}.png").write_bytes(encode(photo(index)))
+    return root

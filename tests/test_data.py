@@ -1,3 +1,5 @@
+"""data.py: order, crops, masks, streams, resuming, workers."""
+
 import copy
 import hashlib
 import io
@@ -11,60 +13,19 @@ import sys
 import tarfile
 import time
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image, features
+from PIL import Image
+from samples import age, encode, make_config, photo
 
 import data
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
-from data import (
-    BadImageError,
-    DevicePrefetcher,
-    ImageDataset,
-    ImageStream,
-    PretrainLoader,
-    Sample,
-    decode_image,
-    derive_seed,
-    largest_divisor,
-    make_dataset,
-    merge_positions,
-    normalize,
-    parse_data_url,
-)
+from data import DevicePrefetcher, PretrainLoader, derive_seed, largest_divisor, merge_positions, normalize
+from sources import BadImageError, ImageDataset, ImageStream, Sample, decode_image, make_dataset
 from utils import UserError
-
-
-def make_config(*overrides, batch_size=4, workers=0):
-    return load_config(
-        CapiConfig,
-        DEFAULT_PRETRAIN_CONFIG,
-        [
-            "data.images_size=56",
-            "data.prediction_subsampling=0.3",
-            f"optim.batch_size_per_gpu={batch_size}",
-            f"efficiency.dataloader_num_workers={workers}",
-            "efficiency.cache_dataset=false",
-            "data.dataset=none",
-            *overrides,
-        ],
-    )
-
-
-def encode(image, kind="PNG", **kwargs):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **kwargs)
-    return buffer.getvalue()
-
-
-def photo(seed, width=80, height=60):
-    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
 class MemoryDataset(ImageDataset):
@@ -115,307 +76,6 @@ def ids(loader, count):
 
 def through_json(position):
     return json.loads(json.dumps(position))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    (root / "nested" / "deep").mkdir(parents=True)
-    for index in range(10):
-        parent = (root, root / "nested", root / "nested" / "deep")[index % 3]
-        (parent / f"{index}.png").write_bytes(encode(photo(index)))
-    return root
-
-
-# ---------------------------------------------------------------------------------------------- data URLs
-
-
-@pytest.mark.parametrize(
-    ("text", "source", "name", "kwargs"),
-    [
-        ("torchvision://ImageFolder?root='/a/b'", "torchvision", "ImageFolder", {"root": "/a/b"}),
-        ("hf://org/name?split='train'&streaming=True", "hf", "org/name", {"split": "train", "streaming": True}),
-        ("custom://ADE20K", "custom", "ADE20K", {}),
-        ("custom://ADE20K?", "custom", "ADE20K", {}),
-        ("custom://Images?root='/a&b=c?d'", "custom", "Images", {"root": "/a&b=c?d"}),
-        ('custom://Images?root="it\'s & it"&x=1', "custom", "Images", {"root": "it's & it", "x": 1}),
-        (r"a://b?x='\'&\''&y='\\'", "a", "b", {"x": "'&'", "y": "\\"}),
-        ("a://b?x=[1, 'p&q']&y={'k=v': None}&z=-1.5e3", "a", "b", {"x": [1, "p&q"], "y": {"k=v": None}, "z": -1500.0}),
-        ("hf://webdataset?data_files='hf://datasets/o/n/*.tar'", "hf", "webdataset", {"data_files": "hf://datasets/o/n/*.tar"}),
-        ("a://b?x=(3,32,32)&y= 2", "a", "b", {"x": (3, 32, 32), "y": 2}),
-        ("/data/images?x=1", "custom", "Images", {"root": "/data/images?x=1"}),
-    ],
-)  # fmt: skip
-def test_a_data_url_is_split_into_source_name_and_literals(text, source, name, kwargs):
-    url = parse_data_url(text)
-    assert (url.source, url.name, url.kwargs) == (source, name, kwargs)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("hf://a/b?split=train", "quote text: split='train'"),
-        ("hf://a/b?split='train", "is not a Python literal"),
-        ("hf://a/b?split", "'split' is not key=value"),
-        ("hf://a/b?split='a'&&x=1", "'' is not key=value"),
-        ("hf://a/b?split='a'&split='b'", "split is given twice"),
-        ("custom://Images?root=__import__('os').getcwd()", "is not a Python literal"),
-        ("custm://ADE20K", "unknown source custm://; did you mean custom?"),
-        ("s3://bucket/x", "unknown source s3://; there are: custom, hf, torchvision"),
-        ("custom://ade20k?split='training'", "unknown name ade20k; did you mean ADE20K?"),
-        ("custom://ImageNet", "unknown name ImageNet"),
-        ("custom://Images", "needs root='/path/of/a/folder'"),
-        ("custom://Images?path='/x'", "unknown argument path; there are: root"),
-        ("custom://ADE20K?split='train'", "needs split= one of 'training', 'validation'"),
-        ("custom://VOC2012", "needs split= one of 'train', 'val', 'trainaug'"),
-        ("torchvision://ImagFolder", "no dataset ImagFolder; did you mean ImageFolder?"),
-        ("torchvision://VisionDataset", "no dataset VisionDataset"),
-        ("torchvision://FakeData?sizes=3", "unknown argument sizes; did you mean size?"),
-        ("torchvision://ImageFolder?root='/no/such/folder'", "/no/such/folder"),
-        ("hf://parquet?data_files='x.parquet'&split='train'&trust_remote_code=True", "never run"),
-        ("/no/such/folder", "the folder /no/such/folder does not exist"),
-        (str(Path(__file__)), "is not a folder"),
-    ],
-)
-def test_a_wrong_data_url_is_refused_with_key_value_and_remedy(text, message, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError) as error:
-        make_dataset(text)
-    assert str(error.value).startswith(f"data.dataset={text}: "), error.value
-    assert message in str(error.value)
-
-
-def test_the_message_names_the_key_it_is_given():
-    with pytest.raises(UserError, match=r"^train_dataset=x://y: "):
-        make_dataset("x://y", key="train_dataset")
-
-
-# ------------------------------------------------------------------------------------ folders of images
-
-
-def test_every_image_below_a_folder_is_found_in_sorted_order(folder, tmp_path):
-    root = tmp_path / "root"
-    for name in ("b.JPG", "a.jpeg", "z/y.Png", "z/.hidden.png", ".git/x.png", "notes.txt", "c.tiff", "d.gif", "e.webp"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"")
-    (root / "folder.png").mkdir()
-    (root / "broken.png").symlink_to(root / "nowhere.png")
-    (root / "linked.png").symlink_to(folder / "0.png")
-    found = make_dataset(str(root))
-    names = [str(Path(found[index].name).relative_to(root)) for index in range(len(found))]
-    assert names == ["a.jpeg", "b.JPG", "c.tiff", "d.gif", "e.webp", "linked.png", "z/y.Png"]
-    same = make_dataset(f"custom://Images?root='{root}'")
-    assert [same[index].name for index in range(len(same))] == [found[index].name for index in range(len(found))]
-
-
-def test_links_to_folders_are_followed_once_and_cycles_end(folder, tmp_path):
-    root = tmp_path / "root"
-    (root / "real").mkdir(parents=True)
-    (root / "real" / "1.png").touch()
-    (root / "real" / "up").symlink_to(root)
-    (root / "again").symlink_to(root / "real")
-    (root / "self").symlink_to(root / "self")
-    (root / "elsewhere").symlink_to(folder)
-    found = make_dataset(str(root))
-    names = [str(Path(found[index].name).relative_to(root)) for index in range(len(found))]
-    assert "real/1.png" in names, "the real folder comes before a link to it"
-    assert len(names) == 11, names
-    assert sum(name.startswith("elsewhere/") for name in names) == 10
-
-
-def test_names_that_are_not_utf8_can_be_read(tmp_path):
-    path = os.fsencode(tmp_path) + b"/\xff\xe9.png"
-    with open(path, "wb") as file:  # noqa: PTH123  # pathlib takes no bytes
-        file.write(encode(photo(0)))
-    sample = make_dataset(str(tmp_path))[0]
-    assert sample.image().size == (80, 60)
-    assert os.fsencode(json.loads(json.dumps(sample.name))) == path
-
-
-def test_a_folder_without_images_is_refused_with_the_extensions_that_count(tmp_path):
-    (tmp_path / "readme.txt").touch()
-    with pytest.raises(UserError, match=r"no images below .*\.jpg \.jpeg \.png"):
-        make_dataset(str(tmp_path))
-
-
-def _age(root):
-    for path in (root, *(path for path in root.rglob("*") if path.is_dir())):
-        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 60))
-
-
-def test_the_listing_is_cached_until_a_folder_changes(tmp_path, monkeypatch):
-    root, cache = tmp_path / "images", tmp_path / "cache"
-    (root / "sub").mkdir(parents=True)
-    (root / "sub" / "1.png").touch()
-    (root / "2.png").touch()
-    listings = []
-    original = data._list_images
-    monkeypatch.setattr(data, "_list_images", lambda root: listings.append(root) or original(root))
-
-    def names():
-        found = make_dataset(str(root), listing_cache=cache)
-        return [Path(found[index].name).name for index in range(len(found))]
-
-    assert names() == ["2.png", "1.png"]
-    assert not cache.exists(), "a folder that was changed just now must not be cached"
-    _age(root)
-    assert names() == names() == names() == ["2.png", "1.png"]
-    assert len(listings) == 2, "the cache was not used"
-    (root / "sub" / "3.png").touch()
-    assert names() == ["2.png", "1.png", "3.png"], "a new file in a folder below was not seen"
-    _age(root)
-    names()
-    listings.clear()
-    assert names() == ["2.png", "1.png", "3.png"]
-    assert not listings
-    (cached,) = cache.iterdir()
-    cached.write_bytes(cached.read_bytes()[:50])
-    assert names() == ["2.png", "1.png", "3.png"]
-    assert listings, "a damaged cache file was used"
-    (root / "sub" / "1.png").unlink()
-    (root / "sub" / "3.png").unlink()
-    (root / "sub").rmdir()
-    assert names() == ["2.png"]
-
-
-def test_the_loader_caches_the_listing_when_asked(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    _age(folder)
-    for switch in ("false", "true"):
-        PretrainLoader(make_config(f"data.dataset={folder}", f"efficiency.cache_dataset={switch}")).close()
-        assert bool(list(tmp_path.rglob("*.npz"))) == (switch == "true")
-
-
-# ------------------------------------------------------------------------------------------------ decoding
-
-RED = (200, 30, 40)
-
-
-def jpeg_cmyk():
-    # 0 of cyan and full magenta and yellow is red.
-    return encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95)
-
-
-def grey16(kind, mode):
-    ramp = np.linspace(0, 65535, 64).astype(np.uint16 if mode == "I;16" else np.int32).reshape(8, 8)
-    return encode(Image.fromarray(ramp), kind)
-
-
-def palette_png(transparent):
-    image = Image.new("P", (4, 4), 1)
-    image.putpalette([0, 0, 255, *RED, *[0] * 750])
-    image.putpixel((0, 0), 0)
-    return encode(image, "PNG", **({"transparency": 0} if transparent else {}))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "expected", "tolerance"),
-    [
-        ("rgb png", encode(Image.new("RGB", (5, 4), RED)), {(0, 0): RED}, 0),
-        ("1x1", encode(Image.new("RGB", (1, 1), RED), "JPEG"), {(0, 0): RED}, 12),
-        ("grey", encode(Image.new("L", (4, 4), 77)), {(1, 1): (77, 77, 77)}, 0),
-        ("black and white", encode(Image.new("1", (4, 4), 1)), {(1, 1): (255, 255, 255)}, 0),
-        ("cmyk jpeg", jpeg_cmyk(), {(4, 4): (255, 0, 0)}, 8),
-        ("16-bit png", grey16("PNG", "I;16"), {(0, 0): (0, 0, 0), (7, 7): (255,) * 3, (0, 4): (130,) * 3}, 1),
-        ("16-bit tiff", grey16("TIFF", "I;16"), {(0, 0): (0, 0, 0), (7, 7): (255,) * 3, (0, 4): (130,) * 3}, 1),
-        ("32-bit tiff", grey16("TIFF", "I"), {(0, 0): (0, 0, 0), (7, 7): (255,) * 3, (0, 4): (130,) * 3}, 1),
-        ("float tiff", encode(Image.new("F", (4, 4), 0.5), "TIFF"), {(0, 0): (128,) * 3}, 1),
-        ("dark 16-bit png", encode(Image.fromarray(np.full((4, 4), 257, np.uint16))), {(0, 0): (1, 1, 1)}, 0),
-        ("rgba opaque", encode(Image.new("RGBA", (4, 4), (*RED, 255))), {(0, 0): RED}, 0),
-        ("rgba clear", encode(Image.new("RGBA", (4, 4), (*RED, 0))), {(0, 0): (255, 255, 255)}, 0),
-        ("rgba half", encode(Image.new("RGBA", (4, 4), (0, 0, 0, 128))), {(0, 0): (127,) * 3}, 1),
-        ("grey and alpha", encode(Image.new("LA", (4, 4), (9, 0))), {(0, 0): (255, 255, 255)}, 0),
-        ("palette", palette_png(transparent=False), {(0, 0): (0, 0, 255), (1, 1): RED}, 0),
-        ("palette with a clear colour", palette_png(transparent=True), {(0, 0): (255, 255, 255), (1, 1): RED}, 0),
-        ("gif", encode(Image.new("P", (4, 4), 0), "GIF"), {}, 0),
-        ("bmp", encode(Image.new("RGB", (4, 4), RED), "BMP"), {(0, 0): RED}, 0),
-        ("ppm", encode(Image.new("RGB", (4, 4), RED), "PPM"), {(0, 0): RED}, 0),
-    ],
-)
-def test_images_of_every_kind_have_the_right_colours(name, content, expected, tolerance):
-    image = decode_image(content)
-    assert image.mode == "RGB"
-    for place, colour in expected.items():
-        difference = np.abs(np.array(image.getpixel(place), int) - np.array(colour)).max()
-        assert difference <= tolerance, f"{name}: {image.getpixel(place)} instead of {colour} at {place}"
-
-
-def test_webp_is_read():
-    if not features.check("webp"):
-        pytest.skip("this Pillow has no WebP")
-    assert decode_image(encode(Image.new("RGB", (4, 4), RED), "WEBP", lossless=True)).getpixel((0, 0)) == RED
-
-
-def test_exif_orientation_is_applied():
-    image = Image.new("RGB", (6, 3), (0, 0, 0))
-    image.putpixel((0, 0), (255, 255, 255))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned clockwise by a quarter
-    upright = decode_image(encode(image, "PNG", exif=exif))
-    assert upright.size == (3, 6)
-    assert upright.getpixel((2, 0)) == (255, 255, 255)
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("truncated jpeg", encode(photo(1, 400, 300), "JPEG")[:4000]),
-        ("truncated png", encode(photo(1, 400, 300))[:4000]),
-        ("text", b"this is not an image"),
-        ("empty", b""),
-        ("header only", encode(photo(1), "JPEG")[:20]),
-        ("nan", encode(Image.new("F", (4, 4), float("nan")), "TIFF")),
-    ],
-)
-def test_a_damaged_file_is_a_bad_image_and_nothing_else(name, content):
-    with pytest.raises(BadImageError) as error:
-        Sample("x.jpg", lambda: content).image()
-    assert error.value.name == "x.jpg"
-    assert error.value.reason
-
-
-def test_randomly_damaged_files_never_raise_anything_else():
-    contents = [
-        encode(photo(3), "JPEG"), encode(photo(3)), encode(photo(3), "TIFF"), encode(photo(3).convert("P"), "GIF"),
-        encode(photo(3), "BMP"), encode(photo(3).convert("L"), "PPM"),
-    ]  # fmt: skip
-    random = np.random.default_rng(0)
-    for content in contents * 40:
-        damaged = bytearray(content)
-        for place in random.integers(0, min(len(damaged), 400), 4):
-            damaged[place] = random.integers(256)
-        try:
-            Sample("x", lambda damaged=damaged: bytes(damaged)).image()
-        except BadImageError:
-            continue
-
-
-def test_a_decompression_bomb_is_a_bad_image(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(BadImageError, match="DecompressionBomb"):
-        Sample("bomb.png", lambda: encode(photo(0))).image()
-
-
-def test_a_mistake_of_the_user_is_not_a_bad_image():
-    dataset = make_dataset("torchvision://FakeData?size=3&image_size=(3,8,8)")
-    dataset.dataset.transform = np.asarray
-    with pytest.raises(UserError, match="gives ndarray, not images"):
-        dataset[0].image()
-
-
-@pytest.mark.parametrize("size", [(2000, 1500), (900, 700), (500, 375), (3000, 200), (100, 100)])
-def test_a_jpeg_is_shrunk_while_decoding_only_as_far_as_no_crop_needs_enlarging(size):
-    config = make_config("data.images_size=112")
-    maker = PretrainLoader(config, dataset=MemoryDataset(1)).maker
-    divisor = maker.reduction(*size)
-    smallest = min(np.sqrt(0.6 * size[0] * size[1] * 0.75), *size)
-    assert divisor == 1 or smallest / divisor >= 112
-    assert divisor == 8 or smallest / (2 * divisor) < 112, "could be shrunk further"
-    content = encode(photo(2, *size), "JPEG", quality=95)
-    plain, shrunk = decode_image(content), decode_image(content, maker.reduction)
-    assert shrunk.width == -(-plain.width // divisor)
-    reference = np.asarray(plain.resize(shrunk.size, Image.Resampling.BOX), float)
-    assert np.abs(np.asarray(shrunk, float) - reference).mean() < 3
 
 
 # -------------------------------------------------------------------------------------- crops and batches
@@ -628,6 +288,21 @@ def test_counts_and_names_of_bad_images_survive_a_restart(tmp_path):
             next(loader)
         assert loader.state_dict()["bad"] > position["bad"]
     assert path.read_text().count("image 2") == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_counts_of_all_ranks_are_added_up_and_dealt_out_without_loss(world_size):
+    dataset = MemoryDataset(5)
+    positions = [
+        {"kind": "map", "num_images": 5, "samples": 40, "seen": seen, "bad": bad} for seen, bad in ((23, 3), (21, 1))
+    ]
+    merged = merge_positions(positions)
+    assert (merged["seen"], merged["bad"]) == (44, 4)
+    loaders = [
+        PretrainLoader(make_config(), dataset=dataset, rank=rank, world_size=world_size, position=merged)
+        for rank in range(world_size)
+    ]
+    assert merge_positions([loader.state_dict() for loader in loaders]) == merged
 
 
 def test_too_many_bad_images_stop_the_run(tmp_path):
@@ -961,180 +636,6 @@ def test_a_stream_with_a_transform_is_refused(shards):
         make_dataset(hub_url(shards, "parquet"), lambda image, target: image)
 
 
-# --------------------------------------------------------------------------------------- torchvision, archives
-
-
-def test_torchvision_datasets_are_read(tmp_path):
-    fake = make_dataset("torchvision://FakeData?size=5&image_size=(3, 20, 30)&num_classes=4")
-    assert len(fake) == 5
-    assert fake[2].image().size == (30, 20)
-    assert int(fake[2].target()) in range(4)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x.png").write_bytes(encode(photo(0)) if name == "a" else b"damaged")
-    found = make_dataset(f"torchvision://ImageFolder?root='{tmp_path}'")
-    assert (found[0].name, found[0].target()) == (str(tmp_path / "a" / "x.png"), 0)
-    with pytest.raises(BadImageError, match=r"x\.png"):
-        found[1].image()
-
-
-def test_the_default_root_is_below_the_torch_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=f"{tmp_path}/datasets/ImageFolder"):
-        make_dataset("torchvision://ImageFolder")
-
-
-def serve(monkeypatch, name, path):
-    """Make `name` download from a local file, whose checksum is the right one."""
-    md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    monkeypatch.setitem(data.ARCHIVES, name, data.Archive(path.as_uri(), md5, data.ARCHIVES[name].folder))
-
-
-def mask_png(seed, palette=False):
-    labels = np.random.default_rng(seed).integers(0, 21, (6, 8), dtype=np.uint8)
-    image = Image.fromarray(labels)
-    if palette:
-        image = Image.new("P", image.size)
-        image.putdata(labels.flatten().tolist())
-        image.putpalette(np.random.default_rng(1).integers(0, 256, 768, dtype=np.uint8).tolist())
-    return encode(image), labels
-
-
-@pytest.fixture
-def ade_zip(tmp_path):
-    path = tmp_path / "served" / "ADEChallengeData2016.zip"
-    path.parent.mkdir()
-    with zipfile.ZipFile(path, "w") as archive:
-        for split, names in (("training", ["2", "1"]), ("validation", ["3"])):
-            for name in names:
-                archive.writestr(f"ADEChallengeData2016/images/{split}/{name}.jpg", encode(photo(int(name)), "JPEG"))
-                archive.writestr(f"ADEChallengeData2016/annotations/{split}/{name}.png", mask_png(int(name))[0])
-    return path
-
-
-def test_ade20k_is_downloaded_checked_and_read_once(ade_zip, monkeypatch, tmp_path):
-    serve(monkeypatch, "ADE20K", ade_zip)
-    root = tmp_path / "root"
-    dataset = make_dataset(f"custom://ADE20K?split='training'&root='{root}'")
-    assert [Path(dataset[index].name).name for index in range(len(dataset))] == ["1.jpg", "2.jpg"]
-    target = dataset[0].target()
-    assert target.mode == "L"
-    np.testing.assert_array_equal(np.asarray(target), mask_png(1)[1])
-    assert dataset[0].image().size == (80, 60)
-    ade_zip.unlink()
-    assert len(make_dataset(f"custom://ADE20K?split='validation'&root='{root}'")) == 1, "it was downloaded again"
-    assert sorted(path.name for path in root.iterdir()) == [".lock", "ADEChallengeData2016"], "leftovers"
-    (root / "ADEChallengeData2016/annotations/training/2.png").unlink()
-    with pytest.raises(UserError, match=r"lacks 1 files, first .*2\.png; remove that folder"):
-        make_dataset(f"custom://ADE20K?split='training'&root='{root}'")
-
-
-def test_the_default_root_of_ade20k_is_below_the_torch_cache(ade_zip, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    serve(monkeypatch, "ADE20K", ade_zip)
-    make_dataset("custom://ADE20K?split='training'")
-    assert (tmp_path / "torch" / "datasets" / "ADE20K" / "ADEChallengeData2016").is_dir()
-
-
-def test_an_archive_that_the_user_placed_is_used_and_kept(ade_zip, monkeypatch, tmp_path):
-    serve(monkeypatch, "ADE20K", ade_zip)
-    root = tmp_path / "root"
-    root.mkdir()
-    ade_zip.rename(root / ade_zip.name)
-    assert len(make_dataset(f"custom://ADE20K?split='training'&root='{root}'")) == 2
-    assert (root / ade_zip.name).is_file()
-
-
-def test_a_wrong_checksum_or_a_failed_download_leaves_nothing_behind(ade_zip, monkeypatch, tmp_path):
-    serve(monkeypatch, "ADE20K", ade_zip)
-    root = tmp_path / "root"
-    url = f"custom://ADE20K?split='training'&root='{root}'"
-    content = ade_zip.read_bytes()
-    ade_zip.write_bytes(content + b"x")
-    with pytest.raises(UserError, match=r"has md5 .* instead of .*: damaged or changed"):
-        make_dataset(url)
-    ade_zip.unlink()
-    with pytest.raises(UserError, match=r"could not be downloaded .* put the file there"):
-        make_dataset(url)
-    assert [path.name for path in root.iterdir()] == [".lock"]
-    ade_zip.write_bytes(content)
-    assert len(make_dataset(url)) == 2
-
-
-@pytest.mark.parametrize("kind", ["zip", "zip absolute", "tar", "tar link"])
-def test_an_archive_that_writes_outside_of_its_folder_is_refused(kind, monkeypatch, tmp_path):
-    (tmp_path / "served").mkdir()
-    name = "ADE20K" if kind.startswith("zip") else "VOC2012"
-    path = tmp_path / "served" / ("a.zip" if kind.startswith("zip") else "a.tar")
-    if kind.startswith("zip"):
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("/tmp/escaped.txt" if "absolute" in kind else "x/../../../escaped.txt", "x")
-    else:
-        with tarfile.open(path, "w") as archive:
-            info = tarfile.TarInfo("../../escaped.txt" if kind == "tar" else "VOCdevkit")
-            if kind == "tar link":
-                info.type, info.linkname = tarfile.SYMTYPE, "/etc"
-            archive.addfile(info)
-    serve(monkeypatch, name, path)
-    split = "training" if name == "ADE20K" else "train"
-    with pytest.raises(UserError, match="is refused"):
-        make_dataset(f"custom://{name}?split='{split}'&root='{tmp_path}/root'")
-    assert not list(tmp_path.rglob("escaped.txt"))
-
-
-@pytest.fixture
-def voc_archives(tmp_path, monkeypatch):
-    """VOC has train a, b and val c; the augmented set has train a, d, e and val c, b, f. All images are in VOC."""
-    from scipy.io import savemat
-
-    served = tmp_path / "served"
-    served.mkdir()
-
-    def add(archive, name, content):
-        info = tarfile.TarInfo(name)
-        info.size = len(content)
-        archive.addfile(info, io.BytesIO(content))
-
-    with tarfile.open(served / "voc.tar", "w") as archive:
-        lists = "VOCdevkit/VOC2012/ImageSets/Segmentation"
-        add(archive, f"{lists}/train.txt", b"a\nb\n")
-        add(archive, f"{lists}/val.txt", b"c\n")
-        for index, name in enumerate("abcdef"):
-            add(archive, f"VOCdevkit/VOC2012/JPEGImages/{name}.jpg", encode(photo(index), "JPEG"))
-        for index, name in enumerate("abc"):
-            add(archive, f"VOCdevkit/VOC2012/SegmentationClass/{name}.png", mask_png(index, palette=True)[0])
-    with tarfile.open(served / "benchmark.tgz", "w:gz") as archive:
-        add(archive, "benchmark_RELEASE/dataset/train.txt", b"a\nd\ne\n")
-        add(archive, "benchmark_RELEASE/dataset/val.txt", b"c\nb\nf\n")
-        for index, name in enumerate("abcdef"):
-            buffer = io.BytesIO()
-            savemat(buffer, {"GTcls": {"Segmentation": mask_png(10 + index)[1], "CategoriesPresent": [1]}})
-            add(archive, f"benchmark_RELEASE/dataset/cls/{name}.mat", buffer.getvalue())
-    serve(monkeypatch, "VOC2012", served / "voc.tar")
-    serve(monkeypatch, "VOC2012 augmented", served / "benchmark.tgz")
-
-
-@pytest.mark.parametrize(("split", "expected"), [("train", "ab"), ("val", "c"), ("trainaug", "abdef")])
-def test_voc2012_has_the_splits_and_labels_of_mmsegmentation(voc_archives, tmp_path, split, expected):
-    dataset = make_dataset(f"custom://VOC2012?split='{split}'&root='{tmp_path}/root'")
-    assert [Path(dataset[index].name).stem for index in range(len(dataset))] == list(expected)
-    for index, name in enumerate(expected):
-        number = "abcdef".index(name)
-        labels = mask_png(number)[1] if name in "abc" else mask_png(10 + number)[1]
-        target = dataset[index].target()
-        assert target.mode == "L"
-        np.testing.assert_array_equal(np.asarray(target), labels)
-        assert dataset[index].image().size == (80, 60)
-    assert (tmp_path / "root" / "benchmark_RELEASE").exists() == (split == "trainaug")
-
-
-def test_a_damaged_label_is_reported_with_the_name_of_the_image(voc_archives, tmp_path):
-    dataset = make_dataset(f"custom://VOC2012?split='val'&root='{tmp_path}/root'")
-    next((tmp_path / "root").rglob("SegmentationClass/c.png")).write_bytes(b"damaged")
-    with pytest.raises(BadImageError, match=r"c\.jpg: label: UnidentifiedImageError"):
-        dataset[0].target()
-
-
 # --------------------------------------------------------------------------------------- workers, prefetching
 
 
@@ -1268,3 +769,26 @@ def test_the_prefetcher_copies_ahead_and_keeps_the_position_of_the_batch_in_use(
             assert fingerprint(batch.to("cpu")) == straight[step]
             assert batches.state_dict()["samples"] == 4 * (step + 1)
             assert loader.state_dict()["samples"] == 4 * (step + 2), "nothing was read ahead"
+
+
+def test_the_loader_caches_the_listing_when_asked(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    age(folder)
+    for switch in ("false", "true"):
+        PretrainLoader(make_config(f"data.dataset={folder}", f"efficiency.cache_dataset={switch}")).close()
+        assert bool(list(tmp_path.rglob("*.npz"))) == (switch == "true")
+
+
+@pytest.mark.parametrize("size", [(2000, 1500), (900, 700), (500, 375), (3000, 200), (100, 100)])
+def test_a_jpeg_is_shrunk_while_decoding_only_as_far_as_no_crop_needs_enlarging(size):
+    config = make_config("data.images_size=112")
+    maker = PretrainLoader(config, dataset=MemoryDataset(1)).maker
+    divisor = maker.reduction(*size)
+    smallest = min(np.sqrt(0.6 * size[0] * size[1] * 0.75), *size)
+    assert divisor == 1 or smallest / divisor >= 112
+    assert divisor == 8 or smallest / (2 * divisor) < 112, "could be shrunk further"
+    content = encode(photo(2, *size), "JPEG", quality=95)
+    plain, shrunk = decode_image(content), decode_image(content, maker.reduction)
+    assert shrunk.width == -(-plain.width // divisor)
+    reference = np.asarray(plain.resize(shrunk.size, Image.Resampling.BOX), float)
+    assert np.abs(np.asarray(shrunk, float) - reference).mean() < 3

@@ -63,6 +63,7 @@ def golden_batches(step: int, accumulation_steps: int) -> list[Batch]:
                 images=share["images"],
                 visible_indices=share["visible_indices"] - offset,
                 predict_indices=share["predict_indices"] - offset,
+                host_predict_indices=share["predict_indices"] - offset,
                 sample_ids=torch.arange(per_batch),
             )
         )
@@ -189,7 +190,8 @@ def test_metrics_say_what_a_healthy_run_is_judged_by(finished):
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     always = {
         "capi_loss", "clustering_loss", "loss", "target_entropy", "target_entropy_rel", "prototypes_used",
-        "prototype_perplexity", "lr", "clustering_lr", "momentum", "grad_norm", "images_per_s", "data_wait", "memory_gib",
+        "prototype_perplexity", "lr", "clustering_lr", "momentum", "grad_norm", "images_per_s", "data_wait",
+        "memory_gib",
     }  # fmt: skip
     health = {"teacher_rank", "feature_norm_median", "feature_norm_max"}
     for record in records:
@@ -405,7 +407,10 @@ BAD_INPUT: list[tuple[list[str], list[str]]] = [
     (["model.n_registers=6"], ["model.n_registers=6", "multiple of 4"]),
     (["train.device=tpu"], ["train.device", "tpu"]),
     (["train.loggers=[tensorbord]"], ["train.loggers", "tensorbord"]),
-    (["efficiency.rematerialization.enabled=true", "efficiency.rematerialization.policy.aten::nope=true"], ["aten::nope"]),
+    (
+        ["efficiency.rematerialization.enabled=true", "efficiency.rematerialization.policy.aten::nope=true"],
+        ["aten::nope"],
+    ),
     (["nothere.yaml"], ["nothere.yaml"]),
 ]  # fmt: skip
 

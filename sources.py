@@ -1,0 +1,758 @@
+"""Where images come from: data URLs, the datasets behind them, and the decoding of single images.
+
+`make_dataset` turns a data URL into an `ImageDataset` or an `ImageStream` of samples that are not decoded yet, so that
+an image that cannot be read is met where its name is known.
+"""
+
+import ast
+import difflib
+import fcntl
+import functools
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import logging
+import os
+import shutil
+import struct
+import tarfile
+import tempfile
+import time
+import urllib.request
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torchvision
+from jaxtyping import Int64, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from utils import UserError
+
+logger = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+
+
+class BadImageError(Exception):
+    """An image that cannot be read. Training skips it, counts it and reports it."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+
+# What Pillow raises for damaged files, by format. LookupError, TypeError and ArithmeticError come from broken headers.
+DECODE_ERRORS = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def _no_target() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a dataset, not decoded yet."""
+
+    name: str
+    """Path or other description by which a person can find the image."""
+    read: Callable[[], bytes | Image.Image]
+    """Gives the encoded image, or a decoded one."""
+    read_target: Callable[[], Any] = _no_target
+    """Gives the label: a number, a list, a mask of label values, or None."""
+
+    def image(self, reduction: Callable[[int, int], int] | None = None) -> Image.Image:
+        """Decode to RGB; `reduction` is that of `decode_image`.
+
+        Raises: BadImageError if the file cannot be read.
+        """
+        try:
+            return decode_image(self.read(), reduction)
+        except UserError:
+            raise
+        except UnidentifiedImageError as error:
+            raise BadImageError(self.name, "not an image of a known format") from error
+        except DECODE_ERRORS as error:
+            raise BadImageError(self.name, f"{type(error).__name__}: {error}") from error
+
+    def target(self) -> Any:
+        """The label.
+
+        Raises: BadImageError if it is a mask that cannot be read.
+        """
+        try:
+            return self.read_target()
+        except DECODE_ERRORS as error:
+            raise BadImageError(self.name, f"label: {type(error).__name__}: {error}") from error
+
+
+def decode_image(data: bytes | Image.Image, reduction: Callable[[int, int], int] | None = None) -> Image.Image:
+    """Decode an image file of any kind that Pillow reads to 8-bit RGB, upright as its EXIF orientation says.
+
+    Transparent pixels are put on white. Deep grey is scaled to 8 bits. Of an animation, the first frame is taken.
+
+    Args:
+        data: contents of the file, or an image that is already decoded.
+        reduction: from (width, height) to a divisor by which a JPEG may be shrunk while it is decoded.
+    """
+    with warnings.catch_warnings():
+        # Pillow warns about odd metadata and large images; neither is of use in the log of a billion images.
+        warnings.simplefilter("ignore")
+        image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+        divisor = reduction(image.width, image.height) if reduction is not None and image.format == "JPEG" else 1
+        if divisor > 1:
+            image.draft(None, (image.width // divisor, image.height // divisor))
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def decode_mask(data: bytes) -> Image.Image:
+    """Decode an image whose pixels are label numbers to mode L; the palette, if any, is only for looking at it."""
+    labels = np.asarray(Image.open(io.BytesIO(data)))
+    if labels.ndim != 2 or labels.max(initial=0) > 255:
+        raise ValueError(f"a mask needs one channel of values up to 255, this one has shape {labels.shape}")
+    return Image.fromarray(labels.astype(np.uint8))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
+    if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(grey: np.ndarray) -> np.ndarray:
+    """Scale deep grey to 0..255: integers as 16 bit, floats as [0, 1]; values outside of that by their own range."""
+    if not np.isfinite(grey).all():
+        raise ValueError("pixels that are not finite")
+    full = 1.0 if np.issubdtype(grey.dtype, np.floating) else 65535.0
+    low, high = float(grey.min()), float(grey.max())
+    if low >= 0 and high <= full:
+        low, high = 0.0, full
+    return np.round((grey.astype(np.float64) - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------- data URLs
+
+
+@dataclass(frozen=True)
+class DataUrl:
+    """`source://name?key=literal&...`, and the configuration key it came from, for messages."""
+
+    text: str
+    key: str
+    source: str
+    name: str
+    kwargs: dict[str, Any]
+
+    def error(self, problem: str) -> UserError:
+        """A mistake in this URL."""
+        return UserError(f"{self.key}={self.text}: {problem}")
+
+    def take(self, allowed: Iterable[str]) -> dict[str, Any]:
+        """The arguments, if all of them are among `allowed`.
+
+        Raises: UserError naming the unknown one.
+        """
+        allowed = list(allowed)
+        for name in self.kwargs:
+            if name not in allowed:
+                raise self.error(f"unknown argument {name}{did_you_mean(name, allowed)}")
+        return self.kwargs
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the closest known one, or all of them."""
+    known = list(known)
+    by_lower = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
+    return f"; did you mean {by_lower[close[0]]}?" if close else f"; there are: {', '.join(known) or 'none'}"
+
+
+def parse_data_url(text: str, key: str = "data.dataset") -> DataUrl:
+    """Split `source://name?key=literal&...`; a text without `://` is the path of a folder of images.
+
+    Values are Python literals, so text is quoted; `&`, `=` and `?` may occur within quotes.
+
+    Raises: UserError if a value is not a literal, or a key is missing or given twice.
+    """
+    if "://" not in text:
+        return DataUrl(text, key, "custom", "Images", {"root": text})
+    source, rest = text.split("://", 1)
+    name, _, query = rest.partition("?")
+    url = DataUrl(text, key, source, name, {})
+    for part in _split_outside_quotes(query):
+        argument, separator, literal = part.partition("=")
+        if not separator or not argument.isidentifier():
+            raise url.error(f"{part!r} is not key=value")
+        if argument in url.kwargs:
+            raise url.error(f"{argument} is given twice")
+        try:
+            url.kwargs[argument] = ast.literal_eval(literal.strip())
+        except (ValueError, SyntaxError) as error:
+            raise url.error(f"{literal!r} is not a Python literal; quote text: {argument}='{literal}'") from error
+    return url
+
+
+def _split_outside_quotes(query: str) -> Iterator[str]:
+    start, quote, escaped = 0, "", False
+    for index, char in enumerate(query):
+        if quote:
+            if escaped:
+                escaped = False
+            elif char == "\\":
+                escaped = True
+            elif char == quote:
+                quote = ""
+        elif char in "'\"":
+            quote = char
+        elif char == "&":
+            yield query[start:index]
+            start = index + 1
+    if query[start:]:
+        yield query[start:]
+
+
+def cache_root() -> Path:
+    """Torch's cache folder ($TORCH_HOME, or ~/.cache/torch), below which data sets are downloaded."""
+    return Path(torch.hub.get_dir()).parent
+
+
+class ImageDataset(Dataset[Sample]):
+    """A dataset with a length, whose images can be asked for in any order."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Sample:
+        raise NotImplementedError
+
+
+class ImageStream:
+    """A dataset that can only be read from start to end, shard by shard."""
+
+    num_shards: int
+
+    def read_shard(self, shard: int, start: int = 0) -> Iterator[Sample]:
+        """The samples of one shard, from number `start` on."""
+        raise NotImplementedError
+
+
+class TransformedDataset(Dataset[Any]):
+    """A dataset whose items are `transform(image, target)` of the decoded samples; for evaluations."""
+
+    def __init__(self, dataset: ImageDataset, transform: Callable[[Image.Image, Any], Any]) -> None:
+        self.dataset = dataset
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self.dataset[index]
+        return self.transform(sample.image(), sample.target())
+
+
+def make_dataset(
+    url: str,
+    transform: Callable[[Image.Image, Any], Any] | None = None,
+    *,
+    key: str = "data.dataset",
+    listing_cache: Path | None = None,
+) -> Any:
+    """The dataset of a data URL: an `ImageDataset`, or an `ImageStream` for `hf://...&streaming=True`.
+
+    Sources: `torchvision://Class?...`, `hf://...?split='train'&img_field='jpg'&tgt_field='label'`,
+    `custom://ADE20K|VOC2012|Images?...`, or the path of a folder of images.
+
+    Args:
+        url: see `parse_data_url`.
+        transform: makes the items `transform(image, target)` of decoded images instead of `Sample`s.
+        key: configuration key that `url` comes from, for messages.
+        listing_cache: folder in which the file lists of image folders are kept.
+
+    Raises: UserError naming the key, the URL and the remedy.
+    """
+    parsed = parse_data_url(url, key)
+    if parsed.source not in SOURCES:
+        raise parsed.error(f"unknown source {parsed.source}://{did_you_mean(parsed.source, SOURCES)}")
+    dataset = SOURCES[parsed.source](parsed, listing_cache)
+    if transform is None:
+        return dataset
+    if isinstance(dataset, ImageStream):
+        raise parsed.error("evaluations need random access; leave streaming=True out")
+    return TransformedDataset(dataset, transform)
+
+
+def _make_custom(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
+    if url.name == "Images":
+        arguments = url.take(("root",))
+        if not isinstance(arguments.get("root"), str):
+            raise url.error("needs root='/path/of/a/folder'")
+        return ImageFolder(url, Path(arguments["root"]).expanduser(), listing_cache)
+    if url.name not in SEGMENTATION_SETS:
+        raise url.error(f"unknown name {url.name}{did_you_mean(url.name, [*SEGMENTATION_SETS, 'Images'])}")
+    list_files, splits = SEGMENTATION_SETS[url.name]
+    arguments = url.take(("split", "root"))
+    split = arguments.get("split")
+    if split not in splits:
+        raise url.error(f"needs split= one of {', '.join(map(repr, splits))}")
+    root = Path(arguments.get("root", cache_root() / "datasets" / url.name)).expanduser()
+    return SegmentationDataset(list_files(url, root, split))
+
+
+# ------------------------------------------------------------------------------------ folders of images
+
+
+class PathList(Sequence[str]):
+    """Millions of paths in two tensors, which worker processes share instead of each holding a copy."""
+
+    def __init__(self, blob: UInt8[Tensor, " bytes"], ends: Int64[Tensor, " paths"]) -> None:
+        self.blob = blob
+        self.ends = ends
+
+    @classmethod
+    def of(cls, paths: list[bytes]) -> Self:
+        """Pack a list of paths."""
+        blob = torch.frombuffer(bytearray(b"".join(paths)), dtype=torch.uint8) if paths else torch.empty(0).byte()
+        return cls(blob, torch.tensor([len(path) for path in paths], dtype=torch.int64).cumsum(0))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        start = int(self.ends[index - 1]) if index > 0 else 0
+        return os.fsdecode(self.blob[start : int(self.ends[index])].numpy().tobytes())
+
+
+class ImageFolder(ImageDataset):
+    """Every image file below a folder, in the order of the sorted paths. No labels.
+
+    Links to folders are followed, each folder is read once; names that start with a dot are skipped.
+    """
+
+    def __init__(self, url: DataUrl, root: Path, listing_cache: Path | None = None) -> None:
+        if not root.is_dir():
+            what = "is not a folder" if root.exists() else "does not exist"
+            raise url.error(f"the folder {root} {what}; give a folder of images, or source://name?key=value")
+        self.root = root
+        try:
+            self.paths = _list_images_cached(root, listing_cache) if listing_cache else _list_images(root)[0]
+        except OSError as error:
+            raise url.error(f"cannot be listed: {error}") from error
+        if not self.paths:
+            raise url.error(f"no images below {root}; files count whose names end in {' '.join(IMAGE_EXTENSIONS)}")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        path = self.root / self.paths[index]
+        return Sample(str(path), path.read_bytes)
+
+
+def _list_images(root: Path) -> tuple[PathList, dict[str, int]]:
+    """Relative paths of the images below `root`, and the modification time of every folder, in nanoseconds."""
+    paths: list[bytes] = []
+    times: dict[str, int] = {}
+    visited: set[tuple[int, int]] = set()
+    pending = [b""]
+    while pending:
+        folder = pending.pop()
+        full = os.path.join(os.fsencode(root), folder)  # noqa: PTH118  # pathlib takes no bytes, and is slow
+        status = os.stat(full)  # noqa: PTH116
+        if (status.st_dev, status.st_ino) in visited:
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        times[os.fsdecode(folder)] = status.st_mtime_ns
+        with os.scandir(full) as entries:
+            found = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+        prefix = folder + b"/" if folder else b""
+        visible = [entry for entry in found if not entry.name.startswith(b".")]
+        paths += [
+            prefix + entry.name
+            for entry in visible
+            if os.fsdecode(entry.name).lower().endswith(IMAGE_EXTENSIONS) and _follows_to(entry.is_file)
+        ]
+        # Reversed, since the last one is taken first: real folders come before links to them.
+        pending += [prefix + entry.name for entry in reversed(visible) if _follows_to(entry.is_dir)]
+    return PathList.of(sorted(paths)), times
+
+
+def _follows_to(is_kind: Callable[[], bool]) -> bool:
+    try:
+        return is_kind()
+    except OSError:  # a link to itself
+        return False
+
+
+def _list_images_cached(root: Path, cache_dir: Path) -> PathList:
+    """As `_list_images`, from a file that is valid until the modification time of any folder changes."""
+    resolved = str(root.resolve())
+    cache = cache_dir / f"{hashlib.blake2b(os.fsencode(resolved), digest_size=16).hexdigest()}.npz"
+    try:
+        with cache.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            times = json.loads(stored["times"].tobytes())
+            if all((root / folder).stat().st_mtime_ns == time_ns for folder, time_ns in times.items()):
+                return PathList(torch.from_numpy(stored["blob"]), torch.from_numpy(stored["ends"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # no cache yet, a damaged one, or a folder is gone: list again
+    paths, times = _list_images(root)
+    # A folder that changes twice within the clock's resolution keeps its time, so recent changes are not cached.
+    if max(times.values()) < time.time_ns() - 2_000_000_000:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache_dir, delete=False) as temporary:
+            header = np.frombuffer(json.dumps(times).encode(), dtype=np.uint8)
+            np.savez(temporary, times=header, blob=paths.blob.numpy(), ends=paths.ends.numpy())
+        Path(temporary.name).replace(cache)
+    return paths
+
+
+# ---------------------------------------------------------------------------------- segmentation datasets
+
+
+class SegmentationDataset(ImageDataset):
+    """Pairs of an image file and a file of labels; targets are images of mode L that hold label numbers."""
+
+    def __init__(self, pairs: list[tuple[Path, Path]]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, labels = self.pairs[index]
+        return Sample(str(image), image.read_bytes, functools.partial(_read_labels, labels))
+
+
+def _read_labels(path: Path) -> Image.Image:
+    if path.suffix != ".mat":
+        return decode_mask(path.read_bytes())
+    from scipy.io import loadmat
+
+    return Image.fromarray(loadmat(str(path))["GTcls"]["Segmentation"][0, 0].astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file to download, and the folder that it unpacks to."""
+
+    address: str
+    md5: str
+    folder: str
+
+
+ARCHIVES = {
+    "ADE20K": Archive(
+        "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+        "7328b3957e407ddae1d3cbf487f149ef",
+        "ADEChallengeData2016",
+    ),
+    "VOC2012": Archive(
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+        "6cd6e144f989b92b3379bac3b3de84fd",
+        "VOCdevkit",
+    ),
+    "VOC2012 augmented": Archive(
+        "http://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz",
+        "82b4d87ceb2ed10f6038a1cba92111cb",
+        "benchmark_RELEASE",
+    ),
+}
+
+
+def _list_ade20k(url: DataUrl, root: Path, split: str) -> list[tuple[Path, Path]]:
+    folder = _unpacked(url, ARCHIVES["ADE20K"], root)
+    images = sorted((folder / "images" / split).glob("*.jpg"))
+    labels = folder / "annotations" / split
+    return _existing(url, [(image, labels / f"{image.stem}.png") for image in images], folder)
+
+
+def _list_voc2012(url: DataUrl, root: Path, split: str) -> list[tuple[Path, Path]]:
+    """VOC's splits, and trainaug as in mmsegmentation: train, and what the augmented set adds to train and val."""
+    folder = _unpacked(url, ARCHIVES["VOC2012"], root) / "VOC2012"
+
+    def names(path: Path) -> list[str]:
+        try:
+            return path.read_text().split()
+        except OSError as error:
+            raise url.error(f"{folder} is incomplete: {error}") from error
+
+    lists = folder / "ImageSets" / "Segmentation"
+    own = names(lists / f"{'train' if split == 'trainaug' else split}.txt")
+    labels = [folder / "SegmentationClass" / f"{name}.png" for name in own]
+    added: list[str] = []
+    if split == "trainaug":
+        extra = _unpacked(url, ARCHIVES["VOC2012 augmented"], root) / "dataset"
+        known = {*names(lists / "train.txt"), *names(lists / "val.txt")}
+        added = sorted({*names(extra / "train.txt"), *names(extra / "val.txt")} - known)
+        labels += [extra / "cls" / f"{name}.mat" for name in added]
+    images = [folder / "JPEGImages" / f"{name}.jpg" for name in own + added]
+    return _existing(url, list(zip(images, labels, strict=True)), folder)
+
+
+def _existing(url: DataUrl, pairs: list[tuple[Path, Path]], folder: Path) -> list[tuple[Path, Path]]:
+    present = {
+        parent: {path.name for path in parent.glob("*")} for parent in {p.parent for pair in pairs for p in pair}
+    }
+    missing = [str(path) for pair in pairs for path in pair if path.name not in present[path.parent]]
+    if missing or not pairs:
+        lacks = f"lacks {len(missing)} files, first {missing[0]}" if missing else "has no images of this split"
+        raise url.error(f"{folder} {lacks}; remove that folder to have it downloaded again")
+    return pairs
+
+
+SEGMENTATION_SETS: dict[str, tuple[Callable[[DataUrl, Path, str], list[tuple[Path, Path]]], tuple[str, ...]]] = {
+    "ADE20K": (_list_ade20k, ("training", "validation")),
+    "VOC2012": (_list_voc2012, ("train", "val", "trainaug")),
+}
+
+
+def _unpacked(url: DataUrl, archive: Archive, root: Path) -> Path:
+    """The folder of an archive below `root`; downloaded, checked and unpacked if it is not there."""
+    folder = root / archive.folder
+    if folder.is_dir():
+        return folder
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with (root / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the other ranks of this node wait here for the first
+            if not folder.is_dir():
+                _download_and_unpack(url, archive, root)
+    except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise url.error(
+            f"{archive.address} could not be downloaded to {root}: {error}; put the file there, or give root="
+        ) from error
+    return folder
+
+
+def _download_and_unpack(url: DataUrl, archive: Archive, root: Path) -> None:
+    file = root / PurePosixPath(archive.address).name
+    placed_by_user = file.is_file()
+    with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as temporary:
+        if not placed_by_user:
+            logger.info("downloading %s to %s", archive.address, root)
+            with urllib.request.urlopen(archive.address, timeout=60) as response:
+                file = Path(temporary) / file.name
+                with file.open("wb") as out:
+                    shutil.copyfileobj(response, out, 1 << 20)
+        with file.open("rb") as stream:
+            md5 = hashlib.file_digest(stream, functools.partial(hashlib.md5, usedforsecurity=False)).hexdigest()
+        if md5 != archive.md5:
+            source = file if placed_by_user else archive.address
+            raise url.error(f"{source} has md5 {md5} instead of {archive.md5}: damaged or changed; get it again")
+        logger.info("unpacking %s", file)
+        contents = Path(temporary) / "contents"
+        _extract(url, file, contents)
+        if not (contents / archive.folder).is_dir():
+            raise url.error(f"{file} does not hold the folder {archive.folder}")
+        (contents / archive.folder).rename(root / archive.folder)
+
+
+def _extract(url: DataUrl, file: Path, target: Path) -> None:
+    """Unpack a zip or tar file, unless a member would land outside of `target`."""
+    if file.suffix == ".zip":
+        with zipfile.ZipFile(file) as archive:
+            for name in archive.namelist():
+                if name.startswith("/") or ".." in PurePosixPath(name).parts:
+                    raise url.error(f"{file} is refused: its member {name!r} lies outside of the archive")
+            archive.extractall(target)
+        return
+    try:
+        with tarfile.open(file) as archive:
+            archive.extractall(target, filter="data")
+    except tarfile.FilterError as error:
+        raise url.error(f"{file} is refused: {error}") from error
+
+
+# ------------------------------------------------------------------------------- torchvision, Hugging Face
+
+
+class TorchvisionDataset(ImageDataset):
+    """Any dataset of torchvision whose items are (image, target)."""
+
+    def __init__(self, url: DataUrl, dataset: Any) -> None:
+        self.url = url
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        item = functools.cache(functools.partial(self.dataset.__getitem__, index))
+        files = getattr(self.dataset, "samples", None) or getattr(self.dataset, "imgs", None)
+        name = str(files[index][0]) if files else f"{self.url.source}://{self.url.name}[{index}]"
+        return Sample(name, lambda: self._image(item()[0]), lambda: item()[1])
+
+    def _image(self, image: Any) -> Image.Image:
+        if not isinstance(image, Image.Image):
+            raise self.url.error(f"gives {type(image).__name__}, not images")
+        return image
+
+
+def _make_torchvision(url: DataUrl, _: Path | None) -> ImageDataset:
+    known = [name for name in torchvision.datasets.__all__ if name != "VisionDataset"]
+    if url.name not in known:
+        raise url.error(f"torchvision has no dataset {url.name}{did_you_mean(url.name, known)}")
+    cls = getattr(torchvision.datasets, url.name)
+    parameters = inspect.signature(cls).parameters
+    arguments = dict(url.take(parameters))
+    if "root" in parameters:
+        arguments.setdefault("root", str(cache_root() / "datasets" / url.name))
+    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in arguments]
+    missing = [name for name in missing if parameters[name].kind is not inspect.Parameter.VAR_KEYWORD]
+    if missing:
+        raise url.error(f"needs {', '.join(f'{name}=' for name in missing)}")
+    try:
+        return TorchvisionDataset(url, cls(**arguments))
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        raise url.error(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of the image and target columns of a Hugging Face dataset, and of the dataset itself for messages."""
+
+    dataset: str
+    image: str
+    target: str | None
+
+    def sample(self, row: dict[str, Any], place: str) -> Sample:
+        """The sample of one row; `place` says where in the dataset it is."""
+        image = row[self.image]
+        path = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
+        if "__key__" in row:
+            name = f"{row.get('__url__')}: {row['__key__']}.{self.image}"
+        elif path and Path(path).is_absolute():
+            name = path
+        else:
+            name = f"{self.dataset}, {place}" + (f" ({path})" if path else "")
+        if self.target is None:
+            return Sample(name, functools.partial(_read_cell, image))
+        return Sample(
+            name, functools.partial(_read_cell, image), functools.partial(_read_target_cell, row[self.target])
+        )
+
+
+def _read_cell(cell: Any) -> bytes:
+    """The encoded image in a table cell: bytes, a path, or a dict of both as `datasets.Image(decode=False)` gives."""
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    path = cell.get("path") if isinstance(cell, dict) else cell
+    if isinstance(data, bytes):
+        return data
+    if not isinstance(path, str):
+        raise ValueError(f"no image but {type(cell).__name__}")  # noqa: TRY004  # a bad image, not our mistake
+    if "://" not in path:
+        return Path(path).read_bytes()
+    import fsspec
+
+    with fsspec.open(path) as file:
+        return file.read()  # pyright: ignore[reportAttributeAccessIssue]  # one file, not a list of them
+
+
+def _read_target_cell(cell: Any) -> Any:
+    return decode_mask(_read_cell(cell)) if isinstance(cell, dict) and "bytes" in cell else cell
+
+
+class HubDataset(ImageDataset):
+    """A Hugging Face dataset with random access."""
+
+    def __init__(self, dataset: Any, fields: Fields) -> None:
+        self.dataset = dataset
+        self.fields = fields
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.fields.sample(self.dataset[index], f"row {index}")
+
+
+class HubStream(ImageStream):
+    """A streaming Hugging Face dataset."""
+
+    def __init__(self, dataset: Any, fields: Fields) -> None:
+        self.dataset = dataset
+        self.fields = fields
+        self.num_shards = dataset.num_shards
+
+    def read_shard(self, shard: int, start: int = 0) -> Iterator[Sample]:
+        """The samples of one shard, from number `start` on."""
+        # Unlike iter(), iter(batch_size=1) does not divide the samples among the workers of a DataLoader once more.
+        rows = self.dataset.shard(num_shards=self.num_shards, index=shard).iter(batch_size=1)
+        for number, row in itertools.islice(enumerate(rows), start, None):
+            yield self.fields.sample({name: cells[0] for name, cells in row.items()}, f"shard {shard}, row {number}")
+
+
+def _make_hub(url: DataUrl, _: Path | None) -> ImageDataset | ImageStream:
+    import datasets
+
+    arguments = dict(url.kwargs)
+    image_field, target_field = arguments.pop("img_field", None), arguments.pop("tgt_field", None)
+    if "trust_remote_code" in arguments:
+        raise url.error("trust_remote_code is not accepted: code that comes with a dataset is never run")
+    if "split" not in arguments:
+        raise url.error(f"needs split={_hub_splits(url.name, arguments)}")
+    try:
+        dataset = datasets.load_dataset(url.name, **arguments)
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise url.error(f"{type(error).__name__}: {error}") from error
+    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        raise url.error("split must name one split, for example split='train'")
+    features = dataset.features
+    columns = list(features) if features else list(next(iter(dataset), {}))
+    images = [name for name in columns if features and isinstance(features[name], datasets.Image)]
+    if image_field is None and len(images) == 1:
+        image_field = images[0]
+    for key, column in (("img_field", image_field), ("tgt_field", target_field)):
+        if column not in (columns if key == "img_field" else [*columns, None]):
+            raise url.error(f"{key}={column!r} is not a column; there are: {', '.join(map(repr, columns))}")
+    for name in images:
+        dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    fields = Fields(f"hf://{url.name}", str(image_field), target_field)
+    return HubDataset(dataset, fields) if isinstance(dataset, datasets.Dataset) else HubStream(dataset, fields)
+
+
+def _hub_splits(name: str, arguments: dict[str, Any]) -> str:
+    import datasets
+
+    passed = {key: value for key, value in arguments.items() if key in {"data_files", "data_dir", "revision", "token"}}
+    try:
+        splits = datasets.get_dataset_split_names(name, arguments.get("name"), **passed)
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError):
+        return "'train', for example"
+    return " or ".join(map(repr, splits))
+
+
+SOURCES: dict[str, Callable[[DataUrl, Path | None], ImageDataset | ImageStream]] = {
+    "custom": _make_custom,
+    "hf": _make_hub,
+    "torchvision": _make_torchvision,
+}
