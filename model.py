@@ -7,7 +7,7 @@ This file is also a model file in the sense of the evaluations: `load_model` bui
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,18 @@ from torch import Tensor, nn
 
 from utils import UserError
 
-try:
+if TYPE_CHECKING:
     from jaxtyping import Float, Int
-except ImportError:  # torch.hub users have torch alone; annotations then say less
+else:
+    try:
+        from jaxtyping import Float, Int
+    except ImportError:  # torch.hub users have torch alone; annotations then say less
 
-    class _Untyped:
-        def __class_getitem__(cls, _: object) -> Any:
-            return Tensor
+        class _Untyped:
+            def __class_getitem__(cls, _: object) -> Any:
+                return Tensor
 
-    Float = Int = _Untyped
+        Float = Int = _Untyped
 
 DEFAULT_CONFIG = Path(__file__).parent / "default_pretrain_config.yaml"
 

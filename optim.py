@@ -153,7 +153,9 @@ def set_hyper(
 @torch.no_grad()
 def ema_update_(ema: nn.Module, module: nn.Module, momentum: float) -> None:
     """`ema = momentum * ema + (1 - momentum) * module`, parameter by parameter, on whatever shard each rank holds."""
-    torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), 1 - momentum)
+    torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]  # the optimizers use it too
+        list(ema.parameters()), list(module.parameters()), 1 - momentum
+    )
 
 
 def grad_norm(module: nn.Module) -> Tensor:

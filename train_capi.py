@@ -44,7 +44,9 @@ HEALTH_TOKENS = 4096
 """Teacher patch tokens from which the health metrics are computed."""
 
 
-def do_teacher(backbone: nn.Module, images: Float[Tensor, "b c h w"], dtype: torch.dtype) -> Float[Tensor, "b n d"]:
+def do_teacher(
+    backbone: EncoderDecoder, images: Float[Tensor, "b c h w"], dtype: torch.dtype
+) -> Float[Tensor, "b n d"]:
     """Patch features of whole images."""
     with torch.no_grad(), torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         return backbone.forward_pretrain(images)[0]
@@ -61,9 +63,8 @@ def do_student(
 ) -> Float[Tensor, ""]:
     """Cross-entropy between targets and predictions, summed over the predicted tokens in float64."""
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        _, predictions = student["backbone"].forward_pretrain(
-            images, visible_indices, predict_indices, do_prediction=True
-        )
+        backbone: Any = student["backbone"]
+        _, predictions = backbone.forward_pretrain(images, visible_indices, predict_indices, do_prediction=True)
         logits = student["head"](predictions)
     per_token = soft_cross_entropy(targets, logits, student_temp)
     return per_token.sum() if per_token.device.type == "mps" else per_token.double().sum()  # mps has no float64
@@ -158,7 +159,8 @@ def _materialise(make: Any, device: torch.device) -> Any:
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.fill_(torch.nan)
-    for child in module.children() if isinstance(module, nn.ModuleDict) else [module]:
+    parts: Any = module.children() if isinstance(module, nn.ModuleDict) else [module]
+    for child in parts:
         child.init_weights()
     return module
 
@@ -181,7 +183,8 @@ def train_step(
     state.clustering_optimizer.zero_grad()
 
     # Targets are balanced over the images of all accumulation steps: the same problem as one large batch.
-    features = torch.cat([state.do_teacher(state.student_ema["backbone"], b.images, state.dtype) for b in batches])
+    teacher: Any = state.student_ema["backbone"]
+    features = torch.cat([state.do_teacher(teacher, batch.images, state.dtype) for batch in batches])
     images_before = range(0, len(features), len(features) // len(batches))
     predict_indices = torch.cat(
         [b.host_predict_indices + i * features.shape[1] for b, i in zip(batches, images_before, strict=True)]
