@@ -28,7 +28,7 @@ import metrics
 from checkpoint import Checkpoints, SavedState, claim_output_dir, export_weights, write_text_atomically
 from clustering import L2NormLinear, OnlineClustering, entropy, soft_cross_entropy
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
-from data import Batch, DevicePrefetcher, PretrainLoader, derive_seed, normalize
+from data import Batch, DevicePrefetcher, PretrainLoader, derive_seed, merge_positions, normalize
 from distributed import any_rank, pick_device, rank, world_size
 from fsdp import compile_function, recompute_blocks
 from launch import StopRequest
@@ -242,11 +242,10 @@ def train(cfg: CapiConfig, output_dir: Path) -> None:
     state = TrainState(cfg, device)
     checkpoints = Checkpoints(output_dir, keep=cfg.train.checkpointing.max_to_keep)
     saved = restore(state, checkpoints)
-    extra = saved.extra if saved else {}
     meters = Metrics(output_dir, cfg.train.loggers, config=asdict(cfg), enabled=rank() == 0)
     meters.truncate_after(state.step, keep_copy=cfg.train.resume_from is not None)
-    if "metrics" in extra:
-        meters.load_state_dict(extra["metrics"])
+    if saved is not None:
+        meters.load_state_dict(saved.extra["metrics"])
     write_text_atomically(output_dir / "config.yaml", to_yaml(cfg))
     log_start(cfg, state, saved)
 
@@ -258,7 +257,7 @@ def train(cfg: CapiConfig, output_dir: Path) -> None:
                 cfg,
                 rank=rank(),
                 world_size=world_size(),
-                position=extra.get("data"),
+                position=merge_positions([each["data"] for each in saved.rank_extra]) if saved else None,
                 pin_memory=device.type == "cuda",
                 bad_files_path=output_dir / "bad_files.jsonl",
             )
@@ -304,12 +303,8 @@ def train(cfg: CapiConfig, output_dir: Path) -> None:
                     step,
                     modules=state.modules,
                     optimizers=state.optimizers,
-                    extra={
-                        "metrics": meters.state_dict(),
-                        "data": batches.state_dict(),
-                        "scaler": state.scaler.state_dict(),
-                    },
-                    rank_extra={},
+                    extra={"metrics": meters.state_dict(), "scaler": state.scaler.state_dict()},
+                    rank_extra={"data": batches.state_dict()},
                     config_yaml=to_yaml(cfg),
                 )
                 logger.info("saved %s", newest)

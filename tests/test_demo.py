@@ -159,7 +159,7 @@ def test_an_interrupted_training_draws_nothing_and_says_how_to_continue(monkeypa
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "capi_loss": 4.7}\n')
     assert demo.main(["--output-dir", str(tmp_path)]) == 2
     message = capsys.readouterr().err
-    assert "stopped after 10 of 250 steps; the same command continues it" in message
+    assert "stopped after 10 of 200 steps; the same command continues it" in message
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 

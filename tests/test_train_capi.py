@@ -368,7 +368,7 @@ def test_accumulation_over_the_loader_gives_every_image_once(images, tmp_path):
     )
     assert run_main(arguments) == 0
     state = json.loads((tmp_path / "checkpoints" / "step_000000003" / "state.json").read_text())
-    assert state["extra"]["data"]["samples"] == 12
+    assert state["rank_extra"][0]["data"]["samples"] == 12
 
 
 @pytest.mark.parametrize("size", ["s", "b", "l", "h", "g"])
