@@ -1,8 +1,182 @@
-"""Ranks and reductions. One process without a process group is the same code with `world_size() == 1`."""
+"""Ranks: how this process finds its peers, and what they reduce. One process alone is the same code with one rank.
+
+`session` starts a process group from the variables of `torchrun` or of Slurm's `srun`; without either there is no group
+and `world_size()` is 1. Tensors on a GPU travel over nccl, flags and objects over gloo.
+"""
+
+import contextlib
+import gc
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from utils import UserError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others, at the start and in any collective. Listing a large data set on one rank, or a
+checkpoint on a busy file system, takes minutes; a rank that died is noticed by its launcher, not by this."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands among those of its job."""
+
+    launcher: str
+    """torchrun, slurm or alone."""
+    rank: int
+    local_rank: int
+    """Number among the processes of this machine."""
+    world_size: int
+    address: str
+    """Machine of rank 0."""
+    port: int
+
+    def __str__(self) -> str:
+        """As it is logged."""
+        where = "" if self.launcher == "alone" else f" (local rank {self.local_rank}) on {socket.gethostname()}"
+        return f"rank {self.rank} of {self.world_size}{where}, {self.launcher}"
+
+
+ALONE = Place("alone", 0, 0, 1, "", 0)
+
+
+def find_place(environ: Mapping[str, str] = os.environ) -> Place:
+    """The place of this process, from the environment alone.
+
+    In this order:
+
+    - **torchrun**, or any launcher with its variables: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT. It may
+      itself run under Slurm.
+    - **Slurm**, if `srun` started this process as one task of several: SLURM_STEP_ID is that of a step of tasks and
+      SLURM_STEP_NUM_TASKS is above 1. MASTER_ADDR and MASTER_PORT are respected; else rank 0 is on the first node of
+      the step, and the port follows from job and step.
+    - **alone** otherwise. In the shell of `salloc`, in a batch script and in `srun --pty bash`, SLURM_NTASKS may be
+      any number, but no peers have been started, so a plain `python` there is one process.
+
+    Raises: UserError if the variables contradict each other or one is missing.
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        place = Place(
+            "torchrun",
+            rank=_number(environ, "RANK"),
+            local_rank=_number(environ, "LOCAL_RANK"),
+            world_size=_number(environ, "WORLD_SIZE"),
+            address=_text(environ, "MASTER_ADDR"),
+            port=_number(environ, "MASTER_PORT"),
+        )
+        if not 0 <= place.rank < place.world_size:
+            raise UserError(
+                f"RANK={place.rank}: must lie in [0, WORLD_SIZE={place.world_size}); start all processes with torchrun, "
+                "or unset RANK and WORLD_SIZE to run one process"
+            )
+        return place
+    if _is_srun_task(environ) and _number(environ, "SLURM_STEP_NUM_TASKS") > 1:
+        job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
+        return Place(
+            "slurm",
+            rank=_number(environ, "SLURM_PROCID"),
+            local_rank=_number(environ, "SLURM_LOCALID"),
+            world_size=_number(environ, "SLURM_STEP_NUM_TASKS"),
+            address=environ.get("MASTER_ADDR") or first_host(_text(environ, "SLURM_STEP_NODELIST")),
+            port=_number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else _port_of(job, step),
+        )
+    return ALONE
+
+
+def _is_srun_task(environ: Mapping[str, str]) -> bool:
+    # A batch script has no step; salloc's interactive step and the batch step have numbers above those of srun.
+    step = environ.get("SLURM_STEP_ID", "")
+    return step.isdecimal() and int(step) < 0xFFFF_0000 and "SLURM_STEP_NUM_TASKS" in environ
+
+
+def _port_of(job: int, step: int) -> int:
+    """The same on all tasks of a step, another one for the next job; below the ports that systems hand out."""
+    return 12_000 + (31 * job + step) % 20_000
+
+
+def first_host(node_list: str) -> str:
+    """First name in a list of Slurm's: `gpu[007-009,12],cpu1` -> `gpu007`."""
+    first = re.split(r",(?![^\[]*\])", node_list, maxsplit=1)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def _text(environ: Mapping[str, str], name: str) -> str:
+    value = environ.get(name)
+    if not value:
+        present = ", ".join(f"{n}={environ[n]}" for n in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID") if n in environ)
+        raise UserError(
+            f"{name} is not set, but {present}: this process is said to be one of several and cannot find the others; "
+            "start it with torchrun or srun, which set all variables, or unset these to run one process"
+        )
+    return value
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    value = _text(environ, name)
+    if not value.isdecimal():
+        raise UserError(f"{name}={value!r}: must be a whole number; torchrun and srun set it")
+    return int(value)
+
+
+@contextlib.contextmanager
+def session(device_name: str, *, timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
+    """Join the other processes of the job, if there are any, until the block ends; yields this process's device.
+
+    Sharded tensors must not outlive the block. If it raises, the group stays as it is, because the other ranks may be
+    in a collective that this one will never enter: the process is expected to end, and its launcher ends the others.
+
+    Args:
+        device_name: `auto`, `cuda`, `mps` or `cpu`.
+        timeout: how long a rank waits for another, in the start and in every collective.
+
+    Raises: UserError if the launcher's variables are wrong, there is no device for this rank, or peers do not answer.
+    """
+    place = find_place()
+    device = pick_device(device_name, place)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if place.launcher == "alone":
+        yield device
+        return
+    _join(place, device, timeout)
+    logger.info("%s, device %s, rank 0 at %s:%d", place, device, place.address, place.port)
+    yield device
+    # Gloo aborts now and then when memory that its threads know is freed after the group, or when a rank leaves early.
+    gc.collect()
+    barrier()
+    dist.destroy_process_group()
+
+
+def _join(place: Place, device: torch.device, timeout: timedelta) -> None:
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            init_method="env://" if place.launcher == "torchrun" else f"tcp://{place.address}:{place.port}",
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{place}: no meeting of all ranks at {place.address}:{place.port} within {timeout.total_seconds():.0f} s "
+            f"({reason}). If MASTER_ADDR={place.address} is not a name under which all machines know that of rank 0, "
+            "set it; if port is taken or closed, set MASTER_PORT; if a rank ended early, its message says why"
+        ) from error
 
 
 def is_distributed() -> bool:
@@ -40,17 +214,59 @@ def all_reduce_sum_(x: Tensor) -> Tensor:
     return x
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set on any rank; the same answer everywhere, so all ranks can act on it together."""
+def max_over_ranks(value: int) -> int:
+    """The largest `value` of any rank. It travels between hosts, so nothing waits for a GPU."""
+    return int(all_reduce_max_(torch.tensor(value)).item())
+
+
+def any_rank(flag: bool, device: torch.device | None = None) -> bool:
+    """Whether `flag` is set on any rank; the same answer everywhere, so all ranks can act on it together.
+
+    Args:
+        flag: this rank's.
+        device: where it is reduced; None is the CPU, where no rank waits for a GPU.
+    """
     if not is_distributed():
         return flag
     return bool(all_reduce_max_(torch.tensor(int(flag), device=device)).item())
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that `auto`, `cuda`, `mps` or `cpu` stands for."""
-    if name != "auto":
+def gather_objects(value: T) -> list[T]:
+    """`value` of every rank, in rank order, on every rank. Pickled: for small host data."""
+    if not is_distributed():
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values  # pyright: ignore[reportReturnType]  # all were filled
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's `value` on every rank. Pickled: for small host data."""
+    if not is_distributed():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def pick_device(name: str, place: Place = ALONE) -> torch.device:
+    """The device that `auto`, `cuda`, `mps` or `cpu` stands for in this process.
+
+    Raises: UserError if this rank has no GPU of its own, or if several processes would share an Apple GPU.
+    """
+    if name == "auto":
+        alone = place.world_size == 1
+        name = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
+    if name == "mps" and place.world_size > 1:
+        raise UserError(f"train.device=mps: one process only, not {place.world_size}; run without a launcher")
+    if name != "cuda" or place.launcher == "alone":
         return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    gpus = torch.cuda.device_count()
+    # Slurm may bind one GPU to each task; the only visible one is then its own.
+    index = 0 if place.launcher == "slurm" and gpus == 1 else place.local_rank
+    if index >= gpus:
+        raise UserError(
+            f"LOCAL_RANK={place.local_rank}: this machine shows {gpus} GPU(s) to the process; start at most that many per "
+            "machine (torchrun --nproc-per-node, launcher.gpus_per_node), or use train.device=cpu"
+        )
+    return torch.device("cuda", index)

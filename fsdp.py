@@ -1,22 +1,77 @@
-"""How a model is recomputed and compiled, in that order, from outside: models know nothing of it."""
+"""How a model is recomputed, compiled and divided over ranks, from outside: models know nothing of it.
 
+`parallelize` makes every rank hold 1/n of each weight, its gradient, its optimizer state and its average. Three ways:
+
+- `simple`, ours, after SimpleFSDP (arXiv:2411.00284). A weight is stored as a `DTensor` split along its first axis;
+  reading `layer.weight` in a forward pass casts the own part to `param_dtype` and gathers the others' (all-gather), and
+  its gradient comes back in `reduce_dtype`, averaged over ranks and cut to the own part (reduce-scatter). Nothing else
+  changes: names, state dicts, optimizers and code that acts on parameters one by one see parameters as before.
+  Eagerly, every read gathers and the gathered weight lives until the backward pass is done with it. If a
+  rematerialisation policy recomputes `_c10d_functional::all_gather_into_tensor` and `_c10d_functional::wait_tensor`,
+  blocks free it after the forward pass and gather again: fully sharded instead of gradient-sharded.
+  Compiled (`compile_function`), `overlap_collectives` groups and orders the collectives so that they run beside the
+  computation.
+- `fully_shard`, torch's FSDP2: a cross-check and a way out.
+- `none`: whole weights everywhere; `average_gradients_` after the backward pass.
+"""
+
+import contextlib
 import functools
+import heapq
 import importlib
+import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from config import CompileConfig, RematerializationConfig
+from distributed import is_distributed, world_size
 from utils import UserError
 
 CHANGED_IN_PLACE = frozenset({"aten::mean"})
 """Operators whose result torch itself changes in place afterwards (RMSNorm adds its eps): it cannot be kept."""
 
+KEPT_IN_FLOAT32 = ("freqs", "mask_token", "norm", "weight_g", "weight_v")
+"""Parts of parameter names that are gathered in float32 whatever `param_dtype` is: the model computes with them in
+float32 (rotary angles, weight normalisation, the predictor's residual stream), or casts them itself (norms)."""
+
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How weights are divided over ranks, in which precision they travel, and how compiled code orders transfers."""
+
+    mode: str
+    """simple, fully_shard or none."""
+    param_dtype: torch.dtype
+    """Precision in which weights are gathered and used. The own part, gradients and optimizer state stay float32."""
+    reduce_dtype: torch.dtype
+    """Precision in which gradients are summed over ranks."""
+    bucket_mib: float
+    """Compiled code: gathered weights, or unreduced gradients, per collective; larger tensors go alone."""
+    prefetch: int
+    """Compiled code: buckets that are gathered ahead of the one in use, and reduced behind it."""
+    kept_in_float32: tuple[str, ...] = KEPT_IN_FLOAT32
+    """Parts of parameter names that `param_dtype` does not apply to."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and choices."""
+        if self.mode not in ("simple", "fully_shard", "none"):
+            raise UserError(f"efficiency.fsdp={self.mode!r} must be one of simple, fully_shard, none")
+        if self.bucket_mib < 0 or self.prefetch < 0:
+            raise UserError(f"bucket_mib={self.bucket_mib} and prefetch={self.prefetch} must be at least 0")
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Precision in which the parameter of this full name is used."""
+        return torch.float32 if set(name.split(".")) & set(self.kept_in_float32) else self.param_dtype
 
 
 def recompute_blocks(blocks: Iterable[nn.Module], cfg: RematerializationConfig) -> None:
@@ -69,8 +124,12 @@ def _recomputed(forward: Callable[..., Any], policy: Callable[..., CheckpointPol
     return wrapped
 
 
-def compile_function(function: FunctionT, cfg: CompileConfig, key: str, device: torch.device) -> FunctionT:
+def compile_function(
+    function: FunctionT, cfg: CompileConfig, key: str, device: torch.device, sharding: Sharding | None = None
+) -> FunctionT:
     """`torch.compile` with the options of a config section, or the function itself if it is disabled there.
+
+    With weights divided by `simple`, the compiled graphs' collectives are ordered by `overlap_collectives`.
 
     Raises: UserError if the code is to run on a CPU and there is no C++ compiler.
     """
@@ -81,4 +140,564 @@ def compile_function(function: FunctionT, cfg: CompileConfig, key: str, device: 
             f"{key}.disable=false: compiling for a CPU needs a C++ compiler and none was found; "
             f"install g++, or set {key}.disable=true"
         )
-    return torch.compile(function, dynamic=cfg.dynamic)  # pyright: ignore[reportReturnType]  # same signature
+    options = overlap_options(sharding) if sharding and sharding.mode == "simple" and is_distributed() else None
+    compiled = torch.compile(function, dynamic=cfg.dynamic, options=options)
+    return compiled  # pyright: ignore[reportReturnType]  # same signature
+
+
+def overlap_options(sharding: Sharding) -> dict[str, Any]:
+    """Options of `torch.compile` that order collectives as `overlap_collectives` does, and keep them so."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class OverlapCollectives(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            overlap_collectives(graph, sharding.bucket_mib, sharding.prefetch)
+
+        def uuid(self) -> Any:
+            return get_hash_for_files((__file__,), f"{sharding.bucket_mib} {sharding.prefetch}")
+
+    return {"post_grad_custom_post_pass": OverlapCollectives(), "reorder_for_peak_memory": False}
+
+
+# Dividing a module over ranks.
+
+
+def parallelize(
+    module: nn.Module, sharding: Sharding, device: torch.device, blocks: Iterable[nn.Module] = (), group: Any = None
+) -> None:
+    """Give every rank the weights of rank 0 and divide them as `sharding` says, in place. State-dict keys stay.
+
+    Without a process group there is nothing to divide, and nothing happens.
+
+    Args:
+        module: its weights are on `device` on rank 0; on the other ranks they may be on the meta device. With `simple`
+            only one gathered parameter at a time is added to what is there; the other two modes need all on every rank.
+            A `device` of type meta divides shapes only.
+        sharding: mode and precisions.
+        device: where the weights go.
+        blocks: submodules whose weights `fully_shard` gathers together. `simple` and `none` need no hint.
+        group: process group; None is all ranks.
+    """
+    if not is_distributed():
+        return
+    group = dist.group.WORLD if group is None else group
+    if sharding.mode == "simple":
+        _shard(module, sharding, device, group)
+    else:
+        _same_weights(module, device, group)
+        if sharding.mode == "fully_shard":
+            _fully_shard(module, sharding, device, list(blocks), group)
+    _same_buffers(module, device, group)
+
+
+@dataclass(frozen=True)
+class _Gathering:
+    """How one parameter travels. Plain values: compiled code has them as constants."""
+
+    group_name: str
+    world_size: int
+    rows: int | None
+    """Length of the first axis over all ranks; None for a scalar, of which every rank has a copy."""
+    dtype: torch.dtype
+    reduce_dtype: torch.dtype
+
+    @property
+    def rows_per_rank(self) -> int:
+        """Rows that travel per rank: the last ranks' parts are padded to it, down to empty ones."""
+        assert self.rows is not None
+        return -(-self.rows // self.world_size)
+
+
+def _shard(module: nn.Module, sharding: Sharding, device: torch.device, group: Any) -> None:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    mesh = DeviceMesh.from_group(group, device.type)
+    divided: dict[nn.Parameter, tuple[nn.Parameter, _Gathering]] = {}  # a tied parameter stays one
+    for prefix, submodule in module.named_modules():
+        gatherings = {}
+        for name, parameter in list(submodule._parameters.items()):
+            if parameter is None:
+                continue
+            if parameter not in divided:
+                dtype = sharding.dtype_of(f"{prefix}.{name}")
+                rows = parameter.shape[0] if parameter.ndim else None
+                gathering = _Gathering(group.group_name, group.size(), rows, dtype, sharding.reduce_dtype)
+                divided[parameter] = _shard_parameter(parameter, mesh, device, group), gathering
+            submodule._parameters[name], gatherings[name] = divided[parameter]
+        if gatherings:
+            submodule.__class__ = _reading_gathers(type(submodule), tuple(gatherings.items()))
+
+
+def _shard_parameter(parameter: nn.Parameter, mesh: Any, device: torch.device, group: Any) -> nn.Parameter:
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    full = _from_rank_0(parameter, device, group)
+    if parameter.ndim == 0:
+        own, placement = full, Replicate()
+    else:
+        rows, per_rank = full.shape[0], -(-full.shape[0] // group.size())
+        start = min(group.rank() * per_rank, rows)
+        own, placement = full[start : min(start + per_rank, rows)].clone(), Shard(0)
+    stored = DTensor.from_local(own, mesh, [placement], run_check=False, shape=full.shape, stride=full.stride())
+    return nn.Parameter(stored, requires_grad=parameter.requires_grad)
+
+
+@torch.no_grad()
+def _from_rank_0(tensor: Tensor, device: torch.device, group: Any) -> Tensor:
+    """Rank 0's tensor, whole, on every rank."""
+    if tensor.is_meta or device.type == "meta":
+        assert device.type == "meta" or group.rank() > 0, "rank 0 has to have the weights"
+        full = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    else:
+        full = tensor.detach().to(device).contiguous()
+    if device.type != "meta":
+        dist.broadcast(full, group=group, group_src=0)
+    return full
+
+
+def _same_weights(module: nn.Module, device: torch.device, group: Any) -> None:
+    for submodule in module.modules():
+        for name, parameter in list(submodule._parameters.items()):
+            if parameter is not None:
+                full = _from_rank_0(parameter, device, group)
+                submodule._parameters[name] = nn.Parameter(full, requires_grad=parameter.requires_grad)
+
+
+def _same_buffers(module: nn.Module, device: torch.device, group: Any) -> None:
+    for submodule in module.modules():
+        for name, buffer in list(submodule._buffers.items()):
+            if buffer is not None:
+                submodule._buffers[name] = _from_rank_0(buffer, device, group)
+
+
+@functools.cache
+def _reading_gathers(base: type[nn.Module], gatherings: tuple[tuple[str, _Gathering], ...]) -> type[nn.Module]:
+    """A subclass of `base` with one property per parameter. Modules of the same shapes share it.
+
+    A property comes before `nn.Module.__getattr__`, while registration, state dicts and optimizers go to `_parameters`.
+    """
+    properties = {name: property(functools.partial(_read, name=name, how=how)) for name, how in gatherings}
+    return type(base.__name__, (base,), {**properties, "_gatherings": dict(gatherings), "__module__": base.__module__})
+
+
+def _read(module: nn.Module, name: str, how: _Gathering) -> Tensor | None:
+    from torch.distributed.tensor import DTensor
+
+    parameter = module._parameters[name]
+    if not isinstance(parameter, DTensor):  # functional_call or `gathered` have put a whole tensor there
+        return parameter
+    return _Gather.apply(parameter.to_local(), how)
+
+
+class _Gather(torch.autograd.Function):
+    """Own part of a weight to whole weight; gradient of the whole weight to the own part of its average over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, how: _Gathering) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.how, ctx.own_rows, ctx.own_dtype = how, own.shape[0] if own.ndim else None, own.dtype
+        return _all_gather(own, how)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _average(grad, ctx.how, ctx.own_rows).to(ctx.own_dtype), None
+
+
+def _all_gather(own: Tensor, how: _Gathering) -> Tensor:
+    own = own.to(how.dtype)
+    if how.rows is None:
+        return own.clone()
+    padded = _pad_rows(own, how.rows_per_rank)
+    collectives = torch.ops._c10d_functional
+    full = collectives.wait_tensor(collectives.all_gather_into_tensor(padded, how.world_size, how.group_name))
+    return full if len(full) == how.rows else full[: how.rows]
+
+
+def _average(grad: Tensor, how: _Gathering, own_rows: int | None) -> Tensor:
+    """Average over ranks of a whole gradient, cut to the own rows."""
+    collectives = torch.ops._c10d_functional
+    grad = grad.to(how.reduce_dtype)
+    # A sum in float16 would overflow where the average does not; in other types dividing the small result is cheaper.
+    early = how.reduce_dtype == torch.float16
+    if early:
+        grad = grad / how.world_size
+    if how.rows is None:
+        own = collectives.wait_tensor(collectives.all_reduce(grad.contiguous(), "sum", how.group_name))
+    else:
+        padded = _pad_rows(grad, how.rows_per_rank * how.world_size).contiguous()
+        started = collectives.reduce_scatter_tensor(padded, "sum", how.world_size, how.group_name)
+        own = collectives.wait_tensor(started)
+        own = own if len(own) == own_rows else own[:own_rows]
+    return own if early else own / how.world_size
+
+
+def _pad_rows(x: Tensor, rows: int) -> Tensor:
+    return x if len(x) == rows else F.pad(x, [0, 0] * (x.ndim - 1) + [0, rows - len(x)])
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Gather a module's weights once for many forward and backward passes; gradients are averaged once, at the end.
+
+    For a loop of passes inside one update. Inside, weights and their gradients are whole and in float32, so keep it to
+    small modules. Does nothing for a module that `simple` does not divide.
+    """
+    from torch.distributed.tensor import DTensor
+
+    places = [
+        (submodule, name, how, submodule._parameters[name])
+        for submodule in module.modules()
+        for name, how in getattr(type(submodule), "_gatherings", {}).items()
+    ]
+    whole: dict[nn.Parameter, nn.Parameter] = {}
+    for submodule, name, how, stored in places:
+        assert isinstance(stored, DTensor)
+        if stored not in whole:
+            full = _all_gather(stored.detach().to_local(), how).to(stored.dtype)
+            whole[stored] = nn.Parameter(full, requires_grad=stored.requires_grad)
+        submodule._parameters[name] = whole[stored]
+    try:
+        yield
+    finally:
+        for submodule, name, _, stored in places:
+            submodule._parameters[name] = stored
+    hows = {stored: how for _, _, how, stored in places}
+    with torch.no_grad():
+        for stored, full in whole.items():
+            if full.grad is None:
+                continue
+            assert isinstance(stored, DTensor)
+            own = stored.to_local()
+            average = _average(full.grad, hows[stored], own.shape[0] if own.ndim else None).to(own.dtype)
+            grad = DTensor.from_local(
+                average,
+                stored.device_mesh,
+                stored.placements,
+                run_check=False,
+                shape=stored.shape,
+                stride=stored.stride(),
+            )
+            stored.grad = grad if stored.grad is None else stored.grad + grad
+
+
+def _fully_shard(
+    module: nn.Module, sharding: Sharding, device: torch.device, blocks: Sequence[nn.Module], group: Any
+) -> None:
+    """FSDP2 on every block, then on the outermost modules that have weights of their own.
+
+    Modules all of whose own weights stay in float32 become groups of their own, except norms: their weights are read by
+    the block around them. Norms and the mask token are therefore rounded to `param_dtype` here.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    def precision(dtype: torch.dtype) -> Any:
+        return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=sharding.reduce_dtype, cast_forward_inputs=False)
+
+    # Weights that stay gathered after a forward pass would be what the optimizer and the average see.
+    options = {"mesh": DeviceMesh.from_group(group, device.type), "reshard_after_forward": True}
+    for name, submodule in module.named_modules():
+        own = [f"{name}.{key}" for key, _ in submodule.named_parameters(recurse=False)]
+        if own and "norm" not in name.split(".") and all(sharding.dtype_of(k) != sharding.param_dtype for k in own):
+            fully_shard(submodule, **options, mp_policy=precision(torch.float32))
+    for submodule in [*blocks, *_outermost_with_weights(module)]:
+        if not isinstance(submodule, FSDPModule):
+            fully_shard(submodule, **options, mp_policy=precision(sharding.param_dtype))
+        if hasattr(submodule, "forward_pretrain"):
+            register_fsdp_forward_method(submodule, "forward_pretrain")
+
+
+def _outermost_with_weights(module: nn.Module) -> Iterator[nn.Module]:
+    if any(True for _ in module.parameters(recurse=False)):
+        yield module
+    else:
+        for child in module.children():
+            yield from _outermost_with_weights(child)
+
+
+@torch.no_grad()
+def average_gradients_(module: nn.Module, sharding: Sharding, group: Any = None) -> None:
+    """Average whole gradients over ranks, in buckets; for `none`. The other modes have averaged them already."""
+    if sharding.mode != "none" or not is_distributed():
+        return
+    size = world_size() if group is None else group.size()
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    limit = max(1, int(sharding.bucket_mib * 2**20))
+    running = []
+    for bucket in _split_by_size(grads, [g.numel() * sharding.reduce_dtype.itemsize for g in grads], limit):
+        flat = torch.cat([grad.to(sharding.reduce_dtype).flatten() for grad in bucket]) / size
+        running.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
+    for bucket, flat, work in running:
+        work.wait()
+        for grad, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            grad.copy_(mean.view_as(grad))
+
+
+ItemT = TypeVar("ItemT")
+
+
+def _split_by_size(items: Sequence[ItemT], sizes: Sequence[int], limit: int) -> list[list[ItemT]]:
+    """Consecutive groups of at most `limit`; an item larger than that is alone."""
+    groups: list[list[ItemT]] = []
+    filled = 0
+    for item, size in zip(items, sizes, strict=True):
+        if not groups or filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(item)
+        filled += size
+    return groups
+
+
+# Ordering the collectives of compiled code.
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One collective that `overlap_collectives` left in a graph."""
+
+    kind: str
+    """all_gather or reduce_scatter."""
+    dtype: torch.dtype
+    num_tensors: int
+    num_bytes: int
+    """Size of the whole tensors: what an all-gather gives and a reduce-scatter takes."""
+
+
+def overlap_collectives(graph: fx.Graph, bucket_mib: float, prefetch: int) -> list[Bucket]:
+    """Group all-gathers of weights and reduce-scatters of gradients in a graph, and hide them behind computation.
+
+    All-gathers of one precision are grouped in the order of first use into buckets of at most `bucket_mib` (a larger
+    tensor is a bucket by itself). A bucket's all-gather starts just before the `prefetch`-th bucket before it is waited
+    for, and is waited for just before its first use. Reduce-scatters are grouped in the order in which gradients become
+    ready; each bucket starts with its last gradient, and is waited for when the `prefetch`-th bucket after it starts
+    (at the end of the graph, for the last ones). With `prefetch` = 0 nothing overlaps.
+
+    What it costs in memory: `prefetch` + 1 buckets of gathered weights on their way, and one more while a bucket is
+    copied into its tensors; the same for gradients; and what ordering all else for the lowest peak would save, for
+    that reordering (an option of inductor) has to be off. What is kept for the backward pass stays the same.
+
+    Only all-gathers at the end of a chain from one graph input, and reduce-scatters on which nothing but the graph's
+    results depends, are touched; other collectives stay where they are, in their order.
+
+    Args:
+        graph: forward, backward or inference graph with `_c10d_functional` operators; changed in place.
+        bucket_mib: largest bucket.
+        prefetch: buckets on their way beside the one in use.
+
+    Returns: the collectives that it ordered, in the order in which they start.
+    """
+    return _Overlap(graph, bucket_mib, prefetch).run()
+
+
+class _Overlap:
+    """Positions in the final order are pairs (place in the original order, rank among what is moved to that place)."""
+
+    def __init__(self, graph: fx.Graph, bucket_mib: float, prefetch: int) -> None:
+        operators = torch.ops._c10d_functional
+        self.all_gather = operators.all_gather_into_tensor.default
+        self.reduce_scatter = operators.reduce_scatter_tensor.default
+        self.wait = operators.wait_tensor.default
+        self.graph, self.limit, self.prefetch = graph, int(bucket_mib * 2**20), prefetch
+        self.position: dict[fx.Node, tuple[float, int]] = {node: (i, 0) for i, node in enumerate(graph.nodes)}
+        self.output = next(iter(reversed(graph.nodes)))
+        self.position[self.output] = (math.inf, 1)
+
+    def run(self) -> list[Bucket]:
+        """Find, group, place, and sort everything once."""
+        placed = self._place_gathers(self._gathers_of_inputs()) + self._place_scatters(self._scatters_of_results())
+        self._sort()
+        self.graph.lint()
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        return [bucket for _, bucket in sorted(placed, key=lambda pair: order[pair[0]])]
+
+    def _gathers_of_inputs(self) -> list[fx.Node]:
+        """All-gathers that hang on one graph input each, without repetitions."""
+        known: dict[str, fx.Node] = {}
+        for gather in self.graph.find_nodes(op="call_function", target=self.all_gather):
+            chain, wait = _chain_from_input(gather), self._only_wait(gather)
+            if chain is None or wait is None:
+                continue
+            first = known.setdefault(repr([(n.name, n.op) if n is chain[0] else _signature(n) for n in chain]), gather)
+            if first is not gather:  # the same weight, read twice
+                self._replace(gather, wait, next(iter(first.users)))
+        return list(known.values())
+
+    def _scatters_of_results(self) -> list[fx.Node]:
+        """Reduce-scatters whose results go to the graph's results, through no other collective and no mutation."""
+        pinned: set[fx.Node] = set()  # something behind the node cares when it runs
+        for node in reversed(self.graph.nodes):
+            if any(user in pinned or (user.target is not self.wait and _cares(user)) for user in node.users):
+                pinned.add(node)
+        scatters = self.graph.find_nodes(op="call_function", target=self.reduce_scatter)
+        waits = [(scatter, self._only_wait(scatter)) for scatter in scatters]
+        return [scatter for scatter, wait in waits if wait is not None and wait not in pinned]
+
+    def _only_wait(self, started: fx.Node) -> fx.Node | None:
+        users = list(started.users)
+        return users[0] if len(users) == 1 and users[0].target is self.wait else None
+
+    def _place_gathers(self, gathers: list[fx.Node]) -> list[tuple[fx.Node, Bucket]]:
+        waits = {gather: next(iter(gather.users)) for gather in gathers}
+        first_use = {gather: self._first_use(waits[gather]) for gather in gathers}
+        gathers = sorted(gathers, key=lambda gather: (first_use[gather], self.position[gather]))
+        placed = []
+        for group in _by_type(gathers):
+            buckets = _split_by_size(group, [_num_bytes(gather) for gather in group], self.limit)
+            uses = [first_use[bucket[0]] - 0.5 for bucket in buckets]
+            for i, bucket in enumerate(buckets):
+                start = uses[i - self.prefetch] if i >= self.prefetch else -math.inf
+                for gather in bucket:
+                    for node in (_chain_from_input(gather) or [])[1:]:
+                        self.position[node] = min(self.position[node], (start, 0))
+                info = Bucket("all_gather", _value(bucket[0]).dtype, len(bucket), sum(map(_num_bytes, bucket)))
+                if len(bucket) == 1:
+                    gather, wait = bucket[0], waits[bucket[0]]
+                    self.position[gather], self.position[wait] = (start, 1), (uses[i], 2)
+                else:
+                    gather = self._merge_gathers(bucket, waits, start, uses[i])
+                placed.append((gather, info))
+        return placed
+
+    def _first_use(self, wait: fx.Node) -> float:
+        """Place of the first node that computes with a gathered weight; views, and keeping it for later, do not."""
+        first, stack, seen = math.inf, [wait], {self.output}
+        while stack:
+            for user in stack.pop().users:
+                if user in seen:
+                    continue
+                seen.add(user)
+                if isinstance(user.target, torch._ops.OpOverload) and user.target.is_view:
+                    stack.append(user)
+                else:
+                    first = min(first, self.position[user][0])
+        return first
+
+    def _merge_gathers(self, bucket: list[fx.Node], waits: dict[fx.Node, fx.Node], start: float, use: float) -> fx.Node:
+        aten, arguments = torch.ops.aten, bucket[0].args[1:]
+        parts = [self._call((start, 0), aten.reshape.default, gather.args[0], [-1]) for gather in bucket]
+        joined = self._call((start, 0), aten.cat.default, parts)
+        started = self._call((start, 1), self.all_gather, joined, *arguments)
+        wait = self._call((use, 2), self.wait, started)
+        table = self._call((use, 2), aten.reshape.default, wait, [arguments[0], _value(joined).numel()])
+        offset = 0
+        for part, gather in zip(parts, bucket, strict=True):
+            end, shape = offset + _value(part).numel(), list(_value(gather).shape)
+            columns = self._call((use, 2), aten.slice.Tensor, table, 1, offset, end)
+            # A copy even where a view would do: that would keep the whole bucket alive.
+            copied = self._call((use, 2), aten.clone.default, columns, memory_format=torch.contiguous_format)
+            self._replace(gather, waits[gather], self._call((use, 2), aten.reshape.default, copied, shape))
+            offset = end
+        return started
+
+    def _place_scatters(self, scatters: list[fx.Node]) -> list[tuple[fx.Node, Bucket]]:
+        placed = []
+        for group in _by_type(scatters):
+            sizes = [_num_bytes(scatter.all_input_nodes[0]) for scatter in group]
+            buckets = _split_by_size(group, sizes, self.limit)
+            starts = [self.position[bucket[-1]][0] for bucket in buckets]
+            for i, bucket in enumerate(buckets):
+                behind = i + self.prefetch
+                end = (starts[behind], 0) if behind < len(buckets) else (math.inf, 0)
+                size = sum(_num_bytes(scatter.all_input_nodes[0]) for scatter in bucket)
+                info = Bucket("reduce_scatter", _value(bucket[0]).dtype, len(bucket), size)
+                if len(bucket) == 1:
+                    scatter = bucket[0]
+                    self.position[scatter], self.position[next(iter(scatter.users))] = (starts[i], 2), end
+                else:
+                    scatter = self._merge_scatters(bucket, starts[i], end)
+                placed.append((scatter, info))
+        return placed
+
+    def _merge_scatters(self, bucket: list[fx.Node], start: float, end: tuple[float, int]) -> fx.Node:
+        aten, ranks = torch.ops.aten, bucket[0].args[2]
+        inputs = [scatter.all_input_nodes[0] for scatter in bucket]
+        parts = [self._call((start, 1), aten.reshape.default, grad, [ranks, -1]) for grad in inputs]
+        joined = self._call((start, 1), aten.cat.default, parts, 1)
+        started = self._call((start, 2), self.reduce_scatter, joined, *bucket[0].args[1:])
+        wait = self._call(end, self.wait, started)
+        offset = 0
+        for part, scatter in zip(parts, bucket, strict=True):
+            length, shape = _value(part).shape[1], list(_value(scatter).shape)
+            columns = self._call(end, aten.slice.Tensor, wait, 1, offset, offset + length)
+            whole = self._call(end, aten.reshape.default, columns, shape)
+            self._replace(scatter, next(iter(scatter.users)), whole)
+            offset += length
+        return started
+
+    def _call(self, position: tuple[float, int], target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        with self.graph.inserting_before(self.output):  # the final sort moves it
+            node = self.graph.call_function(target, args, kwargs)
+        values = fx.node.map_arg(args, _value)
+        with _value(node.all_input_nodes[0]).fake_mode:
+            node.meta["val"] = target(*values, **kwargs)
+        self.position[node] = position
+        return node
+
+    def _replace(self, started: fx.Node, wait: fx.Node, by: fx.Node) -> None:
+        wait.replace_all_uses_with(by)
+        unused = [wait, started, *reversed(_chain_from_input(started) or [])]
+        for node in dict.fromkeys(unused):
+            if not node.users and node.op != "placeholder":
+                self.graph.erase_node(node)
+
+    def _sort(self) -> None:
+        """Order the graph by position, as far as what depends on what allows."""
+        number = {node: i for i, node in enumerate(self.graph.nodes)}
+        missing = {node: len(node.all_input_nodes) for node in number}
+
+        def key(node: fx.Node) -> tuple[bool, tuple[float, int], int]:
+            return node.op != "placeholder", self.position[node], number[node]
+
+        nodes = {number[node]: node for node in number}
+        ready = [key(node) for node, count in missing.items() if count == 0]
+        heapq.heapify(ready)
+        order = []
+        while ready:
+            node = nodes[heapq.heappop(ready)[-1]]
+            order.append(node)
+            for user in node.users:
+                missing[user] -= 1
+                if missing[user] == 0:
+                    heapq.heappush(ready, key(user))
+        assert len(order) == len(number)
+        for node in order[:-1]:
+            self.output.prepend(node)
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["val"]
+
+
+def _num_bytes(node: fx.Node) -> int:
+    return _value(node).numel() * _value(node).element_size()
+
+
+def _signature(node: fx.Node) -> str:
+    return repr((node.target, [a for a in node.args if not isinstance(a, fx.Node)], sorted(node.kwargs.items())))
+
+
+def _by_type(nodes: list[fx.Node]) -> list[list[fx.Node]]:
+    """Collectives that may become one: same precision, ranks and reduction."""
+    groups: dict[tuple[torch.dtype, str], list[fx.Node]] = {}
+    for node in nodes:
+        groups.setdefault((_value(node).dtype, repr(node.args[1:])), []).append(node)
+    return list(groups.values())
+
+
+def _chain_from_input(node: fx.Node) -> list[fx.Node] | None:
+    """From a graph input to the node, if each node on the way has one input only."""
+    chain = [node]
+    while chain[0].op != "placeholder":
+        inputs = chain[0].all_input_nodes
+        if len(inputs) != 1:
+            return None
+        chain.insert(0, inputs[0])
+    return chain
+
+
+def _cares(node: fx.Node) -> bool:
+    """Whether it matters when the node runs."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and (
+        target.namespace == "_c10d_functional" or target._schema.is_mutable
+    )

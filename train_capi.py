@@ -29,13 +29,22 @@ from checkpoint import Checkpoints, SavedState, claim_output_dir, export_weights
 from clustering import L2NormLinear, OnlineClustering, entropy, soft_cross_entropy
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
 from data import Batch, DevicePrefetcher, PretrainLoader, derive_seed, merge_positions, normalize
-from distributed import any_rank, pick_device, rank, world_size
+from distributed import all_reduce_sum_, any_rank, pick_device, rank, session, world_size
 from fsdp import compile_function, recompute_blocks
 from launch import StopRequest
 from masking import MaskPlan
 from metrics import FiniteWatch, Metrics, Profile, StepShape, Throughput, training_flops_per_image
 from model import Block, EncoderDecoder
-from optim import Hyper, ema_update_, grad_norm, hyper_at, make_clustering_optimizer, make_student_optimizer, set_hyper
+from optim import (
+    Hyper,
+    average_gradients_,
+    ema_update_,
+    grad_norm,
+    hyper_at,
+    make_clustering_optimizer,
+    make_student_optimizer,
+    set_hyper,
+)
 from utils import UserError, due, git_revision, setup_logging
 
 logger = logging.getLogger("capi")
@@ -132,6 +141,7 @@ class TrainState:
         Returns: the student's gradient norm before clipping, and with the loss scaler whether the update was skipped.
         """
         set_hyper(self.student_optimizer, self.clustering_optimizer, hyper)
+        average_gradients_(self.student, self.clustering)
         scaled = self.scaler.is_enabled()
         if scaled:
             self.scaler.unscale_(self.student_optimizer)
@@ -223,10 +233,17 @@ def train_step(
         "target_entropy_rel": metrics.normalized_entropy(target_entropy, cfg.capi.num_clusters),
     }
     if clustering.counts is not None and clustering.mass is not None:
-        scalars |= metrics.prototype_usage(clustering.counts, clustering.mass)
+        scalars |= metrics.prototype_usage(all_reduce_sum_(clustering.counts), all_reduce_sum_(clustering.mass))
     if with_health:
         scalars |= _health(features)
-    return scalars | state.apply_gradients(hyper)
+    return _mean_over_ranks(scalars) | state.apply_gradients(hyper)
+
+
+def _mean_over_ranks(scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+    if world_size() == 1:
+        return scalars
+    means = all_reduce_sum_(torch.stack([value.double() for value in scalars.values()])) / world_size()
+    return dict(zip(scalars, means, strict=True))
 
 
 def _health(features: Float[Tensor, "b n d"]) -> dict[str, Tensor]:
@@ -236,9 +253,8 @@ def _health(features: Float[Tensor, "b n d"]) -> dict[str, Tensor]:
     return {"teacher_rank": metrics.effective_rank(tokens), "feature_norm_median": median, "feature_norm_max": largest}
 
 
-def train(cfg: CapiConfig, output_dir: Path) -> None:
+def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
     """Train up to `optim.total_iters` finished updates, or until a signal; continue what is in `output_dir`."""
-    device = pick_device(cfg.train.device)
     state = TrainState(cfg, device)
     checkpoints = Checkpoints(output_dir, keep=cfg.train.checkpointing.max_to_keep)
     saved = restore(state, checkpoints)
@@ -246,7 +262,8 @@ def train(cfg: CapiConfig, output_dir: Path) -> None:
     meters.truncate_after(state.step, keep_copy=cfg.train.resume_from is not None)
     if saved is not None:
         meters.load_state_dict(saved.extra["metrics"])
-    write_text_atomically(output_dir / "config.yaml", to_yaml(cfg))
+    if rank() == 0:
+        write_text_atomically(output_dir / "config.yaml", to_yaml(cfg))
     log_start(cfg, state, saved)
 
     total, every = cfg.optim.total_iters, cfg.train.log_loss_every
@@ -265,10 +282,15 @@ def train(cfg: CapiConfig, output_dir: Path) -> None:
         batches = DevicePrefetcher(loader, device)
         stop = stack.enter_context(StopRequest())
         profile = stack.enter_context(
-            Profile(output_dir, cfg.train.profiling, num_steps=total - state.step, device=device)
+            Profile(output_dir, cfg.train.profiling and rank() == 0, num_steps=total - state.step, device=device)
         )
-        stack.enter_context(logging_redirect_tqdm())
-        bar = stack.enter_context(tqdm(total=total, initial=state.step, unit="step", disable=None, dynamic_ncols=True))
+        if rank() == 0:
+            stack.enter_context(logging_redirect_tqdm())  # its handler knows no levels, and would make others talk
+        bar = stack.enter_context(
+            tqdm(
+                total=total, initial=state.step, unit="step", disable=None if rank() == 0 else True, dynamic_ncols=True
+            )
+        )
         stack.enter_context(_manual_garbage_collection())
         watch, speed = FiniteWatch(), _throughput(cfg, device)
         newest = saved.path if saved else None
@@ -291,7 +313,7 @@ def train(cfg: CapiConfig, output_dir: Path) -> None:
             waited = batches.wait_s
             profile.step()
             bar.update()
-            stopping = any_rank(stop.is_set, device)
+            stopping = any_rank(stop.is_set)
             saves = done or stopping or due(step, cfg.train.checkpointing.period)
             if saves or due(step, cfg.train.nan_check_period):
                 watch.check(newest)
@@ -523,12 +545,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.dry_run:
             sys.stdout.write(dry_run(cfg))
             return 0
-        with claim_output_dir(cfg.train.output_dir) as output_dir:
-            setup_logging(output_dir / "log.txt")
+        with session(cfg.train.device) as device, claim_output_dir(cfg.train.output_dir) as output_dir:
+            setup_logging(output_dir / "log.txt" if rank() == 0 else None, quiet=rank() != 0)
             if args.export:
                 export_newest(cfg, output_dir)
             else:
-                train(cfg, output_dir)
+                train(cfg, output_dir, device)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -1,0 +1,126 @@
+"""Run a function on several gloo ranks: one pool of processes per test session, kept alive between tests."""
+
+import contextlib
+import faulthandler
+import gc
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+GRACE_S = 3.0
+"""How long ranks may go on after one of them has failed: they wait for it in vain."""
+
+
+class RankError(AssertionError):
+    """What went wrong, with every rank's traceback."""
+
+
+class _Rank:
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["fsdp", "train_capi"])
+        self.connection, theirs = context.Pipe()
+        self.stacks = Path(tempfile.mkstemp(prefix="rank-stacks-")[1])
+        self.process = context.Process(target=_serve, args=(theirs, str(self.stacks)), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def stack(self) -> str:
+        """Where a rank that does not answer is."""
+        with contextlib.suppress(ProcessLookupError):
+            assert self.process.pid is not None
+            os.kill(self.process.pid, signal.SIGUSR1)
+            time.sleep(0.3)
+        return "did not answer; it was at\n" + (self.stacks.read_text() or "(no Python code)")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+        self.stacks.unlink(missing_ok=True)
+
+
+_pool: list[_Rank] = []
+
+
+def run_on_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 90) -> list[Any]:
+    """Call `function(*args)` on ranks of a fresh gloo process group; what each returned.
+
+    Args:
+        function: of a module that the ranks can import. Rank and number of ranks are in `torch.distributed`.
+        num_ranks: processes, 1 to 4.
+        *args: what can be pickled.
+        timeout_s: after it the ranks are killed and their stacks shown.
+
+    Raises: RankError with the traceback of every rank that failed or did not answer.
+    """
+    while len(_pool) < num_ranks:
+        _pool.append(_Rank())
+    ranks = _pool[:num_ranks]
+    with tempfile.TemporaryDirectory() as folder:
+        for number, rank in enumerate(ranks):
+            rank.connection.send_bytes(pickle.dumps((function, args, number, num_ranks, f"{folder}/store")))
+        outcomes = _collect(ranks, time.monotonic() + timeout_s)
+    if all(ok for ok, _ in outcomes):
+        return [result for _, result in outcomes]
+    for rank in _pool:
+        rank.kill()
+    _pool.clear()
+    reports = [f"---- rank {i}: {'returned' if ok else result}" for i, (ok, result) in enumerate(outcomes)]
+    raise RankError("\n".join([f"{function.__name__} failed on {num_ranks} ranks", *reports]))
+
+
+def _collect(ranks: list[_Rank], deadline: float) -> list[tuple[bool, Any]]:
+    outcomes: dict[Connection, tuple[bool, Any]] = {}
+    waiting = {rank.connection: rank for rank in ranks}
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        for connection in wait(list(waiting), left):
+            assert isinstance(connection, Connection)
+            rank = waiting.pop(connection)
+            try:
+                outcomes[connection] = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                rank.process.join(1)
+                outcomes[connection] = False, f"died with exit code {rank.process.exitcode}"
+            if not outcomes[connection][0]:
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+    for connection, rank in waiting.items():
+        outcomes[connection] = False, rank.stack()
+    return [outcomes[rank.connection] for rank in ranks]
+
+
+def _serve(connection: Connection, stacks: str) -> None:
+    torch.set_num_threads(1)
+    with open(stacks, "w") as file, contextlib.suppress(EOFError, KeyboardInterrupt):  # noqa: PTH123  # stays open
+        faulthandler.register(signal.SIGUSR1, file=file)
+        while True:
+            function, args, rank, num_ranks, store = pickle.loads(connection.recv_bytes())
+            connection.send_bytes(_answer(function, args, rank, num_ranks, store))
+
+
+def _answer(function: Callable[..., Any], args: tuple[Any, ...], rank: int, num_ranks: int, store: str) -> bytes:
+    try:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            answer = pickle.dumps((True, function(*args)))
+        gc.collect()  # what is sharded has to be gone before the process group is, or gloo aborts now and then
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:  # noqa: BLE001  # the parent shows it, whatever it is
+        return pickle.dumps((False, "failed\n" + traceback.format_exc()))
+    return answer
