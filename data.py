@@ -51,10 +51,16 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+@functools.cache
+def _imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    # Kept: copying them to a GPU in every step would make the host wait for it each time.
+    mean, std = torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
+    return mean.view(3, 1, 1), std.view(3, 1, 1)
+
+
 def normalize(images: UInt8[Tensor, "b 3 h w"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "b 3 h w"]:
     """Pixels minus the ImageNet mean, divided by the ImageNet standard deviation; computed in float32."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
+    mean, std = _imagenet_statistics(images.device)
     return images.float().div_(255).sub_(mean).div_(std).to(dtype)
 
 

@@ -79,8 +79,8 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
         )
         if not 0 <= place.rank < place.world_size:
             raise UserError(
-                f"RANK={place.rank}: must lie in [0, WORLD_SIZE={place.world_size}); start all processes with torchrun, "
-                "or unset RANK and WORLD_SIZE to run one process"
+                f"RANK={place.rank}: must lie in [0, WORLD_SIZE={place.world_size}); start all processes with "
+                "torchrun, or unset RANK and WORLD_SIZE to run one process"
             )
         return place
     if _is_srun_task(environ) and _number(environ, "SLURM_STEP_NUM_TASKS") > 1:
@@ -135,8 +135,8 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 def session(device_name: str, *, timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
     """Join the other processes of the job, if there are any, until the block ends; yields this process's device.
 
-    Sharded tensors must not outlive the block. If it raises, the group stays as it is, because the other ranks may be
-    in a collective that this one will never enter: the process is expected to end, and its launcher ends the others.
+    Sharded tensors must not outlive the block. If it raises, this rank leaves without waiting, because the others may
+    be in a collective that it will never enter: the process is expected to end, and its launcher then ends the others.
 
     Args:
         device_name: `auto`, `cuda`, `mps` or `cpu`.
@@ -153,8 +153,16 @@ def session(device_name: str, *, timeout: timedelta = TIMEOUT) -> Iterator[torch
         return
     _join(place, device, timeout)
     logger.info("%s, device %s, rank 0 at %s:%d", place, device, place.address, place.port)
-    yield device
-    # Gloo aborts now and then when memory that its threads know is freed after the group, or when a rank leaves early.
+    try:
+        yield device
+    except BaseException as error:
+        # Without this, gloo aborts one exit in thirty. Nccl might wait for the others here.
+        if device.type == "cpu":
+            dist.destroy_process_group()
+        if isinstance(error, UserError) and place.rank != 0:
+            raise UserError(f"rank {place.rank}: {error}") from error
+        raise
+    # Gloo aborts now and then if sharded tensors are freed after the group is, or if one rank leaves before another.
     gc.collect()
     barrier()
     dist.destroy_process_group()
@@ -266,7 +274,7 @@ def pick_device(name: str, place: Place = ALONE) -> torch.device:
     index = 0 if place.launcher == "slurm" and gpus == 1 else place.local_rank
     if index >= gpus:
         raise UserError(
-            f"LOCAL_RANK={place.local_rank}: this machine shows {gpus} GPU(s) to the process; start at most that many per "
-            "machine (torchrun --nproc-per-node, launcher.gpus_per_node), or use train.device=cpu"
+            f"LOCAL_RANK={place.local_rank}: this machine shows {gpus} GPU(s) to the process; start at most that many "
+            "per machine (torchrun --nproc-per-node, launcher.gpus_per_node), or use train.device=cpu"
         )
     return torch.device("cuda", index)

@@ -21,6 +21,7 @@ import heapq
 import importlib
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -152,6 +153,7 @@ def overlap_options(sharding: Sharding) -> dict[str, Any]:
     class OverlapCollectives(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
             overlap_collectives(graph, sharding.bucket_mib, sharding.prefetch)
+            pin_order(graph)
 
         def uuid(self) -> Any:
             return get_hash_for_files((__file__,), f"{sharding.bucket_mib} {sharding.prefetch}")
@@ -286,24 +288,25 @@ def _read(module: nn.Module, name: str, how: _Gathering) -> Tensor | None:
     parameter = module._parameters[name]
     if not isinstance(parameter, DTensor):  # functional_call or `gathered` have put a whole tensor there
         return parameter
-    return _Gather.apply(parameter.to_local(), how)
+    own = parameter.to_local()
+    # Another precision here: functional_call with a weight that was cast before it is gathered.
+    return _Gather.apply(own, how, how.dtype if own.dtype == torch.float32 else own.dtype)
 
 
 class _Gather(torch.autograd.Function):
     """Own part of a weight to whole weight; gradient of the whole weight to the own part of its average over ranks."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, how: _Gathering) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, own: Tensor, how: _Gathering, dtype: torch.dtype) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.how, ctx.own_rows, ctx.own_dtype = how, own.shape[0] if own.ndim else None, own.dtype
-        return _all_gather(own, how)
+        return _all_gather(own.to(dtype), how)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _average(grad, ctx.how, ctx.own_rows).to(ctx.own_dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _average(grad, ctx.how, ctx.own_rows).to(ctx.own_dtype), None, None
 
 
 def _all_gather(own: Tensor, how: _Gathering) -> Tensor:
-    own = own.to(how.dtype)
     if how.rows is None:
         return own.clone()
     padded = _pad_rows(own, how.rows_per_rank)
@@ -352,7 +355,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
     for submodule, name, how, stored in places:
         assert isinstance(stored, DTensor)
         if stored not in whole:
-            full = _all_gather(stored.detach().to_local(), how).to(stored.dtype)
+            full = _all_gather(stored.detach().to_local().to(how.dtype), how).to(stored.dtype)
             whole[stored] = nn.Parameter(full, requires_grad=stored.requires_grad)
         submodule._parameters[name] = whole[stored]
     try:
@@ -393,6 +396,8 @@ def _fully_shard(
     def precision(dtype: torch.dtype) -> Any:
         return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=sharding.reduce_dtype, cast_forward_inputs=False)
 
+    # FSDP2's hook on a result that is a view would be lost if that were changed in place. Nobody does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     # Weights that stay gathered after a forward pass would be what the optimizer and the average see.
     options = {"mesh": DeviceMesh.from_group(group, device.type), "reshard_after_forward": True}
     for name, submodule in module.named_modules():
@@ -489,6 +494,31 @@ def overlap_collectives(graph: fx.Graph, bucket_mib: float, prefetch: int) -> li
     return _Overlap(graph, bucket_mib, prefetch).run()
 
 
+MATMULS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution"})
+"""Operators that are kernels of their own in compiled code, whatever is fused around them."""
+
+
+def pin_order(graph: fx.Graph) -> None:
+    """Make each all-gather and each wait depend on the matmul before it in the graph, where it does not already.
+
+    Inductor schedules what depends on nothing as early as it likes: it fuses computations that read the same tensor
+    into one kernel, and everything the kernel needs comes before it. An all-gather for the last block could thus start,
+    or be waited for, in the first one. With these dependencies such a fusion would be a cycle.
+    """
+    from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
+    from torch.utils._ordered_set import OrderedSet
+
+    operators = torch.ops._c10d_functional
+    pinned = (operators.all_gather_into_tensor.default, operators.wait_tensor.default)
+    matmul, dependencies = None, {}
+    for node in graph.nodes:
+        if node.target in pinned and matmul is not None:
+            dependencies[node] = OrderedSet([matmul])
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in MATMULS:
+            matmul = node
+    preserve_node_ordering(graph, dependencies)
+
+
 class _Overlap:
     """Positions in the final order are pairs (place in the original order, rank among what is moved to that place)."""
 
@@ -533,8 +563,13 @@ class _Overlap:
         return [scatter for scatter, wait in waits if wait is not None and wait not in pinned]
 
     def _only_wait(self, started: fx.Node) -> fx.Node | None:
-        users = list(started.users)
-        return users[0] if len(users) == 1 and users[0].target is self.wait else None
+        first, *others = started.users
+        if any(wait.target is not self.wait for wait in (first, *others)):
+            return None
+        for wait in others:
+            wait.replace_all_uses_with(first)
+            self.graph.erase_node(wait)
+        return first
 
     def _place_gathers(self, gathers: list[fx.Node]) -> list[tuple[fx.Node, Bucket]]:
         waits = {gather: next(iter(gather.users)) for gather in gathers}

@@ -1,30 +1,67 @@
-"""How a run is asked to stop."""
+"""How a run starts on a Slurm cluster, how it is asked to stop, and how it gets back into the queue.
+
+A job is one `srun` of a training script, one task per GPU, from a copy of the code. Slurm asks it to stop with SIGUSR2
+some time before its limit, and with SIGTERM when a more urgent job needs the nodes. The ranks agree on that between two
+steps, save together, and rank 0 puts the job back into the queue; its next start continues from that checkpoint.
+"""
 
 import logging
+import os
+import shlex
+import shutil
 import signal
+import subprocess
+import sys
 import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
+from typing import Any
+
+from config import LauncherConfig
+from distributed import max_over_ranks, rank
+from utils import UserError, git_revision
 
 logger = logging.getLogger("launch")
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+ROOT = Path(__file__).parent
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+"""Weakest first: ranks that received different ones all act on the last of these."""
+
+SECOND_INTERRUPT_S = 1.0
+"""A Ctrl-C that follows another one by less than this is the same one, passed on by a launcher."""
+
+HOLD_SIGNALS = (
+    "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR2]); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+"""Runs Python with the arguments that follow. A signal that comes during its imports, which can take a minute on a
+shared file system, waits for `StopRequest` instead of ending the task, and with it the job for good."""
+
+LARGEST_UNTRACKED_MIB = 10
+"""An untracked file above this size is data, not code, and stays out of a job's copy of the code."""
 
 
 class StopRequest:
     """Set by SIGTERM, SIGINT and SIGUSR2 (Slurm's warning before its time limit); read at a step boundary.
 
-    The handler does nothing but set a flag: a save inside it could run in the middle of an update. A second signal of
-    the same kind acts as if there were no handler, so that Ctrl-C twice ends a run that hangs.
+    The handler does nothing but set a flag: a save inside it could run in the middle of an update. A signal that comes
+    again changes nothing, because Slurm may send SIGTERM twice within a second. Only a second Ctrl-C acts as if there
+    were no handler, to end a run that hangs.
     """
 
     def __init__(self) -> None:
-        self.name: str | None = None
+        self._strength = 0  # 1 + index in STOP_SIGNALS of the strongest one so far
+        self._interrupted_at: float | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
         # Signals can only be caught in the main thread; a run inside another one is stopped by its owner.
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # see HOLD_SIGNALS
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -33,10 +70,248 @@ class StopRequest:
         self._previous = {}
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        self._strength = max(self._strength, 1 + STOP_SIGNALS.index(signal.Signals(number)))
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted_at is not None and now - self._interrupted_at > SECOND_INTERRUPT_S:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self._interrupted_at = self._interrupted_at or now
 
     @property
     def is_set(self) -> bool:
-        """Whether a signal came."""
-        return self.name is not None
+        """Whether a signal came, to this rank or, as far as `agreed` has told, to another."""
+        return self._strength > 0
+
+    @property
+    def name(self) -> str | None:
+        """The strongest signal that came, None without any. The same on all ranks once `agreed` said True."""
+        return STOP_SIGNALS[self._strength - 1].name if self._strength else None
+
+    def deafen(self) -> None:
+        """Ignore these signals for the rest of the process: it is leaving."""
+        if self._previous:
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+        self._previous = {}
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop; every rank calls it at the same step boundary and gets one answer."""
+        self._strength = max_over_ranks(self._strength)
+        return self.is_set
+
+
+# Requeue.
+
+
+def was_requeued() -> bool:
+    """Whether Slurm started this job before, so that the command line is a repetition and no new decision."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
+def requeue(stop: StopRequest) -> None:
+    """Put this job back into Slurm's queue if Slurm asked it to stop; outside a job, do nothing.
+
+    Every rank calls it, after the checkpoint is complete and as the last thing before it leaves: Slurm answers a
+    requeue with SIGTERM to all tasks, which they ignore from here on, and kills after its `KillWait` what is left.
+
+    What Slurm does by itself, and this does not repeat: a job that was preempted without grace time is queued again
+    already, one that the user cancelled must not come back. A job that leaves within its grace time is finished for
+    Slurm, whatever its `PreemptMode`, so it is requeued here.
+    """
+    job = _slurm_job()
+    if job is None or not stop.is_set:
+        return
+    stop.deafen()
+    if rank() != 0:
+        return
+    try:
+        fields = _job_fields(_run("scontrol", "show", "job", "--oneliner", job))
+        refusal = _why_not_requeue(fields, stop)
+        if refusal:
+            logger.info("Slurm job %s is not requeued: %s", job, refusal)
+            return
+        # The job may be killed before the next statement.
+        logger.info("requeueing Slurm job %s after %s", job, stop.name)
+        _run("scontrol", "requeue", job)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        logger.error(  # noqa: TRY400  # no traceback: the run itself ended well
+            "Slurm job %s could not be requeued: %s. Submit it again; it continues from its checkpoint",
+            job,
+            str(reason).strip(),
+        )
+
+
+def _slurm_job() -> str | None:
+    """Slurm's name for the job of this process; of an array, for this element alone."""
+    environ = os.environ
+    if "SLURM_ARRAY_JOB_ID" in environ and "SLURM_ARRAY_TASK_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ.get("SLURM_JOB_ID")
+
+
+def _why_not_requeue(fields: dict[str, str], stop: StopRequest) -> str | None:
+    state = fields.get("JobState", "unknown")
+    if fields.get("BatchFlag") == "0":
+        return "it is interactive; run the same command again"
+    if state != "RUNNING":
+        return f"its state is {state} already, so Slurm or the user has decided what becomes of it"
+    preempted = fields.get("PreemptTime", "None") not in {"None", "Unknown"}
+    if stop.name != "SIGUSR2" and not preempted:
+        return f"{stop.name} did not come from Slurm, which is not preempting it"
+    return None
+
+
+def _job_fields(shown: str) -> dict[str, str]:
+    """`scontrol show job --oneliner` as a dict; values with spaces are cut at the first one."""
+    return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+# Submission.
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training script with its configuration, to be submitted to Slurm.
+
+    All it needs and leaves behind is in a folder of its own below the run's output folder, which all nodes must share:
+
+        output_dir/jobs/001/
+            code/                  copy of the code at submission, which is what runs, also after a requeue
+            config.yaml            resolved configuration
+            17_submission.sh       what sbatch was given, after Slurm's job number
+            17_0_log.out, ...      output of each task, appended to by every start
+
+    The job runs in the folder in which it was submitted, so relative paths mean what they meant there.
+    """
+
+    script: Path
+    """The training script, in this repository. It is called with a YAML file, and finds its ranks by itself."""
+    config_yaml: str
+    output_dir: Path
+    launcher: LauncherConfig
+
+    def sbatch_script(self, folder: Path) -> str:
+        """What sbatch would be given if the job's folder were `folder`. Works without Slurm."""
+        return self._executor(folder)._make_submission_file_text(self._command(folder), "")
+
+    def submit(self) -> tuple[str, Path]:
+        """Copy the code and submit. Returns Slurm's job number and the log of rank 0.
+
+        Raises: UserError if sbatch refuses.
+        """
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        folder = self.new_folder()
+        try:
+            folder.mkdir(parents=True)
+            copy_code(folder / "code", leave_out=self.output_dir)
+            (folder / "config.yaml").write_text(self.config_yaml)
+            job = self._executor(folder)._submit_command(self._command(folder))
+        except OSError as error:
+            raise UserError(f"train.output_dir={str(self.output_dir)!r} cannot be written: {error}") from error
+        except (FailedJobError, FailedSubmissionError) as error:
+            shutil.rmtree(folder)
+            raise UserError(f"sbatch refused the job: {error}. The options are keys of the section launcher") from error
+        return job.job_id, job.paths.stdout
+
+    def new_folder(self) -> Path:
+        """The folder that `submit` would make now."""
+        jobs = self.output_dir.absolute() / "jobs"
+        taken = [int(path.name) for path in jobs.glob("[0-9]*") if path.name.isdecimal()]
+        return jobs / f"{max(taken, default=0) + 1:03d}"
+
+    def torchrun_line(self, arguments: list[str]) -> str:
+        """How to start the same without Slurm, for people."""
+        cfg, rest = self.launcher, shlex.join([self.script.name, *arguments])
+        if cfg.num_nodes == 1:
+            return f"torchrun --standalone --nproc-per-node {cfg.num_tasks_per_node} {rest}"
+        return (
+            f"torchrun --nnodes {cfg.num_nodes} --nproc-per-node {cfg.num_tasks_per_node} --rdzv-backend c10d "
+            f"--rdzv-endpoint FIRST_MACHINE:29400 {rest}"
+        )
+
+    def _command(self, folder: Path) -> str:
+        script = folder / "code" / self.script.absolute().relative_to(ROOT)
+        python = sys.executable
+        return shlex.join([python, "-c", HOLD_SIGNALS, "-u", str(script), str(folder / "config.yaml")])
+
+    def _executor(self, folder: Path) -> Any:
+        import submitit
+
+        class Executor(submitit.SlurmExecutor):
+            @classmethod
+            def affinity(cls) -> int:
+                return 2  # the script can be shown where there is no Slurm
+
+        cfg = self.launcher
+        executor = Executor(folder)
+        # `srun` of Slurm 22.05 and later does not take the processors per task from sbatch.
+        cpus = [] if cfg.cpus_per_task is None else [f"--cpus-per-task={cfg.cpus_per_task}"]
+        executor.update_parameters(
+            job_name=self.output_dir.absolute().name,
+            nodes=cfg.num_nodes,
+            ntasks_per_node=cfg.num_tasks_per_node,
+            gpus_per_node=cfg.gpus_per_node or None,
+            cpus_per_task=cfg.cpus_per_task,
+            time=cfg.time_min,
+            mem=cfg.mem,
+            partition=cfg.partition,
+            account=cfg.account,
+            qos=cfg.qos,
+            constraint=cfg.constraint,
+            exclude=cfg.exclude,
+            signal_delay_s=cfg.signal_delay_s,
+            wckey=None,
+            stderr_to_stdout=True,
+            setup=list(cfg.setup) or None,
+            srun_args=["--kill-on-bad-exit=1", "--open-mode=append", *cpus],
+            additional_parameters={"requeue": True, **cfg.sbatch},
+        )
+        return executor
+
+
+def copy_code(destination: Path, *, leave_out: Path | None = None) -> None:
+    """Copy this repository: what git tracks, and new files that it does not ignore; in a copy without git, the modules.
+
+    A file `REVISION` says which commit it was.
+
+    Args:
+        destination: folder to make.
+        leave_out: a folder inside the repository that is no code, such as that of the run.
+    """
+    leave_out = leave_out.absolute() if leave_out else None
+    for path, tracked in _code_files():
+        source = ROOT / path
+        if not source.is_file() or (leave_out and leave_out != ROOT and source.is_relative_to(leave_out)):
+            continue
+        size_mib = source.stat().st_size / 2**20
+        if not tracked and size_mib > LARGEST_UNTRACKED_MIB:
+            logger.warning("%s (%.0f MiB, not in git) is not copied with the code", path, size_mib)
+            continue
+        (destination / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, destination / path)
+    (destination / "REVISION").write_text(f"{git_revision() or 'unknown'}\n")
+
+
+def _code_files() -> list[tuple[Path, bool]]:
+    """Files of the code, relative to the repository, and whether git tracks them."""
+
+    def git(*args: str) -> list[Path]:
+        listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z", *args], capture_output=True, check=True)
+        return [Path(os.fsdecode(name)) for name in listed.stdout.split(b"\0") if name]
+
+    try:
+        tracked = git("--cached")
+        untracked = git("--others", "--exclude-standard")
+    except (OSError, subprocess.CalledProcessError):
+        tracked = untracked = []
+    if tracked:
+        return [(path, True) for path in tracked] + [(path, False) for path in untracked]
+    patterns = ("*.py", "*.yaml", "configs/*.yaml", "baselines/*.py")
+    return [(path.relative_to(ROOT), True) for pattern in patterns for path in sorted(ROOT.glob(pattern))]

@@ -664,6 +664,7 @@ class Profile:
                 on_trace_ready=self._write,
                 record_shapes=True,
                 profile_memory=True,
+                acc_events=True,  # there is one cycle only; without it torch 2.11 warns about further ones
             )
 
     def _action(self, step: int) -> torch.profiler.ProfilerAction:

@@ -417,7 +417,8 @@ class EncoderDecoder(nn.Module):
         self, patches: Float[Tensor, "b v d"], coords: Float[Tensor, "b v 2"]
     ) -> tuple[Float[Tensor, "b rv d"], Float[Tensor, "b rv 2"]]:
         b = patches.shape[0]
-        register_coords = edge_coordinates(self.n_registers, self.register_coordinates).to(coords).expand(b, -1, -1)
+        register_coords = edge_coordinates(self.n_registers, self.register_coordinates, coords.device)
+        register_coords = register_coords.expand(b, -1, -1)
         if self.scale_reg_to_visible:
             low, high = coords.amin(dim=1, keepdim=True), coords.amax(dim=1, keepdim=True)
             register_coords = low + register_coords * (high - low)
@@ -425,13 +426,13 @@ class EncoderDecoder(nn.Module):
         return torch.cat([registers, patches], dim=1), torch.cat([register_coords, coords], dim=1)
 
 
-def edge_coordinates(num_registers: int, kind: str) -> Float[Tensor, "r 2"]:
+def edge_coordinates(num_registers: int, kind: str, device: torch.device | None = None) -> Float[Tensor, "r 2"]:
     """Coordinates of the registers: walking round the unit square (`edge`), or all at its origin (`zeros`).
 
     Raises: UserError if `edge` has a number of registers that is no multiple of 4, or for another kind.
     """
     if kind == "zeros":
-        return torch.zeros(num_registers, 2)
+        return torch.zeros(num_registers, 2, device=device)
     if kind != "edge":
         raise UserError(f"register_coordinates={kind!r} must be one of edge, zeros")
     if num_registers % 4:
@@ -439,8 +440,8 @@ def edge_coordinates(num_registers: int, kind: str) -> Float[Tensor, "r 2"]:
             f"n_registers={num_registers} must be a multiple of 4 with register_coordinates='edge' (a quarter per side)"
         )
     if num_registers == 0:
-        return torch.zeros(0, 2)
-    c = torch.arange(num_registers // 4) / (num_registers // 4)
+        return torch.zeros(0, 2, device=device)
+    c = torch.arange(num_registers // 4, device=device) / (num_registers // 4)
     zero, one = torch.zeros_like(c), torch.ones_like(c)
     sides = [(c, zero), (one, c), (1 - c, one), (zero, 1 - c)]
     return torch.cat([torch.stack(side, dim=-1) for side in sides])
