@@ -1,6 +1,7 @@
 """The compiled step is the eager step, without recompilation after the first one."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -38,6 +39,7 @@ CODE = """
 """
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="compiling for a CPU needs a C++ compiler")
 @pytest.mark.timeout(300)
 def test_compiled_steps_equal_eager_steps():
     """In a process of its own: run-time shape checks and torch.compile do not go together."""

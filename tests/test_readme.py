@@ -16,6 +16,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = dict(enumerate(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)))
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS.values() for line in block.splitlines() if line.strip()]
 TRAINING = [command for command in COMMANDS if command.startswith("python train_capi.py")]
+TORCHRUN = [command for command in COMMANDS if command.startswith("torchrun ")]
 
 
 def test_the_commands_are_all_of_a_kind_that_is_tested():
@@ -25,7 +26,7 @@ def test_the_commands_are_all_of_a_kind_that_is_tested():
         if program == "make":
             assert rest[0] in make_targets, command
         else:
-            assert command in TRAINING or command == "pip install -c constraints.txt -e '.[test]'", command
+            assert command in TRAINING + TORCHRUN or command == "pip install -c constraints.txt -e '.[test]'", command
 
 
 def test_training_commands_run_one_after_the_other(tmp_path, monkeypatch):
@@ -41,6 +42,19 @@ def test_training_commands_run_one_after_the_other(tmp_path, monkeypatch):
         assert (ROOT / config).is_file(), command
         monkeypatch.chdir(ROOT)
         assert run_main([config, *TINY, *rest]) == 0, command
+    assert (tmp_path / "runs" / "mine" / "student_ema.pth").is_file()
+
+
+def test_torchrun_commands_run_with_two_processes(tmp_path):
+    images = make_images(tmp_path / "images")
+    assert TORCHRUN
+    for command in TORCHRUN:
+        script, config, *rest = shlex.split(command)[3:]
+        assert (script, Path(config).suffix) == ("train_capi.py", ".yaml"), command
+        rest = [w.replace("/my/images", str(images)).replace("runs/", f"{tmp_path}/runs/") for w in rest]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = run_cli(*launcher, script, config, *TINY, *rest, OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "runs" / "mine" / "student_ema.pth").is_file()
 
 
