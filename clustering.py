@@ -4,20 +4,24 @@ Axis order matters: the clustering head works on `[positions, batch, d]`, so tha
 its own over the images of the batch (CAPI, arXiv:2502.08769, section 3).
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Generator, Iterator
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from distributed import all_reduce_max_, all_reduce_sum_
+from distributed import all_reduce_max_, all_reduce_sum_, is_distributed
 from utils import UserError
 
+SINKHORN_EPS = 1e-8
 
-@torch.no_grad()
-def sinkhorn_knopp(logits: Float[Tensor, "*p b k"], n_iterations: int, eps: float = 1e-8) -> Float[Tensor, "*p b k"]:
+
+def sinkhorn_knopp(
+    logits: Float[Tensor, "*p b k"], n_iterations: int, eps: float = SINKHORN_EPS
+) -> Float[Tensor, "*p b k"]:
     """Balanced soft assignment of samples to prototypes: SwAV (arXiv:2006.09882) section 3.1, positionwise as in CAPI.
 
     Args:
@@ -26,20 +30,58 @@ def sinkhorn_knopp(logits: Float[Tensor, "*p b k"], n_iterations: int, eps: floa
         n_iterations: normalisation rounds, 3 in the paper.
         eps: keeps empty columns and rows from dividing by zero.
 
-    Returns: assignments; rows sum to 1, and prototype masses are equal up to convergence.
+    Returns: assignments, without gradient; rows sum to 1, and prototype masses are equal up to convergence.
     Raises: UserError if `n_iterations < 1`.
     """
+    problem = _Running(_sinkhorn_rounds(logits, n_iterations, eps))
+    while not problem.advance():
+        pass
+    return problem.result
+
+
+@torch.no_grad()
+def _sinkhorn_rounds(logits: Tensor, n_iterations: int, eps: float) -> Generator[None, None, Tensor]:
+    """`sinkhorn_knopp`, yielding whenever a reduction over ranks is under way, for the caller to compute meanwhile."""
     if n_iterations < 1:
         raise UserError(f"n_sk_iter={n_iterations} must be at least 1")
     # A constant added to a prototype's column is undone by the first normalisation: it only keeps exp() in range.
     # The range is that of float32, to which half precision is converted here.
     dtype, logits = logits.dtype, logits.float()
-    maximum = all_reduce_max_(logits.amax(dim=-2, keepdim=True))
+    maximum = logits.amax(dim=-2, keepdim=True)
+    yield from _over_ranks(maximum, dist.ReduceOp.MAX)
     assignments = (logits - (maximum - 50)).exp_()
     for _ in range(n_iterations):
-        assignments /= all_reduce_sum_(assignments.sum(dim=-2, keepdim=True)) + eps
+        sums = assignments.sum(dim=-2, keepdim=True)
+        yield from _over_ranks(sums, dist.ReduceOp.SUM)
+        assignments /= sums + eps
         assignments /= assignments.sum(dim=-1, keepdim=True) + eps
     return assignments.to(dtype)
+
+
+def _over_ranks(x: Tensor, operation: Any) -> Generator[None, None, None]:
+    """Reduce `x` over ranks, in place; yields once while it is under way."""
+    if is_distributed():
+        work = dist.all_reduce(x, operation, async_op=True)
+        yield
+        assert work is not None
+        work.wait()
+
+
+class _Running:
+    """A computation that stops at each reduction over ranks."""
+
+    def __init__(self, rounds: Generator[None, None, Tensor]) -> None:
+        self._rounds: Generator[None, None, Tensor] | None = rounds
+        self.result: Tensor
+
+    def advance(self) -> bool:
+        """Compute up to the next reduction, and start that; True once the result is there."""
+        if self._rounds is not None:
+            try:
+                next(self._rounds)
+            except StopIteration as end:
+                self.result, self._rounds = end.value, None
+        return self._rounds is None
 
 
 def soft_cross_entropy(
@@ -145,32 +187,51 @@ class OnlineClustering(nn.Module):
         mass = torch.zeros(self.out_dim, device=x.device) if with_usage else None
         counts = torch.zeros(self.out_dim, dtype=torch.int64, device=x.device) if with_usage else None
         balance = None if self.positionwise_sk else self._balance_all_tokens(x, chunk)
-        for i, start in enumerate(range(0, p, chunk)):
+
+        def learn(i: int, logits: Tensor, assignments: Tensor) -> None:
             with torch.enable_grad():
-                logits = self._logits(x[start : start + chunk])
-                scaled = logits.detach() / self.target_temp
-                if balance is None:
-                    assignments = sinkhorn_knopp(scaled, self.n_sk_iter)
-                else:
-                    assignments = balance.assign(scaled, slice(start, start + chunk))
-                del scaled
                 chunk_loss = soft_cross_entropy(assignments, logits, self.pred_temp).sum() / (p * b)
             (chunk_loss * loss_scale).backward()
-            total += chunk_loss.detach()
+            total.add_(chunk_loss.detach())
             mine = slice(bounds[i], bounds[i + 1])
-            targets[order[mine]] = assignments[position[mine] - start, image[mine]]
+            targets[order[mine]] = assignments[position[mine] - i * chunk, image[mine]]
             if mass is not None and counts is not None:
-                mass += assignments.sum(dim=(0, 1))
-                counts += torch.zeros_like(counts).scatter_add_(
-                    0,
-                    assignments.argmax(dim=-1).flatten(),
-                    torch.ones((), dtype=torch.int64, device=x.device).expand(assignments.shape[0] * b),
-                )
+                mass.add_(assignments.sum(dim=(0, 1)))
+                largest = assignments.argmax(dim=-1).flatten()
+                counts.scatter_add_(0, largest, torch.ones_like(largest))
+
+        # While a chunk waits for the other ranks, the next one's logits are computed. Alone, there is nothing to await.
+        waiting: tuple[int, Tensor, _Running] | None = None
+        for i, start in enumerate(range(0, p, chunk)):
+            part = slice(start, start + chunk)
+            with torch.enable_grad():
+                logits = self._logits(x[part])
+            running = _Running(self._assignment_rounds(logits.detach() / self.target_temp, part, balance))
+            at_once = running.advance()
+            if waiting is not None:
+                while not waiting[2].advance():
+                    running.advance()
+                learn(waiting[0], waiting[1], waiting[2].result)
+            waiting = None if at_once else (i, logits, running)
+            if at_once:
+                learn(i, logits, running.result)
+            del logits, running
+        if waiting is not None:
+            while not waiting[2].advance():
+                pass
+            learn(waiting[0], waiting[1], waiting[2].result)
         return ClusteringStep(targets, total, mass, counts)
+
+    def _assignment_rounds(
+        self, scaled: Tensor, part: slice, balance: "_TokenBalance | None"
+    ) -> Generator[None, None, Tensor]:
+        if balance is None:
+            return (yield from _sinkhorn_rounds(scaled, self.n_sk_iter, SINKHORN_EPS))
+        return balance.assign(scaled, part)
 
     def automatic_chunk(self, batch: int, device: torch.device) -> int:
         """Positions per chunk such that one float32 copy of a chunk's logits is about 32 MiB (256 MiB on a GPU)."""
-        budget = 2**25 if device.type == "cpu" else 2**28
+        budget = (2**25 if device.type == "cpu" else 2**28) // (2 if is_distributed() else 1)  # then two are alive
         return max(1, budget // (4 * batch * self.out_dim))
 
     def _logits(self, x: Float[Tensor, "p b d"]) -> Float[Tensor, "p b k"]:
@@ -197,7 +258,7 @@ class OnlineClustering(nn.Module):
                 if iteration > 0:
                     balance.update_tokens(scaled, part)
                 column_sums += balance.assignments(scaled, part).sum(dim=(0, 1))
-            balance.prototype_scale /= all_reduce_sum_(column_sums) + 1e-8
+            balance.prototype_scale /= all_reduce_sum_(column_sums) + SINKHORN_EPS
         return balance
 
 
@@ -211,11 +272,11 @@ class _TokenBalance:
         return (scaled + self.shift).exp_() * self.prototype_scale * self.token_scale[part].unsqueeze(-1)
 
     def update_tokens(self, scaled: Tensor, part: slice) -> None:
-        self.token_scale[part] /= self.assignments(scaled, part).sum(dim=-1) + 1e-8
+        self.token_scale[part] /= self.assignments(scaled, part).sum(dim=-1) + SINKHORN_EPS
 
     def assign(self, scaled: Tensor, part: slice) -> Tensor:
         unbalanced = self.assignments(scaled, part)
-        return unbalanced / (unbalanced.sum(dim=-1, keepdim=True) + 1e-8)
+        return unbalanced / (unbalanced.sum(dim=-1, keepdim=True) + SINKHORN_EPS)
 
 
 def _sort_by_position(predict_indices: Tensor, p: int, chunk: int) -> tuple[Tensor, list[int]]:

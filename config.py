@@ -415,6 +415,13 @@ class EfficiencyConfig:
     """Precision of matmuls and activations: bfloat16, float16 or float32. Weights and optimizer stay float32."""
     reduce_dtype: str
     """Precision in which gradients are averaged over ranks."""
+    fsdp: str
+    """How weights are divided over ranks: simple (ours: each rank holds its part, gathered when used), fully_shard
+    (torch's FSDP2) or none (whole weights everywhere, gradients averaged)."""
+    fsdp_bucket_mib: float
+    """simple, compiled: gathered weights per collective, in MiB. none: averaged gradients per collective."""
+    fsdp_prefetch: int
+    """simple, compiled: buckets of weights that are gathered ahead of the one in use."""
     grad_scaler: bool
     """Scale the loss and skip steps whose gradients overflow; for float16."""
     grad_scaler_growth_interval: int
@@ -430,6 +437,9 @@ class EfficiencyConfig:
         """Check the choices."""
         require_one_of("efficiency.param_dtype", self.param_dtype, ("bfloat16", "float16", "float32"))
         require_one_of("efficiency.reduce_dtype", self.reduce_dtype, ("bfloat16", "float16", "float32"))
+        require_one_of("efficiency.fsdp", self.fsdp, ("simple", "fully_shard", "none"))
+        require(self.fsdp_bucket_mib >= 0, "efficiency.fsdp_bucket_mib", self.fsdp_bucket_mib, "must be 0 or more")
+        require(self.fsdp_prefetch >= 0, "efficiency.fsdp_prefetch", self.fsdp_prefetch, "must be 0 or more")
         workers = self.dataloader_num_workers
         require(workers >= 0, "efficiency.dataloader_num_workers", workers, "must be 0 or more")
         require(

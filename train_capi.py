@@ -536,12 +536,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="*", metavar="config.yaml | a.b=c", help="YAML files and overrides, in order")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained and stop")
+    parser.add_argument("--print-config", action="store_true", help="check and print the resolved config and stop")
     parser.add_argument("--export", action="store_true", help="write the weights of the newest checkpoint and stop")
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
     try:
         cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, args.sources)
         mask_plan(cfg)
+        if args.print_config:
+            sys.stdout.write(to_yaml(cfg))
+            return 0
         if args.dry_run:
             sys.stdout.write(dry_run(cfg))
             return 0
