@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from config import CapiConfig, ScheduleConfig
-from distributed import all_reduce_sum_, world_size
 
 
 @dataclass(frozen=True)
@@ -149,17 +148,6 @@ def set_hyper(
         group["weight_decay"] = hyper.weight_decay * group["wd_multiplier"]
     for group in clustering_optimizer.param_groups:
         group["lr"] = hyper.clustering_lr
-
-
-@torch.no_grad()
-def average_gradients_(*modules: nn.Module) -> None:
-    """Replace every gradient by its mean over ranks, in one reduction."""
-    gradients = [p.grad for module in modules for p in module.parameters() if p.grad is not None]
-    if world_size() == 1 or not gradients:
-        return
-    flat = all_reduce_sum_(torch.cat([gradient.flatten() for gradient in gradients])).div_(world_size())
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
 
 
 @torch.no_grad()

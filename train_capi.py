@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -30,14 +31,13 @@ from clustering import L2NormLinear, OnlineClustering, entropy, soft_cross_entro
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
 from data import Batch, DevicePrefetcher, PretrainLoader, derive_seed, merge_positions, normalize
 from distributed import all_reduce_sum_, any_rank, pick_device, rank, session, world_size
-from fsdp import compile_function, recompute_blocks
+from fsdp import Sharding, average_gradients_, compile_function, gathered, parallelize, recompute_blocks
 from launch import StopRequest
 from masking import MaskPlan
 from metrics import FiniteWatch, Metrics, Profile, StepShape, Throughput, training_flops_per_image
 from model import Block, EncoderDecoder
 from optim import (
     Hyper,
-    average_gradients_,
     ema_update_,
     grad_norm,
     hyper_at,
@@ -89,21 +89,33 @@ class TrainState:
     def __init__(self, cfg: CapiConfig, device: torch.device, *, compiled: bool = True) -> None:
         self.cfg, self.device, self.step = cfg, device, 0
         self.dtype: torch.dtype = getattr(torch, cfg.efficiency.param_dtype)
-        torch.manual_seed(derive_seed(cfg.train.seed, "init"))
-        self.student = _materialise(self._make_student, device)
-        self.student_ema = _materialise(self._make_student, device).requires_grad_(False).eval()
-        self.student_ema.load_state_dict(self.student.state_dict())
-        self.clustering = _materialise(self._make_clustering, device)
-
         efficiency = cfg.efficiency
-        recompute_blocks(
-            (module for module in self.student.modules() if isinstance(module, Block)), efficiency.rematerialization
+        self.sharding = Sharding(
+            mode=efficiency.fsdp,
+            param_dtype=self.dtype,
+            reduce_dtype=getattr(torch, efficiency.reduce_dtype),
+            bucket_mib=efficiency.fsdp_bucket_mib,
+            prefetch=efficiency.fsdp_prefetch,
         )
+        torch.manual_seed(derive_seed(cfg.train.seed, "init"))
+        # One after the other: where weights are divided, no rank ever holds two whole modules.
+        self.student = _materialise(self._make_student, device)
+        recompute_blocks(_blocks_of(self.student), efficiency.rematerialization)
+        parallelize(self.student, self.sharding, device, _blocks_of(self.student))
+        self.student_ema = _materialise(self._make_student, device).requires_grad_(False).eval()
+        parallelize(self.student_ema, self.sharding, device, _blocks_of(self.student_ema))
+        ema_update_(self.student_ema, self.student, 0.0)
+        self.clustering = _materialise(self._make_clustering, device)
+        parallelize(self.clustering, self.sharding, device)
         self.do_teacher, self.do_student = do_teacher, do_student
         if compiled:
             key, options = "efficiency.compilation", efficiency.compilation
-            self.do_teacher = compile_function(do_teacher, options.do_teacher, f"{key}.do_teacher", device)
-            self.do_student = compile_function(do_student, options.do_student, f"{key}.do_student", device)
+            self.do_teacher = compile_function(
+                do_teacher, options.do_teacher, f"{key}.do_teacher", device, self.sharding
+            )
+            self.do_student = compile_function(
+                do_student, options.do_student, f"{key}.do_student", device, self.sharding
+            )
         self.student_optimizer = make_student_optimizer(self.student, cfg)
         self.clustering_optimizer = make_clustering_optimizer(self.clustering, cfg)
         self.scaler = torch.amp.GradScaler(
@@ -141,14 +153,15 @@ class TrainState:
         Returns: the student's gradient norm before clipping, and with the loss scaler whether the update was skipped.
         """
         set_hyper(self.student_optimizer, self.clustering_optimizer, hyper)
-        average_gradients_(self.student, self.clustering)
+        for module in (self.student, self.clustering):
+            average_gradients_(module, self.sharding)
         scaled = self.scaler.is_enabled()
         if scaled:
             self.scaler.unscale_(self.student_optimizer)
             self.scaler.unscale_(self.clustering_optimizer)
         norm = grad_norm(self.student)
         # Only float16 has to know on the host whether to skip; elsewhere nothing waits for the device.
-        skip = scaled and not bool((norm + grad_norm(self.clustering)).isfinite())
+        skip = scaled and not bool((_whole(norm) + _whole(grad_norm(self.clustering))).isfinite())
         if not skip:
             if self.cfg.optim.clip_grad is not None:
                 nn.utils.clip_grads_with_norm_(list(self.student.parameters()), self.cfg.optim.clip_grad, norm)
@@ -157,14 +170,26 @@ class TrainState:
             self.clustering_optimizer.step()
         if scaled:
             self.scaler.update()
-            return {} if skip else {"grad_norm": norm}
-        return {"grad_norm": norm}
+        return {} if skip else {"grad_norm": _whole(norm)}
+
+
+def _blocks_of(module: nn.Module) -> list[nn.Module]:
+    return [submodule for submodule in module.modules() if isinstance(submodule, Block)]
+
+
+def _whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def _materialise(make: Any, device: torch.device) -> Any:
-    """Build on the meta device, then fill the real storage: a parameter that no `init_weights` reaches stays NaN."""
+    """Build on the meta device, then fill the real storage: a parameter that no `init_weights` reaches stays NaN.
+
+    On rank 0 alone: `parallelize` brings its weights to the others.
+    """
     with torch.device("meta"):
         module = make()
+    if rank() > 0:
+        return module
     module.to_empty(device=device)
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
@@ -200,7 +225,8 @@ def train_step(
         [b.host_predict_indices + i * features.shape[1] for b, i in zip(batches, images_before, strict=True)]
     )
     one = torch.ones((), device=state.device)
-    with torch.autocast(state.device.type, state.dtype, enabled=state.dtype != torch.float32):
+    autocast = torch.autocast(state.device.type, state.dtype, enabled=state.dtype != torch.float32)
+    with autocast, gathered(state.clustering):
         clustering = state.clustering.step(
             features.transpose(0, 1),
             predict_indices,

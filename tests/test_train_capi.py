@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import ROOT, load_golden, load_golden_json, run_cli
 from runs import KillableRun, assert_same_run, logged_steps, make_images, metrics_of, run_main, tiny
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import train_capi
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
@@ -43,10 +44,21 @@ def part(prefix: str) -> dict[str, Tensor]:
 def golden_state(*overrides: str) -> train_capi.TrainState:
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*GOLDEN_CONFIG, *overrides])
     state = train_capi.TrainState(cfg, torch.device("cpu"))
-    state.student.load_state_dict(part("init.student."))
-    state.student_ema.load_state_dict(part("init.student."))
-    state.clustering.load_state_dict(part("init.clustering."))
+    load_whole(state.student, part("init.student."))
+    load_whole(state.student_ema, part("init.student."))
+    load_whole(state.clustering, part("init.clustering."))
     return state
+
+
+def load_whole(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Whole weights into a module that may be divided over ranks."""
+    parameters = dict(module.named_parameters())
+    assert parameters.keys() == weights.keys()
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            is_divided = isinstance(parameter, DTensor)
+            parts = (parameter.device_mesh, parameter.placements) if is_divided else ()
+            parameter.copy_(distribute_tensor(weights[key], *parts) if is_divided else weights[key])
 
 
 def golden_batches(step: int, accumulation_steps: int) -> list[Batch]:

@@ -11,6 +11,7 @@ from conftest import load_golden_json
 from ranks import run_on_ranks
 from runs import make_images, tiny
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import train_capi
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
@@ -20,25 +21,31 @@ from optim import hyper_at
 GLOBAL_BATCH = 12
 
 
-def golden_on_this_rank() -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+def golden_on_this_rank(mode: str) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Eight golden steps with this rank's share of the six images; losses, and the final weights."""
     import test_train_capi as golden
 
-    state = golden.golden_state()
+    state = golden.golden_state(f"efficiency.fsdp={mode}")
     records = []
     for step in range(golden.META["steps"]):
         share: Batch = golden.golden_batches(step, dist.get_world_size())[dist.get_rank()]
         scalars = train_capi.train_step(state, [share], hyper_at(step, state.cfg))
         state.step += 1
         records.append({name: value.item() for name, value in scalars.items()})
-    return records, {f"{n}.{k}": v for n, m in state.modules.items() for k, v in m.state_dict().items()}
+    return records, {f"{n}.{k}": whole(v) for n, m in state.modules.items() for k, v in m.state_dict().items()}
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
-def test_the_golden_trajectory_on_ranks(num_ranks):
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "mode"), [(1, "simple"), (2, "simple"), (3, "simple"), (2, "fully_shard"), (2, "none"), (3, "none")]
+)
+def test_the_golden_trajectory_on_ranks(num_ranks, mode):
     import test_train_capi as golden
 
-    for records, weights in run_on_ranks(golden_on_this_rank, num_ranks):
+    for records, weights in run_on_ranks(golden_on_this_rank, num_ranks, mode):
         for actual, expected in zip(records, load_golden_json("trajectory_default"), strict=True):
             assert actual["capi_loss"] == pytest.approx(expected["capi_loss"], rel=1e-6)
             assert actual["clustering_loss"] == pytest.approx(expected["clustering_loss"], rel=1e-6)
@@ -89,18 +96,28 @@ def alone(images, tmp_path_factory) -> Path:
     return output_dir
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
-def test_a_run_on_ranks_equals_a_run_alone(images, alone, tmp_path, num_ranks):
-    run_on_ranks(train_on_this_rank, num_ranks, run_arguments(images, tmp_path))
+@pytest.mark.parametrize(("num_ranks", "mode"), [(2, "simple"), (3, "simple"), (4, "simple"), (2, "none")])
+def test_a_run_on_ranks_equals_a_run_alone(images, alone, tmp_path, num_ranks, mode):
+    run_on_ranks(train_on_this_rank, num_ranks, run_arguments(images, tmp_path, f"efficiency.fsdp={mode}"))
     assert_close_runs(tmp_path, alone)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 3), (2, 4), (1, 2)])
-def test_a_run_continues_on_another_number_of_ranks(images, alone, tmp_path, before, after):
+@pytest.mark.parametrize(
+    ("before", "after", "modes"),
+    [
+        (2, 1, ("simple", "simple")),
+        (2, 3, ("simple", "simple")),
+        (2, 4, ("simple", "none")),
+        (1, 2, ("none", "simple")),
+        (2, 2, ("simple", "fully_shard")),
+        (2, 3, ("fully_shard", "simple")),
+    ],
+)
+def test_a_run_continues_on_other_ranks_and_divided_in_another_way(images, alone, tmp_path, before, after, modes):
     arguments = run_arguments(images, tmp_path)
-    run_on_ranks(train_on_this_rank, before, arguments)
+    run_on_ranks(train_on_this_rank, before, [*arguments, f"efficiency.fsdp={modes[0]}"])
     for path in (tmp_path / "checkpoints").iterdir():  # as if it had been killed after step 3
         if path.name == "step_000000006":
             path.rename(tmp_path / "not-reached")
-    run_on_ranks(train_on_this_rank, after, arguments)
+    run_on_ranks(train_on_this_rank, after, [*arguments, f"efficiency.fsdp={modes[1]}"])
     assert_close_runs(tmp_path, alone)
