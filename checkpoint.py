@@ -18,9 +18,10 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from config import changed_keys
-from distributed import rank, world_size
+from distributed import is_distributed, rank, world_size
 from utils import UserError, git_revision
 
 logger = logging.getLogger(__name__)
@@ -96,15 +97,29 @@ class Checkpoints:
     **Safety.** The hashes detect damage, not malice: `.metadata` is a pickle that torch reads without restrictions, so
     load only checkpoints whose origin you trust. Exports (`export_weights`) are the files to share.
 
+    **In the background.** With `async_save`, `save` copies the tensors to host memory, which has to hold that much
+    more, and returns; one thread does the rest with a process group of its own, so that training may go on in between.
+    At most one save is under way: the next `save`, `load` or `restore*` first waits for it, as `wait` and `close` do.
+    Whichever comes first raises what the save would have raised. `all` and `newest` see finished checkpoints only.
+
     Args:
         output_dir: folder of the run, on a file system that all ranks share.
         keep: how many of the newest checkpoints stay on disk.
+        async_save: save in the background. All ranks must then construct the object together, and `close` it, or use
+            it as a context.
     """
 
-    def __init__(self, output_dir: str | Path, *, keep: int) -> None:
+    finished: Path | None
+    """The checkpoint that this object loaded or finished saving last."""
+
+    def __init__(self, output_dir: str | Path, *, keep: int, async_save: bool = False) -> None:
         assert keep >= 1
         self.directory = Path(output_dir) / "checkpoints"
         self.keep = keep
+        self.finished = None
+        self._thread = _one_thread() if async_save else None
+        self._group = _group_of_the_thread() if async_save and is_distributed() else None
+        self._saving: Future[None] | None = None
         self._start_step = 0  # the history of this process begins here
         self._others_are_aside = False  # checkpoints of other histories beyond it were set aside
         self._resumed_from: str | None = None  # the checkpoint last chosen by hand in this history
@@ -120,6 +135,40 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The checkpoint with the highest step, or None."""
         return next(reversed(self.all()), None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        try:
+            self.close()
+        except UserError as failure:
+            if error is None:
+                raise
+            if isinstance(error, UserError):
+                raise UserError(f"{error}. Besides: {failure}") from failure
+            error.add_note(str(failure))  # the traceback shows it
+
+    def close(self) -> None:
+        """Wait for the save under way and end the thread; nothing can be saved in the background any more.
+
+        Raises: UserError if that save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+
+    def wait(self) -> None:
+        """Wait until the save under way, if there is one, is on disk.
+
+        Raises: UserError if it failed, once: saving can be tried again.
+        """
+        if self._saving is not None:
+            self._saving.exception()  # waits; if a signal ends the waiting, the outcome is still to be told
+            saving, self._saving = self._saving, None
+            saving.result()
 
     def save(
         self,
@@ -144,40 +193,51 @@ class Checkpoints:
             rank_extra: JSON-able state of this rank.
             config_yaml: the resolved configuration.
 
+        Returns: the checkpoint's folder. With `async_save` everything given may be changed from here on, but the
+            folder is not there before `wait` has returned.
         Raises: UserError if it cannot be written (disk full, quota, permissions). Older checkpoints stay as they were.
+            With `async_save` that of the save before, without having begun this one.
         """
+        self.wait()
         final = self.directory / f"step_{step:09d}"
-        temporary = self.directory / f".tmp-{final.name}"
+        tensors = _model_tensors(modules) | _optimizer_tensors(optimizers)
+        state = {
+            "step": step,
+            "extra": _json_copy(extra),
+            "rank_extra": _json_copy(rank_extra),
+            "world_size": world_size(),
+            "modules": sorted(modules),
+            "optimizers": sorted(optimizers),
+            "resumed_from": self._resumed_from,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        }
+        if self._thread is None:
+            self._write(final, tensors, state, config_yaml)
+        else:
+            self._saving = self._thread.submit(self._write, final, _copy_to_host(tensors), state, config_yaml)
+        return final
+
+    def _write(self, final: Path, tensors: dict[str, Tensor], state: dict[str, Any], config_yaml: str) -> None:
+        group, temporary = self._group, self.directory / f".tmp-{final.name}"
         try:
-            _on_rank_0(lambda: self._make_room_for(temporary))
-            _write_tensors(_model_tensors(modules) | _optimizer_tensors(optimizers), temporary)
-            manifests = _on_all_ranks(lambda: _describe_own_tensor_files(temporary))
-            state = {
-                "step": step,
-                "extra": extra,
-                "rank_extra": _gather(rank_extra),
-                "world_size": world_size(),
-                "modules": sorted(modules),
-                "optimizers": sorted(optimizers),
-                "resumed_from": self._resumed_from,
-                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "versions": {
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                    "code": _on_rank_0(git_revision),
-                },
-            }
-            _on_rank_0(lambda: _write_texts(temporary, state, config_yaml, manifests))
-            _on_rank_0(lambda: self._publish(temporary, final))
+            _on_rank_0(lambda: self._make_room_for(temporary), group)
+            _write_tensors(tensors, temporary, group)
+            manifests = _on_all_ranks(lambda: _describe_own_tensor_files(temporary), group)
+            state["rank_extra"] = _gather(state["rank_extra"], group)
+            state["versions"]["code"] = _on_rank_0(git_revision, group)
+            _on_rank_0(lambda: _write_texts(temporary, state, config_yaml, manifests), group)
+            _on_rank_0(lambda: self._publish(temporary, final), group)
         except OSError as error:
-            _on_rank_0(self._sweep)
+            _on_rank_0(self._sweep, group)
             raise UserError(
-                f"The checkpoint of step {step} could not be saved in {str(self.directory)!r}: {_reason(error)}. "
-                + self._after_failure()
+                f"The checkpoint of step {state['step']} could not be saved in {str(self.directory)!r}: "
+                f"{_reason(error)}. {self._after_failure()}"
             ) from error
         self._others_are_aside = True
-        _on_rank_0(self._delete_oldest)
-        return final
+        self.finished = final
+        logger.info("saved %s", final)
+        _on_rank_0(self._delete_oldest, group)
 
     def load(
         self, path: Path, *, modules: Modules, optimizers: Optimizers, config: dict[str, Any] | None = None
@@ -193,6 +253,7 @@ class Checkpoints:
 
         Raises: UserError if the checkpoint is damaged, or does not fit `config`, `modules` or `optimizers`.
         """
+        self.wait()
         problem = _problem_with(path)
         if problem:
             raise UserError(f"The checkpoint {str(path)!r} is unreadable: {problem}")
@@ -205,6 +266,7 @@ class Checkpoints:
 
         Raises: UserError if the newest one is damaged; it says which older one is good and how to choose it.
         """
+        self.wait()
         _on_rank_0(self._sweep)
         path = _on_rank_0(self.newest)
         if path is None:
@@ -233,6 +295,7 @@ class Checkpoints:
 
         Raises: UserError if there is no such folder (it lists those there are) or it is damaged.
         """
+        self.wait()
         chosen = Path(resume_from)
         _on_rank_0(self._sweep)
         if restarted and _on_rank_0(
@@ -280,6 +343,7 @@ class Checkpoints:
         self._start_step = state.step
         self._others_are_aside = False
         self._resumed_from = saved["resumed_from"]
+        self.finished = path
         logger.info("loaded %s", path)
         return state
 
@@ -333,7 +397,7 @@ class Checkpoints:
                 self._delete(path)
 
     def _after_failure(self) -> str:
-        newest = _on_rank_0(self.newest)
+        newest = _on_rank_0(self.newest, self._group)
         if newest is None:
             return "There is no earlier checkpoint"
         return f"Earlier checkpoints are untouched; the newest is {str(newest)!r}"
@@ -546,6 +610,23 @@ def _optimizer_tensors(optimizers: Optimizers) -> dict[str, Tensor]:
     return tensors
 
 
+@torch.no_grad()
+def _copy_to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the tensors hold now, in memory of the CPU; of sharded ones this rank's part, under the same description."""
+    copies: dict[str, Tensor] = {}
+    on_gpu = False
+    for key, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        on_gpu |= local.is_cuda
+        host = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
+        host.copy_(local, non_blocking=local.is_cuda)
+        # DTensor.from_local would move the copy back to the device of the mesh.
+        copies[key] = DTensor(host, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else host
+    if on_gpu:
+        torch.cuda.synchronize()
+    return copies
+
+
 class _Writer(FileSystemWriter):
     def write_data(self, plan: Any, planner: Any) -> Any:
         with _os_errors_shown():
@@ -563,17 +644,15 @@ def _os_errors_shown() -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def _single_process_is_fine() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        yield
+def _single_process_is_fine() -> None:
+    # Not in a `catch_warnings`: the filters belong to all threads, and its end would undo what another has changed.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
-def _write_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
+def _write_tensors(tensors: dict[str, Tensor], directory: Path, group: dist.ProcessGroup | None) -> None:
     try:
-        with _single_process_is_fine():
-            save_tensors(dict(tensors), storage_writer=_Writer(directory))
+        _single_process_is_fine()
+        save_tensors(dict(tensors), storage_writer=_Writer(directory), process_group=group)
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
         if all(isinstance(cause, OSError) for cause in causes):
@@ -600,8 +679,8 @@ def _read_tensors(path: Path, modules: Modules, optimizers: Optimizers) -> None:
                 state.setdefault(index, {})[state_name] = tensors[key]
         states.append((optimizer, state))
     _check_fit(path, saved, tensors)
-    with _single_process_is_fine():
-        load_tensors(tensors, storage_reader=reader)
+    _single_process_is_fine()
+    load_tensors(tensors, storage_reader=reader)
     for optimizer, state in states:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -647,6 +726,10 @@ def _chosen_ancestor(path: Path) -> str | None:
         return json.loads((path / "state.json").read_text())["resumed_from"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _json_copy(value: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(value))
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -706,18 +789,32 @@ def _problem_with_share(path: Path) -> str | None:
     return None
 
 
-# Ranks. A failure of one rank is raised by all, so that none waits for a rank that gave up.
+# Ranks, and the thread in the background. A failure of one rank is raised by all, so that none waits for a rank that
+# gave up. `group` None is that of training; the thread has its own, as collectives of two threads must not mix in one.
 
 
-def _gather(value: T) -> list[T]:
+def _one_thread() -> ThreadPoolExecutor:
+    if not torch.cuda.is_initialized():
+        return ThreadPoolExecutor(1, "checkpoint")
+    # A new thread is on GPU 0, where torch would then open a context of every rank.
+    return ThreadPoolExecutor(1, "checkpoint", torch.cuda.set_device, (torch.cuda.current_device(),))
+
+
+def _group_of_the_thread() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def _on_all_ranks(action: Callable[[], T]) -> list[T]:
+def _on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Results of all ranks, once all are done. Raises on every rank the first OSError of any."""
     result: T | None = None
     failure: OSError | None = None
@@ -725,12 +822,12 @@ def _on_all_ranks(action: Callable[[], T]) -> list[T]:
         result = action()
     except OSError as error:
         failure = error
-    outcomes = _gather((result, failure))
+    outcomes = _gather((result, failure), group)
     for _, error in outcomes:
         if error is not None:
             raise error
     return [outcome for outcome, _ in outcomes]  # pyright: ignore[reportReturnType]  # None only where T is optional
 
 
-def _on_rank_0(action: Callable[[], T]) -> T:
-    return _on_all_ranks(lambda: action() if rank() == 0 else None)[0]  # pyright: ignore[reportReturnType]  # as above
+def _on_rank_0(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    return _on_all_ranks(lambda: action() if rank() == 0 else None, group)[0]  # pyright: ignore[reportReturnType]  # as above

@@ -32,10 +32,46 @@ def require_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class LauncherConfig:
-    """Where a Slurm job runs."""
+    """Where a Slurm job of `train_distributed.py` runs. null leaves a choice to the cluster."""
 
     num_nodes: int
-    """Nodes of a job, each used whole; 4 nodes of 8 GPUs in the paper."""
+    """Nodes of a job; 4 in the paper."""
+    gpus_per_node: int
+    """GPUs, and processes, per node; 8 in the paper. 0 for CPU nodes."""
+    tasks_per_node: int | None
+    """Processes per node; null for one per GPU, or one without GPUs."""
+    cpus_per_task: int | None
+    """Processor cores per process: the data workers need some."""
+    time_min: int | None
+    """Time limit of one start of the job, in minutes. It is requeued when it gets there."""
+    mem: str | None
+    """Memory per node, such as 200G."""
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    exclude: str | None
+    """Nodes to avoid."""
+    signal_delay_s: int
+    """Seconds before the time limit at which the run saves and is requeued; longer than a step and a save."""
+    setup: list[str]
+    """Shell lines before the run, such as `module load cuda`."""
+    sbatch: dict[str, Any]
+    """Further `#SBATCH` options by name; `true` for one without a value."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        require(self.num_nodes >= 1, "launcher.num_nodes", self.num_nodes, "must be at least 1")
+        require(self.gpus_per_node >= 0, "launcher.gpus_per_node", self.gpus_per_node, "must be 0 or more")
+        for key in ("tasks_per_node", "cpus_per_task", "time_min"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"launcher.{key}", value, "must be at least 1, or null")
+        require(self.signal_delay_s >= 1, "launcher.signal_delay_s", self.signal_delay_s, "must be at least 1 second")
+
+    @property
+    def num_tasks_per_node(self) -> int:
+        """Processes per node."""
+        return self.tasks_per_node or max(1, self.gpus_per_node)
 
 
 @dataclass(frozen=True)
@@ -46,6 +82,8 @@ class CheckpointingConfig:
     """Steps between checkpoints; one is also saved at the end and when a signal asks the run to stop."""
     max_to_keep: int
     """How many of the newest checkpoints stay on disk."""
+    async_save: bool
+    """Write checkpoints while training goes on; needs host memory for one more copy of weights and optimizer state."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

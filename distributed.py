@@ -153,19 +153,26 @@ def session(device_name: str, *, timeout: timedelta = TIMEOUT) -> Iterator[torch
         return
     _join(place, device, timeout)
     logger.info("%s, device %s, rank 0 at %s:%d", place, device, place.address, place.port)
+    together = False
     try:
         yield device
-    except BaseException as error:
-        # Without this, gloo aborts one exit in thirty. Nccl might wait for the others here.
-        if device.type == "cpu":
-            dist.destroy_process_group()
-        if isinstance(error, UserError) and place.rank != 0:
-            raise UserError(f"rank {place.rank}: {error}") from error
-        raise
-    # Gloo aborts now and then if sharded tensors are freed after the group is, or if one rank leaves before another.
-    gc.collect()
-    barrier()
-    dist.destroy_process_group()
+        together = True
+    except UserError as error:
+        if place.rank == 0:
+            raise
+        raise UserError(f"rank {place.rank}: {error}") from error
+    finally:
+        _leave(device, together=together)
+
+
+def _leave(device: torch.device, *, together: bool) -> None:
+    if together:
+        # Gloo aborts now and then if sharded tensors are freed after the group is, or one rank leaves before another.
+        gc.collect()
+        barrier()
+    # After an error of this rank: a gloo group that is left behind aborts one exit in thirty, but nccl might wait here.
+    if together or device.type == "cpu":
+        dist.destroy_process_group()
 
 
 def _join(place: Place, device: torch.device, timeout: timedelta) -> None:

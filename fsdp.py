@@ -213,7 +213,7 @@ class _Gathering:
 def _shard(module: nn.Module, sharding: Sharding, device: torch.device, group: Any) -> None:
     from torch.distributed.device_mesh import DeviceMesh
 
-    mesh = DeviceMesh.from_group(group, device.type)
+    mesh = DeviceMesh.from_group(group, "cpu" if device.type == "meta" else device.type)
     divided: dict[nn.Parameter, tuple[nn.Parameter, _Gathering]] = {}  # a tied parameter stays one
     for prefix, submodule in module.named_modules():
         gatherings = {}

@@ -53,7 +53,9 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._strength = 0  # 1 + index in STOP_SIGNALS of the strongest one so far
+        # 1 + index in STOP_SIGNALS of the strongest signal, 0 without any
+        self._received = 0
+        self._agreed = 0
         self._interrupted_at: float | None = None
         self._previous: dict[int, object] = {}
 
@@ -70,7 +72,7 @@ class StopRequest:
         self._previous = {}
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self._strength = max(self._strength, 1 + STOP_SIGNALS.index(signal.Signals(number)))
+        self._received = max(self._received, 1 + STOP_SIGNALS.index(signal.Signals(number)))
         if number == signal.SIGINT:
             now = time.monotonic()
             if self._interrupted_at is not None and now - self._interrupted_at > SECOND_INTERRUPT_S:
@@ -81,12 +83,13 @@ class StopRequest:
     @property
     def is_set(self) -> bool:
         """Whether a signal came, to this rank or, as far as `agreed` has told, to another."""
-        return self._strength > 0
+        return self.name is not None
 
     @property
     def name(self) -> str | None:
         """The strongest signal that came, None without any. The same on all ranks once `agreed` said True."""
-        return STOP_SIGNALS[self._strength - 1].name if self._strength else None
+        strength = self._agreed or self._received
+        return STOP_SIGNALS[strength - 1].name if strength else None
 
     def deafen(self) -> None:
         """Ignore these signals for the rest of the process: it is leaving."""
@@ -97,8 +100,8 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; every rank calls it at the same step boundary and gets one answer."""
-        self._strength = max_over_ranks(self._strength)
-        return self.is_set
+        self._agreed = max_over_ranks(self._received)  # a signal that comes meanwhile counts the next time
+        return self._agreed > 0
 
 
 # Requeue.
@@ -127,9 +130,9 @@ def requeue(stop: StopRequest) -> None:
         return
     try:
         fields = _job_fields(_run("scontrol", "show", "job", "--oneliner", job))
-        refusal = _why_not_requeue(fields, stop)
-        if refusal:
-            logger.info("Slurm job %s is not requeued: %s", job, refusal)
+        reason = _why_not_requeue(fields, stop)
+        if reason:
+            logger.info("Slurm job %s: no requeue, because %s", job, reason)
             return
         # The job may be killed before the next statement.
         logger.info("requeueing Slurm job %s after %s", job, stop.name)
@@ -152,11 +155,13 @@ def _slurm_job() -> str | None:
 
 
 def _why_not_requeue(fields: dict[str, str], stop: StopRequest) -> str | None:
-    state = fields.get("JobState", "unknown")
     if fields.get("BatchFlag") == "0":
         return "it is interactive; run the same command again"
+    if int(fields.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        return "Slurm has put it back into the queue already"
+    state = fields.get("JobState", "unknown")
     if state != "RUNNING":
-        return f"its state is {state} already, so Slurm or the user has decided what becomes of it"
+        return f"its state is {state}: it was cancelled or reached its limit"
     preempted = fields.get("PreemptTime", "None") not in {"None", "Unknown"}
     if stop.name != "SIGUSR2" and not preempted:
         return f"{stop.name} did not come from Slurm, which is not preempting it"

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import gc
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -30,9 +29,9 @@ from checkpoint import Checkpoints, SavedState, claim_output_dir, export_weights
 from clustering import L2NormLinear, OnlineClustering, entropy, soft_cross_entropy
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
 from data import Batch, DevicePrefetcher, PretrainLoader, derive_seed, merge_positions, normalize
-from distributed import all_reduce_sum_, any_rank, pick_device, rank, session, world_size
+from distributed import all_reduce_sum_, pick_device, rank, session, world_size
 from fsdp import Sharding, average_gradients_, compile_function, gathered, parallelize, recompute_blocks
-from launch import StopRequest
+from launch import StopRequest, requeue, was_requeued
 from masking import MaskPlan
 from metrics import FiniteWatch, Metrics, Profile, StepShape, Throughput, training_flops_per_image
 from model import Block, EncoderDecoder
@@ -282,7 +281,8 @@ def _health(features: Float[Tensor, "b n d"]) -> dict[str, Tensor]:
 def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
     """Train up to `optim.total_iters` finished updates, or until a signal; continue what is in `output_dir`."""
     state = TrainState(cfg, device)
-    checkpoints = Checkpoints(output_dir, keep=cfg.train.checkpointing.max_to_keep)
+    saving = cfg.train.checkpointing
+    checkpoints = Checkpoints(output_dir, keep=saving.max_to_keep, async_save=saving.async_save)
     saved = restore(state, checkpoints)
     meters = Metrics(output_dir, cfg.train.loggers, config=asdict(cfg), enabled=rank() == 0)
     meters.truncate_after(state.step, keep_copy=cfg.train.resume_from is not None)
@@ -295,6 +295,7 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
     total, every = cfg.optim.total_iters, cfg.train.log_loss_every
     with contextlib.ExitStack() as stack:
         stack.callback(meters.close)
+        stack.enter_context(checkpoints)
         loader = stack.enter_context(
             PretrainLoader(
                 cfg,
@@ -319,7 +320,6 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
         )
         stack.enter_context(_manual_garbage_collection())
         watch, speed = FiniteWatch(), _throughput(cfg, device)
-        newest = saved.path if saved else None
         stopping, waited = False, 0.0
         while state.step < total and not stopping:
             hyper = hyper_at(state.step, cfg)
@@ -339,15 +339,15 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
             waited = batches.wait_s
             profile.step()
             bar.update()
-            stopping = any_rank(stop.is_set)
+            stopping = stop.agreed()
             saves = done or stopping or due(step, cfg.train.checkpointing.period)
             if saves or due(step, cfg.train.nan_check_period):
-                watch.check(newest)
+                watch.check(checkpoints.finished)
             if logs:
                 log_step(cfg, bar, meters.write(step, **speed.read(total - step)))
                 gc.collect(1)
             if saves:
-                newest = checkpoints.save(
+                checkpoints.save(
                     step,
                     modules=state.modules,
                     optimizers=state.optimizers,
@@ -355,10 +355,12 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
                     rank_extra={"data": batches.state_dict()},
                     config_yaml=to_yaml(cfg),
                 )
-                logger.info("saved %s", newest)
-    if state.step < total:
-        logger.info("stopped by %s after %d of %d steps; the same command continues", stop.name, state.step, total)
-        return
+            if done or stopping:
+                checkpoints.wait()  # here, where a second signal does not end it
+        if state.step < total:
+            logger.info("stopped by %s after %d of %d steps; the same command continues", stop.name, state.step, total)
+            requeue(stop)
+            return
     for path in export(state, output_dir):
         logger.info("exported %s", path)
 
@@ -371,8 +373,7 @@ def restore(state: TrainState, checkpoints: Checkpoints) -> SavedState | None:
     cfg = state.cfg
     places: dict[str, Any] = {"modules": state.modules, "optimizers": state.optimizers, "config": asdict(cfg)}
     if cfg.train.resume_from is not None:
-        requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-        saved = checkpoints.restore(cfg.train.resume_from, **places, restarted=requeued)
+        saved = checkpoints.restore(cfg.train.resume_from, **places, restarted=was_requeued())
     elif cfg.train.auto_resume:
         saved = checkpoints.restore_latest(**places)
     else:

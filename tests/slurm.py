@@ -1,8 +1,8 @@
 """A real Slurm of two nodes on this one machine, for tests of submission, preemption and requeue.
 
 It needs root and Debian's packages `slurm-wlm` and `munge`, and touches nothing outside a folder of its own: own keys,
-own ports, daemons that end with the block. A job in partition `urgent` preempts one in `debug`, which gets SIGTERM, some
-time of grace, and is requeued. There is no accounting (no `sacct`).
+own ports, daemons that end with the block. A job in partition `urgent` preempts one in `debug`, which gets SIGTERM,
+some time of grace, and is requeued. There is no accounting (no `sacct`).
 
     python tests/slurm.py      start one, print what to export, stop at Ctrl-C
 """
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 HOST = socket.gethostname().split(".")[0]
-NODES = ("localhost", "node2")  # ranks look for rank 0 under the name of the first one, so it must be one that exists
+NODES = ("127.0.0.1", "127.0.0.2")  # names, and such that resolve: the ranks look for rank 0 under that of its node
 
 CONF = """
 ClusterName=test
@@ -146,7 +146,9 @@ def _states(cluster: Cluster) -> set[str]:
 def _daemon(cluster: Cluster, *command: str) -> Iterator[None]:
     log = cluster.base / f"{'-'.join(command[:1] + command[2:] if command[0] == 'slurmd' else command[:1])}.log"
     with log.open("w") as file:
-        process = subprocess.Popen(command, env=os.environ | cluster.environ, stdout=file, stderr=file)
+        process = subprocess.Popen(
+            command, env=os.environ | cluster.environ, stdout=file, stderr=file, start_new_session=True
+        )
     try:
         yield
     finally:

@@ -12,6 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -22,9 +25,11 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+import checkpoint
 from checkpoint import Checkpoints, SavedState, check_compatible, claim_output_dir, export_weights
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
 from utils import UserError
@@ -462,6 +467,180 @@ def test_going_back_moves_nothing_if_the_first_save_fails(three):
     assert names(back.directory) == ["step_000000100", "step_000000200", "step_000000300"]
 
 
+# In the background
+
+
+class Gate:
+    """Holds up the writing of every save until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open = threading.Event()
+        write_tensors = checkpoint._write_tensors
+
+        def wait_and_write(*args: Any) -> None:
+            assert self.open.wait(50), "nobody opens the gate"
+            write_tensors(*args)
+
+        monkeypatch.setattr(checkpoint, "_write_tensors", wait_and_write)
+
+    def open_soon(self) -> None:
+        """Not before the caller's next call had time to go past a save that it should have waited for."""
+        timer = threading.Timer(0.3, self.open.set)
+        timer.daemon = True
+        timer.start()
+
+
+@pytest.fixture
+def gate(monkeypatch) -> Iterator[Gate]:
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.open.set()
+
+
+def test_a_background_save_holds_what_there_was_at_the_call(gate, tmp_path):
+    run, loaded, history = Training(seed=1).train(2), Training(seed=2), [1]
+    expected = copy.deepcopy(run.tensors())
+    with Checkpoints(tmp_path, keep=3, async_save=True) as checkpoints:
+        path = run.save(checkpoints, 2, history=history)
+        run.train(1)
+        with torch.no_grad():
+            for tensor in run.tensors().values():
+                tensor.zero_()
+        history.append(2)
+        assert not path.exists(), "the writing was not in the background"
+        assert (checkpoints.newest(), checkpoints.finished) == (None, None), "an unfinished checkpoint is shown"
+        gate.open.set()
+        checkpoints.wait()
+        assert checkpoints.newest() == checkpoints.finished == path
+    state = loaded.restore_latest(Checkpoints(tmp_path, keep=3))
+    assert state is not None
+    assert state.extra["history"] == [1]
+    assert_bitwise_equal(loaded.tensors(), expected)
+
+
+def test_a_background_save_writes_the_files_of_a_foreground_save(tmp_path):
+    run, written = Training(seed=1).train(2), []
+    backbone: Any = run.modules["student_ema"]
+    backbone["head"].weight = nn.Parameter(torch.randn(4, 2).T)  # not contiguous
+    backbone["backbone"].fc1.bias = run.modules["clustering"].weight  # one tensor under two names
+    for async_save in (False, True):
+        with Checkpoints(tmp_path / str(async_save), keep=3, async_save=async_save) as checkpoints:
+            path = run.save(checkpoints, 2, notes=("é", 1e300, float("inf")))
+        files = {file.name: file.read_bytes() for file in path.iterdir()}
+        state, manifest = (json.loads(files.pop(name)) for name in ("state.json", "manifest.json"))
+        files.pop(".metadata")  # contains the path
+        index = FileSystemReader(path).read_metadata()
+        del state["time"], manifest["state.json"], manifest[".metadata"]
+        written.append((files, state, manifest, index.state_dict_metadata, index.storage_data))
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("call", ["save", "wait", "close", "restore_latest", "restore", "load"])
+def test_the_next_call_first_waits_for_the_save_under_way(call, gate, tmp_path):
+    run = Training(seed=1).mark(1)
+    with Checkpoints(tmp_path, keep=3, async_save=True) as checkpoints:
+        path = run.save(checkpoints, 1)
+        gate.open_soon()
+        calls: dict[str, Callable[[], object]] = {
+            "save": lambda: run.save(checkpoints, 2),
+            "wait": checkpoints.wait,
+            "close": checkpoints.close,
+            "restore_latest": lambda: run.restore_latest(checkpoints),
+            "restore": lambda: run.restore(checkpoints, path),
+            "load": lambda: checkpoints.load(path, modules=run.modules, optimizers=run.optimizers),
+        }
+        calls[call]()
+        assert path.exists(), f"{call} did not wait"
+    assert len(checkpoints.all()) == (2 if call == "save" else 1)
+
+
+@pytest.mark.parametrize("call", ["save", "wait", "close"])
+def test_a_failure_in_the_background_is_raised_by_the_next_call(call, three):
+    run, full = Training(seed=2), Checkpoints(three.directory.parent, keep=3, async_save=True)
+    run.restore_latest(full)
+    with files_limited_to(100):
+        run.save(full, 400)
+        calls = {"save": lambda: run.save(full, 500), "wait": full.wait, "close": full.close}
+        with pytest.raises(UserError, match=r"step 400 could not be saved.*File too large.*newest is .*000300"):
+            calls[call]()
+    assert names(full.directory) == ["step_000000100", "step_000000200", "step_000000300"], "no half checkpoint stays"
+    assert full.finished == full.directory / "step_000000300"
+    full.wait()  # it is told once
+    if call != "close":
+        path = run.mark(500).save(full, 500)
+        full.close()
+        assert full.newest() == full.finished == path, "with space again, saving works"
+    for path in three.all():
+        run.restore(again(three), path)
+
+
+def test_a_failure_in_the_background_does_not_hide_the_error_that_ends_the_run(tmp_path):
+    def end_with(error: Exception) -> None:
+        with Checkpoints(tmp_path, keep=1, async_save=True) as checkpoints, files_limited_to(100):
+            Training(seed=1).save(checkpoints, 4)
+            with contextlib.suppress(UserError):
+                assert checkpoints._saving is not None
+                checkpoints._saving.exception()
+            raise error
+
+    with pytest.raises(UserError, match=r"loss is nan\. Besides: The checkpoint of step 4 could not be saved"):
+        end_with(UserError("loss is nan"))
+    with pytest.raises(ValueError, match="a bug") as caught:
+        end_with(ValueError("a bug"))
+    assert "The checkpoint of step 4 could not be saved" in caught.value.__notes__[0]
+
+
+def test_a_closed_object_leaves_no_thread_and_cannot_save(tmp_path):
+    before = threading.enumerate()
+    with Checkpoints(tmp_path, keep=1, async_save=True) as checkpoints:
+        Training(seed=1).save(checkpoints, 1)
+        assert len(threading.enumerate()) == len(before) + 1
+    assert threading.enumerate() == before
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        Training(seed=1).save(checkpoints, 2)
+    checkpoints.close()
+
+
+def test_the_copies_are_freed_although_no_garbage_is_collected(monkeypatch, tmp_path):
+    copies = []
+    copy_to_host = checkpoint._copy_to_host
+
+    def watched(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        made = copy_to_host(tensors)
+        copies.extend(weakref.ref(tensor) for tensor in made.values())
+        return made
+
+    monkeypatch.setattr(checkpoint, "_copy_to_host", watched)
+    run = Training(seed=1).train(1)
+    gc.collect()
+    gc.disable()  # as during training
+    try:
+        with Checkpoints(tmp_path, keep=1, async_save=True) as checkpoints:
+            run.save(checkpoints, 1)
+            checkpoints.wait()
+            deadline = time.monotonic() + 20  # the thread lets go of its task just after the result is there
+            while any(copy() is not None for copy in copies) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert copies
+            assert not any(copy() is not None for copy in copies), "every save would take memory until the run ends"
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+def test_a_background_save_of_a_gpu_holds_what_there_was_at_the_call(gate, tmp_path):
+    run, loaded = Training(seed=1), Training(seed=2)
+    run.modules["large"], loaded.modules["large"] = nn.Linear(4096, 4096), nn.Linear(4096, 4096)
+    for module in run.modules.values():
+        module.cuda()
+    with Checkpoints(tmp_path, keep=1, async_save=True) as checkpoints:
+        run.mark(1).save(checkpoints, 1)
+        run.mark(2)
+        gate.open.set()
+    loaded.restore_latest(checkpoints)
+    assert loaded.marked == 1
+
+
 # Kills. `kill_everywhere` runs in a process of its own because it forks.
 
 
@@ -495,7 +674,7 @@ def kill_before_change(number: int, directory: Path, action: Callable[[], object
 
 
 def kill_everywhere(
-    directory: str, existing: list[int], start: int | None, step: int, keep: int, seen: list[int]
+    directory: str, existing: list[int], start: int | None, step: int, keep: int, seen: list[int], async_save: bool
 ) -> None:
     """Kill a save at every change it makes; `seen` are the weights (times 2) that the next starts find, in order."""
     torch.set_num_threads(1)
@@ -506,12 +685,19 @@ def kill_everywhere(
     found: list[int] = []
     while True:
         shutil.copytree(template, work)
-        checkpoints = Checkpoints(work, keep=keep)
+        checkpoints = Checkpoints(work, keep=keep, async_save=async_save)
         if start is None:
             run.restore_latest(checkpoints)
         else:
             run.restore(checkpoints, checkpoints.directory / f"step_{start:09d}")
-        died = kill_before_change(len(found), work, lambda c=checkpoints: run.mark(step + 0.5).save(c, step))
+
+        def save(checkpoints: Checkpoints = checkpoints) -> None:
+            run.mark(step + 0.5).save(checkpoints, step)
+            if async_save:
+                run.mark(-2)
+            checkpoints.wait()
+
+        died = kill_before_change(len(found), work, save)
         after = Checkpoints(work, keep=keep)
         state = run.mark(-1).restore_latest(after)
         assert state is not None, f"killed at change {len(found)}, everything is gone"
@@ -529,6 +715,7 @@ def kill_everywhere(
     assert order == seen, f"starts after kills found {found}"
 
 
+@pytest.mark.parametrize("async_save", [False, True], ids=["foreground", "background"])
 @pytest.mark.parametrize(
     ("existing", "start", "step", "keep", "seen"),
     [
@@ -538,8 +725,10 @@ def kill_everywhere(
     ],
     ids=["retention", "replacement", "going back"],
 )
-def test_a_kill_at_any_change_leaves_the_old_or_the_new_checkpoint(existing, start, step, keep, seen, tmp_path):
-    wait([start_python("kill_everywhere", str(tmp_path), existing, start, step, keep, seen)])
+def test_a_kill_at_any_change_leaves_the_old_or_the_new_checkpoint(
+    existing, start, step, keep, seen, async_save, tmp_path
+):
+    wait([start_python("kill_everywhere", str(tmp_path), existing, start, step, keep, seen, async_save)])
 
 
 def start_python(function: str, *args: Any, **env: str) -> subprocess.Popen[str]:
@@ -620,6 +809,52 @@ def test_ranks_save_together_and_their_number_may_change(tmp_path):
     assert_bitwise_equal(loaded.tensors(), expected)
     exported = torch.load(tmp_path / "student.pth", weights_only=True)
     assert_bitwise_equal(exported, loaded.modules["student"].state_dict())
+
+
+def save_while_training_on_a_rank(rank: int, directory: str) -> None:
+    """Train, with collectives of all kinds, while a save is between its own; then fill one rank's disk."""
+    path = Path(directory)
+    with process_group(rank, path), Checkpoints(path, keep=3, async_save=True) as checkpoints:
+        run = Training(seed=5, shard=True).train(2)
+        expected = copy.deepcopy(run.tensors())
+        gate = Gate(pytest.MonkeyPatch())
+        if rank == 1:
+            gate.open.set()  # this rank's thread waits for the other's in a collective
+        run.save(checkpoints, 2)
+        run.train(3)
+        for number in range(200):
+            total = torch.tensor(rank + number)
+            dist.all_reduce(total)
+            assert total == 2 * number + 1
+            gathered: list[Any] = [None, None]
+            dist.all_gather_object(gathered, (rank, number))
+            assert gathered == [(0, number), (1, number)]
+        assert checkpoints.newest() is None
+        gate.open.set()
+        for number in range(200):  # without a pause, while it writes
+            total = torch.tensor(rank + number)
+            dist.all_reduce(total)
+            assert total == 2 * number + 1
+        checkpoints.wait()
+        assert checkpoints.newest() == checkpoints.finished
+        if rank == 0:
+            torch.save(expected, path / "expected.pth")
+        for full_rank in (0, 1):
+            disk = files_limited_to(2000) if rank == full_rank else contextlib.nullcontext()
+            with pytest.raises(UserError, match=r"step 4 could not be saved.*File too large"), disk:
+                run.save(checkpoints, 4)
+                checkpoints.wait()
+        run.save(checkpoints, 5)
+        del run
+
+
+def test_ranks_train_on_while_they_save(tmp_path):
+    wait([start_python("save_while_training_on_a_rank", rank, str(tmp_path)) for rank in range(2)])
+    checkpoints, loaded = Checkpoints(tmp_path, keep=3), Training(seed=2)
+    assert names(checkpoints.directory) == ["step_000000002", "step_000000005"]
+    state = loaded.restore(checkpoints, checkpoints.directory / "step_000000002")
+    assert (state.world_size, state.rank_extra) == (2, [{"rank": 0}, {"rank": 1}])
+    assert_bitwise_equal(loaded.tensors(), torch.load(tmp_path / "expected.pth", weights_only=True))
 
 
 # The claim

@@ -293,6 +293,15 @@ def test_a_signal_saves_and_leaves_at_the_next_step(images, tmp_path, number):
     assert f"stopped by {number.name} after {step} of 100000 steps" in log
 
 
+def test_saving_in_the_background_changes_nothing(images, tmp_path):
+    asynchronous = ["train.checkpointing.async_save=true"]
+    assert run_main(tiny(images, tmp_path, *asynchronous, "optim.total_iters=3")) == 0
+    assert run_main(tiny(images, tmp_path, *asynchronous)) == 0
+    assert run_main(tiny(images, tmp_path / "plain", "optim.total_iters=3")) == 0
+    assert run_main(tiny(images, tmp_path / "plain")) == 0
+    assert_same_run(tmp_path, tmp_path / "plain")
+
+
 def test_two_runs_cannot_share_an_output_directory(images, tmp_path, capsys):
     arguments = tiny(images, tmp_path / "run", "optim.total_iters=100000")
     run = KillableRun(arguments, tmp_path / "run")

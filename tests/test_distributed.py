@@ -1,0 +1,206 @@
+import os
+import subprocess
+import sys
+import textwrap
+from datetime import timedelta
+
+import pytest
+import torch
+from conftest import ROOT
+from ranks import run_on_ranks
+
+import distributed
+from distributed import ALONE, Place, find_place, first_host, pick_device, session
+from utils import UserError
+
+TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "host0", "MASTER_PORT": "29400"}
+
+SRUN = {
+    "SLURM_JOB_ID": "41",
+    "SLURM_JOB_NODELIST": "gpu[01-09]",
+    "SLURM_NTASKS": "64",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_NODELIST": "gpu[03-04]",
+}
+
+BATCH_SCRIPT = {"SLURM_JOB_ID": "41", "SLURM_NTASKS": "16", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+def without(environ, *names):
+    return {name: value for name, value in environ.items() if name not in names}
+
+
+def test_torchrun_says_it_all_even_under_slurm():
+    place = Place("torchrun", rank=3, local_rank=1, world_size=4, address="host0", port=29400)
+    assert find_place(TORCHRUN) == place
+    assert find_place(SRUN | TORCHRUN) == place
+
+
+def test_a_task_of_srun_meets_the_others_on_the_first_node_of_its_step():
+    place = find_place(SRUN)
+    assert (place.launcher, place.rank, place.local_rank, place.world_size) == ("slurm", 9, 1, 16)
+    assert place.address == "gpu03"
+    assert place.port == find_place(SRUN | {"SLURM_PROCID": "0"}).port, "ranks of a step have different ports"
+    others = {find_place(SRUN | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}).port for job in "123" for step in "012"}
+    assert len(others) == 9, "steps or jobs on one node share a port"
+    assert all(12_000 <= port < 32_000 for port in others)
+
+
+def test_a_site_may_say_where_the_ranks_meet():
+    place = find_place(SRUN | {"MASTER_ADDR": "gpu03-ib", "MASTER_PORT": "4711"})
+    assert (place.address, place.port) == ("gpu03-ib", 4711)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        without(BATCH_SCRIPT, "SLURM_PROCID", "SLURM_LOCALID"),  # the shell of salloc
+        BATCH_SCRIPT,
+        SRUN | {"SLURM_STEP_ID": "4294967290"},  # salloc where it starts an interactive step
+        SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # srun --pty bash; srun python
+    ],
+    ids=["nothing", "salloc", "sbatch", "interactive-step", "one-task"],
+)
+def test_one_process_waits_for_nobody(environ):
+    assert find_place(environ) == ALONE
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        (
+            without(TORCHRUN, "MASTER_ADDR"),
+            "MASTER_ADDR is not set, but RANK=3, WORLD_SIZE=4: .* with torchrun or srun",
+        ),
+        (without(TORCHRUN, "LOCAL_RANK"), "LOCAL_RANK is not set, but RANK=3"),
+        (without(TORCHRUN, "RANK"), "RANK is not set, but WORLD_SIZE=4"),
+        (without(SRUN, "SLURM_STEP_NODELIST"), "SLURM_STEP_NODELIST is not set, but SLURM_STEP_ID=2"),
+        (TORCHRUN | {"MASTER_PORT": "http"}, "MASTER_PORT='http': must be a whole number"),
+        (TORCHRUN | {"RANK": "4"}, r"RANK=4: must lie in \[0, WORLD_SIZE=4\)"),
+    ],
+)
+def test_broken_variables_are_named(environ, message):
+    with pytest.raises(UserError, match=message):
+        find_place(environ)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[007-009,12],cpu1", "gpu007"),
+        ("gpu[3,5]-ib[1-2]", "gpu3-ib1"),
+        ("rack2-[11],x", "rack2-11"),
+        ("10.0.0.[4-5]", "10.0.0.4"),
+    ],
+)
+def test_first_host(nodes, first):
+    assert first_host(nodes) == first
+
+
+def place(launcher="torchrun", local_rank=1):
+    return Place(launcher, local_rank, local_rank, 2, "host0", 1)
+
+
+def test_each_rank_has_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("auto", place()) == torch.device("cuda", 1)
+    assert pick_device("cuda", place("slurm")) == torch.device("cuda", 1)
+    assert pick_device("auto", ALONE) == torch.device("cuda")
+    assert pick_device("cpu", place()) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("cuda", place("slurm")) == torch.device("cuda", 0), "Slurm bound one GPU to each task"
+    with pytest.raises(UserError, match=r"LOCAL_RANK=1: this machine shows 1 GPU\(s\)"):
+        pick_device("cuda", place())
+
+
+def test_an_apple_gpu_is_for_one_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto", ALONE) == torch.device("mps")
+    assert pick_device("auto", place()) == torch.device("cpu")
+    with pytest.raises(UserError, match="one process only, not 2"):
+        pick_device("mps", place())
+
+
+def reduce_everything():
+    mine = distributed.rank()
+    return (
+        distributed.all_reduce_sum_(torch.tensor([1.0, mine])).tolist(),
+        distributed.all_reduce_max_(torch.tensor([mine])).tolist(),
+        distributed.max_over_ranks(mine * 10),
+        distributed.any_rank(mine == 1),
+        distributed.any_rank(False),
+        distributed.gather_objects({"rank": mine}),
+        distributed.broadcast_object(f"from {mine}"),
+    )
+
+
+def test_reductions_agree_on_all_ranks():
+    ranks = [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+    expected = ([3.0, 3.0], [2], 20, True, False, ranks, "from 0")
+    assert run_on_ranks(reduce_everything, 3) == [expected] * 3
+
+
+def test_reductions_of_one_process():
+    assert reduce_everything() == ([1.0, 0.0], [0], 0, False, False, [{"rank": 0}], "from 0")
+    assert distributed.any_rank(True)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_without_peers_gives_up_and_says_where_it_looked(monkeypatch, rank):
+    with session("cpu") as device:
+        assert device == torch.device("cpu")
+        assert not distributed.is_distributed(), "one process needs no group"
+    for name, value in (TORCHRUN | {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}).items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(UserError, match=r"rank \d of 2 .*: no meeting of all ranks at 127.0.0.1:29400 within 1 s"),
+        session("cpu", timeout=timedelta(seconds=1)),
+    ):
+        pass
+    assert not distributed.is_distributed()
+
+
+def torchrun(tmp_path, body: str) -> subprocess.CompletedProcess[str]:
+    """Run `body` inside a session on two ranks."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch\nfrom distributed import *\nfrom utils import UserError\n"
+        "try:\n    with session('auto') as device:\n"
+        + textwrap.indent(textwrap.dedent(body), " " * 8)
+        + "\nexcept UserError as error:\n    sys.stderr.write(f'error: {error}\\n')\n    sys.exit(2)\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def test_torchrun_starts_ranks_that_agree_and_leave_cleanly(tmp_path):
+    done = torchrun(
+        tmp_path,
+        f"""
+        assert device.type == "cpu" and world_size() == 2
+        total = all_reduce_sum_(torch.tensor([1.0 + rank()]))
+        open(f"{tmp_path}/{{rank()}}", "w").write(f"{{total.item()}} {{any_rank(rank() == 1)}}")
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["3.0 True"] * 2
+
+
+def test_an_error_of_one_rank_ends_all(tmp_path):
+    done = torchrun(tmp_path, "if rank() == 1:\n    raise UserError('this rank alone')\nbarrier()")
+    assert done.returncode == 1
+    assert "error: rank 1: this rank alone" in done.stderr

@@ -1,0 +1,236 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from ranks import run_on_ranks
+
+import distributed
+import launch
+from launch import HOLD_SIGNALS, StopRequest, copy_code, requeue, was_requeued
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_sets_the_flag_however_often_it_comes(number):
+    with StopRequest() as stop:
+        assert not stop.is_set
+        assert stop.name is None
+        for _ in range(3):  # Slurm sends SIGTERM twice when it preempts a job without grace time
+            send(number)
+        assert stop.is_set
+        assert stop.name == number.name
+
+
+def test_the_stronger_signal_counts():
+    with StopRequest() as stop:
+        send(signal.SIGUSR2)
+        send(signal.SIGTERM)
+        assert stop.name == "SIGUSR2"
+
+
+def test_handlers_are_restored():
+    before = [signal.getsignal(number) for number in launch.STOP_SIGNALS]
+    with StopRequest():
+        assert [signal.getsignal(number) for number in launch.STOP_SIGNALS] != before
+    assert [signal.getsignal(number) for number in launch.STOP_SIGNALS] == before
+
+
+def run_python(program: str, *before: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *before, "-c", "import os, signal, time\nfrom launch import StopRequest\n" + program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def test_ctrl_c_twice_ends_a_run_that_hangs():
+    done = run_python(
+        "with StopRequest() as stop:\n"
+        "    for _ in range(2): os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('still here', flush=True)\n"
+        "    time.sleep(1.1)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('never')\n"
+    )
+    assert done.stdout == "still here\n", "the same Ctrl-C came twice, from the terminal and from a launcher"
+    assert done.returncode == -signal.SIGINT
+
+
+def test_a_signal_during_the_imports_is_not_lost():
+    program = "os.kill(os.getpid(), signal.SIGTERM)\nwith StopRequest() as stop:\n    print(stop.name)\n"
+    assert run_python(program).returncode == -signal.SIGTERM
+    done = run_python(program, "-c", HOLD_SIGNALS)
+    assert done.stdout == "SIGTERM\n", done.stderr
+
+
+def stop_on_some(signals: list[str | None]) -> tuple[bool, bool, str | None]:
+    with StopRequest() as stop:
+        first = stop.agreed()
+        name = signals[distributed.rank()]
+        if name:
+            send(signal.Signals[name])
+        return first, stop.agreed(), stop.name
+
+
+def test_ranks_agree_on_the_strongest_signal_of_any():
+    assert run_on_ranks(stop_on_some, 3, [None, "SIGUSR2", "SIGTERM"]) == [(False, True, "SIGUSR2")] * 3
+
+
+SCONTROL = """#!/bin/bash
+echo "$@" >>{calls}
+case "$1" in
+show) echo "{shown}" ;;
+requeue) [ -z "{refusal}" ] || {{ echo "{refusal}" >&2; exit 1; }} ;;
+esac
+"""
+
+RUNNING = "JobId=7 JobState=RUNNING Reason=None Requeue=1 Restarts=1 BatchFlag=1 PreemptTime=None Command=/a b"
+PREEMPTED = RUNNING.replace("PreemptTime=None", "PreemptTime=2025-01-01T00:00:00")
+
+
+@pytest.fixture
+def slurm_job(tmp_path, monkeypatch):
+    """A `scontrol` that shows the given job and remembers what it was asked. Other tests have a real one."""
+    calls = tmp_path / "calls"
+
+    def make(shown: str, *, refusal: str = ""):
+        (tmp_path / "scontrol").write_text(SCONTROL.format(calls=calls, shown=shown, refusal=refusal))
+        (tmp_path / "scontrol").chmod(0o755)
+        return lambda: [line for line in calls.read_text().splitlines() if line.startswith("requeue")]
+
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    before = {number: signal.getsignal(number) for number in launch.STOP_SIGNALS}
+    yield make
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def stopped_by(number: signal.Signals) -> StopRequest:
+    with StopRequest() as stop:
+        send(number)
+        requeue(stop)
+    return stop
+
+
+@pytest.mark.parametrize(
+    ("number", "shown", "calls"),
+    [
+        (signal.SIGUSR2, RUNNING, ["requeue 7"]),
+        (signal.SIGTERM, PREEMPTED, ["requeue 7"]),
+        (signal.SIGTERM, RUNNING, []),
+        (signal.SIGTERM, RUNNING.replace("RUNNING", "COMPLETING"), []),
+        (signal.SIGTERM, RUNNING.replace("RUNNING", "COMPLETING").replace("Restarts=1", "Restarts=2"), []),
+        (signal.SIGUSR2, RUNNING.replace("BatchFlag=1", "BatchFlag=0"), []),
+        (signal.SIGINT, RUNNING, []),
+    ],
+    ids=[
+        "time-limit",
+        "preempted",
+        "signal-of-the-user",
+        "cancelled",
+        "slurm-has-requeued-it",
+        "interactive",
+        "ctrl-c",
+    ],
+)
+def test_a_job_is_requeued_only_if_slurm_ended_it_and_will_not_do_so_itself(slurm_job, number, shown, calls):
+    assert was_requeued()
+    requeued = slurm_job(shown)
+    stopped_by(number)
+    assert requeued() == calls
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN, "Slurm's answer would end a process that is leaving"
+
+
+def test_only_the_own_element_of_an_array_is_requeued(slurm_job, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    requeued = slurm_job(RUNNING)
+    stopped_by(signal.SIGUSR2)
+    assert requeued() == ["requeue 7_3"]
+
+
+@pytest.mark.parametrize("refusal", ["Requested operation is presently disabled", None])
+def test_a_refused_requeue_is_said_and_does_not_fail_the_run(slurm_job, caplog, monkeypatch, refusal):
+    if refusal:
+        slurm_job(RUNNING, refusal=refusal)
+    else:
+        monkeypatch.setenv("PATH", "/nowhere")
+    stopped_by(signal.SIGUSR2)
+    assert "Slurm job 7 could not be requeued" in caplog.text
+    assert (refusal or "scontrol") in caplog.text
+    assert "Submit it again" in caplog.text
+
+
+def test_outside_slurm_nothing_happens(slurm_job, monkeypatch, tmp_path):
+    slurm_job(PREEMPTED)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    handler = signal.getsignal(signal.SIGTERM)
+    stopped_by(signal.SIGTERM)
+    assert not (tmp_path / "calls").exists()
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert not was_requeued()
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    root = tmp_path / "repository"
+    (root / "configs").mkdir(parents=True)
+    (root / "runs").mkdir()
+    for name in (
+        "train.py",
+        "default.yaml",
+        "configs/small.yaml",
+        "notes.txt",
+        "ignored.bin",
+        "runs/log.txt",
+        "new.py",
+    ):
+        (root / name).write_text(name)
+    (root / ".gitignore").write_text("ignored.bin\n")
+    monkeypatch.setattr(launch, "ROOT", root)
+    return root
+
+
+def git(root: Path, *args: str) -> None:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@example.com")
+    subprocess.run(["git", "-C", root, *identity, *args], check=True, capture_output=True)
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_copy_of_the_code_has_what_git_has_and_new_files(repository, tmp_path, monkeypatch, caplog):
+    git(repository, "init", "-q")
+    git(repository, "add", "train.py", "default.yaml", "notes.txt", ".gitignore")
+    git(repository, "commit", "-qm", "first")
+    (repository / "train.py").write_text("changed")
+    (repository / "notes.txt").unlink()
+    (repository / "data.bin").write_bytes(bytes(2**20 + 1))
+    monkeypatch.setattr(launch, "LARGEST_UNTRACKED_MIB", 1)
+    copy_code(tmp_path / "code", leave_out=repository / "runs")
+    assert files_of(tmp_path / "code") == {
+        "train.py", "default.yaml", ".gitignore", "configs/small.yaml", "new.py", "REVISION",
+    }  # fmt: skip
+    assert (tmp_path / "code" / "train.py").read_text() == "changed"
+    assert "data.bin (1 MiB, not in git) is not copied" in caplog.text
+
+
+def test_without_git_the_copy_has_modules_and_configs(repository, tmp_path):
+    copy_code(tmp_path / "code")
+    assert files_of(tmp_path / "code") == {"train.py", "new.py", "default.yaml", "configs/small.yaml", "REVISION"}
