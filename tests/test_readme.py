@@ -16,6 +16,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = dict(enumerate(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)))
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS.values() for line in block.splitlines() if line.strip()]
 TRAINING = [command for command in COMMANDS if command.startswith("python train_capi.py")]
+SLURM = [command for command in COMMANDS if command.startswith("python train_distributed.py")]
 TORCHRUN = [command for command in COMMANDS if command.startswith("torchrun ")]
 
 
@@ -26,7 +27,7 @@ def test_the_commands_are_all_of_a_kind_that_is_tested():
         if program == "make":
             assert rest[0] in make_targets, command
         else:
-            assert command in TRAINING + TORCHRUN or command == "pip install -c constraints.txt -e '.[test]'", command
+            assert command in TRAINING + TORCHRUN + SLURM or command == "pip install -c constraints.txt -e '.[test]'", command
 
 
 def test_training_commands_run_one_after_the_other(tmp_path, monkeypatch):
@@ -56,6 +57,14 @@ def test_torchrun_commands_run_with_two_processes(tmp_path):
         done = run_cli(*launcher, script, config, *TINY, *rest, OMP_NUM_THREADS="1")
         assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "runs" / "mine" / "student_ema.pth").is_file()
+
+
+def test_slurm_commands_show_a_job_script():
+    assert SLURM
+    for command in SLURM:
+        done = run_cli(*shlex.split(command)[1:])
+        assert done.returncode == 0, done.stderr
+        assert "#SBATCH --partition=gpu" in done.stdout
 
 
 def test_the_python_example_runs_as_written(tmp_path):
