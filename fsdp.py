@@ -499,23 +499,28 @@ MATMULS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "a
 
 
 def pin_order(graph: fx.Graph) -> None:
-    """Make each all-gather and each wait depend on the matmul before it in the graph, where it does not already.
+    """Make each start and each wait of a collective depend on the one before it and on the last matmul before it.
 
     Inductor schedules what depends on nothing as early as it likes: it fuses computations that read the same tensor
     into one kernel, and everything the kernel needs comes before it. An all-gather for the last block could thus start,
-    or be waited for, in the first one. With these dependencies such a fusion would be a cycle.
+    or be waited for, in the first one, and on some ranks only, for the graphs of ranks with shorter parts differ by
+    the padding. With these dependencies such a fusion would be a cycle.
     """
     from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
     from torch.utils._ordered_set import OrderedSet
 
     operators = torch.ops._c10d_functional
-    pinned = (operators.all_gather_into_tensor.default, operators.wait_tensor.default)
-    matmul, dependencies = None, {}
+    pinned = [operators.all_gather_into_tensor, operators.reduce_scatter_tensor, operators.wait_tensor]
+    before, matmul, dependencies = None, None, {}
     for node in graph.nodes:
-        if node.target in pinned and matmul is not None:
-            dependencies[node] = OrderedSet([matmul])
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in MATMULS:
-            matmul = node
+        if isinstance(node.target, torch._ops.OpOverload):
+            if node.target.overloadpacket in pinned:
+                earlier = [other for other in (before, matmul) if other is not None]
+                if earlier:
+                    dependencies[node] = OrderedSet(earlier)
+                before = node
+            elif node.target._schema.name in MATMULS:
+                matmul = node
     preserve_node_ordering(graph, dependencies)
 
 

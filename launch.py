@@ -123,7 +123,7 @@ def requeue(stop: StopRequest) -> None:
     Slurm, whatever its `PreemptMode`, so it is requeued here.
     """
     job = _slurm_job()
-    if job is None or not stop.is_set:
+    if job is None:
         return
     stop.deafen()
     if rank() != 0:

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import shutil
-import unittest.mock
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from fsdp import (
     recompute_blocks,
 )
 from model import Block, EncoderDecoder
-from optim import Hyper, ema_update_, make_clustering_optimizer, make_student_optimizer
+from optim import Hyper, ema_update_
 from train_capi import TrainState, train_step
 
 CPU = torch.device("cpu")
@@ -285,29 +284,17 @@ def my_batch(batch: dict[str, Tensor]) -> Batch:
     )
 
 
-class DividedState(TrainState):
-    """`TrainState` with its modules divided by `parallelize` before the optimizers are made."""
-
-    def __init__(self, cfg: CapiConfig, how: Sharding) -> None:
-        super().__init__(cfg, CPU, compiled=False)
-        self.how = how
-        for module in self.modules.values():
-            parallelize(module, how, CPU, blocks_of(module))
-        self.student_optimizer = make_student_optimizer(self.student, cfg)
-        self.clustering_optimizer = make_clustering_optimizer(self.clustering, cfg)
-        step = self.clustering.step
-
-        def gathered_step(*args: Any, **kwargs: Any) -> Any:
-            with gathered(self.clustering):
-                return step(*args, **kwargs)
-
-        self.clustering.step = gathered_step  # pyright: ignore[reportAttributeAccessIssue]  # same signature
-
-    def apply_gradients(self, hyper: Hyper) -> dict[str, Tensor]:
-        for module in (self.student, self.clustering):
-            average_gradients_(module, self.how)
-        with unittest.mock.patch("train_capi.average_gradients_"):  # that was it
-            return super().apply_gradients(hyper)
+def divided_state(cfg: CapiConfig, how: Sharding) -> TrainState:
+    """A `TrainState` whose weights are divided like this."""
+    efficiency = dataclasses.replace(
+        cfg.efficiency,
+        fsdp=how.mode,
+        fsdp_bucket_mib=how.bucket_mib,
+        fsdp_prefetch=how.prefetch,
+        param_dtype=str(how.param_dtype).removeprefix("torch."),
+        reduce_dtype=str(how.reduce_dtype).removeprefix("torch."),
+    )
+    return TrainState(dataclasses.replace(cfg, efficiency=efficiency), CPU, compiled=False)
 
 
 def run_steps(state: TrainState, num_steps: int) -> dict[str, Any]:
@@ -323,7 +310,7 @@ def run_steps(state: TrainState, num_steps: int) -> dict[str, Any]:
 
 def train(how: Sharding | None, num_steps: int, *overrides: str) -> dict[str, Any]:
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*TRAIN, *overrides])
-    return run_steps(TrainState(cfg, CPU, compiled=False) if how is None else DividedState(cfg, how), num_steps)
+    return run_steps(TrainState(cfg, CPU, compiled=False) if how is None else divided_state(cfg, how), num_steps)
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +364,7 @@ def test_an_overflow_on_one_rank_skips_the_update_on_all():
 
 
 def communication_of_updates() -> int:
-    state = DividedState(load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, TRAIN), SIMPLE)
+    state = divided_state(load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, TRAIN), SIMPLE)
     for module in (state.student, state.clustering):
         for p in module.parameters():
             p.grad = torch.ones_like(p)
@@ -492,7 +479,7 @@ def test_gathered_gives_back_the_parts_when_an_error_passes():
 
 def train_from(how: Sharding, folder: Path, resumes: bool, num_steps: int) -> dict[str, Any]:
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, TRAIN)
-    state = DividedState(cfg, how)
+    state = divided_state(cfg, how)
     checkpoints = Checkpoints(folder, keep=2)
     if resumes:
         saved = checkpoints.restore_latest(modules=state.modules, optimizers=state.optimizers)
@@ -623,7 +610,7 @@ def make_layers() -> Layers:
 
 def compiled_layers(x: Tensor) -> dict[str, Any]:
     layers = make_layers()
-    how = sharding("simple", bucket_mib=0.001, prefetch=1)
+    how = sharding("simple", bucket_mib=1400 / 2**20, prefetch=1)  # one norm, weight and bias
     parallelize(layers, how, CPU)
 
     def step() -> Tensor:
@@ -671,18 +658,18 @@ def test_generated_code_gathers_ahead_and_waits_late(compiled_on_two_ranks):
         for code, kind in ((inference, "all_gather"), (forward, "all_gather"), (backward, "reduce_scatter")):
             started = [i for i, (k, _) in enumerate(code) if k == kind]
             waited = [code.index(("wait", code[i][1]), i) for i in started]
-            assert 4 <= len(started) <= 6, f"{len(started)} buckets"
+            assert len(started) == 4, f"{len(started)} buckets for four layers"
             assert waited == sorted(waited)
             between = [sum(k == "matmul" for k, _ in code[i:j]) for i, j in zip(started, waited, strict=True)]
             hidden = between[1:] if kind == "all_gather" else between[:-1]
             assert min(hidden) >= 1, f"{kind}: nothing to hide behind in {between}"
             flying = [sum(a <= i < b for a, b in zip(started, waited, strict=True)) for i in range(len(code))]
-            assert max(flying) == 2, f"{kind}: {max(flying)} buckets on their way at once"
+            assert max(flying) == (2 if kind == "all_gather" else 1), f"{kind}: {max(flying)} on their way at once"
 
 
 def compiled_training(num_steps: int) -> dict[str, Any]:
     how = sharding("simple", bucket_mib=0.01)
-    state = DividedState(load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, TRAIN), how)
+    state = divided_state(load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, TRAIN), how)
     recompute_all_but_matmuls(state.student, gathers_again=True)
     state.do_teacher, state.do_student = (
         torch.compile(function, dynamic=False, options=overlap_options(how))
