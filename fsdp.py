@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from config import CompileConfig, RematerializationConfig
@@ -297,7 +298,7 @@ class _Gather(torch.autograd.Function):
     """Own part of a weight to whole weight; gradient of the whole weight to the own part of its average over ranks."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, how: _Gathering, dtype: torch.dtype) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, own: Tensor, how: _Gathering, dtype: torch.dtype) -> Tensor:
         ctx.how, ctx.own_rows, ctx.own_dtype = how, own.shape[0] if own.ndim else None, own.dtype
         return _all_gather(own.to(dtype), how)
 
@@ -355,7 +356,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
     for submodule, name, how, stored in places:
         assert isinstance(stored, DTensor)
         if stored not in whole:
-            full = _all_gather(stored.detach().to_local().to(how.dtype), how).to(stored.dtype)
+            full = _all_gather(stored.to_local().detach().to(how.dtype), how).to(stored.dtype)
             whole[stored] = nn.Parameter(full, requires_grad=stored.requires_grad)
         submodule._parameters[name] = whole[stored]
     try:
@@ -667,7 +668,7 @@ class _Overlap:
     def _call(self, position: tuple[float, int], target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with self.graph.inserting_before(self.output):  # the final sort moves it
             node = self.graph.call_function(target, args, kwargs)
-        values = fx.node.map_arg(args, _value)
+        values = map_arg(args, _value)
         with _value(node.all_input_nodes[0]).fake_mode:
             node.meta["val"] = target(*values, **kwargs)
         self.position[node] = position

@@ -117,6 +117,8 @@ def _answer(function: Callable[..., Any], args: tuple[Any, ...], rank: int, num_
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            # torch 2.11 does what it has deprecated when it compiles.
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
             answer = pickle.dumps((True, function(*args)))
         gc.collect()  # what is sharded has to be gone before the process group is, or gloo aborts now and then
         dist.barrier()

@@ -27,7 +27,8 @@ def test_the_commands_are_all_of_a_kind_that_is_tested():
         if program == "make":
             assert rest[0] in make_targets, command
         else:
-            assert command in TRAINING + TORCHRUN + SLURM or command == "pip install -c constraints.txt -e '.[test]'", command
+            install = "pip install -c constraints.txt -e '.[test]'"
+            assert command in [*TRAINING, *TORCHRUN, *SLURM, install], command
 
 
 def test_training_commands_run_one_after_the_other(tmp_path, monkeypatch):
