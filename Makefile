@@ -1,6 +1,7 @@
 # make demo    train a small model on the images in demo_data/ and show what came out
 # make test    the whole CPU test suite
 # make check   format, lint, types, tests
+# make slurm   a two-node training on a real Slurm, preempted and requeued (root, Debian's slurm-wlm and munge)
 # make gpu     also the tests that need CUDA
 # make bench   speed and memory on this machine
 # Each target installs what it needs into .venv with pip; PYTHON chooses the interpreter (3.11 or newer).
@@ -10,7 +11,7 @@ BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 SOURCES = pyproject.toml constraints.txt
 
-.PHONY: demo test lint check gpu bench clean
+.PHONY: demo test lint check slurm gpu bench clean
 
 demo: .venv/.run
 	$(BIN)/python demo.py
@@ -24,6 +25,9 @@ lint: .venv/.check
 	$(BIN)/pyright
 
 check: lint test
+
+slurm: .venv/.test
+	$(BIN)/python -m pytest -m slow tests/test_train_distributed.py
 
 gpu: .venv/.test
 	$(BIN)/python -m pytest -m "not (slow or network)"

@@ -53,7 +53,8 @@ class LauncherConfig:
     exclude: str | None
     """Nodes to avoid."""
     signal_delay_s: int
-    """Seconds before the time limit at which the run saves and is requeued; longer than a step and a save."""
+    """Seconds before the time limit at which the run saves and is requeued; longer than a step and a save.
+    Slurm may ask up to a minute earlier."""
     setup: list[str]
     """Shell lines before the run, such as `module load cuda`."""
     sbatch: dict[str, Any]
@@ -67,6 +68,12 @@ class LauncherConfig:
             value = getattr(self, key)
             require(value is None or value >= 1, f"launcher.{key}", value, "must be at least 1, or null")
         require(self.signal_delay_s >= 1, "launcher.signal_delay_s", self.signal_delay_s, "must be at least 1 second")
+        require(
+            self.time_min is None or self.signal_delay_s < 60 * self.time_min,
+            "launcher.signal_delay_s",
+            self.signal_delay_s,
+            f"must be less than launcher.time_min={self.time_min} minutes, or the job is stopped when it starts",
+        )
 
     @property
     def num_tasks_per_node(self) -> int:

@@ -293,70 +293,74 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
     log_start(cfg, state, saved)
 
     total, every = cfg.optim.total_iters, cfg.train.log_loss_every
-    with contextlib.ExitStack() as stack:
-        stack.callback(meters.close)
-        stack.enter_context(checkpoints)
-        loader = stack.enter_context(
-            PretrainLoader(
-                cfg,
-                rank=rank(),
-                world_size=world_size(),
-                position=merge_positions([each["data"] for each in saved.rank_extra]) if saved else None,
-                pin_memory=device.type == "cuda",
-                bad_files_path=output_dir / "bad_files.jsonl",
-            )
-        )
-        batches = DevicePrefetcher(loader, device)
-        stop = stack.enter_context(StopRequest())
-        profile = stack.enter_context(
-            Profile(output_dir, cfg.train.profiling and rank() == 0, num_steps=total - state.step, device=device)
-        )
-        if rank() == 0:
-            stack.enter_context(logging_redirect_tqdm())  # its handler knows no levels, and would make others talk
-        bar = stack.enter_context(
-            tqdm(
-                total=total, initial=state.step, unit="step", disable=None if rank() == 0 else True, dynamic_ncols=True
-            )
-        )
-        stack.enter_context(_manual_garbage_collection())
-        watch, speed = FiniteWatch(), _throughput(cfg, device)
-        stopping, waited = False, 0.0
-        while state.step < total and not stopping:
-            hyper = hyper_at(state.step, cfg)
-            step = state.step + 1  # finished updates after this one: checkpoint 3750 holds 3750 updates
-            done, logs = step == total, step == total or due(step, every)
-            scalars = train_step(
-                state,
-                [_on_device(next(batches)) for _ in range(cfg.optim.accumulation_steps)],
-                hyper,
-                with_usage=logs,
-                with_health=due(step, cfg.train.health_every),
-            )
-            state.step = step
-            meters.update(**scalars, lr=hyper.lr, clustering_lr=hyper.clustering_lr, momentum=hyper.momentum)
-            watch.update(step, capi_loss=scalars["capi_loss"], clustering_loss=scalars["clustering_loss"])
-            speed.step(batches.wait_s - waited)
-            waited = batches.wait_s
-            profile.step()
-            bar.update()
-            stopping = stop.agreed()
-            saves = done or stopping or due(step, cfg.train.checkpointing.period)
-            if saves or due(step, cfg.train.nan_check_period):
-                watch.check(checkpoints.finished)
-            if logs:
-                log_step(cfg, bar, meters.write(step, **speed.read(total - step)))
-                gc.collect(1)
-            if saves:
-                checkpoints.save(
-                    step,
-                    modules=state.modules,
-                    optimizers=state.optimizers,
-                    extra={"metrics": meters.state_dict(), "scaler": state.scaler.state_dict()},
-                    rank_extra={"data": batches.state_dict()},
-                    config_yaml=to_yaml(cfg),
+    with StopRequest() as stop:
+        with contextlib.ExitStack() as stack:
+            stack.callback(meters.close)
+            stack.enter_context(checkpoints)
+            loader = stack.enter_context(
+                PretrainLoader(
+                    cfg,
+                    rank=rank(),
+                    world_size=world_size(),
+                    position=merge_positions([each["data"] for each in saved.rank_extra]) if saved else None,
+                    pin_memory=device.type == "cuda",
+                    bad_files_path=output_dir / "bad_files.jsonl",
                 )
-            if done or stopping:
-                checkpoints.wait()  # here, where a second signal does not end it
+            )
+            batches = DevicePrefetcher(loader, device)
+            profile = stack.enter_context(
+                Profile(output_dir, cfg.train.profiling and rank() == 0, num_steps=total - state.step, device=device)
+            )
+            if rank() == 0:
+                stack.enter_context(logging_redirect_tqdm())  # its handler knows no levels, and would make others talk
+            bar = stack.enter_context(
+                tqdm(
+                    total=total,
+                    initial=state.step,
+                    unit="step",
+                    disable=None if rank() == 0 else True,
+                    dynamic_ncols=True,
+                )
+            )
+            stack.enter_context(_manual_garbage_collection())
+            watch, speed = FiniteWatch(), _throughput(cfg, device)
+            stopping, waited = False, 0.0
+            while state.step < total and not stopping:
+                hyper = hyper_at(state.step, cfg)
+                step = state.step + 1  # finished updates after this one: checkpoint 3750 holds 3750 updates
+                done, logs = step == total, step == total or due(step, every)
+                scalars = train_step(
+                    state,
+                    [_on_device(next(batches)) for _ in range(cfg.optim.accumulation_steps)],
+                    hyper,
+                    with_usage=logs,
+                    with_health=due(step, cfg.train.health_every),
+                )
+                state.step = step
+                meters.update(**scalars, lr=hyper.lr, clustering_lr=hyper.clustering_lr, momentum=hyper.momentum)
+                watch.update(step, capi_loss=scalars["capi_loss"], clustering_loss=scalars["clustering_loss"])
+                speed.step(batches.wait_s - waited)
+                waited = batches.wait_s
+                profile.step()
+                bar.update()
+                stopping = stop.agreed()
+                saves = done or stopping or due(step, cfg.train.checkpointing.period)
+                if saves or due(step, cfg.train.nan_check_period):
+                    watch.check(checkpoints.finished)
+                if logs:
+                    log_step(cfg, bar, meters.write(step, **speed.read(total - step)))
+                    gc.collect(1)
+                if saves:
+                    checkpoints.save(
+                        step,
+                        modules=state.modules,
+                        optimizers=state.optimizers,
+                        extra={"metrics": meters.state_dict(), "scaler": state.scaler.state_dict()},
+                        rank_extra={"data": batches.state_dict()},
+                        config_yaml=to_yaml(cfg),
+                    )
+                if done or stopping:
+                    checkpoints.wait()  # here, where a second signal does not end it
         if state.step < total:
             logger.info("stopped by %s after %d of %d steps; the same command continues", stop.name, state.step, total)
             requeue(stop)

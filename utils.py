@@ -1,5 +1,6 @@
 """Small standard-library helpers that several modules use. No torch, no state, nothing runs on import."""
 
+import contextlib
 import importlib.util
 import logging
 import subprocess
@@ -55,6 +56,8 @@ def setup_logging(log_path: Path | None = None, *, quiet: bool = False) -> None:
 def git_revision() -> str | None:
     """Commit of this source tree, with `+changes` if it was modified, or None outside a git checkout."""
     root = Path(__file__).parent
+    with contextlib.suppress(FileNotFoundError):  # a job's copy of the code says what it was copied from
+        return (root / "REVISION").read_text().strip()
 
     def git(*args: str) -> str | None:
         try:

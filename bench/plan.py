@@ -15,7 +15,7 @@ Optimizers, data and metrics count as nothing. Rates and bandwidths of the prese
 45 % (H100) of the dense bfloat16 peak, and 80 % of the slowest link: 8 x 200 Gbit/s (A100) or 8 x 400 Gbit/s (H100) per
 node, or NVLink within one.
 
-Tracing takes one to three minutes per line and model.
+Tracing takes one to five minutes per machine and model.
 """
 
 import argparse

@@ -50,6 +50,7 @@ def forward_backward(model: EncoderDecoder) -> tuple[torch.Tensor, list[torch.Te
     images = torch.randn(4, 3, 16, 16)
     visible, predict = torch.arange(64).view(4, 16)[:, :6].flatten(), torch.arange(64).view(4, 16)[:, 9:12].flatten()
     _, predictions = model.forward_pretrain(images, visible, predict, do_prediction=True)
+    assert predictions is not None
     loss = predictions.square().mean()
     with CountOperators() as counter:
         loss.backward()
@@ -150,7 +151,7 @@ def kinds(graph: fx.GraphModule) -> str:
         C10D.wait_tensor.default: "w",
         torch.ops.aten.mm.default: "m",
     }
-    return "".join(letters.get(node.target, "") for node in graph.graph.nodes)  # pyright: ignore[reportArgumentType]
+    return "".join(letters.get(node.target, "") for node in graph.graph.nodes)
 
 
 WEIGHT = 8 * 8 * 4 / 2**20
