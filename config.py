@@ -489,7 +489,7 @@ class EfficiencyConfig:
             self.fsdp != "fully_shard" or (self.compilation.do_teacher.disable and self.compilation.do_student.disable),
             "efficiency.fsdp",
             self.fsdp,
-            "runs eagerly; set efficiency.compilation.do_teacher.disable and .do_student.disable to true, or use simple",
+            "is eager; set efficiency.compilation.do_teacher.disable and .do_student.disable to true, or use simple",
         )
         workers = self.dataloader_num_workers
         require(workers >= 0, "efficiency.dataloader_num_workers", workers, "must be 0 or more")
