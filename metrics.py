@@ -410,7 +410,7 @@ def normalized_entropy(entropy: Float[Tensor, ""], num_clusters: int) -> Float[T
 def batch_warning(global_batch_size: int, num_clusters: int) -> str | None:
     """What to tell a user whose batch is too small for the number of prototypes, or None.
 
-    Published is one image per prototype (16384 each); runs with one image for 4 prototypes worked here.
+    Published is one image per prototype (16384 each); the limits here are a rule of thumb.
     """
     if global_batch_size * 8 >= num_clusters:
         return None

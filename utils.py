@@ -1,12 +1,10 @@
 """Small standard-library helpers that several modules use. No torch, no state, nothing runs on import."""
 
 import contextlib
-import importlib.util
 import logging
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 
 class UserError(ValueError):
@@ -16,22 +14,6 @@ class UserError(ValueError):
 def due(step: int, every: int) -> bool:
     """Whether something that happens each `every` finished steps happens now. `every <= 0` means never."""
     return every > 0 and step % every == 0
-
-
-def import_from_path(path: str | Path) -> ModuleType:
-    """Import a Python file by its path, under its stem as module name.
-
-    Raises: UserError if the file does not exist.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"There is no Python file at {str(path)!r}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def setup_logging(log_path: Path | None = None, *, quiet: bool = False) -> None:
