@@ -558,19 +558,20 @@ class CapiConfig:
 ConfigT = TypeVar("ConfigT")
 
 
-def load_config(schema: type[ConfigT], default_path: Path, sources: list[str]) -> ConfigT:
+def load_config(schema: type[ConfigT], default_path: Path | None, sources: list[str]) -> ConfigT:
     """Merge the default file, then `sources` in order, into a checked `schema` object.
 
     Args:
-        schema: a frozen dataclass without defaults.
-        default_path: YAML file that gives every key a value.
+        schema: a frozen dataclass, without defaults if `default_path` has them.
+        default_path: YAML file that gives every key a value; None if the dataclass does.
         sources: paths of YAML files and `a.b=c` overrides, as typed on the command line.
 
     Raises: UserError naming the key or file, its value and what to do instead.
     """
     merged = OmegaConf.structured(schema)
     _make_writable(merged)
-    merged = _merge(merged, _read_yaml(default_path), str(default_path), schema)
+    if default_path is not None:
+        merged = _merge(merged, _read_yaml(default_path), str(default_path), schema)
     for source in sources:
         if "=" in source:
             merged = _merge(merged, _read_override(source), source, schema)

@@ -255,6 +255,26 @@ def gather_objects(value: T) -> list[T]:
     return values  # pyright: ignore[reportReturnType]  # all were filled
 
 
+def all_gather_rows(x: Tensor) -> Tensor:
+    """The rows of every rank, in rank order, on every rank; ranks may have different numbers of rows.
+
+    Memory beside the result: nothing, so that features of a large data set can be gathered.
+    """
+    if not is_distributed():
+        return x
+    counts = gather_objects(len(x))
+    whole = torch.empty(sum(counts), *x.shape[1:], dtype=x.dtype, device=x.device)
+    start = 0
+    for source, count in enumerate(counts):
+        part = whole[start : start + count]
+        if source == rank():
+            part.copy_(x)
+        if count:
+            dist.broadcast(part, src=source)
+        start += count
+    return whole
+
+
 def broadcast_object(value: T) -> T:
     """Rank 0's `value` on every rank. Pickled: for small host data."""
     if not is_distributed():

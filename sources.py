@@ -317,8 +317,12 @@ def _make_custom(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
         if not isinstance(arguments.get("root"), str):
             raise url.error("needs root='/path/of/a/folder'")
         return ImageFolder(url, Path(arguments["root"]).expanduser(), listing_cache)
+    if url.name == "Segmentation":
+        return _make_segmentation_folder(url)
     if url.name not in SEGMENTATION_SETS:
-        raise url.error(f"unknown name {url.name}{did_you_mean(url.name, [*SEGMENTATION_SETS, 'Images'])}")
+        raise url.error(
+            f"unknown name {url.name}{did_you_mean(url.name, [*SEGMENTATION_SETS, 'Images', 'Segmentation'])}"
+        )
     list_files, splits = SEGMENTATION_SETS[url.name]
     arguments = url.take(("split", "root"))
     split = arguments.get("split")
@@ -439,10 +443,16 @@ def _list_images_cached(root: Path, cache_dir: Path) -> PathList:
 
 
 class SegmentationDataset(ImageDataset):
-    """Pairs of an image file and a file of labels; targets are images of mode L that hold label numbers."""
+    """Pairs of an image file and a file of labels; targets are images of mode L that hold label numbers.
 
-    def __init__(self, pairs: list[tuple[Path, Path]]) -> None:
+    Args:
+        pairs: image file, label file.
+        class_names: name of each label from 0 on, as far as they are known.
+    """
+
+    def __init__(self, pairs: list[tuple[Path, Path]], class_names: Sequence[str] = ()) -> None:
         self.pairs = pairs
+        self.class_names = list(class_names)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -450,6 +460,29 @@ class SegmentationDataset(ImageDataset):
     def __getitem__(self, index: int) -> Sample:
         image, labels = self.pairs[index]
         return Sample(str(image), image.read_bytes, functools.partial(_read_labels, labels))
+
+
+def _make_segmentation_folder(url: DataUrl) -> SegmentationDataset:
+    """`custom://Segmentation?root='/data/train'`: images and masks of the same file names, but for the ending.
+
+    Class names come from classes.txt, a name a line, in that folder or the one above.
+    """
+    arguments = url.take(("root", "images", "masks"))
+    if not isinstance(arguments.get("root"), str):
+        raise url.error("needs root='/path/of/a/folder' that has the folders images and masks")
+    root = Path(arguments["root"]).expanduser()
+    images = ImageFolder(url, root / arguments.get("images", "images"))
+    masks = ImageFolder(url, root / arguments.get("masks", "masks"))
+    by_stem = {str(Path(path).with_suffix("")): masks.root / path for path in masks.paths}
+    pairs = [(images.root / path, by_stem.get(str(Path(path).with_suffix("")))) for path in images.paths]
+    alone = [image for image, mask in pairs if mask is None]
+    if alone:
+        raise url.error(f"{len(alone)} images have no mask of the same name in {masks.root}, such as {alone[0].name}")
+    names = next((p for p in (root / "classes.txt", root.parent / "classes.txt") if p.is_file()), None)
+    return SegmentationDataset(
+        [(image, mask) for image, mask in pairs if mask is not None],
+        names.read_text().splitlines() if names else (),
+    )
 
 
 def _read_labels(path: Path) -> Image.Image:

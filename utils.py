@@ -1,10 +1,12 @@
 """Small standard-library helpers that several modules use. No torch, no state, nothing runs on import."""
 
 import contextlib
+import importlib.util
 import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 
 class UserError(ValueError):
@@ -14,6 +16,24 @@ class UserError(ValueError):
 def due(step: int, every: int) -> bool:
     """Whether something that happens each `every` finished steps happens now. `every <= 0` means never."""
     return every > 0 and step % every == 0
+
+
+def import_from_path(path: Path) -> ModuleType:
+    """Run a Python file as a module of its own, whatever folder it is in.
+
+    Raises: UserError if it is not a Python file or imports something that is not installed.
+    """
+    name = f"{path.stem}_at_{abs(hash(path.resolve())):x}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path}: not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise UserError(f"{path} cannot be imported: {error}") from error
+    return module
 
 
 def setup_logging(log_path: Path | None = None, *, quiet: bool = False) -> None:

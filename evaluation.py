@@ -1,0 +1,503 @@
+"""What the evaluations share: the one `main`, the model under evaluation, its features, splits, and result files.
+
+An evaluation is a script with a config, a frozen dataclass derived from `EvaluationConfig` whose fields are its keys,
+and a function `evaluate(cfg, model, results)`. It runs on one process, under torchrun and under Slurm alike: each rank
+reads its share of the images, and what was computed is gathered in the order of the data set.
+"""
+
+import argparse
+import hashlib
+import inspect
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from omegaconf import MISSING
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from checkpoint import write_text_atomically
+from config import changed_keys, load_config, require, require_one_of
+from data import IMAGENET_MEAN, IMAGENET_STD
+from distributed import all_gather_rows, barrier, broadcast_object, gather_objects, rank, session, world_size
+from sources import BadImageError, ImageDataset, ImageStream, make_dataset
+from utils import UserError, git_revision, import_from_path, setup_logging
+
+logger = logging.getLogger("evaluation")
+
+ROOT = Path(__file__).parent
+DTYPES = ("float32", "bfloat16", "float16")
+SPEED_KEYS = ("device", "num_workers", "batch_size", "output_dir")
+"""Keys that change where and how fast an evaluation runs, not what it computes."""
+
+
+class Features(NamedTuple):
+    """What a model under evaluation gives, in float32."""
+
+    global_repr: Float[Tensor, "b d"]
+    registers: Float[Tensor, "b r d_registers"] | None
+    feature_map: Float[Tensor, "b hp wp d_patch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Keys of every evaluation."""
+
+    output_dir: str = MISSING
+    """Where results_<script>.json and everything else is written."""
+    model_path: str = "model.py"
+    """Python file with `__model_loader__(**model_loader_kwargs)`; relative to the current folder, or to this file's."""
+    model_loader_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the loader, such as `pretrained_weights`."""
+    device: str = "auto"
+    """auto, cuda, mps or cpu."""
+    dtype: str = "float32"
+    """Precision of the model's forward pass: float32, or autocast to bfloat16 or float16."""
+    batch_size: int = 128
+    """Images per forward pass of one rank."""
+    num_workers: int | None = None
+    """Processes per rank that read images; null for one per core, up to 8."""
+    image_mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
+    """Mean and deviation of the RGB channels, in [0, 1], by which images are normalised."""
+    image_std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
+    seed: int = 0
+    """Of random weights, splits and initialisations."""
+
+    free_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys that may change between runs into one folder, besides `SPEED_KEYS`: the evaluation sees to it by itself."""
+
+    def __post_init__(self) -> None:
+        """Check single values."""
+        require_one_of("dtype", self.dtype, DTYPES)
+        require_one_of("device", self.device, ("auto", "cuda", "mps", "cpu"))
+        require(self.batch_size > 0, "batch_size", self.batch_size, "must be at least 1")
+        for key in ("image_mean", "image_std"):
+            require(len(getattr(self, key)) == 3, key, getattr(self, key), "must be three numbers: red, green, blue")
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+class FrozenModel:
+    """A model under evaluation: takes 8-bit images, gives `Features`, and checks that it keeps the contract.
+
+    The contract: `patch_size`, and `forward(images [b, 3, h, w])` that returns a global representation [b, d],
+    registers [b, r, d] or None, and a feature map [b, h / patch_size, w / patch_size, d].
+    """
+
+    def __init__(self, model: nn.Module, cfg: EvaluationConfig, device: torch.device, name: str) -> None:
+        self.module = model.to(device).eval().requires_grad_(False)
+        self.device, self.name = device, name
+        self.dtype: torch.dtype = getattr(torch, cfg.dtype)
+        self.mean = torch.tensor(cfg.image_mean, device=device).view(3, 1, 1)
+        self.std = torch.tensor(cfg.image_std, device=device).view(3, 1, 1)
+        patch_size = getattr(model, "patch_size", None)
+        if not isinstance(patch_size, int):
+            raise self._broken(f"its attribute patch_size is {patch_size!r} and must be a whole number")
+        self.patch_size: int = patch_size
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.sha256 = hash_weights(model)
+
+    @torch.no_grad()
+    def __call__(self, images: UInt8[Tensor, "b 3 h w"]) -> Features:
+        """Features of 8-bit RGB images, on the model's device.
+
+        Raises: UserError if the image size does not fit the patch size, or the model breaks the contract.
+        """
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise UserError(
+                f"images of {height}x{width} pixels do not divide into patches of {self.patch_size}; choose a "
+                f"resolution that is a multiple of {self.patch_size}, the patch size of {self.name}"
+            )
+        x = (images.to(self.device, non_blocking=True).float() / 255 - self.mean) / self.std
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            out = self.module(x)
+        return self._checked(out, len(images), height // self.patch_size, width // self.patch_size)
+
+    def _checked(self, out: Any, b: int, hp: int, wp: int) -> Features:
+        if not isinstance(out, tuple) or len(out) != 3:
+            raise self._broken(f"forward returned {type(out).__name__}, not (global, registers, feature map)")
+        global_repr, registers, feature_map = out
+        expected = {
+            "the global representation": (global_repr, (b, None)),
+            "the feature map": (feature_map, (b, hp, wp, None)),
+        }
+        if registers is not None:
+            expected["the registers"] = (registers, (b, None, None))
+        for what, (tensor, shape) in expected.items():
+            if not isinstance(tensor, Tensor):
+                raise self._broken(f"{what} is {type(tensor).__name__}, not a tensor")
+            fits = len(shape) == tensor.ndim and all(
+                want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
+            )
+            if not fits:
+                wanted = ", ".join("any" if want is None else str(want) for want in shape)
+                raise self._broken(f"{what} has shape {list(tensor.shape)}, expected [{wanted}]")
+            if not bool(tensor.isfinite().all()):
+                raise self._broken(f"{what} has values that are not finite; dtype=float32 may help")
+        if registers is not None and registers.shape[1] == 0:
+            registers = None
+        return Features(global_repr.float(), None if registers is None else registers.float(), feature_map.float())
+
+    def _broken(self, how: str) -> UserError:
+        return UserError(f"model_path={self.name}: {how}; see the contract of models in README.md")
+
+
+def load_model_file(model_path: str, model_loader_kwargs: dict[str, Any]) -> nn.Module:
+    """Call the loader of a model file.
+
+    Raises: UserError if there is no such file or loader, or the loader does not take these arguments.
+    """
+    path = Path(model_path)
+    if not path.is_file() and (ROOT / path).is_file():
+        path = ROOT / path
+    if not path.is_file():
+        raise UserError(f"model_path={model_path}: there is no such file; give a Python file with __model_loader__")
+    loader = getattr(import_from_path(path), "__model_loader__", None)
+    if loader is None:
+        raise UserError(f"model_path={model_path}: the file does not define __model_loader__(**model_loader_kwargs)")
+    try:
+        inspect.signature(loader).bind(**model_loader_kwargs)
+    except TypeError as error:
+        raise UserError(
+            f"model_loader_kwargs={model_loader_kwargs}: {error}; the loader is {path.name}{inspect.signature(loader)}"
+        ) from error
+    return loader(**model_loader_kwargs)
+
+
+def hash_weights(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and values of a model's state dict: equal for equal weights, however stored."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------- features
+
+
+def open_dataset(url: str, key: str) -> ImageDataset:
+    """The data set of a data URL for an evaluation, which needs random access.
+
+    Raises: UserError naming `key`.
+    """
+    dataset = make_dataset(url, key=key)
+    if isinstance(dataset, ImageStream):
+        raise UserError(f"{key}={url}: evaluations need random access; leave streaming=True out")
+    return dataset
+
+
+def split_off(num: int, fraction: float, seed: int) -> tuple[Int64[Tensor, " kept"], Int64[Tensor, " held_out"]]:
+    """A random permutation of `num` images in two parts, the second with `fraction` of them (at least one).
+
+    Raises: UserError if nothing would be left to fit.
+    """
+    order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
+    num_held_out = max(1, round(fraction * num))
+    if num_held_out >= num:
+        raise UserError(f"of {num} training images, {fraction:.0%} for validation leave none; give more images")
+    return order[:-num_held_out], order[-num_held_out:]
+
+
+Prepare = Callable[[Image.Image, Any], tuple[Tensor, ...]]
+"""From a decoded image and its label to tensors, of the same shapes for all images; the first is the 8-bit image."""
+
+
+class _Prepared(Dataset[Any]):
+    def __init__(self, dataset: ImageDataset, prepare: Prepare, indices: Sequence[int]) -> None:
+        self.dataset, self.prepare, self.indices = dataset, prepare, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, ...] | UserError:
+        sample = self.dataset[self.indices[position]]
+        try:
+            return self.prepare(sample.image(), sample.target())
+        except BadImageError as error:
+            return UserError(f"{error}; repair or remove the file: an evaluation leaves none out")
+        except UserError as error:
+            return UserError(f"{sample.name}: {error}")
+
+
+def _stack(items: list[Any]) -> tuple[Tensor, ...] | UserError:
+    # An error raised in a worker would arrive with the worker's traceback in its message, so it is passed on instead.
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+    return tuple(torch.stack(column) for column in zip(*items, strict=True))
+
+
+class ImageBatches:
+    """Batches of this rank's images, in order: iterate to get tuples of what `prepare` returned, stacked.
+
+    Args:
+        dataset: images with labels.
+        prepare: see `Prepare`.
+        indices: which images, of all ranks; None for all of them. This rank takes a contiguous share.
+        batch_size: images per batch.
+        num_workers: processes that read; 0 for this one.
+        pin: whether batches go to a GPU.
+        title: shown before the progress bar; None for no bar.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        prepare: Prepare,
+        *,
+        batch_size: int,
+        num_workers: int | None = 0,
+        indices: Sequence[int] | None = None,
+        pin: bool = False,
+        title: str | None = None,
+    ) -> None:
+        chosen = range(len(dataset)) if indices is None else indices
+        self.num_images = len(chosen)
+        share = my_share(len(chosen))
+        self.share, self.title, self.batch_size = share, title, batch_size
+        workers = reader_processes(num_workers)
+        self.loader = DataLoader(
+            _Prepared(dataset, prepare, [int(chosen[i]) for i in share]),
+            batch_size=batch_size,
+            num_workers=min(workers, -(-len(share) // batch_size)),
+            collate_fn=_stack,
+            pin_memory=pin,
+        )
+
+    def __iter__(self) -> Any:
+        quiet = self.title is None or rank() > 0
+        with tqdm(
+            total=len(self.share), desc=self.title, unit="img", disable=True if quiet else None, leave=False
+        ) as bar:
+            for batch in self.loader:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+                bar.update(len(batch[0]))
+
+
+def reader_processes(num_workers: int | None) -> int:
+    """What the key num_workers stands for."""
+    return min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+
+
+def my_share(num: int, place: int | None = None) -> range:
+    """The contiguous part of `range(num)` that belongs to a rank, by default this one; sizes differ by at most one."""
+    r, n = rank() if place is None else place, world_size()
+    return range(num * r // n, num * (r + 1) // n)
+
+
+def extract(
+    model: FrozenModel, batches: ImageBatches, compute: Callable[..., tuple[Tensor, ...]], *, gather: bool = True
+) -> tuple[Tensor, ...]:
+    """Run the model over all images and keep what `compute` makes of its features, on the CPU.
+
+    Memory: what is kept, once, and one batch. The rows of all ranks come together in the order of the images.
+
+    Args:
+        model: the model.
+        batches: images and labels.
+        compute: from (features, *labels of the batch) to tensors with any number of rows.
+        gather: whether every rank gets the rows of all ranks; else its own.
+    """
+    columns: list[list[Tensor]] = []
+    for images, *labels in batches:
+        rows = compute(model(images), *labels)
+        columns = columns or [[] for _ in rows]
+        for column, part in zip(columns, rows, strict=True):
+            column.append(part.cpu())
+    joined = tuple(_join(column) for column in columns)
+    if not gather or world_size() == 1:
+        return joined
+    # A rank may have no image; it learns from another what the rows look like.
+    likeness = [(row.dtype, row.shape[1:]) for row in joined] or None
+    known = next(each for each in gather_objects(likeness) if each is not None)
+    joined = joined or tuple(torch.empty(0, *shape, dtype=dtype) for dtype, shape in known)
+    return tuple(all_gather_rows(column) for column in joined)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """Concatenate and free the parts on the way, so that the peak is one copy and not two."""
+    whole = torch.empty(sum(len(part) for part in parts), *parts[0].shape[1:], dtype=parts[0].dtype)
+    start = 0
+    for i, part in enumerate(parts):
+        whole[start : start + len(part)] = part
+        start += len(part)
+        parts[i] = part.new_empty(0)
+    return whole
+
+
+# ---------------------------------------------------------------------------------------------------- results
+
+
+class Results:
+    """`output_dir/results_<script>.json`: results, config, and what was evaluated; written after every partial result.
+
+    A second run of the same evaluation of the same weights keeps what is there, so `in` tells what need not be computed
+    again. Rank 0 writes; all ranks hold the same.
+
+    Raises: UserError if the folder holds results of other weights or another config.
+    """
+
+    def __init__(self, script: str, cfg: EvaluationConfig, about: dict[str, Any]) -> None:
+        self.output_dir = Path(cfg.output_dir)
+        self.path = self.output_dir / f"results_{script}.json"
+        self.config = asdict(cfg)
+        self.free_keys = cfg.free_keys
+        self.about = about
+        self.values: dict[str, Any] = {}
+        if rank() == 0:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        old = broadcast_object(self._read() if rank() == 0 else None)
+        if isinstance(old, UserError):
+            raise old
+        if old is not None:
+            self._check_same(old)
+            self.values = old["results"]
+            # Notes of the earlier run, such as times, stay beside the numbers that they describe.
+            self.about = old["about"] | about
+
+    def _read(self) -> dict[str, Any] | UserError | None:
+        try:
+            return json.loads(self.path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            return UserError(f"{self.path} cannot be read ({error}); move it away or choose another output_dir")
+
+    def _check_same(self, old: dict[str, Any]) -> None:
+        remedy = f"choose another output_dir, or delete {self.path} to evaluate anew"
+        if old["about"]["weights_sha256"] != self.about["weights_sha256"]:
+            raise UserError(
+                f"output_dir={self.config['output_dir']} has results of another model (weights "
+                f"{old['about']['weights_sha256'][:12]}, these are {self.about['weights_sha256'][:12]}); {remedy}"
+            )
+        changed = changed_keys(self._computed_by(old["config"]), self._computed_by(json.loads(json.dumps(self.config))))
+        if changed:
+            what = "; ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())
+            raise UserError(f"output_dir={self.config['output_dir']} has results of another config ({what}); {remedy}")
+
+    def _computed_by(self, config: dict[str, Any]) -> dict[str, Any]:
+        # Where a model comes from is not compared: its weights are.
+        free = (*SPEED_KEYS, *self.free_keys, "model_path", "model_loader_kwargs")
+        return {k: v for k, v in config.items() if k not in free}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def add(self, name: str, value: Any) -> None:
+        """Store a JSON value under `name`; the file is replaced at once. All ranks call this with the same value."""
+        self.values[name] = value
+        self._write()
+
+    def note(self, **about: Any) -> None:
+        """Store notes about how the results came about, such as times and sizes."""
+        self.about |= about
+        self._write()
+
+    def _write(self) -> None:
+        if rank() == 0:
+            content = {"results": self.values, "config": self.config, "about": self.about}
+            write_text_atomically(self.path, json.dumps(content, indent=2) + "\n")
+
+    def identity(self) -> dict[str, Any]:
+        """What the results depend on: two evaluations with the same identity compute the same."""
+        config = self._computed_by(json.loads(json.dumps(self.config)))
+        return {"weights_sha256": self.about["weights_sha256"], **config}
+
+    def artifacts(self) -> Path:
+        """Folder for pictures."""
+        folder = self.output_dir / "artifacts"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+
+def describe(model: FrozenModel, cfg: EvaluationConfig) -> dict[str, Any]:
+    """What was evaluated, on what, by which code."""
+    weights = cfg.model_loader_kwargs.get("pretrained_weights")
+    return {
+        "model_path": cfg.model_path,
+        "weights": None if weights is None else str(weights),
+        "weights_sha256": model.sha256,
+        "num_parameters": model.num_parameters,
+        "patch_size": model.patch_size,
+        "image_mean": cfg.image_mean,
+        "image_std": cfg.image_std,
+        "dtype": cfg.dtype,
+        "commit": git_revision(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+        "num_ranks": world_size(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- main
+
+ConfigT = TypeVar("ConfigT", bound=EvaluationConfig)
+
+
+@dataclass(frozen=True)
+class Evaluation(Generic[ConfigT]):
+    """One script: its name, its keys, and what it does."""
+
+    name: str
+    """As in results_<name>.json."""
+    schema: type[ConfigT]
+    evaluate: Callable[[ConfigT, FrozenModel, Results], None]
+    doc: str
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """The command line. Returns the exit code: 0 done, 2 a mistake that the message explains."""
+        parser = argparse.ArgumentParser(description=self.doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("sources", nargs="*", metavar="config.yaml | key=value", help="in order; later ones win")
+        args = parser.parse_intermixed_args(arguments)
+        setup_logging()
+        try:
+            cfg = load_config(self.schema, None, args.sources)
+            with session(cfg.device) as device:
+                setup_logging(quiet=rank() != 0)
+                self.run(cfg, device)
+        except UserError as error:
+            sys.stderr.write(f"error: {error}\n")
+            return 2
+        return 0
+
+    def run(self, cfg: ConfigT, device: torch.device) -> Results:
+        """Evaluate; all ranks call this together. Returns the results, which are also in the output directory."""
+        started = time.monotonic()
+        torch.manual_seed(cfg.seed)
+        model = FrozenModel(load_model_file(cfg.model_path, cfg.model_loader_kwargs), cfg, device, cfg.model_path)
+        results = Results(self.name, cfg, describe(model, cfg))
+        before = set(results.values)
+        logger.info(
+            "%s of %s, %.1fM parameters, weights %s, on %s",
+            self.name,
+            cfg.model_loader_kwargs.get("pretrained_weights") or f"{cfg.model_path} without pretrained_weights",
+            model.num_parameters / 1e6,
+            model.sha256[:12],
+            device,
+        )
+        with logging_redirect_tqdm():
+            self.evaluate(cfg, model, results)
+        if set(results.values) != before:
+            results.note(seconds=round(results.about.get("seconds", 0) + time.monotonic() - started, 1))
+        barrier()
+        logger.info("results are in %s", results.path)
+        return results
