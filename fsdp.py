@@ -13,6 +13,10 @@
   computation.
 - `fully_shard`, torch's FSDP2: a cross-check and a way out.
 - `none`: whole weights everywhere; `average_gradients_` after the backward pass.
+
+With gradient accumulation, `simple` and `fully_shard` gather weights and reduce gradients in every accumulation step,
+so that no rank ever holds whole gradients: n steps communicate n times as much as one step on an n times larger batch.
+`none` communicates once per update.
 """
 
 import contextlib

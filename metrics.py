@@ -112,6 +112,10 @@ class Metrics:
         assert not values.keys() & extra.keys(), f"metered and given: {values.keys() & extra.keys()}"
         values |= extra
         self._sums, self._counts = {}, {}
+        return self.append(step, values)
+
+    def append(self, step: int, values: Mapping[str, int | float]) -> dict[str, int | float]:
+        """Write a record that is not of the window, such as the scores of an evaluation, which leaves it open."""
         record = {"step": step} | {name: values[name] for name in sorted(values)}
         if self._enabled:
             finite = {name: value if math.isfinite(value) else None for name, value in record.items()}

@@ -100,3 +100,19 @@ def majority_votes(
             predicted[k][start : start + per_block] = counts.argmax(dim=2).to(torch.uint8)
     for k in sorted(ks):
         yield k, predicted[k]
+
+
+def weighted_vote(
+    similarity: Float[Tensor, "q k"], labels: Int64[Tensor, "q k l"], num_classes: int, temperature: float
+) -> Float[Tensor, "q c"]:
+    """Votes for each class, a neighbour's weight being exp(similarity / temperature): DINO (arXiv:2104.14294).
+
+    Args:
+        similarity: cosine similarities of the neighbours.
+        labels: of the neighbours, padded with -1; one with several labels votes for each.
+        num_classes: c.
+        temperature: 0.07 there; small for a vote of the nearest.
+    """
+    weights = (similarity / temperature).exp().unsqueeze(2) * (labels >= 0)
+    empty = torch.zeros(len(labels), num_classes, device=similarity.device)
+    return empty.scatter_add_(1, labels.clamp_min(0).flatten(1), weights.flatten(1))

@@ -11,8 +11,9 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,19 @@ GRACE_S = 3.0
 """How long ranks may go on after one of them has failed: they wait for it in vain."""
 
 
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fsdp", "train_capi"])
+    return context
+
+
 class RankError(AssertionError):
     """What went wrong, with every rank's traceback."""
 
 
 class _Rank:
     def __init__(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["fsdp", "train_capi"])
+        context = _context()
         self.connection, theirs = context.Pipe()
         self.stacks = Path(tempfile.mkstemp(prefix="rank-stacks-")[1])
         self.process = context.Process(target=_serve, args=(theirs, str(self.stacks)), daemon=True)
@@ -126,3 +132,38 @@ def _answer(function: Callable[..., Any], args: tuple[Any, ...], rank: int, num_
     except BaseException:  # noqa: BLE001  # the parent shows it, whatever it is
         return pickle.dumps((False, "failed\n" + traceback.format_exc()))
     return answer
+
+
+@contextlib.contextmanager
+def launched(function: Callable[..., Any], num_ranks: int, *args: Any) -> Iterator[list[ForkServerProcess]]:
+    """Ranks that may die: processes that call `function(*args)` and find each other by the variables of torchrun.
+
+    Unlike under torchrun, nobody ends the others when one dies: what they do then can be seen. None outlives the block.
+    """
+    # Like torchrun's, the store is the parent's: there is no free port to guess, and it outlives rank 0.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": num_ranks,
+        "MASTER_ADDR": store.host,
+        "MASTER_PORT": store.port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RESTART_COUNT": 0,  # only older versions of torch read it
+    }
+    processes = []
+    for rank in range(num_ranks):
+        environ = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        processes.append(_context().Process(target=_call_launched, args=(environ, function, args)))
+    try:
+        for process in processes:
+            process.start()
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _call_launched(environ: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(environ)
+    torch.set_num_threads(1)
+    function(*args)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-SPEED = {"images_per_s", "step_ms", "data_wait", "memory_gib", "eta_s", "mfu"}
+SPEED = {"images_per_s", "step_ms", "data_wait", "memory_gib", "eta_s", "mfu", "probe_s"}
 """Metrics that depend on the machine and the moment."""
 
 TINY = [

@@ -676,7 +676,8 @@ def compiled_training(num_steps: int) -> dict[str, Any]:
     how = sharding("simple", bucket_mib=0.01)
     state = divided_state(load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, TRAIN), how)
     recompute_all_but_matmuls(state.student, gathers_again=True)
-    options: Any = {"dynamic": False, "options": overlap_options(how)}
+    # fullgraph: what cannot be compiled would otherwise run eagerly, and agree for that reason.
+    options: Any = {"dynamic": False, "fullgraph": True, "options": overlap_options(how)}
     state.do_teacher = torch.compile(state.do_teacher, **options)
     state.do_student = torch.compile(state.do_student, **options)
     return run_steps(state, num_steps)
@@ -685,7 +686,7 @@ def compiled_training(num_steps: int) -> dict[str, Any]:
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_compiled_training_is_eager_training(num_ranks, trained_alone):
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_compiled_training_on_ranks_is_training_on_one_process_with_the_whole_batch(num_ranks, trained_alone):
     for found in run_on_ranks(compiled_training, num_ranks, 20, timeout_s=590):
         assert_same_training(found, trained_alone)

@@ -1,6 +1,9 @@
 """Training on several ranks is training on one: the golden trajectory, whole runs, and runs that change their ranks."""
 
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import load_golden_json
-from ranks import run_on_ranks
-from runs import make_images, tiny
+from ranks import launched, run_on_ranks
+from runs import assert_same_run, make_images, tiny
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import train_capi
+from checkpoint import Checkpoints
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
 from data import Batch
 from optim import hyper_at
@@ -21,18 +25,36 @@ from optim import hyper_at
 GLOBAL_BATCH = 12
 
 
-def golden_on_this_rank(mode: str) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    """Eight golden steps with this rank's share of the six images; losses, and the final weights."""
+def golden_on_this_rank(mode: str, copies: int) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """Eight golden steps with this rank's share of so many copies of the six images; losses, and the final weights."""
     import test_train_capi as golden
 
     state = golden.golden_state(f"efficiency.fsdp={mode}")
     records = []
     for step in range(golden.META["steps"]):
-        share: Batch = golden.golden_batches(step, dist.get_world_size())[dist.get_rank()]
-        scalars = train_capi.train_step(state, [share], hyper_at(step, state.cfg))
+        images = [image for image in golden.golden_batches(step, 6) for _ in range(copies)]
+        share = len(images) // dist.get_world_size()
+        mine = joined(images[share * dist.get_rank() :][:share])
+        scalars = train_capi.train_step(state, [mine], hyper_at(step, state.cfg))
         state.step += 1
         records.append({name: value.item() for name, value in scalars.items()})
     return records, {f"{n}.{k}": whole(v) for n, m in state.modules.items() for k, v in m.state_dict().items()}
+
+
+def joined(batches: list[Batch]) -> Batch:
+    """Batches of one image as one batch."""
+    num_patches = 36
+    visible, predict = (
+        torch.cat([getattr(batch, name) + num_patches * i for i, batch in enumerate(batches)])
+        for name in ("visible_indices", "predict_indices")
+    )
+    return Batch(
+        images=torch.cat([batch.images for batch in batches]),
+        visible_indices=visible,
+        predict_indices=predict,
+        host_predict_indices=predict,
+        sample_ids=torch.arange(len(batches)),
+    )
 
 
 def whole(x: Tensor) -> Tensor:
@@ -40,12 +62,20 @@ def whole(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "mode"), [(1, "simple"), (2, "simple"), (3, "simple"), (2, "fully_shard"), (2, "none"), (3, "none")]
+    ("num_ranks", "mode", "copies"),
+    [
+        *((n, "simple", 1) for n in (1, 2, 3)),
+        pytest.param(4, "simple", 2, marks=pytest.mark.slow),
+        (2, "fully_shard", 1),
+        *((n, "none", 1) for n in (2, 3)),
+        (4, "none", 2),
+    ],
 )
-def test_the_golden_trajectory_on_ranks(num_ranks, mode):
+def test_the_golden_trajectory_on_ranks(num_ranks, mode, copies):
+    """Six images do not divide by four: there every image comes twice, which changes no mean and no balance."""
     import test_train_capi as golden
 
-    for records, weights in run_on_ranks(golden_on_this_rank, num_ranks, mode):
+    for records, weights in run_on_ranks(golden_on_this_rank, num_ranks, mode, copies):
         for actual, expected in zip(records, load_golden_json("trajectory_default"), strict=True):
             assert actual["capi_loss"] == pytest.approx(expected["capi_loss"], rel=1e-6)
             assert actual["clustering_loss"] == pytest.approx(expected["clustering_loss"], rel=1e-6)
@@ -121,3 +151,55 @@ def test_a_run_continues_on_other_ranks_and_divided_in_another_way(images, alone
             path.rename(tmp_path / "not-reached")
     run_on_ranks(train_on_this_rank, after, [*arguments, f"efficiency.fsdp={modes[1]}"])
     assert_close_runs(tmp_path, alone)
+
+
+def main_on_a_rank(arguments: list[str], dies: tuple[int, str, str] | None) -> None:
+    """A whole run; with `dies` = (rank, audit event, end of its path), that rank is killed just before that happens."""
+
+    def die(event: str, args: tuple[Any, ...]) -> None:
+        assert dies is not None
+        if event == dies[1] and str(args[0]).endswith(dies[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if dies is not None and int(os.environ["RANK"]) == dies[0]:
+        sys.addaudithook(die)
+    raise SystemExit(train_capi.main(arguments))
+
+
+def exit_codes(arguments: list[str], dies: tuple[int, str, str] | None = None) -> list[int | None]:
+    share = f"optim.batch_size_per_gpu={GLOBAL_BATCH // 2}"
+    steps = ["optim.total_iters=4", "train.checkpointing.period=2"]
+    with launched(main_on_a_rank, 2, [*arguments, share, *steps], dies) as ranks:
+        for rank in ranks:
+            rank.join(90)
+        return [rank.exitcode for rank in ranks]
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(images, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("two")
+    assert exit_codes(run_arguments(images, output_dir)) == [0, 0]
+    return output_dir
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("dies", "async_save"),
+    [
+        ((1, "open", "/.tmp-step_000000004/__1_0.distcp"), "false"),
+        ((0, "os.rename", "/.tmp-step_000000004"), "true"),
+    ],
+    ids=["before its tensors", "before the rename, in the background"],
+)
+def test_a_rank_killed_in_a_save_costs_the_steps_since_the_last_one(images, on_two_ranks, tmp_path, dies, async_save):
+    arguments = run_arguments(images, tmp_path, f"train.checkpointing.async_save={async_save}")
+    codes = exit_codes(arguments, dies)
+    assert codes[dies[0]] == -signal.SIGKILL, "nothing killed it"
+    assert codes[1 - dies[0]] == 1, "the other rank did not end with an error of its own"
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    assert (checkpoints.directory / ".tmp-step_000000004").is_dir(), "the save had not begun, or was over"
+    assert checkpoints.newest() == checkpoints.directory / "step_000000002"
+    assert exit_codes(arguments) == [0, 0]
+    assert checkpoints.newest() == checkpoints.directory / "step_000000004"
+    assert_same_run(tmp_path, on_two_ranks)

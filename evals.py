@@ -1,0 +1,248 @@
+"""Evaluations of a run while it trains: `benchmark.py` is launched on exported weights, as a user would.
+
+Each launch has a folder of its own, `<run>/evals/<set>/step_000010000/`: the exported weights, evals.yaml, log.txt, and
+results/ with results.json and report.html. What has been launched and what has landed in the run's metrics is read from
+these folders and from metrics.jsonl, so a run that is killed picks its evaluations up when it continues. Nothing that
+goes wrong here stops the training: it is logged, with the place of the log.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from checkpoint import write_text_atomically
+from config import EvalConfig, LauncherConfig
+from default_eval_config import EVALS
+from distributed import any_rank, broadcast_object, rank
+from launch import ROOT, Job, StopRequest
+from metrics import Metrics, read_metrics
+from report import score_rows
+from utils import UserError, due
+
+logger = logging.getLogger("evals")
+
+POLL_S = 1.0
+OF_RANKS = re.compile(r"RANK$|^LOCAL_|^GROUP_|^ROLE_|^WORLD_SIZE$|^MASTER_|^TORCHELASTIC_|^SLURM_|^PMI")
+"""Environment variables by which an evaluation would take itself for a rank of the training."""
+
+
+@dataclass
+class _Launched:
+    """One evaluation set at one step, on rank 0."""
+
+    name: str
+    step: int
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "weights.pth"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+
+class EvalRuns:
+    """The evaluations of one run. Every rank calls the methods together; rank 0 launches and reads.
+
+    Args:
+        output_dir: of the run.
+        evals: the sets of the configuration.
+        launcher: where Slurm jobs run; an evaluation takes one node and at most one of its GPUs.
+        device: `train.device`, for evaluations on this machine.
+        kept_step: the step from which the run continues; folders of later steps belong to what was undone.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        evals: Mapping[str, EvalConfig] | None,
+        launcher: LauncherConfig,
+        *,
+        device: str,
+        kept_step: int,
+    ) -> None:
+        self.output_dir, self.evals, self.device = output_dir, dict(evals or {}), device
+        self.launcher = replace(
+            launcher, num_nodes=1, tasks_per_node=1, gpus_per_node=min(1, launcher.gpus_per_node), signal_delay_s=60
+        )
+        self.pending: list[_Launched] = []
+        known: set[tuple[str, int]] = set()
+        if rank() == 0:
+            for launched, is_over in self._earlier(kept_step):
+                known.add((launched.name, launched.step))
+                if not is_over:
+                    logger.info("evals.%s of step %d was not finished; it starts anew", launched.name, launched.step)
+                    self._start(launched)
+        self.known = broadcast_object(known)
+        """Sets and steps that have been launched, by this process or before."""
+
+    def _earlier(self, kept_step: int) -> Iterator[tuple[_Launched, bool]]:
+        """Launches of earlier processes up to a step, and whether they landed in the metrics or failed."""
+        path = self.output_dir / "metrics.jsonl"
+        recorded = {
+            (key.split("/")[1], record["eval_step"])
+            for record in (read_metrics(path) if path.is_file() else [])
+            for key in record
+            if key.startswith("eval/")
+        }
+        for name in self.evals:
+            for folder in sorted((self.output_dir / "evals" / name).glob("step_*")):
+                launched = _Launched(name, int(folder.name.removeprefix("step_")), folder)
+                is_over = (name, launched.step) in recorded or (folder / "failed").exists()
+                if launched.step <= kept_step and (is_over or launched.weights.is_file()):
+                    yield launched, is_over
+
+    def launch_due(
+        self, step: int, export: Callable[[str, Path], None], stop: StopRequest, *, final: bool = False
+    ) -> None:
+        """Launch the sets that are due after `step` finished updates, unless they have been.
+
+        Args:
+            step: finished updates.
+            export: writes `student` or `student_ema` to a path; every rank calls it.
+            stop: ends the wait for an `inline` set.
+            final: whether it was the last update.
+        """
+        for name, cfg in self.evals.items():
+            wanted = due(step, cfg.period) or (final and cfg.final)
+            if not wanted or (name, step) in self.known:
+                continue
+            self.known.add((name, step))
+            launched = _Launched(name, step, self.output_dir / "evals" / name / f"step_{step:09d}")
+            if rank() == 0:  # of steps that were undone by going back to an older checkpoint
+                shutil.rmtree(launched.folder, ignore_errors=True)
+            try:
+                export(cfg.model_to_eval, launched.weights)
+            except UserError as error:  # a full disk, for example: on all ranks alike
+                logger.warning("evals.%s of step %d is left out: %s", name, step, error)
+                continue
+            if rank() == 0:
+                self._start(launched)
+            if cfg.where == "inline":
+                self.wait(stop, only=name)
+
+    def _start(self, launched: _Launched) -> None:
+        cfg = self.evals[launched.name]
+        try:
+            (launched.folder / "failed").unlink(missing_ok=True)
+            (launched.folder / "evals.yaml").write_text(yaml.safe_dump(chosen_evals(cfg.eval_config), sort_keys=False))
+            if self._where(cfg) == "slurm":
+                request = self._request(launched, cfg, device="auto")
+                job = Job(ROOT / "benchmark.py", yaml.safe_dump(request), launched.folder, self.launcher)
+                number, log = job.submit()
+                logger.info("evals.%s of step %d is Slurm job %s, log %s", launched.name, launched.step, number, log)
+            else:
+                request = self._request(launched, cfg, device=self.device)
+                write_text_atomically(launched.folder / "config.yaml", yaml.safe_dump(request))
+                command = [sys.executable, str(ROOT / "benchmark.py"), str(launched.folder / "config.yaml")]
+                environment = {key: value for key, value in os.environ.items() if not OF_RANKS.search(key)}
+                with launched.log.open("ab") as log:
+                    # In a session of its own: Ctrl-C is for the training, which ends this one in its own time.
+                    launched.process = subprocess.Popen(
+                        command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment,
+                        start_new_session=True,
+                    )  # fmt: skip
+                logger.info("evals.%s of step %d started, log %s", launched.name, launched.step, launched.log)
+        except (OSError, UserError) as error:
+            self._fail(launched, str(error))
+            return
+        self.pending.append(launched)
+
+    def _where(self, cfg: EvalConfig) -> str:
+        return ("slurm" if "SLURM_JOB_ID" in os.environ else "process") if cfg.where == "auto" else cfg.where
+
+    def _request(self, launched: _Launched, cfg: EvalConfig, *, device: str) -> dict[str, Any]:
+        folder = launched.folder.absolute()
+        return {
+            "output_dir": str(folder / "results"),
+            "model_path": cfg.model_setup_script,
+            "model_loader_kwargs": {"pretrained_weights": str(launched.weights.absolute())},
+            "evals_config_path": str(folder / "evals.yaml"),
+            "name": f"{self.output_dir.absolute().name}, step {launched.step}",
+            "random_baseline": False,
+            "run_dir": str(self.output_dir.absolute()),
+            "device": device,
+        }
+
+    def finished(self) -> list[tuple[int, dict[str, float]]]:
+        """On rank 0, the step and the scores of every launch that has ended since the last call."""
+        landed = []
+        for launched in list(self.pending):
+            results = launched.folder / "results"
+            if launched.is_running() or (launched.process is None and not (results / "report.html").is_file()):
+                continue
+            self.pending.remove(launched)
+            scores = self._read(launched, results / "results.json")
+            code = launched.process.returncode if launched.process is not None else 0
+            if code != 0 or not scores:
+                why = f"exit code {code}" if code else "no scores"
+                self._fail(launched, f"{why}, see {launched.log if launched.process else launched.folder}")
+            else:
+                launched.weights.unlink(missing_ok=True)  # the checkpoint has them
+            if scores:
+                landed.append((launched.step, scores))
+        return landed
+
+    def record(self, meters: Metrics, step: int) -> None:
+        """Write the scores of what has ended to the metrics, beside the present step."""
+        for eval_step, scores in self.finished():
+            meters.append(step, {**scores, "eval_step": eval_step})
+
+    def _read(self, launched: _Launched, results: Path) -> dict[str, float]:
+        try:
+            rows = score_rows(json.loads(results.read_text()))
+        except (OSError, ValueError):
+            return {}
+        scores = {
+            f"eval/{launched.name}/{row.evaluation}/{row.method}/{row.metric}": row.values[0]
+            for row in rows
+            if row.values[0] is not None
+        }
+        for name, value in scores.items():
+            logger.info("step %d  %s  %.4f", launched.step, name, value)
+        return scores
+
+    def _fail(self, launched: _Launched, why: str) -> None:
+        logger.warning("evals.%s of step %d failed, training goes on: %s", launched.name, launched.step, why)
+        if launched.folder.is_dir():
+            (launched.folder / "failed").write_text(why + "\n")
+
+    def wait(self, stop: StopRequest, only: str | None = None) -> None:
+        """Wait for the processes on this machine, all or those of one set, or until the training is to stop."""
+        while not stop.agreed():
+            running = [each for each in self.pending if each.is_running() and only in (None, each.name)]
+            # A collective each time, so that no rank waits for longer than its timeout allows.
+            if not any_rank(bool(running)):
+                return
+            time.sleep(POLL_S)
+
+    def close(self) -> None:
+        """End what still runs on this machine; it starts anew when the run continues."""
+        for launched in self.pending:
+            if launched.process is not None and launched.is_running():
+                logger.info("evals.%s of step %d is ended; it starts anew with the run", launched.name, launched.step)
+                os.killpg(launched.process.pid, signal.SIGTERM)
+                launched.process.wait()
+
+
+def chosen_evals(eval_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Evaluations of a set, written out: a name of default_eval_config.py stands for what that file has."""
+    return {name: EVALS.get(name, {}) | dict(entry or {}) for name, entry in eval_config.items()}

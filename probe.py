@@ -1,0 +1,109 @@
+"""A probe: what the teacher's features say about a small labelled set, in between training steps.
+
+Scores on mean patch features: `probe_knn`, the weighted vote of DINO (arXiv:2104.14294), and `probe_linear`, a ridge
+regression on one-hot labels, which needs no search and no iterations. Both are top-1 accuracies. They tell whether a run
+is getting better; numbers to report come from eval_classification.py.
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from config import ProbeConfig
+from data import normalize
+from distributed import all_gather_rows, rank, world_size
+from neighbors import nearest, weighted_vote
+from sources import BadImageError, ImageStream, make_dataset
+from utils import UserError
+
+TEMPERATURE = 0.07
+RIDGE = 1e-2
+"""Penalty as a fraction of the mean variance of the features."""
+
+
+class Probe:
+    """Both sets in memory, decoded once, and how they are scored. All ranks build and call it together.
+
+    Args:
+        cfg: what is probed.
+        images_size: images are resized and cropped to squares of this many pixels.
+        batch_size: images per forward pass of a rank.
+        device: where features are computed.
+
+    Raises: UserError if a set cannot be read or has no class labels, or both have but one class.
+    """
+
+    def __init__(self, cfg: ProbeConfig, *, images_size: int, batch_size: int, device: torch.device) -> None:
+        self.cfg, self.batch_size, self.device = cfg, batch_size, device
+        self.train = _read(cfg.train_dataset, "train.probe.train_dataset", cfg.max_images, images_size)
+        self.test = _read(cfg.test_dataset, "train.probe.test_dataset", cfg.max_images, images_size)
+        self.num_classes = int(max(labels.max() for _, labels in (self.train, self.test))) + 1
+        if self.num_classes < 2:
+            raise UserError(f"train.probe.train_dataset={cfg.train_dataset}: has one class; a probe needs two")
+
+    def __call__(self, encode: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Score the patch features [b, n, d] that `encode` computes from normalised images [b, 3, h, w]."""
+        started = time.monotonic()
+        (train_x, train_y), (test_x, test_y) = (
+            (self._features(images, encode), labels.to(self.device)) for images, labels in (self.train, self.test)
+        )
+        similarity, rows = nearest(test_x, train_x, min(self.cfg.k, len(train_x)), "cosine")
+        votes = weighted_vote(similarity, train_y[rows].unsqueeze(2), self.num_classes, TEMPERATURE)
+        linear = _ridge(train_x, train_y, test_x, self.num_classes)
+        return {
+            "probe_knn": float((votes.argmax(dim=1) == test_y).double().mean()),
+            "probe_linear": float((linear.argmax(dim=1) == test_y).double().mean()),
+            "probe_s": time.monotonic() - started,
+        }
+
+    @torch.no_grad()
+    def _features(self, images: UInt8[Tensor, "b 3 h w"], encode: Callable[[Tensor], Tensor]) -> Float[Tensor, "b d"]:
+        # Equally many images per rank, so that sharded weights are gathered equally often; repeats are cut off.
+        share = -(-len(images) // world_size())
+        mine = torch.arange(rank() * share, (rank() + 1) * share).clamp_max(len(images) - 1)
+        parts = [
+            encode(normalize(images[rows].to(self.device))).float().mean(dim=1) for rows in mine.split(self.batch_size)
+        ]
+        return all_gather_rows(torch.cat(parts))[: len(images)]
+
+
+def _read(
+    url: str | None, key: str, max_images: int, size: int
+) -> tuple[UInt8[Tensor, "b 3 h w"], Int64[Tensor, " b"]]:
+    assert url is not None
+    dataset = make_dataset(url, key=key)
+    if isinstance(dataset, ImageStream):
+        raise UserError(f"{key}={url}: a probe needs random access; leave streaming=True out")
+    chosen = torch.linspace(0, len(dataset) - 1, min(max_images, len(dataset))).round().long().tolist()
+    images, labels = [], []
+    for index in chosen:
+        try:
+            image, label = dataset[index].image(), dataset[index].target()
+        except BadImageError as error:
+            raise UserError(f"{key}={url}: {error}; repair or remove the file") from error
+        if not isinstance(label, int) or label < 0:
+            raise UserError(f"{key}={url}: {dataset[index].name} has the label {label!r}; a probe needs class numbers")
+        square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        images.append(torch.from_numpy(np.asarray(square).copy()).movedim(-1, 0))
+        labels.append(label)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def _ridge(
+    train_x: Float[Tensor, "n d"], train_y: Int64[Tensor, " n"], test_x: Float[Tensor, "q d"], num_classes: int
+) -> Float[Tensor, "q k"]:
+    """Scores of a ridge regression on one-hot labels."""
+    mean = train_x.mean(dim=0)
+    x = train_x - mean
+    gram = x.T @ x
+    # The minimum is for features that have collapsed to one point, of which the scores shall tell.
+    gram.diagonal().add_((RIDGE * gram.diagonal().mean()).clamp_min(1e-6))
+    targets = F.one_hot(train_y, num_classes).to(x.dtype)
+    bias = targets.mean(dim=0)
+    return (test_x - mean) @ torch.linalg.solve(gram, x.T @ (targets - bias)) + bias

@@ -1,0 +1,114 @@
+"""probe.py: what it finds out, on how many ranks, and what it does to a training."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import seeded
+from PIL import Image
+from ranks import run_on_ranks
+from runs import assert_same_run, make_images, metrics_of, run_main, tiny
+from sklearn.linear_model import Ridge
+
+from config import ProbeConfig
+from probe import RIDGE, Probe, _ridge
+from utils import UserError
+
+
+def make_classes(folder, num=8):
+    """A folder per class, whose images have a colour."""
+    rng = np.random.default_rng(0)
+    for name, color in (("red", (200, 20, 20)), ("blue", (20, 20, 200)), ("grey", (120, 120, 120))):
+        (folder / name).mkdir(parents=True)
+        for i in range(num):
+            pixels = np.clip(np.array(color) + rng.normal(0, 10, (20, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return f"torchvision://ImageFolder?root='{folder}'"
+
+
+@pytest.fixture(scope="module")
+def urls(tmp_path_factory):
+    root = tmp_path_factory.mktemp("classes")
+    return make_classes(root / "train"), make_classes(root / "test", num=3)
+
+
+def make_probe(urls, **changes):
+    keys = {"every": 1, "train_dataset": urls[0], "test_dataset": urls[1], "max_images": 1000, "k": 5} | changes
+    return Probe(ProbeConfig(**keys), images_size=16, batch_size=4, device=torch.device("cpu"))
+
+
+def colors(images):
+    return images.flatten(2).transpose(1, 2)  # every pixel is a patch whose features are its colour
+
+
+def one_number(images):
+    return torch.ones(len(images), 4, 8)
+
+
+def test_features_that_tell_the_classes_apart_score_high(urls):
+    scores = make_probe(urls)(colors)
+    assert scores["probe_knn"] == 1.0 and scores["probe_linear"] == 1.0
+
+
+def test_features_that_tell_nothing_score_like_a_guess(urls):
+    scores = make_probe(urls)(one_number)
+    assert scores["probe_knn"] == pytest.approx(1 / 3) and scores["probe_linear"] == pytest.approx(1 / 3)
+
+
+def test_the_linear_scores_are_those_of_ridge_regression():
+    x, y, q = (torch.randn(n, 6, generator=seeded(n)) for n in (40, 41, 9))
+    labels = y[:40].argmax(1)
+    centred = x - x.mean(0)
+    alpha = RIDGE * float((centred.T @ centred).diagonal().mean())
+    expected = Ridge(alpha=alpha).fit(x.numpy(), torch.nn.functional.one_hot(labels, 6).numpy()).predict(q.numpy())
+    torch.testing.assert_close(_ridge(x, labels, q, 6), torch.from_numpy(expected).float(), rtol=1e-4, atol=1e-4)
+
+
+def probe_on_rank(urls):
+    seen = []
+
+    def watched(images):
+        seen.append(len(images))
+        return colors(images)
+
+    return make_probe(urls)(watched), seen
+
+
+def test_ranks_share_the_images_and_score_the_same(urls):
+    alone, _ = probe_on_rank(urls)
+    shares = run_on_ranks(probe_on_rank, 3, urls)
+    for scores, seen in shares:
+        assert {k: v for k, v in scores.items() if k != "probe_s"} == {k: v for k, v in alone.items() if k != "probe_s"}
+        assert seen == shares[0][1], "ranks that encode more often than others would wait for them forever"
+        assert sum(seen) == 24 // 3 + 9 // 3
+
+
+def test_training_is_the_same_with_a_probe_and_the_scores_are_in_its_metrics(urls, tmp_path):
+    images = make_images(tmp_path / "images")
+    probe = [f"train.probe.train_dataset={urls[0]}", f"train.probe.test_dataset={urls[1]}"]
+    assert run_main(tiny(images, tmp_path / "without")) == 0
+    assert run_main(tiny(images, tmp_path / "with", "train.probe.every=4", *probe)) == 0
+    records = [r for r in metrics_of(tmp_path / "with") if "probe_knn" in r]
+    assert [r["step"] for r in records] == [4, 6]
+    assert all(0 <= r["probe_linear"] <= 1 for r in records)
+    lines = (tmp_path / "with" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "with" / "metrics.jsonl").write_text("".join(line for line in lines if "probe_knn" not in line))
+    assert_same_run(tmp_path / "with", tmp_path / "without")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train_dataset": None}, ("train.probe.train_dataset", "data URL")),
+        ({"k": 0}, ("train.probe.k=0",)),
+        ({"test_dataset": "nowhere"}, ("train.probe.test_dataset=nowhere", "does not exist")),
+    ],
+)
+def test_mistakes_name_the_key(urls, changes, words):
+    with pytest.raises(UserError) as caught:
+        make_probe(urls, **changes)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_images_without_class_labels_are_refused(urls, tmp_path):
+    with pytest.raises(UserError, match="has the label None; a probe needs class numbers"):
+        make_probe(urls, train_dataset=str(make_images(tmp_path / "images")))
