@@ -10,11 +10,14 @@ from conftest import ROOT
 
 LAYERS = [
     {"utils", "default_eval_config"},
+    {"weights"},
     {"config", "distributed", "masking", "model", "sources"},
-    {"cae", "checkpoint", "clustering", "data", "fsdp", "ijepa", "launch", "metrics", "optim"},
-    {"evaluation"},
+    {"cae", "checkpoint", "clustering", "data", "fsdp", "ijepa", "launch", "logreg", "metrics", "neighbors",
+     "optim"},
+    {"evaluation", "probe", "report"},
+    {"evals"},
     {"train_capi", "train_ijepa", "train_cae", "train_distributed", "benchmark", "hubconf", "demo",
-     "eval_segmentation", "eval_classification", "eval_visualizations"},
+     "export", "extract_features", "eval_segmentation", "eval_classification", "eval_visualizations"},
 ]  # fmt: skip
 LAYER = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
 MODULES = sorted(ROOT.glob("*.py"))
@@ -68,11 +71,14 @@ def test_nothing_loads_code_from_files_or_hides_errors(path):
 
 def test_model_needs_torch_alone():
     """A user of torch.hub has torch; importing model.py must not ask for more."""
-    allowed = {"torch", "utils", "jaxtyping", "omegaconf"} | sys.stdlib_module_names
+    allowed = {"torch", "utils", "weights", "jaxtyping", "omegaconf"} | sys.stdlib_module_names
     assert set(imported_modules(ROOT / "model.py")) <= allowed
+    on_demand = {"huggingface_hub", "safetensors"}
+    assert set(imported_modules(ROOT / "weights.py")) <= {"torch", "utils"} | on_demand | sys.stdlib_module_names
     code = (
         "import sys\n"
-        "for name in ('jaxtyping', 'omegaconf', 'numpy', 'PIL', 'datasets'): sys.modules[name] = None\n"
+        "for name in ('jaxtyping', 'omegaconf', 'numpy', 'PIL', 'datasets', 'huggingface_hub', 'safetensors'):"
+        " sys.modules[name] = None\n"
         "import model, torch\n"
         "kwargs = dict(embed_dim=32, block_kwargs=dict(attn_kwargs=dict(num_heads=2)))\n"
         "m = model.EncoderDecoder(patch_size=4, transformers_kwargs=kwargs, encoder_kwargs=dict(depth=1),"

@@ -1,0 +1,1 @@
+"""Published backbones behind the contract of the evaluations: one loader file per family."""

@@ -1,0 +1,956 @@
+"""Pictures of frozen patch features: principal components, norms, nearest patches, clusters, dictionary atoms.
+
+    python eval_visualizations.py model_loader_kwargs.pretrained_weights=student_ema.pth output_dir=results/pictures
+        dataset="custom://Images?root='/data/images'" num_images=64 clustering_checkpoint=runs/my_run
+
+Writes results_visualizations.json, and into output_dir/artifacts: overview.png, and one PNG for each picture of each
+image, `<kind>/<number of the image in the data set>.png`, a square of the resolution with one colour per patch.
+
+    image_pca/rgb          first three principal components of the image's own patches as red, green, blue
+    image_pca/rgb_pnp      the same with signs plus, minus, plus; with rgb these are all eight choices
+    image_pca/component_1  one component, blue (negative) over grey (0) to red (positive)
+    joint_pca/...          likewise, components of the patches of all images together
+    norms                  length of the features, outliers in red; norms.png has their distribution and number
+    nearest                cosine similarity to one patch, the query; nearest.png has the best matches
+    clusters               the prototype of the teacher's clustering head that is most similar, a colour each
+    dictionary/3_atoms     parts of sparse non-negative codes, mixed from one colour per atom
+
+The number of ranks does not change a picture by more than a grey level here and there: a sum has another order.
+"""
+
+import colorsys
+import contextlib
+import functools
+import itertools
+import logging
+import pickle
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32, Float64, Int64, UInt8
+from PIL import Image
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+
+from checkpoint import Checkpoints
+from config import require, require_one_of
+from distributed import all_reduce_sum_, barrier, broadcast_object, rank
+from evaluation import (
+    Evaluation,
+    EvaluationConfig,
+    FrozenModel,
+    ImageBatches,
+    Results,
+    extract,
+    my_share,
+    open_dataset,
+)
+from sources import BadImageError, ImageDataset
+from utils import UserError
+from weights import read_state_dict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger("visualizations")
+
+PICTURES = ("image_pca", "joint_pca", "norms", "nearest", "clusters", "dictionary")
+COLOR_RANGE = 2.3
+"""Standard deviations from the mean at which a component's colour ends."""
+OUTLIER_DEVIATIONS = 5.0
+DICTIONARY_PATCHES = 16_384
+"""Patches, evenly spaced, to which dictionaries are fitted."""
+DICTIONARY_ALPHA = 0.1
+"""Sparsity penalty, for features whose root mean square length is 1."""
+MIN_COLUMNS = 4
+
+# Told apart also by colour-blind people: Okabe and Ito's colours, then grey and brown. Fixed: atom 1 is always blue.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#000000", "#999999", "#661100")
+RED = "#D55E00"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualizationsConfig(EvaluationConfig):
+    """Keys of this evaluation."""
+
+    dataset: str = "custom://ADE20K?split='training'"
+    """Data URL of images; labels are not used."""
+    num_images: int = 1024
+    """Images that are drawn, evenly spaced over the data set from its first to its last; all if it has fewer."""
+    resolution: int = 224
+    """Images are resized to squares of this many pixels (bicubic)."""
+    pictures: list[str] = field(default_factory=lambda: [name for name in PICTURES if name != "dictionary"])
+    """What is drawn, of `PICTURES`. Naming more in a later run adds them."""
+    image_components: int = 6
+    """Principal components of each image's own patches."""
+    joint_components: int = 10
+    """Principal components of the patches of all images."""
+    whiten: bool = True
+    """Whether each component is divided by its own standard deviation, which makes faint ones as colourful as strong
+    ones. Otherwise all are divided by the standard deviation of the first."""
+    outlier_norm: float | None = None
+    """Patches whose features are longer are outliers, such as 150 for DINOv2 (arXiv:2309.16588). null: longer than
+    the median plus 5 robust deviations, see `outlier_cutoff`."""
+    norms_of_output: bool = False
+    """Measure the feature map itself. Otherwise, if the model ends in a normalisation layer, what goes into it is
+    measured: after it all norms are nearly the same, and exactly so in CAPI, whose layer has no parameters."""
+    query: list[int] | None = None
+    """[number of an image in the data set, row, column] of the patch whose nearest ones are looked for; null for the
+    middle of the first image drawn."""
+    clustering_checkpoint: str | None = None
+    """Where the teacher's clustering head is: a training checkpoint or the folder of a run, whose origin must be
+    trusted as torch reads an index that can run code; or a weights file with the keys `clustering.layer.weight` and
+    `.bias`. null draws no clusters."""
+    dictionary_atoms: list[int] = field(default_factory=lambda: [3, 6, 10])
+    """Sizes of the dictionaries."""
+    num_overview: int = 6
+    """Images, the first ones drawn, in overview.png, norms.png and nearest.png."""
+
+    free_keys: ClassVar[tuple[str, ...]] = ("pictures", "query", "clustering_checkpoint")
+
+    def __post_init__(self) -> None:
+        """Check single values."""
+        super().__post_init__()
+        for key in ("num_images", "resolution", "num_overview"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        for key in ("image_components", "joint_components"):
+            require(getattr(self, key) >= 3, key, getattr(self, key), "must be at least 3: red, green, blue")
+        require(len(self.pictures) > 0, "pictures", self.pictures, f"must name some of {', '.join(PICTURES)}")
+        for name in self.pictures:
+            require_one_of("pictures", name, PICTURES)
+        require(
+            self.outlier_norm is None or self.outlier_norm > 0, "outlier_norm", self.outlier_norm, "must be above 0"
+        )
+        is_place = self.query is None or (len(self.query) == 3 and min(self.query) >= 0)
+        require(is_place, "query", self.query, "must be [number of the image, row, column], counted from 0")
+        fits = len(self.dictionary_atoms) > 0 and all(2 <= k <= len(PALETTE) for k in self.dictionary_atoms)
+        remedy = f"must be numbers from 2 to {len(PALETTE)}, the colours there are"
+        require(fits, "dictionary_atoms", self.dictionary_atoms, remedy)
+
+
+# ------------------------------------------------------------------------------------------------ the evaluation
+
+
+class Query(NamedTuple):
+    """A patch of an image of the data set."""
+
+    image: int
+    row: int
+    column: int
+
+
+class Scene(NamedTuple):
+    """What is drawn and where to."""
+
+    cfg: VisualizationsConfig
+    dataset: ImageDataset
+    numbers: list[int]
+    """Of the images drawn, in the data set."""
+    grid: int
+    """Patches along an edge."""
+    patch_size: int
+    folder: Path
+
+    @property
+    def shown(self) -> list[int]:
+        """Numbers of the images in figures."""
+        return self.numbers[: self.cfg.num_overview]
+
+
+Measure = Callable[[Float[Tensor, "b n d"]], Tensor]
+"""From the patch features of some images to rows, one per image."""
+
+
+def evaluate(cfg: VisualizationsConfig, model: FrozenModel, results: Results) -> None:
+    """Draw the pictures that `results` do not have yet."""
+    grid = grid_size(cfg, model)
+    dataset = open_dataset(cfg.dataset, "dataset")
+    if len(dataset) < cfg.num_images:
+        logger.info("num_images=%d: the data set has %d images, all are drawn", cfg.num_images, len(dataset))
+    numbers = evenly_spaced(len(dataset), cfg.num_images)
+    scene = Scene(cfg, dataset, numbers, grid, model.patch_size, results.artifacts())
+    query = check_query(cfg.query, len(dataset), grid) or Query(numbers[0], grid // 2, grid // 2)
+    todo = [name for name in cfg.pictures if not _is_done(name, query, cfg, results)]
+    if "clusters" in todo and cfg.clustering_checkpoint is None:
+        todo.remove("clusters")
+        logger.info("no clusters are drawn: name the run or file that has the head in clustering_checkpoint")
+    if not todo:
+        logger.info("%s are there already", ", ".join(cfg.pictures))
+        return
+    query_features, final_norm = find_final_norm(model, read_image(dataset, query.image, cfg.resolution))
+    if cfg.norms_of_output or "norms" not in todo:
+        final_norm = None
+    width = query_features.shape[-1]
+    check_sizes(cfg, todo, num_images=len(numbers), num_patches=grid**2, width=width)
+    head = None
+    if "clusters" in todo:
+        assert cfg.clustering_checkpoint is not None
+        head = read_clustering_head(cfg.clustering_checkpoint, model.module, width)
+
+    moments = Moments(width) if "joint_pca" in todo else None
+    measures: dict[str, Measure] = {}
+    if "norms" in todo:
+        measures["norms"] = lambda x: (x if final_norm is None else final_norm.read(x)).float().norm(dim=-1)
+    if "image_pca" in todo:
+        measures["image_pca"] = functools.partial(image_scores, num_components=cfg.image_components)
+        measures["variance"] = lambda x: x.var(dim=1).sum(dim=-1)
+    if "nearest" in todo:
+        measures["nearest"] = functools.partial(cosine_similarity, to=query_features[query.row, query.column])
+    if head is not None:
+        measures["clusters"] = head.assign
+    if "dictionary" in todo:
+        picked = evenly_spaced(grid**2, -(-DICTIONARY_PATCHES // len(numbers)))
+        measures["sample"] = lambda x: x[:, picked]
+    with final_norm or contextlib.nullcontext():
+        found = run_model(model, scene, measures, "features", moments)
+
+    if "image_pca" in todo:
+        draw_components(scene, "image_pca", standardize(found["image_pca"], cfg.whiten))
+        shares = found["image_pca"].var(dim=1) / found["variance"].clamp_min(1e-12).unsqueeze(-1)
+        results.add("image_pca", {"explained_variance_ratio": _rounded(shares.mean(dim=0))})
+    if "norms" in todo:
+        what = "feature map" if final_norm is None else f"tokens before {final_norm.name}"
+        results.add("norms", draw_norms(scene, found["norms"], what))
+    if "nearest" in todo:
+        results.add("nearest", draw_nearest(scene, query, found["nearest"]))
+    if head is not None:
+        usage = draw_clusters(scene, found["clusters"], head.num_clusters)
+        results.add("clusters", {"checkpoint": cfg.clustering_checkpoint, "is_its_teacher": head.is_teacher, **usage})
+
+    measures, dictionaries, shares = {}, [], None
+    if moments is not None:
+        mean, directions, shares = moments.principal_components(cfg.joint_components)
+        measures["joint_pca"] = functools.partial(project, mean=mean, directions=directions)
+    if "dictionary" in todo:
+        dictionaries = fit_dictionaries(found["sample"].flatten(0, 1), cfg.dictionary_atoms, cfg.seed)
+        measures |= {f"{len(each.atoms)}_atoms": each.encode for each in dictionaries}
+    if measures:
+        found = run_model(model, scene, measures, "features again")
+    if shares is not None:
+        scores = standardize(found["joint_pca"].flatten(0, 1), cfg.whiten)
+        draw_components(scene, "joint_pca", scores.view_as(found["joint_pca"]))
+        results.add("joint_pca", {"explained_variance_ratio": _rounded(shares)})
+    if dictionaries:
+        for each in dictionaries:
+            colors = mix_colors(found[f"{len(each.atoms)}_atoms"])
+            save_maps(scene, f"dictionary/{len(each.atoms)}_atoms", colors)
+        results.add(
+            "dictionary",
+            {"explained_variance": {str(len(each.atoms)): _rounded(each.explained) for each in dictionaries}},
+        )
+    results.note(num_images=len(numbers), images=f"{numbers[0]} to {numbers[-1]} of {len(dataset)}", grid=grid)
+    if rank() == 0:
+        _save_figure(draw_overview(scene, query, results), scene.folder / "overview.png")
+    logger.info("pictures are in %s", scene.folder)
+
+
+def _is_done(name: str, query: Query, cfg: VisualizationsConfig, results: Results) -> bool:
+    there = broadcast_object((results.artifacts() / name).is_dir())
+    if name not in results or not there:
+        return False
+    if name == "nearest":
+        return results.values[name]["query"] == list(query)
+    return name != "clusters" or results.values[name]["checkpoint"] == cfg.clustering_checkpoint
+
+
+def evenly_spaced(total: int, num: int) -> list[int]:
+    """`num` numbers below `total` (all if there are fewer), the first and the last one among them."""
+    if num >= total:
+        return list(range(total))
+    return [(i * (total - 1) + (num - 1) // 2) // max(1, num - 1) for i in range(num)]
+
+
+def grid_size(cfg: VisualizationsConfig, model: FrozenModel) -> int:
+    """Patches along the edge of an image.
+
+    Raises: UserError if that is no whole number.
+    """
+    fits = cfg.resolution % model.patch_size == 0
+    lower = cfg.resolution // model.patch_size * model.patch_size
+    near = f"such as {lower or model.patch_size} or {lower + model.patch_size}"
+    remedy = f"must be a multiple of {model.patch_size}, the patch size of {model.name}, {near}"
+    require(fits, "resolution", cfg.resolution, remedy)
+    return cfg.resolution // model.patch_size
+
+
+def check_query(query: list[int] | None, num_images: int, grid: int) -> Query | None:
+    """The patch that the user chose, if any.
+
+    Raises: UserError if it does not exist.
+    """
+    if query is None:
+        return None
+    image, row, column = query
+    require(image < num_images, "query", query, f"the data set has {num_images} images, numbered from 0")
+    require(max(row, column) < grid, "query", query, f"row and column must be below {grid}, the patches along an edge")
+    return Query(image, row, column)
+
+
+def check_sizes(
+    cfg: VisualizationsConfig, todo: Sequence[str], *, num_images: int, num_patches: int, width: int
+) -> None:
+    """Check that the principal components exist.
+
+    Raises: UserError if there are too few patches or channels.
+    """
+    patches = {"image": num_patches, "joint": num_patches * num_images}
+    for kind, count in patches.items():
+        key, num_components = f"{kind}_components", getattr(cfg, f"{kind}_components")
+        if f"{kind}_pca" not in todo:
+            continue
+        more = "raise resolution" if kind == "image" else "raise num_images or resolution"
+        where = f"an image of {cfg.resolution} pixels has" if kind == "image" else "all images together have"
+        too_few = f"{where} {count} patches, and {num_components} components need more; {more}, or lower {key}"
+        require(count > num_components, key, num_components, too_few)
+        require(width >= num_components, key, num_components, f"must be at most {width}, the width of the features")
+
+
+def prepare_image(image: Image.Image, _target: Any, resolution: int) -> tuple[UInt8[Tensor, "3 h w"]]:
+    """The image as a square of `resolution` pixels."""
+    pixels = np.array(image.resize((resolution, resolution), Image.Resampling.BICUBIC))
+    return (torch.from_numpy(pixels).movedim(-1, 0).contiguous(),)
+
+
+def read_image(dataset: ImageDataset, number: int, resolution: int) -> UInt8[Tensor, "3 h w"]:
+    """One image of the data set.
+
+    Raises: UserError if the file cannot be read.
+    """
+    try:
+        return prepare_image(dataset[number].image(), None, resolution)[0]
+    except BadImageError as error:
+        raise UserError(f"{error}; repair or remove the file") from error
+
+
+def run_model(
+    model: FrozenModel, scene: Scene, measures: Mapping[str, Measure], title: str, moments: "Moments | None" = None
+) -> dict[str, Tensor]:
+    """Apply `measures` to the patch features of all images. Features are not kept: memory is that of the rows."""
+    cfg = scene.cfg
+    batches = ImageBatches(
+        scene.dataset,
+        functools.partial(prepare_image, resolution=cfg.resolution),
+        indices=scene.numbers,
+        batch_size=cfg.batch_size,
+        num_workers=cfg.num_workers,
+        pin=model.device.type == "cuda",
+        title=title,
+    )
+
+    def compute(features: Any) -> tuple[Tensor, ...]:
+        x = features.feature_map.flatten(1, 2)
+        x = x.cpu() if x.device.type == "mps" else x  # has no float64
+        if moments is not None:
+            moments.add(x)
+        return tuple(measure(x) for measure in measures.values())
+
+    started = time.monotonic()
+    columns = extract(model, batches, compute)
+    if moments is not None:
+        moments.add_other_ranks()
+    logger.info("%s of %d images in %.1f s", title, len(scene.numbers), time.monotonic() - started)
+    return dict(zip(measures, columns, strict=True))
+
+
+class FinalNorm:
+    """The normalisation layer that ends a model; as a context, it remembers what goes into it.
+
+    Args:
+        layer: the layer.
+        name: its name in the model.
+        call: which of the layer's calls in a forward pass, from 0.
+        first: place of the first patch among the tokens.
+    """
+
+    def __init__(self, layer: nn.Module, name: str, call: int, first: int) -> None:
+        self.layer, self.name, self.call, self.first = layer, name, call, first
+        self.inputs: list[Tensor] = []
+
+    def __enter__(self) -> "FinalNorm":
+        self.handle = self.layer.register_forward_pre_hook(lambda _, inputs: self.inputs.append(inputs[0]))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+    def read(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """What the patches `x` were in the last forward pass, before the layer."""
+        tokens = self.inputs[self.call][:, self.first : self.first + x.shape[1]]
+        self.inputs.clear()
+        return tokens
+
+
+def find_final_norm(
+    model: FrozenModel, image: UInt8[Tensor, "3 h w"]
+) -> tuple[Float[Tensor, "hp wp d"], FinalNorm | None]:
+    """The feature map of an image, and the normalisation layer whose output it is, if there is one."""
+    calls: list[tuple[str, nn.Module, Tensor]] = []
+    handles = [
+        layer.register_forward_hook(lambda layer, _, output, name=name: calls.append((name, layer, output)))
+        for name, layer in model.module.named_modules()
+        if "Norm" in type(layer).__name__
+    ]
+    feature_map = model(image.unsqueeze(0)).feature_map[0]
+    for handle in handles:
+        handle.remove()
+    patches = feature_map.flatten(0, 1)
+    for i, (name, layer, output) in reversed(list(enumerate(calls))):
+        if not isinstance(output, Tensor) or output.ndim != 3:
+            continue
+        for first in (output.shape[1] - len(patches), 0):  # registers come before the patches, or after them
+            if first >= 0 and torch.equal(output[0, first : first + len(patches)].float(), patches):
+                call = sum(earlier is layer for _, earlier, _ in calls[:i])
+                return feature_map, FinalNorm(layer, name, call, first)
+    return feature_map, None
+
+
+# -------------------------------------------------------------------------------------------- what is computed
+
+
+def image_scores(x: Float[Tensor, "b n d"], num_components: int) -> Float32[Tensor, "b n k"]:
+    """First principal components of each image's own patches; their signs are arbitrary."""
+    return torch.stack([_scores(each.double(), num_components).float() for each in x])
+
+
+def _scores(x: Float64[Tensor, "n d"], num_components: int) -> Float64[Tensor, "n k"]:
+    x = x - x.mean(dim=0)
+    n, d = x.shape
+    if n > d:
+        return x @ _leading(x.T @ x, num_components)[1]
+    values, vectors = _leading(x @ x.T, num_components)  # the same, from the smaller matrix
+    return vectors * values.clamp_min(0).sqrt()
+
+
+def _leading(symmetric: Float64[Tensor, "m m"], k: int) -> tuple[Float64[Tensor, " k"], Float64[Tensor, "m k"]]:
+    """The largest eigenvalues, descending, and their eigenvectors."""
+    values, vectors = torch.linalg.eigh(symmetric)
+    return values[-k:].flip(0), vectors[:, -k:].flip(1)
+
+
+class Moments:
+    """Sums from which mean and covariance of any number of patches follow, in float64."""
+
+    def __init__(self, width: int) -> None:
+        self.sums = torch.zeros(width + 1, width + 1, dtype=torch.float64)
+
+    def add(self, x: Float[Tensor, "b n d"]) -> None:
+        """Count the patches of some images."""
+        self.sums = self.sums.to(x.device)
+        for each in x:
+            # With a column of ones, one product has the squares, the sums and the number.
+            extended = F.pad(each.double(), (0, 1), value=1.0)
+            self.sums.addmm_(extended.T, extended)
+
+    def add_other_ranks(self) -> None:
+        """Count what the other ranks counted; all call this together."""
+        self.sums = all_reduce_sum_(self.sums.cpu())
+
+    def principal_components(
+        self, num_components: int
+    ) -> tuple[Float64[Tensor, " d"], Float64[Tensor, "d k"], Float64[Tensor, " k"]]:
+        """Mean, directions, and the parts of the variance that they explain; the same on all ranks."""
+        count = self.sums[-1, -1]
+        mean = self.sums[-1, :-1] / count
+        covariance = (self.sums[:-1, :-1] - count * torch.outer(mean, mean)) / (count - 1)
+        values, directions = broadcast_object(_leading(covariance, num_components))
+        return mean, directions, values / covariance.trace().clamp_min(1e-300)
+
+
+def project(
+    x: Float[Tensor, "b n d"], mean: Float64[Tensor, " d"], directions: Float64[Tensor, "d k"]
+) -> Float32[Tensor, "b n k"]:
+    """Components of patches along `directions`."""
+    directions = directions.to(x.device)
+    shift = mean.to(x.device) @ directions
+    return torch.stack([(each.double() @ directions - shift).float() for each in x])
+
+
+def standardize(scores: Float[Tensor, "*images n k"], whiten: bool) -> Float32[Tensor, "*images n k"]:
+    """Components ready to be coloured: of standard deviation 1 (the first one if not `whiten`), skewed to the right."""
+    scores = scores.double()
+    std = scores.std(dim=-2, keepdim=True)
+    first = std[..., :1]
+    # What has no variance is rounding noise, which must not be blown up to colours.
+    is_noise = (std <= 1e-6 * first) | (first <= 1e-30)
+    scaled = torch.where(is_noise, 0.0, scores / torch.where(is_noise, 1.0, std if whiten else first))
+    skewness = scaled.pow(3).sum(dim=-2, keepdim=True)
+    return torch.where(skewness < 0, -scaled, scaled).float()
+
+
+def outlier_cutoff(norms: Float[Tensor, "*images"]) -> float:
+    """Length beyond which a patch is an outlier: the median plus 5 robust standard deviations.
+
+    The robust deviation is 1.4826 times the median distance from the median, and at least 1 % of the median: after a
+    normalisation layer all norms may be nearly the same, and rounding makes no outliers.
+    """
+    median = norms.double().median()
+    spread = 1.4826 * (norms.double() - median).abs().median()
+    return float(median + OUTLIER_DEVIATIONS * torch.maximum(spread, 0.01 * median))
+
+
+def cosine_similarity(x: Float[Tensor, "b n d"], to: Float[Tensor, " d"]) -> Float32[Tensor, "b n"]:
+    """Between each patch and one."""
+    return F.cosine_similarity(x.float(), to.to(x.device), dim=-1).clamp(-1, 1)
+
+
+def best_matches(
+    similarity: Float[Tensor, "images n"], numbers: Sequence[int], query: Query, num: int, grid: int
+) -> list[list[Any]]:
+    """The best patch of each image but the query's, best first: [number of the image, row, column, similarity]."""
+    best, place = similarity.max(dim=1)
+    order = [i for i in best.argsort(descending=True, stable=True).tolist() if numbers[i] != query.image][:num]
+    return [[numbers[i], *divmod(int(place[i]), grid), round(float(best[i]), 4)] for i in order]
+
+
+class ClusteringHead:
+    """The teacher's clustering head, for assignments alone.
+
+    Args:
+        weight: prototypes.
+        bias: of the linear layer.
+        is_teacher: whether the model under evaluation is the teacher it was trained with; None if that is unknown.
+    """
+
+    def __init__(
+        self, weight: Float[Tensor, "k d"], bias: Float[Tensor, " k"] | None, *, is_teacher: bool | None
+    ) -> None:
+        self.weight, self.bias, self.is_teacher = weight.float(), None if bias is None else bias.float(), is_teacher
+        self.num_clusters = len(weight)
+
+    def assign(self, x: Float[Tensor, "b n d"]) -> Int64[Tensor, "b n"]:
+        """The most similar prototype of each patch: the head's own answer, before Sinkhorn-Knopp balances a batch."""
+        weight, bias = self.weight.to(x.device), None if self.bias is None else self.bias.to(x.device)
+        return torch.stack(
+            [F.linear(F.normalize(each.float(), dim=-1, eps=1e-7), weight, bias).argmax(-1) for each in x]
+        )
+
+
+def read_clustering_head(source: str, module: nn.Module, width: int) -> ClusteringHead:
+    """The clustering head of a training checkpoint, of the newest one of a run's folder, or of a weights file.
+
+    Args:
+        source: as the user named it.
+        module: the model under evaluation.
+        width: of its patch features.
+
+    Raises: UserError if there is none, or if it takes features of another width.
+    """
+    path, is_teacher = Path(source), None
+    if path.is_dir():
+        step = path if (path / ".metadata").is_file() else Checkpoints(path, keep=1).newest()
+        require(step is not None, "clustering_checkpoint", source, "has no training checkpoint; give the run's folder")
+        assert step is not None
+        tensors, is_teacher = _read_training_checkpoint(step, source, module)
+    else:
+        loaded = read_state_dict(source, key="clustering_checkpoint")
+        tensors = {key.removeprefix("clustering."): value for key, value in loaded.items()}
+    found = "layer.weight" in tensors
+    remedy = "has no tensor clustering.layer.weight; give the folder of a CAPI training run, whose checkpoints do"
+    require(found, "clustering_checkpoint", source, remedy)
+    weight = tensors["layer.weight"]
+    remedy = (
+        f"its head takes features of width {weight.shape[-1]}, and the model gives {width}; give that of this model"
+    )
+    require(weight.shape[-1] == width, "clustering_checkpoint", source, remedy)
+    if is_teacher is False:
+        logger.warning("%s was trained with other weights than these: its clusters say little here", source)
+    return ClusteringHead(weight, tensors.get("layer.bias"), is_teacher=is_teacher)
+
+
+def _read_training_checkpoint(step: Path, source: str, module: nn.Module) -> tuple[dict[str, Tensor], bool | None]:
+    """The clustering head, and whether the largest weight of the teacher in there is that of `module`."""
+    heads, teacher = "clustering.", "student_ema.backbone."
+    own = module.state_dict()
+    try:
+        reader = FileSystemReader(step)
+        saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        shared = [k for k in saved if k.startswith(teacher) and k.removeprefix(teacher) in own]
+        largest = sorted(shared, key=lambda key: saved[key].size.numel())[-1:]
+        wanted = [key for key in saved if key.startswith(heads)] + largest
+        tensors = {key: torch.empty(saved[key].size, dtype=saved[key].properties.dtype) for key in wanted}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            load_tensors(dict(tensors), storage_reader=reader, no_dist=True)
+    except (OSError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"clustering_checkpoint={source}: {step} cannot be read: {reason}; give another one") from error
+    is_teacher = all(torch.equal(tensors[key], own[key.removeprefix(teacher)].cpu()) for key in largest)
+    head = {key.removeprefix(heads): tensors[key] for key in wanted if key.startswith(heads)}
+    return head, is_teacher if shared else False
+
+
+class AtomDictionary(NamedTuple):
+    """Atoms of which centred, scaled features are sparse sums."""
+
+    mean: Float64[Tensor, " d"]
+    scale: float
+    atoms: Float64[Tensor, "k d"]
+    explained: float
+    """Part of the variance of the patches it was fitted to that the sums explain."""
+
+    def encode(self, x: Float[Tensor, "b n d"]) -> Float32[Tensor, "b n k"]:
+        """How much of each atom is in each patch."""
+        mean, atoms = self.mean.to(x.device), self.atoms.to(x.device)
+        products = torch.stack([(each - mean) / self.scale @ atoms.T for each in x])
+        return sparse_codes(products, atoms @ atoms.T, DICTIONARY_ALPHA).float()
+
+
+def sparse_codes(
+    products: Float64[Tensor, "*patches k"], gram: Float64[Tensor, "k k"], alpha: float, num_sweeps: int = 1000
+) -> Float64[Tensor, "*patches k"]:
+    """Codes >= 0 that minimise |x - codes atoms|^2 / 2 + alpha sum(codes), by coordinate descent on all patches.
+
+    Args:
+        products: x times the transposed atoms.
+        gram: the atoms times the transposed atoms.
+        alpha: penalty.
+        num_sweeps: at most so often is each code updated.
+    """
+    codes = torch.zeros_like(products)
+    for _ in range(num_sweeps):
+        before = codes.clone()
+        for j in range(len(gram)):
+            step = (products[..., j] - alpha - codes @ gram[:, j]) / gram[j, j].clamp_min(1e-12)
+            codes[..., j] = (codes[..., j] + step).clamp_min(0)
+        if (codes - before).abs().max() < 1e-6:
+            break
+    return codes
+
+
+def fit_dictionaries(sample: Float[Tensor, "m d"], sizes: Sequence[int], seed: int) -> list[AtomDictionary]:
+    """Dictionaries of several sizes with non-negative codes, the most used atom first; the same on all ranks."""
+    return broadcast_object([_fit_dictionary(sample.double(), k, seed) for k in sizes] if rank() == 0 else [])
+
+
+def _fit_dictionary(sample: Float64[Tensor, "m d"], num_atoms: int, seed: int) -> AtomDictionary:
+    from sklearn.decomposition import MiniBatchDictionaryLearning
+
+    mean = sample.mean(dim=0)
+    scale = float((sample - mean).pow(2).sum(dim=1).mean().sqrt()) or 1.0
+    scaled = (sample - mean) / scale
+    learner = MiniBatchDictionaryLearning(
+        num_atoms,
+        alpha=DICTIONARY_ALPHA,  # pyright: ignore[reportArgumentType]  # the stub takes the type of the default, 1
+        fit_algorithm="cd",
+        batch_size=256,
+        max_iter=20,
+        positive_code=True,
+        random_state=seed,
+    )
+    atoms = torch.from_numpy(learner.fit(scaled.numpy()).components_)
+    codes = sparse_codes(scaled @ atoms.T, atoms @ atoms.T, DICTIONARY_ALPHA)
+    error = (scaled - codes @ atoms).pow(2).sum(dim=1).mean()
+    return AtomDictionary(mean, scale, atoms[codes.sum(dim=0).argsort(descending=True, stable=True)], 1 - float(error))
+
+
+# ------------------------------------------------------------------------------------------------------ colours
+
+
+def rgb_colors(components: Float[Tensor, "*grid 3"]) -> UInt8[Tensor, "*grid 3"]:
+    """Three components as red, green and blue: -2.3 is 0 and 2.3 is 255, what lies beyond is cut off."""
+    return _to_bytes((components / COLOR_RANGE + 1) / 2)
+
+
+def _to_bytes(x: Float[Tensor, "*grid"]) -> UInt8[Tensor, "*grid"]:
+    return (x.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def map_colors(x: Float[Tensor, "*grid"], low: float, high: float, name: str) -> UInt8[Tensor, "*grid 3"]:
+    """Numbers as colours of one of matplotlib's maps between `low` and `high`."""
+    import matplotlib as mpl
+
+    table = torch.from_numpy(mpl.colormaps[name](np.arange(256), bytes=True)[:, :3].copy())
+    return table[_to_bytes((x - low) / max(high - low, 1e-12)).long()]
+
+
+def _color(name: str) -> UInt8[Tensor, " 3"]:
+    return torch.tensor(list(bytes.fromhex(name[1:])), dtype=torch.uint8)
+
+
+def norm_colors(norms: Float[Tensor, "*grid"], cutoff: float, low: float, high: float) -> UInt8[Tensor, "*grid 3"]:
+    """Norms as viridis from `low` to `high`, outliers red."""
+    colors = map_colors(norms, low, high, "viridis")
+    colors[norms > cutoff] = _color(RED)
+    return colors
+
+
+def mix_colors(codes: Float[Tensor, "*grid k"]) -> UInt8[Tensor, "*grid 3"]:
+    """Colours of the atoms, mixed in proportion to the codes; light grey where no atom is used."""
+    palette = torch.stack([_color(name) for name in PALETTE[: codes.shape[-1]]]).float()
+    total = codes.sum(dim=-1, keepdim=True)
+    mixed = codes @ palette / total.clamp_min(1e-12)
+    return torch.where(total > 0, mixed, 220.0).round().to(torch.uint8)
+
+
+def cluster_colors(usage: Int64[Tensor, " k"]) -> UInt8[Tensor, "k 3"]:
+    """A colour for each prototype; those that are used most differ most, in lightness too."""
+    colors = torch.empty(len(usage), 3)
+    for place, prototype in enumerate(usage.argsort(descending=True, stable=True).tolist()):
+        hue, light = place * 0.618034 % 1, (0.55, 0.8, 0.35)[place % 3]
+        colors[prototype] = torch.tensor(colorsys.hls_to_rgb(hue, light, 0.65))
+    return _to_bytes(colors)
+
+
+# ----------------------------------------------------------------------------------------------------- pictures
+
+
+def save_pictures(scene: Scene, kind: str, picture: Callable[[int], UInt8[Tensor, "h w 3"]]) -> None:
+    """Write `picture(i)` for this rank's share of the images; returns when all ranks are done."""
+    (scene.folder / kind).mkdir(parents=True, exist_ok=True)
+    for i in my_share(len(scene.numbers)):
+        path = picture_path(scene, kind, scene.numbers[i])
+        Image.fromarray(picture(i).numpy()).save(path, compress_level=1)
+    barrier()
+
+
+def picture_path(scene: Scene, kind: str, number: int) -> Path:
+    """Where the picture of an image is."""
+    return scene.folder / kind / f"{number:06d}.png"
+
+
+def save_maps(scene: Scene, kind: str, colors: UInt8[Tensor, "images n 3"]) -> None:
+    """Write pictures in which every patch is a square of one colour."""
+    save_pictures(scene, kind, lambda i: as_squares(colors[i], scene))
+
+
+def as_squares(of_patches: Tensor, scene: Scene) -> Tensor:
+    """From values of the patches [n, ...] to those of the pixels [h, w, ...]."""
+    grid = of_patches.unflatten(0, (scene.grid, scene.grid))
+    return grid.repeat_interleave(scene.patch_size, 0).repeat_interleave(scene.patch_size, 1)
+
+
+def draw_components(scene: Scene, kind: str, components: Float[Tensor, "images n k"]) -> None:
+    """Pictures of standardised components: the first three in colour with all signs, and each by itself."""
+    for signs in itertools.product((1.0, -1.0), repeat=3):
+        letters = "".join("p" if sign > 0 else "n" for sign in signs)
+        name = "rgb" if letters == "ppp" else f"rgb_{letters}"
+        save_maps(scene, f"{kind}/{name}", rgb_colors(components[..., :3] * torch.tensor(signs)))
+    for c in range(components.shape[-1]):
+        colors = map_colors(components[..., c], -COLOR_RANGE, COLOR_RANGE, "coolwarm")
+        save_maps(scene, f"{kind}/component_{c + 1}", colors)
+
+
+def draw_norms(scene: Scene, norms: Float[Tensor, "images n"], what: str) -> dict[str, Any]:
+    """Norm maps, and norms.png; `what` says of what. Returns what there is to report."""
+    cutoff = scene.cfg.outlier_norm or outlier_cutoff(norms)
+    is_outlier = norms > cutoff
+    low, high = float(norms.min()), float(norms[~is_outlier].max() if not is_outlier.all() else norms.max())
+    high = max(high, 1.01 * low)  # norms that differ by rounding are all one colour
+    save_maps(scene, "norms", norm_colors(norms, cutoff, low, high))
+    per_image = is_outlier.sum(dim=1)
+    report = {
+        "of": what,
+        "median": _rounded(norms.median()),
+        "min": _rounded(norms.min()),
+        "max": _rounded(norms.max()),
+        "color_range": [_rounded(low), _rounded(high)],
+        "outlier_cutoff": _rounded(cutoff),
+        "outliers": int(per_image.sum()),
+        "outlier_fraction": _rounded(is_outlier.double().mean()),
+        "images_with_outliers": int((per_image > 0).sum()),
+        "outliers_of_shown": per_image[: len(scene.shown)].tolist(),
+    }
+    if rank() == 0:
+        _save_figure(norm_figure(scene, norms, report), scene.folder / "norms.png")
+    return report
+
+
+def draw_nearest(scene: Scene, query: Query, similarity: Float[Tensor, "images n"]) -> dict[str, Any]:
+    """Similarity maps, and nearest.png. Returns what there is to report."""
+    low = float(similarity.flatten().kthvalue(max(1, similarity.numel() // 100)).values)
+    save_maps(scene, "nearest", map_colors(similarity, low, 1.0, "cividis"))
+    num = max(MIN_COLUMNS, len(scene.shown)) - 1  # a row of the figure, with the query
+    matches = best_matches(similarity, scene.numbers, query, num, scene.grid)
+    if rank() == 0:
+        _save_figure(nearest_figure(scene, query, similarity, low, matches), scene.folder / "nearest.png")
+    return {
+        "query": list(query),
+        "best_matches": matches,
+        "median_similarity": _rounded(similarity.median()),
+        "color_range": [_rounded(low), 1.0],
+    }
+
+
+def draw_clusters(scene: Scene, clusters: Int64[Tensor, "images n"], num_clusters: int) -> dict[str, Any]:
+    """Cluster maps with black borders. Returns what there is to report."""
+    usage = torch.bincount(clusters.flatten(), minlength=num_clusters)
+    colors = cluster_colors(usage)
+
+    def picture(i: int) -> UInt8[Tensor, "h w 3"]:
+        at_pixels = as_squares(clusters[i], scene)
+        drawn = colors[at_pixels]
+        drawn[1:][at_pixels[1:] != at_pixels[:-1]] = 0
+        drawn[:, 1:][at_pixels[:, 1:] != at_pixels[:, :-1]] = 0
+        return drawn
+
+    save_pictures(scene, "clusters", picture)
+    perplexity = float(torch.special.entr(usage.double() / usage.sum()).sum().exp())
+    per_image = sum(len(each.unique()) for each in clusters) / len(clusters)
+    return {
+        "num_clusters": num_clusters,
+        "used": int((usage > 0).sum()),
+        "perplexity": _rounded(perplexity),
+        "used_per_image": _rounded(per_image),
+    }
+
+
+def norm_figure(scene: Scene, norms: Float[Tensor, "images n"], report: Mapping[str, Any]) -> "Figure":
+    """The distribution of the norms with the cut-off, and the maps of the first images with their outliers."""
+    from matplotlib.figure import Figure
+
+    shown = scene.shown
+    columns = max(MIN_COLUMNS, len(shown))
+    figure = Figure(figsize=(1.7 * columns + 1, 6.2), dpi=100, layout="constrained")
+    axes = figure.add_gridspec(3, columns, height_ratios=(1.1, 1, 1))
+    histogram = figure.add_subplot(axes[0, :])
+    low, high = report["color_range"]
+    histogram.hist(norms.flatten().numpy(), bins=100, range=(low, max(high, report["max"])), color="#0072B2", log=True)
+    histogram.axvline(report["outlier_cutoff"], color=RED, linestyle="--", label=f"cut-off {report['outlier_cutoff']}")
+    histogram.axvline(report["median"], color="black", linestyle=":", label=f"median {report['median']}")
+    histogram.legend(frameon=False)
+    histogram.set_xlabel(f"norm of a patch: {report['of']}")
+    histogram.set_ylabel("patches")
+    histogram.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{report['outliers']} of {norms.numel()} patches are outliers ({report['outlier_fraction']:.2%}), "
+        f"in {report['images_with_outliers']} of {len(norms)} images"
+    )
+    maps = []
+    for column, number in enumerate(shown):
+        top, bottom = figure.add_subplot(axes[1, column]), figure.add_subplot(axes[2, column])
+        _show(top, read_image(scene.dataset, number, scene.cfg.resolution).movedim(0, -1).numpy(), f"image {number}")
+        count = report["outliers_of_shown"][column]
+        _show(bottom, _read(scene, "norms", number), f"{count} outlier{'s' * (count != 1)}")
+        maps.append(bottom)
+    _color_bar(figure, maps, "viridis", low, high, "norm (outliers red)")
+    return figure
+
+
+def nearest_figure(
+    scene: Scene, query: Query, similarity: Float[Tensor, "images n"], low: float, matches: Sequence[Sequence[Any]]
+) -> "Figure":
+    """The query and its best matches, then the similarity maps of the first images."""
+    from matplotlib.figure import Figure
+
+    shown = scene.shown
+    columns = max(MIN_COLUMNS, len(shown))
+    figure = Figure(figsize=(1.7 * columns + 1, 6.4), dpi=100, layout="constrained")
+    axes = figure.add_gridspec(3, columns)
+    figure.suptitle(
+        f"The query, framed in image {query.image}; the best patch of other images; and similarity to the query.\n"
+        f"Median cosine similarity over {len(similarity)} images: {float(similarity.median()):.2f}"
+    )
+    places = [(query, "query"), *((Query(*match[:3]), f"image {match[0]}: {match[3]:.3f}") for match in matches)]
+    for column, (place, title) in enumerate(places):
+        ax = figure.add_subplot(axes[0, column])
+        _show(ax, read_image(scene.dataset, place.image, scene.cfg.resolution).movedim(0, -1).numpy(), title)
+        _frame(ax, place, scene)
+    maps = []
+    for column, number in enumerate(shown):
+        top, bottom = figure.add_subplot(axes[1, column]), figure.add_subplot(axes[2, column])
+        _show(top, read_image(scene.dataset, number, scene.cfg.resolution).movedim(0, -1).numpy(), f"image {number}")
+        _show(bottom, _read(scene, "nearest", number), "")
+        if number == query.image:
+            _frame(bottom, query, scene)
+        maps.append(bottom)
+    _color_bar(figure, maps, "cividis", low, 1.0, "cosine similarity")
+    return figure
+
+
+def draw_overview(scene: Scene, query: Query, results: Results) -> "Figure":
+    """A row per image and a column per kind of picture, from the files that are there."""
+    from matplotlib.figure import Figure
+
+    done, about = results.values, results.about
+    columns = {"image_pca/rgb": "PCA of\nthis image", "joint_pca/rgb": "PCA of\nall images"}
+    if "norms" in done:
+        low, high = done["norms"]["color_range"]
+        columns["norms"] = f"feature norm,\n{low:.3g} to {high:.3g}"
+    if "nearest" in done:
+        columns["nearest"] = f"similarity to patch\n({query.row}, {query.column}) of image {query.image}"
+    if "clusters" in done:
+        columns["clusters"] = f"clusters of the\nteacher, {done['clusters']['used']} used"
+    if "dictionary" in done:
+        columns |= {f"dictionary/{k}_atoms": f"dictionary of\n{k} atoms" for k in scene.cfg.dictionary_atoms}
+    columns = {kind: title for kind, title in columns.items() if kind.split("/")[0] in done}
+
+    rows = len(scene.shown)
+    figure = Figure(figsize=(1.6 * (len(columns) + 1) + 0.2, 1.72 * rows + 1.1), dpi=100, layout="constrained")
+    axes = figure.subplots(rows, len(columns) + 1, squeeze=False)
+    weights = Path(about["weights"]).name if about["weights"] else "without pretrained_weights"
+    figure.suptitle(
+        f"{Path(about['model_path']).name}, {weights} ({about['weights_sha256'][:8]})\n"
+        f"{scene.cfg.resolution} pixels, patches of {scene.patch_size}",
+        fontsize=10,
+    )
+    for row, number in enumerate(scene.shown):
+        pixels = read_image(scene.dataset, number, scene.cfg.resolution).movedim(0, -1).numpy()
+        _show(axes[row, 0], pixels, "image" if row == 0 else "")
+        axes[row, 0].set_ylabel(str(number), fontsize=9)
+        for ax, (kind, title) in zip(axes[row, 1:], columns.items(), strict=True):
+            _show(ax, _read(scene, kind, number), title if row == 0 else "")
+            if kind == "norms":
+                count = done["norms"]["outliers_of_shown"][row]
+                ax.set_xlabel(f"{count} outlier{'s' * (count != 1)}", fontsize=8, labelpad=1)
+        if number == query.image and "nearest" in columns:
+            for ax in (axes[row, 0], axes[row, 1 + list(columns).index("nearest")]):
+                _frame(ax, query, scene)
+    return figure
+
+
+def _show(ax: "Axes", pixels: np.ndarray, title: str) -> None:
+    ax.imshow(pixels, interpolation="nearest" if len(pixels) < 160 else "antialiased")
+    ax.set_title(title, fontsize=9)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+
+
+def _read(scene: Scene, kind: str, number: int) -> np.ndarray:
+    with Image.open(picture_path(scene, kind, number)) as picture:
+        return np.asarray(picture)
+
+
+def _frame(ax: "Axes", place: Query, scene: Scene) -> None:
+    from matplotlib.patches import Rectangle
+
+    size = scene.patch_size
+    corner = (place.column * size - 0.5, place.row * size - 0.5)
+    # White around red is seen on every picture.
+    for color, width in (("white", 3.0), (RED, 1.5)):
+        ax.add_patch(Rectangle(corner, size, size, fill=False, edgecolor=color, linewidth=width))
+
+
+def _color_bar(figure: "Figure", axes: "Sequence[Axes]", name: str, low: float, high: float, label: str) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    figure.colorbar(ScalarMappable(Normalize(low, high), name), ax=list(axes), label=label, shrink=0.9, pad=0.01)
+
+
+def _save_figure(figure: "Figure", path: Path) -> None:
+    figure.savefig(path)
+
+
+def _rounded(x: Any) -> Any:
+    """Numbers as they are reported, with five significant digits."""
+    values = torch.as_tensor(x).double().tolist()
+    return [float(f"{v:.5g}") for v in values] if isinstance(values, list) else float(f"{values:.5g}")
+
+
+EVALUATION = Evaluation("visualizations", VisualizationsConfig, evaluate, __doc__ or "")
+main = EVALUATION.main
+
+if __name__ == "__main__":
+    sys.exit(main())

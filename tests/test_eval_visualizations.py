@@ -1,0 +1,452 @@
+"""Pictures: each number in them against an oracle, and the command as it is typed."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_cli, seeded
+from PIL import Image
+from ranks import run_on_ranks
+from runs import make_images
+from sklearn.decomposition import PCA, sparse_encode
+from torch import nn
+
+import eval_visualizations as vis
+from checkpoint import Checkpoints
+from clustering import OnlineClustering
+from config import load_config
+from evaluation import EvaluationConfig, FrozenModel, load_model_file
+from utils import UserError
+
+WIDTH = 16
+MODEL = '''
+import torch
+from torch import nn
+class Tiny(nn.Module):
+    """Patches through a random layer, then a normalisation; registers come first."""
+    patch_size = 4
+    def __init__(self, width):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("weight", torch.randn(48, width, generator=generator))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+    def forward(self, images):
+        patches = nn.functional.unfold(images, 4, stride=4).transpose(1, 2)
+        tokens = torch.cat([torch.zeros(len(patches), 2, self.weight.shape[1]), torch.tanh(patches @ self.weight)], 1)
+        out = self.norm(tokens)
+        side = images.shape[-1] // 4
+        return out.mean(1), out[:, :2], out[:, 2:].unflatten(1, (side, side))
+def __model_loader__(width=16):
+    return Tiny(width)
+'''
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    make_images(root / "images", num=7, size=24)
+    (root / "tiny.py").write_text(MODEL)
+    return root
+
+
+def arguments(place, output_dir, *more):
+    return [
+        f"model_path={place / 'tiny.py'}",
+        f"output_dir={output_dir}",
+        f"dataset=custom://Images?root='{place / 'images'}'",
+        "resolution=16",
+        "image_components=3",
+        "joint_components=4",
+        "num_overview=2",
+        "num_workers=0",
+        "device=cpu",
+        *more,
+    ]
+
+
+def run(*args):
+    torch.set_num_threads(1)
+    return vis.main(arguments(*args))
+
+
+def results_in(folder):
+    return json.loads((folder / "results_visualizations.json").read_text())["results"]
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture).astype(int)
+
+
+def assert_equal_up_to_sign(actual, expected, message):
+    signs = np.sign((actual * expected).sum(axis=0))
+    np.testing.assert_allclose(actual * signs, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max(), err_msg=message)
+
+
+# ------------------------------------------------------------------------------------------ principal components
+
+
+def correlated(n, d, seed=0):
+    """Patches with a few strong directions and a mean far from 0."""
+    mixing = torch.randn(d, d, generator=seeded(seed)) * torch.linspace(3, 0.1, d)
+    return torch.randn(n, d, generator=seeded(seed + 1)) @ mixing.T + 10
+
+
+@pytest.mark.parametrize(("n", "d"), [(20, 50), (50, 20)], ids=["fewer patches than channels", "more"])
+@pytest.mark.parametrize("whiten", [True, False])
+def test_image_components_are_those_of_scikit_learn(n, d, whiten):
+    x = torch.stack([correlated(n, d), correlated(n, d, seed=5)])
+    actual = vis.standardize(vis.image_scores(x, 6), whiten).numpy()
+    for i in range(2):
+        expected = PCA(6, whiten=whiten, svd_solver="full").fit_transform(x[i].double().numpy())
+        expected /= expected[:, 0].std(ddof=1)
+        assert_equal_up_to_sign(actual[i], expected, f"image {i}")
+
+
+def test_joint_components_are_those_of_scikit_learn_and_bounded_in_memory():
+    x = correlated(60, 12).view(5, 12, 12)
+    moments = vis.Moments(12)
+    moments.add(x[:2])
+    moments.add(x[2:])
+    moments.add_other_ranks()
+    mean, directions, shares = moments.principal_components(4)
+    oracle = PCA(4, svd_solver="full").fit(x.flatten(0, 1).double().numpy())
+    np.testing.assert_allclose(shares, oracle.explained_variance_ratio_, rtol=1e-9)
+    actual = vis.project(x, mean, directions).flatten(0, 1).numpy()
+    assert_equal_up_to_sign(actual, oracle.transform(x.flatten(0, 1).double().numpy()), "projections")
+    assert moments.sums.numel() == 13**2, "the patches themselves must not be kept"
+
+
+def test_components_are_skewed_to_the_right_whatever_sign_they_had():
+    scores = torch.randn(3, 200, 4, generator=seeded(0)).exp() - 1.6
+    flipped = scores * torch.tensor([1.0, -1, 1, -1])
+    for each in (scores, flipped):
+        standard = vis.standardize(each - each.mean(dim=1, keepdim=True), whiten=True)
+        assert (standard.pow(3).mean(dim=1) > 0).all()
+    torch.testing.assert_close(
+        vis.standardize(scores, whiten=True).abs(), vis.standardize(flipped, whiten=True).abs(), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+def test_components_without_variance_are_zero_and_not_noise(whiten):
+    scores = torch.randn(1, 30, 3, generator=seeded(0)) * torch.tensor([1.0, 1e-9, 0.0])
+    standard = vis.standardize(scores, whiten)
+    assert standard.isfinite().all()
+    assert (standard[..., 1:] == 0).all()
+    assert (vis.standardize(torch.zeros(1, 9, 3), whiten) == 0).all()
+
+
+def test_rgb_range_is_2_3_deviations():
+    components = torch.tensor([[-2.3, 0.0, 2.3], [-9.0, 1.15, 9.0]])
+    assert vis.rgb_colors(components).tolist() == [[0, 128, 255], [0, 191, 255]]
+
+
+def test_single_components_are_coolwarm_blue_below_and_red_above():
+    negative, zero, positive = vis.map_colors(torch.tensor([-2.3, 0.0, 2.3]), -2.3, 2.3, "coolwarm").tolist()
+    assert negative == [58, 76, 192]
+    assert positive == [179, 3, 38]
+    assert max(zero) - min(zero) < 3, "zero is grey"
+
+
+# -------------------------------------------------------------------------------------- choices, norms, matches
+
+
+@pytest.mark.parametrize(("total", "num"), [(100, 7), (20210, 1024), (10, 10), (5, 8), (9, 1), (1, 1)])
+def test_images_are_evenly_spaced(total, num):
+    chosen = vis.evenly_spaced(total, num)
+    assert len(chosen) == len(set(chosen)) == min(total, num)
+    assert chosen[0] == 0
+    assert chosen[-1] == (total - 1 if num > 1 else 0)
+    gaps = np.diff(chosen)
+    assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1, "the distances differ by at most one"
+
+
+def test_planted_outliers_are_found_and_no_others():
+    norms = 40 + 3 * torch.randn(20, 64, generator=seeded(0))
+    planted = [(0, 3), (7, 60), (7, 61)]
+    for place in planted:
+        norms[place] = 120
+    assert (norms > vis.outlier_cutoff(norms)).nonzero().tolist() == [list(place) for place in planted]
+
+
+def test_norms_that_differ_by_rounding_have_no_outliers():
+    norms = torch.full((50, 20), 13.85) + 1e-6 * torch.randn(50, 20, generator=seeded(0)).pow(3)
+    assert not (norms > vis.outlier_cutoff(norms)).any()
+
+
+def test_a_patch_is_nearest_to_itself_and_to_its_copies():
+    x = torch.randn(4, 9, 5, generator=seeded(0))
+    x[2, 7] = 3 * x[1, 4]
+    similarity = vis.cosine_similarity(x, x[1, 4])
+    assert similarity[1].argmax() == 4
+    torch.testing.assert_close(similarity[1, 4], torch.tensor(1.0))
+    matches = vis.best_matches(similarity, [10, 20, 30, 40], vis.Query(20, 1, 1), 2, grid=3)
+    assert matches[0] == [30, 2, 1, 1.0], "the copy is the best match, and the image of the query is none"
+    assert len(matches) == 2
+    assert matches[1][0] in (10, 40)
+
+
+def test_assignments_are_those_of_the_training_head():
+    head = OnlineClustering(WIDTH, 12, bias=True, n_sk_iter=3, target_temp=0.06, pred_temp=0.12)
+    nn.init.normal_(head.layer.bias)
+    x = torch.randn(3, 10, WIDTH, generator=seeded(0))
+    weights = vis.ClusteringHead(head.layer.weight.detach(), head.layer.bias.detach(), is_teacher=None)
+    assert torch.equal(weights.assign(x), head._logits(x).argmax(dim=-1))
+
+
+def test_colours_of_clusters_differ_where_they_are_used_most():
+    usage = torch.randint(1, 100, (300,), generator=seeded(0))
+    colors = vis.cluster_colors(usage)[usage.argsort(descending=True)[:12]].int()
+    distance = (colors[:, None] - colors[None]).abs().sum(dim=-1) + 999 * torch.eye(12, dtype=torch.int32)
+    assert distance.min() > 40
+
+
+def test_codes_are_those_of_scikit_learn():
+    x = torch.randn(40, 6, generator=seeded(0)).double()
+    atoms = torch.nn.functional.normalize(torch.randn(4, 6, generator=seeded(1)).double(), dim=1)
+    expected = sparse_encode(x.numpy(), atoms.numpy(), algorithm="lasso_cd", alpha=0.1, positive=True, max_iter=10000)
+    actual = vis.sparse_codes(x @ atoms.T, atoms @ atoms.T, 0.1)
+    np.testing.assert_allclose(actual.numpy(), expected, atol=1e-4)
+
+
+def test_codes_mix_the_fixed_colours():
+    colors = vis.mix_colors(torch.tensor([[2.0, 0, 0], [0, 1, 1], [0, 0, 0]]))
+    blue, vermillion, green = (torch.tensor(list(bytes.fromhex(c[1:]))).float() for c in vis.PALETTE[:3])
+    assert colors[0].tolist() == blue.tolist()
+    assert (colors[1].float() - (vermillion + green) / 2).abs().max() <= 1
+    assert colors[2].tolist() == [220, 220, 220]
+
+
+def test_norms_are_measured_before_the_final_normalisation(place):
+    model = FrozenModel(
+        load_model_file(str(place / "tiny.py"), {}),
+        EvaluationConfig(output_dir="unused"),
+        torch.device("cpu"),
+        "tiny.py",
+    )
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=seeded(0))
+    feature_map, final_norm = vis.find_final_norm(model, images[0])
+    assert final_norm is not None
+    assert (final_norm.name, final_norm.first) == ("norm", 2)
+    with final_norm:
+        x = model(images).feature_map.flatten(1, 2)
+        before = final_norm.read(x)
+    torch.testing.assert_close(nn.functional.layer_norm(before, (WIDTH,)), x)
+    assert x.norm(dim=-1).std() < 1e-3 < before.norm(dim=-1).std()
+    torch.testing.assert_close(feature_map.flatten(0, 1), x[0])
+
+
+class Plain(nn.Module):
+    patch_size = 4
+
+    def forward(self, images):
+        patches = nn.functional.avg_pool2d(images, 4)
+        return patches.mean(dim=(2, 3)), None, patches.movedim(1, -1)
+
+
+def test_a_model_without_final_normalisation_is_measured_as_it_is():
+    model = FrozenModel(Plain(), EvaluationConfig(output_dir="unused"), torch.device("cpu"), "plain.py")
+    assert vis.find_final_norm(model, torch.zeros(3, 8, 8, dtype=torch.uint8))[1] is None
+
+
+# ------------------------------------------------------------------------------------------------ the whole thing
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The folder of a run whose checkpoint has a clustering head of width 16 and 5 prototypes."""
+    folder = tmp_path_factory.mktemp("run")
+    head = OnlineClustering(WIDTH, 5, bias=True, n_sk_iter=3, target_temp=0.06, pred_temp=0.12)
+    modules = {"clustering": head, "student_ema": nn.ModuleDict({"backbone": nn.Linear(3, 2)})}
+    Checkpoints(folder, keep=1).save(7, modules=modules, optimizers={}, extra={}, rank_extra={}, config_yaml="")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drawn(place, checkpoint, tmp_path_factory):
+    """The output of one run with every kind of picture."""
+    output = tmp_path_factory.mktemp("drawn")
+    everything = "pictures=[image_pca,joint_pca,norms,nearest,clusters,dictionary]"
+    assert run(place, output, everything, f"clustering_checkpoint={checkpoint}", "dictionary_atoms=[3]") == 0
+    return output
+
+
+def test_every_picture_is_there_with_a_square_for_each_patch(drawn):
+    kinds = {str(path.parent.relative_to(drawn / "artifacts")) for path in drawn.rglob("0*.png")}
+    signs = {f"rgb_{a}{b}{c}" for a in "pn" for b in "pn" for c in "pn"} - {"rgb_ppp"} | {"rgb"}
+    expected = {"norms", "nearest", "clusters", "dictionary/3_atoms"}
+    expected |= {f"image_pca/{name}" for name in signs} | {f"image_pca/component_{i}" for i in (1, 2, 3)}
+    expected |= {f"joint_pca/{name}" for name in signs} | {f"joint_pca/component_{i}" for i in (1, 2, 3, 4)}
+    assert kinds == expected
+    for kind in kinds:
+        files = sorted(path.name for path in (drawn / "artifacts" / kind).iterdir())
+        assert files == [f"{i:06d}.png" for i in range(7)], kind
+        picture = pixels(drawn / "artifacts" / kind / "000003.png")
+        assert picture.shape == (16, 16, 3), kind
+        squares = picture.reshape(4, 4, 4, 4, 3)
+        if kind != "clusters":  # has borders
+            assert (squares == squares[:, :1, :, :1]).all(), f"{kind}: a patch has one colour"
+    for figure in ("overview", "norms", "nearest"):
+        path = drawn / "artifacts" / f"{figure}.png"
+        assert pixels(path).std() > 20, f"{figure}.png is empty"
+        assert path.stat().st_size < 1e6
+
+
+def test_a_flipped_sign_inverts_its_colour(drawn):
+    rgb, flipped = (pixels(drawn / "artifacts" / "image_pca" / name / "000002.png") for name in ("rgb", "rgb_pnp"))
+    assert np.array_equal(rgb[..., [0, 2]], flipped[..., [0, 2]])
+    assert np.abs(rgb[..., 1] + flipped[..., 1] - 255).max() <= 1
+    assert rgb[..., 1].std() > 20
+
+
+def test_results_say_what_the_pictures_show(drawn):
+    results = results_in(drawn)
+    for kind, num in (("image_pca", 3), ("joint_pca", 4)):
+        shares = results[kind]["explained_variance_ratio"]
+        assert len(shares) == num
+        assert sorted(shares, reverse=True) == shares
+        assert 0 < sum(shares) <= 1
+    assert results["norms"]["of"] == "tokens before norm"
+    assert results["norms"]["min"] < results["norms"]["median"] < results["norms"]["max"]
+    assert results["nearest"]["query"] == [0, 2, 2]
+    assert 1 <= results["clusters"]["used"] <= results["clusters"]["num_clusters"] == 5
+    assert results["clusters"]["is_its_teacher"] is False
+    assert 0 < results["dictionary"]["explained_variance"]["3"] < 1
+
+
+def test_what_is_there_is_not_drawn_again_and_what_is_asked_for_anew_is(place, checkpoint, drawn, caplog):
+    same = ["pictures=[image_pca,norms,nearest]", "dictionary_atoms=[3]", f"clustering_checkpoint={checkpoint}"]
+    watched = [drawn / "artifacts" / kind / "000001.png" for kind in ("image_pca/rgb", "norms", "nearest")]
+    before = [path.stat().st_mtime_ns for path in watched]
+    assert run(place, drawn, *same) == 0
+    assert [path.stat().st_mtime_ns for path in watched] == before
+    assert run(place, drawn, *same, "query=[3,0,1]") == 0
+    after = [path.stat().st_mtime_ns for path in watched]
+    assert after[:2] == before[:2], "only the nearest patches depend on the query"
+    assert after[2] > before[2]
+    assert results_in(drawn)["nearest"]["query"] == [3, 0, 1]
+    assert set(results_in(drawn)) == {"image_pca", "joint_pca", "norms", "nearest", "clusters", "dictionary"}
+    assert run(place, drawn, *same, "whiten=false") == 2, "another config needs another folder"
+
+
+def pictures_on_rank(args):
+    torch.set_num_threads(1)
+    vis.EVALUATION.run(load_config(vis.VisualizationsConfig, None, args), torch.device("cpu"))
+
+
+def test_two_ranks_draw_what_one_draws(place, checkpoint, tmp_path):
+    more = [
+        "pictures=[image_pca,joint_pca,norms,nearest,clusters,dictionary]",
+        f"clustering_checkpoint={checkpoint}",
+        "dictionary_atoms=[3]",
+        "batch_size=3",
+    ]
+    one, two = tmp_path / "one", tmp_path / "two"
+    pictures_on_rank(arguments(place, one, *more))
+    run_on_ranks(pictures_on_rank, 2, arguments(place, two, *more))
+    names = [{str(path.relative_to(folder)) for path in folder.rglob("*.png")} for folder in (one, two)]
+    assert names[0] == names[1]
+    worst = {name: np.abs(pixels(one / name) - pixels(two / name)).max() for name in names[0] if "/0" in name}
+    assert len(worst) > 150
+    assert max(worst.values()) <= 1, f"differ: {[name for name, by in worst.items() if by > 1]}"
+
+    def flat(tree):
+        return [x for v in tree.values() for x in (flat(v) if isinstance(v, dict) else np.ravel(v).tolist())]
+
+    a, b = flat(results_in(one)), flat(results_in(two))
+    assert all(x == pytest.approx(y, rel=1e-3) if isinstance(x, float) else x == y for x, y in zip(a, b, strict=True))
+
+
+def test_command_as_typed(tmp_path):
+    images = ROOT / "demo_data" / "emoji_on_scenes" / "val" / "images"
+    override = (
+        "model_loader_kwargs.config_override={model: {patch_size: 16, transformers_kwargs: {embed_dim: 32, "
+        "block_kwargs: {attn_kwargs: {num_heads: 2}}}, encoder_kwargs: {depth: 1}, decoder_kwargs: {depth: 1}}}"
+    )
+    done = run_cli(
+        "eval_visualizations.py",
+        f"output_dir={tmp_path}",
+        f"dataset=custom://Images?root='{images}'",
+        override,
+        "resolution=96",
+        "num_images=4",
+        "device=cpu",
+        "num_workers=0",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no clusters are drawn" in done.stderr
+    assert "clustering_checkpoint" in done.stderr
+    assert set(results_in(tmp_path)) == {"image_pca", "joint_pca", "norms", "nearest"}
+    kinds = sorted(path.name for path in (tmp_path / "artifacts").iterdir())
+    assert kinds == ["image_pca", "joint_pca", "nearest", "nearest.png", "norms", "norms.png", "overview.png"]
+    chosen = sorted(path.stem for path in (tmp_path / "artifacts" / "image_pca" / "rgb").iterdir())
+    assert chosen == ["000000", "000040", "000079", "000119"]
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["resolution=18"], r"resolution=18: must be a multiple of 4, the patch size of .*tiny.py, such as 16 or 20"),
+        (["resolution=2"], "such as 4 or 4|such as 4 or"),
+        (["query=[0,4,0]"], r"query=\[0, 4, 0\]: row and column must be below 4"),
+        (["query=[7,0,0]"], r"query=\[7, 0, 0\]: the data set has 7 images"),
+        (["query=[1,2]"], r"query=\[1, 2\]: must be \[number of the image, row, column\]"),
+        (["image_components=16"], "image_components=16: an image of 16 pixels has 16 patches, .* raise resolution"),
+        (["num_images=1", "joint_components=16"], "joint_components=16: all images .* 16 patches, .* num_images"),
+        (["joint_components=17"], "joint_components=17: must be at most 16, the width of the features"),
+        (["image_components=2"], "image_components=2: must be at least 3"),
+        (["pictures=[pca]"], "pictures='pca': must be one of image_pca, joint_pca"),
+        (["pictures=[]"], r"pictures=\[\]: must name some of"),
+        (["dictionary_atoms=[11]"], r"dictionary_atoms=\[11\]: must be numbers from 2 to 10"),
+        (["outlier_norm=0"], "outlier_norm=0.0: must be above 0"),
+        (["num_images=0"], "num_images=0: must be at least 1"),
+        (["clustering_checkpoint=/nowhere"], "clustering_checkpoint='/nowhere': there is no such file"),
+    ],
+)
+def test_bad_values_name_the_key_and_the_remedy(place, tmp_path, capsys, overrides, message):
+    assert run(place, tmp_path, *overrides) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_more_images_than_there_are_draws_all_and_says_so(place, tmp_path, capsys):
+    assert run(place, tmp_path, "num_images=8", "pictures=[norms]") == 0
+    assert "num_images=8: the data set has 7 images, all are drawn" in capsys.readouterr().err
+
+
+def test_clustering_head_must_fit_be_there_and_be_readable(place, checkpoint, tmp_path, capsys):
+    def message(source, *more):
+        assert run(place, tmp_path / "out", f"clustering_checkpoint={source}", "pictures=[clusters]", *more) == 2
+        return capsys.readouterr().err
+
+    assert "takes features of width 16, and the model gives 8" in message(checkpoint, "model_loader_kwargs.width=8")
+    (tmp_path / "empty").mkdir()
+    assert "has no training checkpoint; give the run's folder" in message(tmp_path / "empty")
+    torch.save({"backbone.weight": torch.zeros(2)}, tmp_path / "student.pth")
+    assert "has no tensor clustering.layer.weight" in message(tmp_path / "student.pth")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    step = Checkpoints(checkpoint, keep=1).newest()
+    assert step is not None
+    for file in step.iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes()[: 40 if file.suffix == ".distcp" else None])
+    assert "cannot be read" in message(damaged)
+
+
+def test_clustering_head_of_a_file_is_that_of_the_checkpoint(place, checkpoint, tmp_path):
+    module = nn.Linear(1, 1)
+    of_run = vis.read_clustering_head(str(checkpoint), module, WIDTH)
+    torch.save(
+        {"clustering.layer.weight": of_run.weight, "clustering.layer.bias": of_run.bias}, Path(tmp_path / "head.pth")
+    )
+    of_file = vis.read_clustering_head(str(tmp_path / "head.pth"), module, WIDTH)
+    assert torch.equal(of_run.weight, of_file.weight)
+    assert of_file.is_teacher is None
+    with pytest.raises(UserError, match="width 16, and the model gives 3"):
+        vis.read_clustering_head(str(checkpoint), module, 3)
