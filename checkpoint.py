@@ -522,8 +522,7 @@ def export_weights(path: Path, modules: Modules, config_yaml: str) -> None:
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path.with_suffix(".yaml"), config_yaml)
-        with _replacing(path) as temporary, temporary.open("wb") as file, _os_errors_shown():
-            torch.save(weights, file)
+        save_atomically(path, weights)
 
     try:
         _on_rank_0(write)
@@ -531,14 +530,48 @@ def export_weights(path: Path, modules: Modules, config_yaml: str) -> None:
         raise UserError(f"The weights could not be exported to {str(path)!r}: {_reason(error)}") from error
 
 
+def read_weights(path: Path, module: str) -> dict[str, Tensor]:
+    """The weights of one module of a training checkpoint, by state-dict key, whole and on the CPU; for one process.
+
+    Args:
+        path: checkpoint folder; of trusted origin, see `Checkpoints`.
+        module: its name in the checkpoint, for CAPI `student` or `student_ema`.
+
+    Raises: UserError if the checkpoint is damaged or has no such module.
+    """
+    problem = _problem_with(path)
+    if problem:
+        raise UserError(f"The checkpoint {str(path)!r} is unreadable: {problem}")
+    reader = FileSystemReader(path)
+    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    prefix = f"{module}."
+    weights = {
+        key: torch.empty(described.size, dtype=described.properties.dtype)
+        for key, described in saved.items()
+        if key.startswith(prefix)
+    }
+    if not weights:
+        raise UserError(f"The checkpoint {str(path)!r} has no module {module!r}")
+    _single_process_is_fine()
+    load_tensors(weights, storage_reader=reader)
+    return {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader, also one after a crash, finds the old text or the new one and nothing between."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text)
 
 
+def save_atomically(path: Path, value: Any) -> None:
+    """As `write_text_atomically`, for tensors in containers, which `torch.load(path, weights_only=True)` reads."""
+    with replacing(path) as temporary, temporary.open("wb") as file, _os_errors_shown():
+        torch.save(value, file)
+
+
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` in one step when the block ends, or is deleted if it raises."""
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         yield temporary

@@ -14,6 +14,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
+from default_eval_config import EVALS
 from utils import UserError
 
 DEFAULT_PRETRAIN_CONFIG = Path(__file__).parent / "default_pretrain_config.yaml"
@@ -99,6 +100,35 @@ class CheckpointingConfig:
 
 
 @dataclass(frozen=True)
+class ProbeConfig:
+    """Scores of the teacher on a small labelled set, computed in between steps; see probe.py."""
+
+    every: int
+    """Steps between probes; 0 for none. At a period of 100 steps or more it costs less than 2 % of the time, for sets
+    of up to a thousand images."""
+    train_dataset: str | None
+    """Data URL of images with class labels, to fit on."""
+    test_dataset: str | None
+    """Data URL of images with class labels, to score."""
+    max_images: int
+    """Images of each set, evenly spaced; they stay in memory."""
+    k: int
+    """Neighbours that vote."""
+
+    def __post_init__(self) -> None:
+        """Check that there is something to probe with."""
+        for key in ("train_dataset", "test_dataset"):
+            require(
+                self.every <= 0 or getattr(self, key) is not None,
+                f"train.probe.{key}",
+                None,
+                "is needed for train.probe.every > 0: a data URL of labelled images",
+            )
+        require(self.max_images > 1, "train.probe.max_images", self.max_images, "must be at least 2")
+        require(self.k > 0, "train.probe.k", self.k, "must be at least 1")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The run itself: where it writes, on what it runs, how often it reports."""
 
@@ -110,6 +140,9 @@ class TrainConfig:
     """Continue from the newest checkpoint in output_dir if there is one."""
     resume_from: str | None
     """Continue from this checkpoint folder instead of the newest one, for example after the newest was damaged."""
+    init_from: str | None
+    """Path or URL of weights (an export, or a released model) from which student, average and teacher start; null for
+    random ones. The two heads always start random. Without effect once the run has a checkpoint."""
     seed: int
     """Seed of initial weights, data order, crops, masks and drop-path. All are functions of it and of the step."""
     nan_check_period: int
@@ -123,6 +156,7 @@ class TrainConfig:
     profiling: bool
     """Write a profiler trace and a memory snapshot of a few early steps to output_dir/profile."""
     checkpointing: CheckpointingConfig
+    probe: ProbeConfig
 
     def __post_init__(self) -> None:
         """Check ranges and choices."""
@@ -514,11 +548,20 @@ class EvalConfig:
     model_setup_script: str
     """Model file whose loader builds the model."""
     eval_config: dict[str, Any]
-    """Evaluations to run, as in default_eval_config.py."""
+    """Name -> script and its keys, or for a name of default_eval_config.py only the keys that change."""
+    where: str
+    """process: on this machine, while training goes on. inline: on this machine, while training waits. slurm: as a job.
+    auto: slurm for a training that is a Slurm job, else process."""
 
     def __post_init__(self) -> None:
-        """Check the choice of model."""
+        """Check the choices."""
         require_one_of("evals.*.model_to_eval", self.model_to_eval, ("student", "student_ema"))
+        require_one_of("evals.*.where", self.where, ("auto", "process", "inline", "slurm"))
+        for name, entry in self.eval_config.items():
+            known = name in EVALS or (isinstance(entry, dict) and "script" in entry)
+            require(
+                known, f"evals.*.eval_config.{name}", entry, f"needs script, or a name of {', '.join(sorted(EVALS))}"
+            )
 
 
 @dataclass(frozen=True)

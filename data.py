@@ -144,7 +144,7 @@ class SampleMaker:
         Raises: BadImageError if the file cannot be read.
         """
         image = sample.image(self.reduction)
-        with _seeded(derive_seed(self.seed, "crop", *key)):
+        with seeded(derive_seed(self.seed, "crop", *key)):
             return self.transform(image)
 
     def mask(self, *key: int) -> tuple[Int64[Tensor, " v"], Int64[Tensor, " m"]]:
@@ -170,7 +170,7 @@ class SampleMaker:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed the CPU's global random numbers and put them back afterwards; torch.manual_seed would touch the GPU's."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -5,7 +5,7 @@ This file is also a model file in the sense of the evaluations: `load_model` bui
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils import UserError
+from weights import load_backbone_weights, load_from_hub, read_state_dict, with_hub_methods
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -289,6 +290,20 @@ class EncoderDecoder(nn.Module):
         out_layer: int = -1,
     ) -> None:
         super().__init__()
+        self.arguments: dict[str, Any] = {  # what builds this model again; `save_pretrained` writes it
+            "patch_size": patch_size,
+            "in_chans": in_chans,
+            "norm_layer_type": norm_layer_type,
+            "n_registers": n_registers,
+            "register_coordinates": register_coordinates,
+            "scale_reg_to_visible": scale_reg_to_visible,
+            "transformers_kwargs": transformers_kwargs,
+            "encoder_kwargs": encoder_kwargs,
+            "decoder_kwargs": decoder_kwargs,
+            "norm_layer_kwargs": norm_layer_kwargs,
+            "final_norm_kwargs": final_norm_kwargs,
+            "out_layer": out_layer,
+        }
         if not hasattr(nn, norm_layer_type):
             raise UserError(f"norm_layer_type={norm_layer_type!r} is not a layer of torch.nn; try RMSNorm or LayerNorm")
         norm_type = getattr(nn, norm_layer_type)
@@ -363,6 +378,97 @@ class EncoderDecoder(nn.Module):
         registers, feature_map = out.split([self.n_registers, hp * wp], dim=1)
         return Features(predicted.mean(dim=1), registers, feature_map.unflatten(1, (hp, wp)))
 
+    def get_intermediate_layers(
+        self,
+        x: Float[Tensor, "b c h w"],
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        norm: bool = True,
+        return_registers: bool = False,
+    ) -> tuple[Any, ...]:
+        """Patch tokens after chosen blocks of the encoder, called as DINOv2's method of that name.
+
+        Args:
+            x: normalised images; both sides must be multiples of the patch size.
+            n: how many of the last blocks, or which ones: 0 is the first, -1 the last.
+            reshape: `[b, d, rows, columns]` instead of `[b, patches, d]`.
+            norm: put them through the encoder's final norm, as `forward` does.
+            return_registers: give (patch tokens, registers `[b, registers, d]`) for each block.
+
+        Returns: one item per block, first block first.
+        Raises: UserError for a block that does not exist.
+        """
+        output_fmt = "NCHW" if reshape else "NLC"
+        _, chosen = self._run_encoder(x, self._which_blocks("n", n), stop_early=True)
+        return tuple(self._intermediates(x, chosen, return_registers, norm, output_fmt))
+
+    def forward_intermediates(
+        self,
+        x: Float[Tensor, "b c h w"],
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Features after chosen blocks of the encoder, called as timm's method of that name.
+
+        Args:
+            x: normalised images; both sides must be multiples of the patch size.
+            indices: how many of the last blocks, which ones (0 is the first, -1 the last), or None for all.
+            return_prefix_tokens: give (features, registers `[b, registers, d]`) for each block.
+            norm: put the intermediate features through the encoder's final norm; the final tokens always are.
+            stop_early: do not run the blocks after the last chosen one.
+            output_fmt: `NCHW` for `[b, d, rows, columns]`, `NLC` for `[b, patches, d]`.
+            intermediates_only: leave out the final tokens.
+
+        Returns: final tokens `[b, registers + patches, d]` and the list of intermediate features, first block first;
+            or that list alone.
+        Raises: UserError for a block that does not exist, or another format.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise UserError(f"output_fmt={output_fmt!r} must be one of NCHW, NLC")
+        blocks = self._which_blocks("indices", self.n_blocks if indices is None else indices)
+        last, chosen = self._run_encoder(x, blocks, stop_early=stop_early)
+        intermediates = self._intermediates(x, chosen, return_prefix_tokens, norm, output_fmt)
+        return intermediates if intermediates_only else (self.encoder.norm(last), intermediates)
+
+    def _which_blocks(self, name: str, chosen: int | Sequence[int]) -> list[int]:
+        depth = self.n_blocks
+        indices = range(-chosen, 0) if isinstance(chosen, int) else chosen
+        if not indices or min(indices) < -depth or max(indices) >= depth:
+            raise UserError(f"{name}={chosen!r}: the encoder has {depth} blocks, 0 to {depth - 1}")
+        return sorted({index % depth for index in indices})
+
+    def _run_encoder(
+        self, x: Float[Tensor, "b c h w"], blocks: Sequence[int], *, stop_early: bool
+    ) -> tuple[Float[Tensor, "b rn d"], list[Float[Tensor, "b rn d"]]]:
+        """Tokens after the last block that ran, and after each of `blocks`, none of them normed."""
+        patches, hp, wp = self._embed_patches(x)
+        hidden, coords = self._prepend_registers(
+            patches, self._grid_coordinates(hp, wp, x.device).expand(x.shape[0], -1, -1)
+        )
+        chosen = []
+        for index, block in enumerate(self.encoder.blocks[: blocks[-1] + 1 if stop_early else None]):
+            hidden = block(hidden, None, coords, coords)
+            if index in blocks:
+                chosen.append(hidden)
+        return hidden, chosen
+
+    def _intermediates(
+        self, x: Tensor, chosen: Sequence[Tensor], with_registers: bool, norm: bool, output_fmt: str
+    ) -> list[Any]:
+        grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
+        intermediates: list[Any] = []
+        for hidden in chosen:
+            tokens = self.encoder.norm(hidden) if norm else hidden
+            patches = tokens[:, self.n_registers :]
+            if output_fmt == "NCHW":
+                patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
+            intermediates.append((patches, tokens[:, : self.n_registers]) if with_registers else patches)
+        return intermediates
+
     def forward_pretrain(
         self,
         x: Float[Tensor, "b c h w"],
@@ -399,6 +505,45 @@ class EncoderDecoder(nn.Module):
         predictions = self.decoder(queries, query_coords, encoded, token_coords)
         return encoder_patches, predictions.flatten(0, 1)
 
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> "EncoderDecoder":
+        """Load what `save_pretrained` or `push_to_hub` wrote: a folder, or a repository of the Hugging Face Hub.
+
+        Args:
+            name_or_path: `owner/name`, or a folder with `config.json` and `model.safetensors`.
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, as for any model of the hub;
+                `map_location`, where to put the model; arguments of the model, which win over `config.json`.
+
+        Returns: the model in eval mode.
+        Raises: UserError if it is not there or does not fit.
+        """
+        return load_from_hub(cls, str(name_or_path), kwargs)
+
+    def save_pretrained(self, folder: str | Path, *, card: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        """Write `model.safetensors`, `config.json` and a model card `README.md`, if there is none, into a folder.
+
+        Args:
+            folder: made if it does not exist.
+            card: for the model card: any of `license` (of the weights; apache-2.0 if not given), `name` and `training`
+                (on what, for how long: a sentence of yours).
+            kwargs: as for `save_pretrained` of huggingface_hub's mixin.
+        """
+        card = {"name": str(folder)} | dict(card or {})
+        return with_hub_methods(self).save_pretrained(folder, model_card_kwargs=card, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, card: Mapping[str, Any] | None = None, **kwargs: Any) -> str:
+        """Upload to the Hugging Face Hub what `save_pretrained` writes; needs `hf auth login` or `token`.
+
+        Args:
+            repo_id: `owner/name`; made if it does not exist.
+            card: as for `save_pretrained`.
+            kwargs: `private`, `token`, `branch`, `commit_message`, `create_pr`, as for any model of the hub.
+
+        Returns: address of the commit.
+        """
+        card = {"name": repo_id} | dict(card or {})
+        return with_hub_methods(self).push_to_hub(repo_id, model_card_kwargs=card, **kwargs)
+
     def _embed_patches(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n d"], int, int]:
         p = self.patch_size
         if x.shape[-2] % p or x.shape[-1] % p:
@@ -410,7 +555,7 @@ class EncoderDecoder(nn.Module):
         return embedded.flatten(2).transpose(1, 2), embedded.shape[-2], embedded.shape[-1]
 
     def _grid_coordinates(self, hp: int, wp: int, device: torch.device) -> Float[Tensor, "1 n 2"]:
-        rows, columns = torch.linspace(0, 1, hp, device=device), torch.linspace(0, 1, wp, device=device)
+        rows, columns = _linspace(hp, device), _linspace(wp, device)
         return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).view(1, hp * wp, 2)
 
     def _prepend_registers(
@@ -424,6 +569,12 @@ class EncoderDecoder(nn.Module):
             register_coords = low + register_coords * (high - low)
         registers = self.registers.to(patches.dtype).expand(b, -1, -1)
         return torch.cat([registers, patches], dim=1), torch.cat([register_coords, coords], dim=1)
+
+
+def _linspace(num: int, device: torch.device) -> Float[Tensor, " num"]:
+    """`torch.linspace(0, 1, num)` up to rounding; that function would fix `num` in compiled and exported models."""
+    index = torch.arange(num, device=device, dtype=torch.float32)
+    return index / index[-1:].clamp(min=1)
 
 
 def edge_coordinates(num_registers: int, kind: str, device: torch.device | None = None) -> Float[Tensor, "r 2"]:
@@ -486,38 +637,3 @@ def load_model(
 
 
 __model_loader__ = load_model  # the name that evaluation scripts look for in a model file
-
-
-def read_state_dict(path_or_url: str) -> dict[str, Tensor]:
-    """Read tensors from a path or URL without executing anything the file may contain."""
-    if "://" in path_or_url:
-        return torch.hub.load_state_dict_from_url(path_or_url, map_location="cpu", weights_only=True)
-    if not Path(path_or_url).is_file():
-        raise UserError(f"There is no weights file {path_or_url!r}")
-    return torch.load(path_or_url, map_location="cpu", weights_only=True)
-
-
-def load_backbone_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Copy the `backbone.` part of a state dict (or all of it if there is no such prefix) into `model`, exactly.
-
-    Raises: UserError naming missing, unexpected and misshapen keys.
-    """
-    prefix = "backbone."
-    own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    own = own or dict(state_dict)
-    expected = model.state_dict()
-    wrong = {
-        "missing": sorted(expected.keys() - own.keys()),
-        "unexpected": sorted(own.keys() - expected.keys()),
-        "of another shape": [
-            f"{key} ({list(own[key].shape)}, expected {list(expected[key].shape)})"
-            for key in sorted(own.keys() & expected.keys())
-            if own[key].shape != expected[key].shape
-        ],
-    }
-    if any(wrong.values()):
-        details = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:5])}" for what, keys in wrong.items() if keys)
-        raise UserError(
-            f"The weights in {source!r} do not fit the model ({details}). Give the config they were trained with."
-        )
-    model.load_state_dict(own)

@@ -9,6 +9,7 @@ Later files and overrides win over earlier ones, and all over default_pretrain_c
 
 import argparse
 import contextlib
+import functools
 import gc
 import logging
 import sys
@@ -30,6 +31,7 @@ from clustering import L2NormLinear, OnlineClustering, entropy, soft_cross_entro
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
 from data import Batch, DevicePrefetcher, PretrainLoader, derive_seed, merge_positions, normalize
 from distributed import all_reduce_sum_, pick_device, rank, session, world_size
+from evals import EvalRuns
 from fsdp import Sharding, average_gradients_, compile_function, gathered, parallelize, recompute_blocks
 from launch import StopRequest, requeue, was_requeued
 from masking import MaskPlan
@@ -44,7 +46,9 @@ from optim import (
     make_student_optimizer,
     set_hyper,
 )
+from probe import Probe
 from utils import UserError, due, git_revision, setup_logging
+from weights import backbone_part, load_backbone_weights, read_state_dict
 
 logger = logging.getLogger("capi")
 
@@ -85,7 +89,9 @@ class TrainState:
     what a run exports; `clustering`, the teacher's head.
     """
 
-    def __init__(self, cfg: CapiConfig, device: torch.device, *, compiled: bool = True) -> None:
+    def __init__(
+        self, cfg: CapiConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
+    ) -> None:
         self.cfg, self.device, self.step = cfg, device, 0
         self.dtype: torch.dtype = getattr(torch, cfg.efficiency.param_dtype)
         efficiency = cfg.efficiency
@@ -99,6 +105,8 @@ class TrainState:
         torch.manual_seed(derive_seed(cfg.train.seed, "init"))
         # One after the other: where weights are divided, no rank ever holds two whole modules.
         self.student = _materialise(self._make_student, device)
+        if init_from is not None and rank() == 0:
+            start_from(self.student["backbone"], init_from)
         recompute_blocks(_blocks_of(self.student), efficiency.rematerialization)
         parallelize(self.student, self.sharding, device, _blocks_of(self.student))
         self.student_ema = _materialise(self._make_student, device).requires_grad_(False).eval()
@@ -199,6 +207,28 @@ def _materialise(make: Any, device: torch.device) -> Any:
     return module
 
 
+def start_from(backbone: nn.Module, path_or_url: str) -> None:
+    """Copy the weights of `train.init_from` into a fresh backbone, and say what stays random.
+
+    A predictor that is missing as a whole does. So do the heads: the released weights have no clustering head, and the
+    student's is of no use with the prototypes of another one.
+
+    Raises: UserError if the weights do not fit.
+    """
+    weights = backbone_part(read_state_dict(path_or_url, key="train.init_from"))
+    predictor = {
+        key: value for key, value in backbone.state_dict().items() if key.startswith(("decoder.", "mask_token"))
+    }
+    has_predictor = not predictor.keys().isdisjoint(weights)
+    load_backbone_weights(backbone, weights if has_predictor else predictor | weights, path_or_url)
+    random = "" if has_predictor else "the predictor, which the file lacks, "
+    logger.info(
+        "student, average and teacher start from %s; %sthe student's head and the clustering head start random",
+        path_or_url,
+        random,
+    )
+
+
 def train_step(
     state: TrainState, batches: Sequence[Batch], hyper: Hyper, *, with_usage: bool = False, with_health: bool = False
 ) -> dict[str, Tensor]:
@@ -280,8 +310,11 @@ def _health(features: Float[Tensor, "b n d"]) -> dict[str, Tensor]:
 
 def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
     """Train up to `optim.total_iters` finished updates, or until a signal; continue what is in `output_dir`."""
-    state = TrainState(cfg, device)
     saving = cfg.train.checkpointing
+    continues = (
+        cfg.train.resume_from is not None or Checkpoints(output_dir, keep=saving.max_to_keep).newest() is not None
+    )
+    state = TrainState(cfg, device, init_from=None if continues else cfg.train.init_from)
     checkpoints = Checkpoints(output_dir, keep=saving.max_to_keep, async_save=saving.async_save)
     saved = restore(state, checkpoints)
     meters = Metrics(output_dir, cfg.train.loggers, config=asdict(cfg), enabled=rank() == 0)
@@ -291,6 +324,14 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
     if rank() == 0:
         write_text_atomically(output_dir / "config.yaml", to_yaml(cfg))
     log_start(cfg, state, saved)
+    probe = None
+    if cfg.train.probe.every > 0:
+        probe = Probe(
+            cfg.train.probe,
+            images_size=cfg.data.images_size,
+            batch_size=cfg.optim.batch_size_per_gpu,
+            device=device,
+        )
 
     total, every = cfg.optim.total_iters, cfg.train.log_loss_every
     with StopRequest() as stop:
@@ -323,6 +364,9 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
                 )
             )
             stack.enter_context(_manual_garbage_collection())
+            evals = EvalRuns(output_dir, cfg.evals, cfg.launcher, device=cfg.train.device, kept_step=state.step)
+            stack.callback(evals.close)
+            export_now = functools.partial(export_one, state)
             watch, speed = FiniteWatch(), _throughput(cfg, device)
             stopping, waited = False, 0.0
             while state.step < total and not stopping:
@@ -350,6 +394,8 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
                 if logs:
                     log_step(cfg, bar, meters.write(step, **speed.read(total - step)))
                     gc.collect(1)
+                if probe is not None and (done or due(step, cfg.train.probe.every)):
+                    log_probe(meters.append(step, probe(functools.partial(encode, state))))
                 if saves:
                     checkpoints.save(
                         step,
@@ -361,6 +407,14 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
                     )
                 if done or stopping:
                     checkpoints.wait()  # here, where a second signal does not end it
+                if not done and not stopping:
+                    evals.launch_due(step, export_now, stop)
+                if logs:
+                    evals.record(meters, step)
+            if state.step == total:
+                evals.launch_due(total, export_now, stop, final=True)
+                evals.wait(stop)
+                evals.record(meters, total)
         if state.step < total:
             logger.info("stopped by %s after %d of %d steps; the same command continues", stop.name, state.step, total)
             requeue(stop)
@@ -393,13 +447,23 @@ def restore(state: TrainState, checkpoints: Checkpoints) -> SavedState | None:
     return saved
 
 
+def encode(state: TrainState, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+    """The teacher's patch features, not compiled, for batches of any size."""
+    backbone: Any = state.student_ema["backbone"]
+    return do_teacher(backbone, images, state.dtype)
+
+
+def export_one(state: TrainState, name: str, path: Path) -> None:
+    """Write `student` or `student_ema` in the format of the released weights, with its config beside it."""
+    module: Any = state.modules[name]
+    export_weights(path, dict(module.items()), to_yaml(state.cfg))
+
+
 def export(state: TrainState, output_dir: Path) -> list[Path]:
-    """Write student and average in the format of the released weights, each with its config beside it."""
-    paths = []
-    for name, module in (("student", state.student), ("student_ema", state.student_ema)):
-        path = output_dir / f"{name}.pth"
-        export_weights(path, dict(module.items()), to_yaml(state.cfg))
-        paths.append(path)
+    """Write both to the folder of the run."""
+    paths = [output_dir / f"{name}.pth" for name in ("student", "student_ema")]
+    for path in paths:
+        export_one(state, path.stem, path)
     return paths
 
 
@@ -487,8 +551,10 @@ def log_start(cfg: CapiConfig, state: TrainState, saved: SavedState | None) -> N
     warning = metrics.batch_warning(global_batch_size(cfg), cfg.capi.num_clusters)
     if warning:
         logger.warning(warning)
-    if cfg.evals:
-        logger.warning("evals: %s: this version has no evaluations; none will run", ", ".join(cfg.evals))
+    for name, evaluation in (cfg.evals or {}).items():
+        when = [f"every {evaluation.period} steps"] if evaluation.period > 0 else []
+        when += ["at the end"] if evaluation.final else []
+        logger.info("evals.%s: %s, %s", name, ", ".join(evaluation.eval_config), " and ".join(when) or "never")
     if saved is None:
         logger.info("starting at step 0 of %d", cfg.optim.total_iters)
     else:
@@ -519,6 +585,17 @@ def log_step(cfg: CapiConfig, bar: Any, values: dict[str, float]) -> None:
         seconds,
     )
     bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+
+
+def log_probe(values: dict[str, float]) -> None:
+    """One line for people."""
+    logger.info(
+        "step %d  probe: k-NN %.1f %%, linear %.1f %%, in %.1f s",
+        values["step"],
+        100 * values["probe_knn"],
+        100 * values["probe_linear"],
+        values["probe_s"],
+    )
 
 
 def dry_run(cfg: CapiConfig) -> str:

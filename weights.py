@@ -197,6 +197,16 @@ def _first_sentence(error: Exception) -> str:
     return re.split(r"\. |\n", str(error).strip())[0] or type(error).__name__
 
 
+def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """`safetensors.torch.save_file`, but others may read the file as they may any new one; it forbids them."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+    path.chmod(mode)
+
+
 def backbone_part(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries under `backbone.`, without that prefix; all of them if none has it."""
     prefix = "backbone."
@@ -327,6 +337,9 @@ def _hub_class(model_class: Any) -> Any:
             model.to_empty(device=map_location)
             load_backbone_weights(model, read_state_dict(file, key="from_pretrained"), model_id)
             return model.eval()
+
+        def _save_pretrained(self, save_directory: Path) -> None:
+            save_safetensors(self.state_dict(), save_directory / "model.safetensors", {"format": "pt"})
 
         def generate_model_card(self, *, name: str, license: str = "apache-2.0", training: str = "") -> Any:  # noqa: A002  # the hub's word
             text = MODEL_CARD.format(

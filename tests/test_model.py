@@ -1,11 +1,15 @@
 """model.py against the golden numbers, and its properties."""
 
 import math
+import os
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import pytest
 import torch
-from conftest import load_golden, load_golden_json, seeded
+from conftest import ROOT, load_golden, load_golden_json, seeded
 from torch import Tensor, nn
 
 from clustering import L2NormLinear, OnlineClustering
@@ -266,3 +270,128 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(UserError, match=message):
         load_model(pretrained_weights=tmp_path / "w.pth", config_override=small)
+
+
+def test_patch_coordinates_run_from_0_to_1():
+    for num in (1, 2, 3, 16, 37, 1000):
+        expected = torch.linspace(0, 1, num, dtype=torch.float64)
+        torch.testing.assert_close(
+            tiny_model()._grid_coordinates(num, 2, torch.device("cpu"))[0, ::2, 0].double(), expected, atol=1e-7, rtol=0
+        )
+
+
+def test_one_model_takes_images_of_any_size_and_shape():
+    """What a call gives depends on its own images alone: not on the sizes before, not on the rest of the batch."""
+    model = tiny_model().eval()
+    images = {size: torch.randn(2, 3, *size, generator=seeded(0)) for size in ((8, 8), (16, 24), (4, 4), (24, 16))}
+    first = {size: model(x) for size, x in images.items()}
+    for size, x in reversed(images.items()):
+        out = model(x[1:])
+        assert out.feature_map.shape == (1, size[0] // 4, size[1] // 4, 32)
+        for now, before in zip(out, first[size], strict=True):
+            torch.testing.assert_close(now, before[1:], atol=1e-5, rtol=0)
+
+
+def test_the_last_intermediate_layer_is_the_feature_map():
+    model, x = tiny_model().eval(), torch.randn(2, 3, 8, 12)
+    out = model(x)
+    (patches,) = model.get_intermediate_layers(x)
+    assert torch.equal(patches, out.feature_map.flatten(1, 2))
+    ((patches, registers),) = model.get_intermediate_layers(x, 1, reshape=True, return_registers=True)
+    assert patches.is_contiguous()
+    assert torch.equal(patches, out.feature_map.permute(0, 3, 1, 2))
+    assert torch.equal(registers, out.registers)
+
+
+@pytest.mark.parametrize(("n", "blocks"), [(1, [1]), (2, [0, 1]), ([0], [0]), ([-1, 0], [0, 1]), ((1,), [1])])
+def test_intermediate_layers_are_those_of_out_layer(n, blocks):
+    model, x = tiny_model().eval(), torch.randn(1, 3, 8, 8)
+    expected = []
+    for block in blocks:
+        chosen = tiny_model(out_layer=block + 1).eval()
+        chosen.load_state_dict(model.state_dict())
+        expected.append(chosen(x).feature_map.flatten(1, 2))
+    for layers in (
+        model.get_intermediate_layers(x, n),
+        model.forward_intermediates(x, n, norm=True, output_fmt="NLC", intermediates_only=True),
+    ):
+        assert len(layers) == len(blocks)
+        for layer, want in zip(layers, expected, strict=True):
+            assert torch.equal(layer, want)
+
+
+def test_forward_intermediates_gives_final_tokens_and_every_block():
+    model, x = tiny_model().eval(), torch.randn(2, 3, 8, 12)
+    final, intermediates = model.forward_intermediates(x)
+    out = model(x)
+    assert torch.equal(final, torch.cat([out.registers, out.feature_map.flatten(1, 2)], dim=1))
+    assert [tuple(t.shape) for t in intermediates] == [(2, 32, 2, 3)] * 2
+    unnormed = model.get_intermediate_layers(x, 2, reshape=True, norm=False)
+    assert all(torch.equal(a, b) for a, b in zip(intermediates, unnormed, strict=True))
+    ((patches, registers),) = model.forward_intermediates(
+        x, [0], return_prefix_tokens=True, stop_early=True, output_fmt="NLC", intermediates_only=True
+    )
+    assert (patches.shape, registers.shape) == ((2, 6, 32), (2, 4, 32))
+
+
+def test_stop_early_runs_no_block_after_the_last_one_chosen():
+    model, x = tiny_model().eval(), torch.randn(1, 3, 8, 8)
+    ran = []
+    model.encoder.blocks[1].register_forward_hook(lambda *_: ran.append(1))
+    model.forward_intermediates(x, [0], stop_early=True)
+    model.get_intermediate_layers(x, [0])
+    assert not ran
+    model.forward_intermediates(x, [0])
+    assert ran
+
+
+@pytest.mark.parametrize("n", [0, 3, [2], [-3], []])
+def test_blocks_that_do_not_exist_are_refused(n):
+    with pytest.raises(UserError, match=r"n=.*: the encoder has 2 blocks, 0 to 1"):
+        tiny_model().get_intermediate_layers(torch.zeros(1, 3, 8, 8), n)
+    with pytest.raises(UserError, match=r"indices="):
+        tiny_model().forward_intermediates(torch.zeros(1, 3, 8, 8), n)
+
+
+def test_another_output_format_is_refused():
+    with pytest.raises(UserError, match="output_fmt='NHWC' must be one of NCHW, NLC"):
+        tiny_model().forward_intermediates(torch.zeros(1, 3, 8, 8), output_fmt="NHWC")
+
+
+COMPILE_AND_EXPORT = """
+    import torch, torch._dynamo
+    from model import Features
+    from test_model import tiny_model
+
+    model = tiny_model(encoder_kwargs={"depth": 1}, decoder_kwargs={"depth": 1}).eval()
+    images = [torch.randn(b, 3, h, w) for b, h, w in ((2, 16, 24), (3, 8, 8), (5, 20, 12), (2, 24, 24))]
+
+    def check(function, name):
+        for x in images:
+            out = function(x)
+            assert isinstance(out, Features), name
+            for actual, expected in zip(out, model(x), strict=True):
+                torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0, msg=f"{name}, {list(x.shape)}")
+
+    with torch.no_grad():
+        check(torch.compile(model, dynamic=True, fullgraph=True, backend=BACKEND), "compiled")
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "compiled anew for another size"
+        b, rows, columns = (torch.export.Dim(name, min=2) for name in ("b", "rows", "columns"))
+        exported = torch.export.export(model, (images[0],), dynamic_shapes=({0: b, 2: 4 * rows, 3: 4 * columns},))
+        check(exported.module(), "exported")
+"""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_and_exported_models_take_any_size(backend):
+    """In a process of its own: run-time shape checks do not go together with torch.compile and torch.export."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(COMPILE_AND_EXPORT).replace("BACKEND", repr(backend))],
+        cwd=ROOT,
+        env={**os.environ, "JAXTYPING_DISABLE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

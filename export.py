@@ -1,0 +1,211 @@
+"""Write the weights of a training run, or of a file, for other programs.
+
+    python export.py runs/mine backbone.pth                     the newest checkpoint of a run
+    python export.py runs/mine/checkpoints/step_000003750 backbone.safetensors backbone.onnx
+    python export.py student_ema.pth backbone.onnx              a file that was exported before, or an address
+
+`.pth` is the format of the released weights, `.safetensors` has the same keys; both get their config beside them, as
+`.yaml`, where `model.load_model` finds it. `.onnx` takes images of any number and size and gives the three outputs of
+`EncoderDecoder.forward`; it needs: pip install 'capi[onnx]'. The reverse, starting a run from weights, is the key
+`train.init_from`.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import Checkpoints, export_weights, read_weights, replacing
+from clustering import L2NormLinear
+from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
+from model import EncoderDecoder
+from utils import UserError, setup_logging
+from weights import load_backbone_weights, read_state_dict, save_safetensors
+
+logger = logging.getLogger("export")
+
+FORMATS = (".pth", ".safetensors", ".onnx")
+MODELS = ("student_ema", "student")
+ONNX_FILE_LIMIT = 2**31 - 2**26
+"""Bytes of weights up to which they are part of the .onnx file, whose format ends at 2 GiB; beyond, `.onnx.data`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Exportable:
+    """A backbone, and the student's head if there is one, with the configuration that they were trained with."""
+
+    backbone: EncoderDecoder
+    head: nn.Module | None
+    cfg: CapiConfig
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """By their prefix in released weights."""
+        return {"backbone": self.backbone} | ({} if self.head is None else {"head": self.head})
+
+
+def read(source: str, *, model: str = "student_ema", config_path: Path | None = None) -> Exportable:
+    """Read what is to be exported.
+
+    Args:
+        source: a run's folder, one of its checkpoints, or a file or address of weights.
+        model: which weights of a checkpoint, one of `MODELS`.
+        config_path: configuration of a file of weights. None: the one beside it, or the default.
+
+    Raises: UserError if there is nothing to read or it does not fit its configuration.
+    """
+    if Path(source).is_dir():
+        folder = _checkpoint_in(Path(source))
+        logger.info("reading %s of %s", model, folder)
+        weights, config_path = read_weights(folder, model), folder / "config.yaml"
+    else:
+        weights = read_state_dict(source, key="source")
+        beside = Path(source).with_suffix(".yaml")
+        config_path = config_path or (beside if beside.is_file() else None)
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [] if config_path is None else [str(config_path)])
+    with torch.device("meta"):
+        backbone = EncoderDecoder(**cfg.model.kwargs())
+    backbone.to_empty(device="cpu")
+    load_backbone_weights(backbone, weights, source)
+    return Exportable(backbone.eval(), _read_head(weights, source), cfg)
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    if (folder / "manifest.json").is_file():
+        return folder
+    newest = Checkpoints(folder, keep=1).newest()
+    if newest is None:
+        raise UserError(f"source={str(folder)!r}: neither a checkpoint nor the folder of a run that has one")
+    return newest
+
+
+def _read_head(weights: dict[str, Tensor], source: str) -> nn.Module | None:
+    own = {key.removeprefix("head."): value for key, value in weights.items() if key.startswith("head.")}
+    if "last_layer.weight_v" not in own:
+        return None
+    num_prototypes, width = own["last_layer.weight_v"].shape
+    head = L2NormLinear(width, num_prototypes)
+    load_backbone_weights(head, own, source)
+    return head
+
+
+def write(exportable: Exportable, path: Path) -> None:
+    """Write one file, in the format that its suffix names; a file that was there before is replaced at the end.
+
+    Raises: UserError for another suffix, a missing package, or a folder that cannot be written to.
+    """
+    check_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if path.suffix == ".pth":
+            export_weights(path, exportable.modules, to_yaml(exportable.cfg))
+        elif path.suffix == ".safetensors":
+            _write_safetensors(exportable, path)
+        else:
+            _write_onnx(exportable.backbone, path)
+    except OSError as error:
+        raise UserError(f"{str(path)!r} could not be written: {error}") from error
+
+
+def check_path(path: Path) -> None:
+    """Raise UserError unless the suffix is one of `FORMATS` and the packages that it needs are there."""
+    if path.suffix not in FORMATS:
+        raise UserError(f"{str(path)!r}: the name must end in one of {', '.join(FORMATS)}")
+    if path.suffix == ".onnx":
+        try:
+            import onnx  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"{str(path)!r}: {error.name} is missing; pip install 'capi[onnx]'") from error
+
+
+def _write_safetensors(exportable: Exportable, path: Path) -> None:
+    weights = {
+        f"{name}.{key}": tensor
+        for name, module in exportable.modules.items()
+        for key, tensor in module.state_dict().items()
+    }
+    with replacing(path.with_suffix(".yaml")) as temporary:
+        temporary.write_text(to_yaml(exportable.cfg))
+    with replacing(path) as temporary:
+        save_safetensors(weights, temporary, {"format": "pt"})
+
+
+class _Named(nn.Module):
+    """The backbone one level down: its parameter `registers` may not be called like an output of the graph."""
+
+    def __init__(self, backbone: EncoderDecoder) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(self.backbone(images))
+
+
+@contextlib.contextmanager
+def _no_chatter() -> Iterator[None]:
+    """The exporter logs every node that it looks at."""
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _write_onnx(backbone: EncoderDecoder, path: Path) -> None:
+    p = backbone.patch_size
+    example = torch.zeros(2, backbone.in_chans, 4 * p, 6 * p)  # three numbers that differ: none is taken for another
+    batch, rows, columns = torch.export.Dim("batch"), torch.export.Dim("rows"), torch.export.Dim("columns")
+    size = sum(parameter.nbytes for parameter in backbone.parameters())
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as folder, torch.no_grad():
+        with warnings.catch_warnings(), _no_chatter():
+            warnings.simplefilter("ignore")  # the exporter's, about its own parts
+            torch.onnx.export(
+                _Named(backbone).eval(),
+                (example,),
+                Path(folder, path.name),
+                input_names=["images"],
+                output_names=["global_repr", "registers", "feature_map"],
+                dynamic_shapes={"images": {0: batch, 2: p * rows, 3: p * columns}},
+                external_data=size > ONNX_FILE_LIMIT,
+                dynamo=True,
+                verbose=False,
+            )
+        for written in sorted(Path(folder).iterdir(), reverse=True):  # the .onnx file after the .onnx.data it needs
+            written.replace(path.parent / written.name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0 done, 2 a mistake that the message explains."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder of a run, checkpoint, or file or address of weights")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=f"to write: {', '.join(FORMATS)}")
+    parser.add_argument("--model", choices=MODELS, default="student_ema", help="of a checkpoint; default: %(default)s")
+    parser.add_argument(
+        "--config", type=Path, help="of a file of weights; default: the .yaml beside it, if there is one"
+    )
+    args = parser.parse_args(arguments)
+    setup_logging()
+    try:
+        for path in args.files:
+            check_path(path)
+        exportable = read(args.source, model=args.model, config_path=args.config)
+        for path in args.files:
+            write(exportable, path)
+            sys.stdout.write(f"{path}\n")
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

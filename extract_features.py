@@ -1,0 +1,385 @@
+"""Features of a folder of images, or of any data URL, from any model, as files that other programs read.
+
+    python extract_features.py dataset=/my/images output_dir=features \\
+        model_loader_kwargs.pretrained_weights=runs/mine/student_ema.pth [features=[global,patches]] [format=parquet]
+
+Under torchrun or Slurm, shards are dealt out to the processes. A shard appears once it is complete; started again, on
+any number of processes, the command continues with those that are missing. Images that cannot be read are left out and
+listed. `FeaturesConfig` and `evaluation.EvaluationConfig` have all keys.
+
+A `.safetensors` shard in `output_dir/shards` holds one tensor per kind of features, with a row per image, and `index`,
+the image's number in the data; its metadata `images` has the names, as JSON. A `.parquet` shard has the same as
+columns, `name` included. `read_shard` reads both.
+"""
+
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int64, UInt8
+from omegaconf import MISSING
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from checkpoint import replacing
+from config import require, require_one_of
+from distributed import barrier, rank, world_size
+from evaluation import Evaluation, EvaluationConfig, Features, FrozenModel, Results
+from sources import BadImageError, ImageDataset, ImageStream, Sample, make_dataset
+from utils import UserError
+from weights import save_safetensors
+
+logger = logging.getLogger("features")
+
+KINDS: dict[str, Callable[[Features], Tensor | None]] = {
+    "global": lambda features: features.global_repr,
+    "mean_patch": lambda features: features.feature_map.mean(dim=(1, 2)),
+    "patches": lambda features: features.feature_map,
+    "registers": lambda features: features.registers,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig(EvaluationConfig):
+    """What to extract, beside the keys of every evaluation."""
+
+    dataset: str = MISSING
+    """Folder of images, or data URL; `streaming=True` too."""
+    features: list[str] = field(default_factory=lambda: ["global", "mean_patch"])
+    """Any of global [d], mean_patch [d], patches [rows, columns, d] and registers [registers, d]."""
+    resolution: int = 224
+    """Side of the square images that the model sees, in pixels, a multiple of its patch size."""
+    fit: str = "crop"
+    """How an image becomes a square: crop (its central square) or squash (all of it, distorted)."""
+    format: str = "safetensors"
+    """safetensors or parquet."""
+    feature_dtype: str = "float32"
+    """Of what is written: float32, float16 or (safetensors only) bfloat16."""
+    shard_size: int = 1000
+    """Images per file. One process holds the features of so many in memory."""
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        super().__post_init__()
+        require(bool(self.features), "features", self.features, f"name at least one of {', '.join(KINDS)}")
+        for kind in self.features:
+            require_one_of("features", kind, tuple(KINDS))
+        require_one_of("fit", self.fit, ("crop", "squash"))
+        require_one_of("format", self.format, ("safetensors", "parquet"))
+        require_one_of("feature_dtype", self.feature_dtype, ("float32", "float16", "bfloat16"))
+        require(
+            self.format != "parquet" or self.feature_dtype != "bfloat16",
+            "feature_dtype",
+            self.feature_dtype,
+            "parquet has no such type; use float16, or format=safetensors",
+        )
+        require(self.resolution >= 1, "resolution", self.resolution, "must be at least 1 pixel")
+        require(self.shard_size >= 1, "shard_size", self.shard_size, "must be at least 1")
+
+
+class Skipped(NamedTuple):
+    """An image that could not be read."""
+
+    name: str
+    reason: str
+
+
+class Shard(NamedTuple):
+    """The contents of one file."""
+
+    names: list[str]
+    features: dict[str, Tensor]
+    indices: Int64[Tensor, " images"]
+    skipped: list[Skipped]
+    is_last: bool
+    """Whether its part of a stream ends here."""
+
+
+# ------------------------------------------------------------------------------------------------------ images
+
+
+def prepare(image: Image.Image, resolution: int, fit: str) -> UInt8[Tensor, "3 h w"]:
+    """An 8-bit square of an image."""
+    bicubic = v2.InterpolationMode.BICUBIC
+    x = v2.functional.pil_to_tensor(image)
+    size = [resolution, resolution] if fit == "squash" else [resolution]
+    return v2.functional.center_crop(v2.functional.resize(x, size, bicubic, antialias=True), [resolution])
+
+
+Read = tuple[int, str, Tensor | str]
+"""Number in the data, name, and the image or why it cannot be read."""
+
+
+def _read(index: int, sample: Sample, resolution: int, fit: str) -> Read:
+    try:
+        return index, sample.name, prepare(sample.image(), resolution, fit)
+    except BadImageError as error:
+        return index, sample.name, error.reason
+
+
+class _ByNumber(Dataset[Read]):
+    def __init__(self, dataset: ImageDataset, read: Callable[[int, Sample], Read]) -> None:
+        self.dataset, self.read = dataset, read
+
+    def __getitem__(self, index: int) -> Read:
+        return self.read(index, self.dataset[index])
+
+
+class _InOrder(IterableDataset[list[Read]]):
+    """Batches of one part of a stream, none of which lies across the border of two files."""
+
+    def __init__(
+        self, stream: ImageStream, part: int, start: int, read: Callable[[int, Sample], Read], cfg: FeaturesConfig
+    ) -> None:
+        self.stream, self.part, self.start, self.read, self.cfg = stream, part, start, read, cfg
+
+    def __iter__(self) -> Iterator[list[Read]]:
+        batch: list[Read] = []
+        for index, sample in enumerate(self.stream.read_shard(self.part, self.start), self.start):
+            batch.append(self.read(index, sample))
+            if len(batch) == self.cfg.batch_size or (index + 1) % self.cfg.shard_size == 0:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+
+def _as_list(items: list[Read]) -> list[Read]:
+    return items
+
+
+# ------------------------------------------------------------------------------------------------------ shards
+
+
+class Writer:
+    """Collects the features of up to `capacity` images and writes them as one file."""
+
+    def __init__(self, cfg: FeaturesConfig, capacity: int) -> None:
+        self.cfg, self.capacity = cfg, capacity
+        self.dtype: torch.dtype = getattr(torch, cfg.feature_dtype)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.names: list[str] = []
+        self.index: list[int] = []
+        self.skipped: list[Skipped] = []
+        self.features: dict[str, Tensor] = {}
+        self.num_seen = 0
+
+    def add(self, batch: list[Read], model: FrozenModel) -> None:
+        """Run the model on the readable images of a batch."""
+        self.num_seen += len(batch)
+        self.skipped += [Skipped(name, x) for _, name, x in batch if isinstance(x, str)]
+        good = [(index, name, x) for index, name, x in batch if isinstance(x, Tensor)]
+        if not good:
+            return
+        out = model(torch.stack([x for _, _, x in good]))
+        start = len(self.names)
+        for kind in self.cfg.features:
+            rows = KINDS[kind](out)
+            if rows is None:
+                raise UserError(f"features={self.cfg.features}: {model.name} has no registers; leave them out")
+            if kind not in self.features:  # all memory at once: pieces would be there twice when they are joined
+                self.features[kind] = torch.empty(self.capacity, *rows.shape[1:], dtype=self.dtype)
+            self.features[kind][start : start + len(rows)] = rows.to(self.dtype)
+        self.names += [name for _, name, _ in good]
+        self.index += [index for index, _, _ in good]
+
+    def write(self, path: Path, *, is_last: bool) -> None:
+        """Write the file in one step and begin the next."""
+        features = {kind: rows[: len(self.names)] for kind, rows in self.features.items()}
+        shard = Shard(self.names, features, torch.tensor(self.index, dtype=torch.int64), self.skipped, is_last)
+        try:
+            with replacing(path) as temporary:
+                (_write_parquet if path.suffix == ".parquet" else _write_safetensors)(temporary, shard)
+        except OSError as error:
+            raise UserError(f"{path} could not be written: {error}") from error
+        self._clear()
+
+
+def _write_safetensors(path: Path, shard: Shard) -> None:
+    notes = {"names": shard.names, "skipped": [s._asdict() for s in shard.skipped], "is_last": shard.is_last}
+    # One entry, as several come in a random order and the same features would make different files.
+    save_safetensors(shard.features | {"index": shard.indices}, path, {"images": json.dumps(notes)})
+
+
+def _write_parquet(path: Path, shard: Shard) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, Any] = {"name": pa.array(shard.names, pa.string()), "index": pa.array(shard.indices.numpy())}
+    for kind, rows in shard.features.items():
+        flat = rows.flatten(1)
+        columns[kind] = pa.FixedSizeListArray.from_arrays(pa.array(flat.flatten().numpy()), flat.shape[1])
+    metadata = {
+        "shapes": {kind: list(rows.shape[1:]) for kind, rows in shard.features.items()},
+        "skipped": [s._asdict() for s in shard.skipped],
+        "is_last": shard.is_last,
+    }
+    table = pa.table(columns).replace_schema_metadata({key: json.dumps(v) for key, v in metadata.items()})
+    pq.write_table(table, path)
+
+
+def read_shard(path: Path, *, only_notes: bool = False) -> Shard:
+    """Read a file that this command wrote; `only_notes` leaves the features out.
+
+    Raises: UserError if it is damaged.
+    """
+    try:
+        return _read_parquet(path, only_notes) if path.suffix == ".parquet" else _read_safetensors(path, only_notes)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it to have it written again") from error
+
+
+def _read_safetensors(path: Path, only_notes: bool) -> Shard:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            notes = json.loads(file.metadata()["images"])
+            kinds = [key for key in file.keys() if key != "index"]  # noqa: SIM118  # not a dict
+            features = {} if only_notes else {kind: file.get_tensor(kind) for kind in kinds}
+            index = file.get_tensor("index")
+    except SafetensorError as error:
+        raise ValueError(error) from error
+    return Shard(notes["names"], features, index, [Skipped(**each) for each in notes["skipped"]], notes["is_last"])
+
+
+def _read_parquet(path: Path, only_notes: bool) -> Shard:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, columns=["name", "index"] if only_notes else None)
+    notes = {key.decode(): json.loads(text) for key, text in (table.schema.metadata or {}).items()}
+    features = {
+        kind: torch.tensor(table[kind].combine_chunks().flatten().to_numpy()).view(len(table), *shape)
+        for kind, shape in notes["shapes"].items()
+        if not only_notes
+    }
+    names, index = table["name"].to_pylist(), torch.tensor(table["index"].to_pylist(), dtype=torch.int64)
+    return Shard(names, features, index, [Skipped(**each) for each in notes["skipped"]], notes["is_last"])
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+
+def extract_features(cfg: FeaturesConfig, model: FrozenModel, results: Results) -> None:
+    """Write all shards that are missing; all ranks call this together."""
+    if cfg.resolution % model.patch_size:
+        near = max(1, round(cfg.resolution / model.patch_size)) * model.patch_size
+        raise UserError(
+            f"resolution={cfg.resolution}: must be a multiple of the patch size {model.patch_size}; try {near}"
+        )
+    dataset = make_dataset(cfg.dataset, key="dataset")
+    size = None if isinstance(dataset, ImageStream) else len(dataset)
+    before = results.about.get("num_samples", size)
+    if before != size:
+        raise UserError(
+            f"dataset={cfg.dataset}: has {size} images, and had {before} when output_dir={cfg.output_dir} was begun; "
+            "choose another output_dir"
+        )
+    results.note(num_samples=size)
+    if rank() == 0:
+        _folder(cfg).mkdir(exist_ok=True)
+    barrier()
+    if isinstance(dataset, ImageStream):
+        _extract_stream(cfg, model, dataset)
+    else:
+        _extract_dataset(cfg, model, dataset)
+    barrier()
+    _summarise(cfg, results)
+
+
+def _loader(cfg: FeaturesConfig, data: Any, most_workers: int, **how: Any) -> DataLoader[Any]:
+    workers = min(8, os.cpu_count() or 1) if cfg.num_workers is None else cfg.num_workers
+    return DataLoader(data, num_workers=min(workers, most_workers), collate_fn=_as_list, **how)
+
+
+def _reader(cfg: FeaturesConfig) -> Callable[[int, Sample], Read]:
+    return functools.partial(_read, resolution=cfg.resolution, fit=cfg.fit)
+
+
+def _bar(total: int | None) -> Any:
+    return tqdm(total=total, unit="img", dynamic_ncols=True, disable=None if rank() == 0 else True)
+
+
+def _extract_dataset(cfg: FeaturesConfig, model: FrozenModel, dataset: ImageDataset) -> None:
+    """Shard k has the images from k * shard_size on, whatever the number of processes."""
+    starts = range(0, len(dataset), cfg.shard_size)
+    mine = list(enumerate(starts))[rank() :: world_size()]
+    missing = [(_path(cfg, k), range(s, min(s + cfg.shard_size, len(dataset)))) for k, s in mine]
+    missing = [(path, images) for path, images in missing if not path.exists()]
+    if len(missing) < len(mine):
+        logger.info("%d of %d shards of this process are there already", len(mine) - len(missing), len(mine))
+    batches = [images[i : i + cfg.batch_size] for _, images in missing for i in range(0, len(images), cfg.batch_size)]
+    loader = iter(_loader(cfg, _ByNumber(dataset, _reader(cfg)), len(batches), batch_sampler=batches))
+    with _bar(sum(len(images) for _, images in missing)) as bar:
+        for path, images in missing:
+            writer = Writer(cfg, len(images))
+            while writer.num_seen < len(images):
+                batch = next(loader)
+                writer.add(batch, model)
+                bar.update(len(batch))
+            writer.write(path, is_last=True)
+
+
+def _extract_stream(cfg: FeaturesConfig, model: FrozenModel, stream: ImageStream) -> None:
+    """Each part of the stream is read by one process from start to end, and becomes as many files as it needs."""
+    with _bar(None) as bar:
+        for part in range(stream.num_shards)[rank() :: world_size()]:
+            number = 0
+            while _path(cfg, part, number).exists():
+                number += 1
+            if number and read_shard(_path(cfg, part, number - 1), only_notes=True).is_last:
+                continue
+            data = _InOrder(stream, part, number * cfg.shard_size, _reader(cfg), cfg)
+            writer = Writer(cfg, cfg.shard_size)
+            for batch in _loader(cfg, data, 1, batch_size=None):
+                if writer.num_seen == cfg.shard_size:
+                    writer.write(_path(cfg, part, number), is_last=False)
+                    number += 1
+                writer.add(batch, model)
+                bar.update(len(batch))
+            writer.write(_path(cfg, part, number), is_last=True)
+
+
+def _folder(cfg: FeaturesConfig) -> Path:
+    return Path(cfg.output_dir, "shards")
+
+
+def _path(cfg: FeaturesConfig, *numbers: int) -> Path:
+    return _folder(cfg) / f"{'-'.join(f'{number:06d}' for number in numbers)}.{cfg.format}"
+
+
+def _summarise(cfg: FeaturesConfig, results: Results) -> None:
+    names = sorted(path.name for path in _folder(cfg).glob(f"*.{cfg.format}") if not path.name.startswith("."))
+    notes = [read_shard(_folder(cfg) / name, only_notes=True) for name in names]
+    skipped = [each for note in notes for each in note.skipped]
+    results.add("num_images", sum(len(note.names) for note in notes))
+    results.add("shards", names)
+    results.add("skipped", [each._asdict() for each in skipped])
+    for each in skipped[:10]:
+        logger.warning("left out: %s: %s", *each)
+    if len(skipped) > 10:
+        logger.warning("left out: %d more, all in %s", len(skipped) - 10, results.path)
+
+
+EVALUATION = Evaluation("features", FeaturesConfig, extract_features, __doc__ or "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code."""
+    return EVALUATION.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

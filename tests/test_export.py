@@ -1,0 +1,218 @@
+"""export.py, and its reverse, `train.init_from`."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import run_cli
+from ranks import run_on_ranks
+from runs import make_images, run_main, tiny
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import export
+import train_capi
+from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from model import EncoderDecoder, load_model
+from utils import UserError
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory) -> Path:
+    """A finished run of two steps, after which student and average differ."""
+    output_dir = tmp_path_factory.mktemp("runs") / "mine"
+    assert run_main(tiny(images, output_dir, "optim.total_iters=2", "model.encoder_kwargs.depth=1")) == 0
+    return output_dir
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, weights_only=True)
+
+
+def assert_equal_weights(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), key
+
+
+# ------------------------------------------------------------------------------------------------------ export
+
+
+@pytest.mark.parametrize("source", ["", "checkpoints/step_000000002"])
+@pytest.mark.parametrize("model", ["student", "student_ema"])
+def test_a_checkpoint_becomes_what_its_run_exported(run, tmp_path, source, model):
+    out = tmp_path / "deep" / "out.pth"
+    assert export.main([str(run / source), str(out), "--model", model]) == 0
+    assert_equal_weights(load(out), load(run / f"{model}.pth"))
+    assert yaml.safe_load(out.with_suffix(".yaml").read_text()) == yaml.safe_load((run / "config.yaml").read_text())
+
+
+def test_pth_to_safetensors_and_back_is_the_same(run, tmp_path):
+    first, second = tmp_path / "w.safetensors", tmp_path / "w.pth"
+    assert export.main([str(run / "student_ema.pth"), str(first)]) == 0
+    assert export.main([str(first), str(second)]) == 0
+    assert_equal_weights(load(second), load(run / "student_ema.pth"))
+    image = torch.randn(1, 3, 8, 8)
+    assert torch.equal(load_model(pretrained_weights=first)(image).feature_map, loaded_run(run)(image).feature_map)
+
+
+def loaded_run(run: Path) -> EncoderDecoder:
+    return load_model(pretrained_weights=run / "student_ema.pth")
+
+
+def test_weights_without_a_head_or_prefix_are_exported_as_released_ones(run, tmp_path):
+    backbone = loaded_run(run).state_dict()
+    torch.save(backbone, tmp_path / "bare.pth")
+    config = str(run / "config.yaml")
+    assert export.main([str(tmp_path / "bare.pth"), str(tmp_path / "out.pth"), "--config", config]) == 0
+    assert_equal_weights(load(tmp_path / "out.pth"), {f"backbone.{key}": value for key, value in backbone.items()})
+
+
+@pytest.mark.timeout(300)
+def test_onnx_equals_torch_for_any_number_and_size_of_images(run, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime: Any = pytest.importorskip("onnxruntime")
+    done = run_cli("export.py", run, tmp_path / "w.onnx", timeout=280)  # shape checks and export do not go together
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'w.onnx'}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["w.onnx"]
+    session = onnxruntime.InferenceSession(tmp_path / "w.onnx")
+    assert [i.name for i in session.get_inputs()] == ["images"]
+    assert [o.name for o in session.get_outputs()] == ["global_repr", "registers", "feature_map"]
+    model = loaded_run(run)
+    for b, height, width in ((1, 16, 16), (3, 8, 24), (2, 20, 4), (5, 4, 4)):
+        images = torch.randn(b, 3, height, width)
+        with torch.no_grad():
+            expected = model(images)
+        actual = session.run(None, {"images": images.numpy()})
+        for name, a, e in zip(expected._fields, actual, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(a), e, atol=2e-5, rtol=0, msg=f"{name} of {b}x{height}x{width}")
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_without_the_extra_onnx_says_what_to_install(run, tmp_path, monkeypatch, capsys, package):
+    monkeypatch.setitem(sys.modules, "onnx", sys.modules.get("onnx", sys))  # whether or not they are installed
+    monkeypatch.setitem(sys.modules, "onnxscript", sys.modules.get("onnxscript", sys))
+    monkeypatch.setitem(sys.modules, package, None)
+    assert export.main([str(run), str(tmp_path / "w.pth"), str(tmp_path / "w.onnx")]) == 2
+    assert "pip install 'capi[onnx]'" in capsys.readouterr().err
+    assert not (tmp_path / "w.pth").exists(), "it was found out after the work"
+
+
+@pytest.mark.parametrize(
+    ("source", "file", "message"),
+    [
+        ("", "w.bin", "must end in one of .pth, .safetensors, .onnx"),
+        ("nothing.pth", "w.pth", "there is no such file"),
+        ("checkpoints", "w.pth", "neither a checkpoint nor the folder of a run"),
+        ("other.pth", "w.pth", "do not fit the model"),
+    ],
+)
+def test_mistakes_are_explained(run, tmp_path, capsys, source, file, message):
+    torch.save({"backbone.mask_token": torch.zeros(1, 2)}, run / "other.pth")
+    assert export.main([str(run / source), str(tmp_path / file)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / file).exists()
+
+
+def test_a_damaged_checkpoint_is_not_exported(run, tmp_path, capsys):
+    (run / "checkpoints" / "step_000000002").rename(run / "checkpoints" / "step_000000002.aside")
+    damaged = run / "checkpoints" / "step_000000002"
+    try:
+        damaged.mkdir()
+        for file in (run / "checkpoints" / "step_000000002.aside").iterdir():
+            (damaged / file.name).write_bytes(file.read_bytes()[: -1 if file.name.endswith(".distcp") else None])
+        assert export.main([str(run), str(tmp_path / "w.pth")]) == 2
+        assert "is unreadable" in capsys.readouterr().err
+    finally:
+        for file in damaged.iterdir():
+            file.unlink()
+        damaged.rmdir()
+        (run / "checkpoints" / "step_000000002.aside").rename(damaged)
+
+
+# -------------------------------------------------------------------------------------------- train.init_from
+
+
+def make_state(images: Path, *overrides: str, init_from: Path) -> train_capi.TrainState:
+    arguments = tiny(images, images, *overrides, "train.seed=7", "model.encoder_kwargs.depth=1")
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, arguments)
+    return train_capi.TrainState(cfg, torch.device("cpu"), init_from=str(init_from))
+
+
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x.detach()
+
+
+def test_student_and_average_start_from_the_weights_and_the_heads_random(images, run, caplog):
+    caplog.set_level(logging.INFO)
+    state = make_state(images, init_from=run / "student_ema.pth")
+    weights = load(run / "student_ema.pth")
+    for module in (state.student, state.student_ema):
+        for key, value in module.state_dict().items():
+            is_head = key.startswith("head.") and not key.endswith("weight_g")  # which is 1 in any case
+            assert torch.equal(value, weights[key]) != is_head or key.endswith("weight_g"), key
+    assert "student_ema.pth; the student's head and the clustering head start random" in caplog.text
+
+
+def test_a_missing_predictor_stays_random(images, run, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    weights = load(run / "student_ema.pth")
+    encoder = {k: v for k, v in weights.items() if not k.startswith(("backbone.decoder.", "backbone.mask_token"))}
+    torch.save(encoder, tmp_path / "encoder.pth")
+    student = make_state(images, init_from=tmp_path / "encoder.pth").student.state_dict()
+    assert all(torch.equal(student[key], value) for key, value in encoder.items() if key.startswith("backbone."))
+    assert all(value.isfinite().all() for value in student.values())
+    assert not torch.equal(student["backbone.mask_token"], weights["backbone.mask_token"])
+    assert "the predictor, which the file lacks, the student's head and the clustering head start random" in caplog.text
+
+
+@pytest.mark.parametrize("missing", ["backbone.decoder.blocks.0.residual2.fn.fc1.weight", "backbone.registers"])
+def test_weights_with_a_hole_are_refused(images, run, tmp_path, missing):
+    weights = load(run / "student_ema.pth")
+    del weights[missing]
+    torch.save(weights, tmp_path / "hole.pth")
+    with pytest.raises(UserError, match=f"1 missing: {missing.removeprefix('backbone.')}"):
+        make_state(images, init_from=tmp_path / "hole.pth")
+
+
+def state_on_this_rank(images: Path, mode: str, init_from: Path) -> dict[str, Tensor]:
+    state = make_state(images, f"efficiency.fsdp={mode}", init_from=init_from)
+    return {
+        f"{name}.{key}": whole(value)
+        for name in ("student", "student_ema")
+        for key, value in state.modules[name]["backbone"].state_dict().items()  # pyright: ignore[reportIndexIssue]  # a ModuleDict
+    }
+
+
+@pytest.mark.parametrize("mode", ["simple", "fully_shard", "none"])
+def test_every_rank_starts_from_the_weights(images, run, mode):
+    weights = load(run / "student_ema.pth")
+    backbone = {key.removeprefix("backbone."): v for key, v in weights.items() if key.startswith("backbone.")}
+    expected = {f"{name}.{key}": v for name in ("student", "student_ema") for key, v in backbone.items()}
+    for actual in run_on_ranks(state_on_this_rank, 2, images, mode, run / "student_ema.pth"):
+        assert_equal_weights(actual, expected)
+
+
+def test_a_run_that_has_a_checkpoint_does_not_start_anew(images, run, tmp_path, caplog):
+    source = tmp_path / "w.pth"
+    source.write_bytes((run / "student_ema.pth").read_bytes())
+    arguments = tiny(images, tmp_path / "run", f"train.init_from={source}", "model.encoder_kwargs.depth=1")
+    assert run_main([*arguments, "optim.total_iters=1"]) == 0
+    assert "start from" in (tmp_path / "run" / "log.txt").read_text()
+    source.unlink()
+    assert run_main([*arguments, "optim.total_iters=2"]) == 0, "the weights were asked for again"
+
+
+def test_a_missing_file_is_a_mistake_with_a_name(images, tmp_path, capsys):
+    assert run_main(tiny(images, tmp_path / "run", "train.init_from=nothing.pth")) == 2
+    assert "train.init_from='nothing.pth': there is no such file" in capsys.readouterr().err

@@ -1,0 +1,282 @@
+"""extract_features.py: every image once, in files that survive interruptions, on any number of processes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from ranks import run_on_ranks
+from safetensors.torch import load_file
+from samples import encode, photo
+
+import extract_features
+from extract_features import FeaturesConfig, Shard, read_shard
+from model import load_model
+
+RESOLUTION = 8
+TINY: dict[str, Any] = {
+    "patch_size": 4,
+    "n_registers": 4,
+    "transformers_kwargs": {"embed_dim": 32, "block_kwargs": {"attn_kwargs": {"num_heads": 2}}},
+    "encoder_kwargs": {"depth": 1},
+    "decoder_kwargs": {"depth": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Ten images of different shapes in two folders, and one that is none."""
+    root = tmp_path_factory.mktemp("data") / "images"
+    (root / "b").mkdir(parents=True)
+    for number in range(10):
+        picture = photo(number).resize((20 + number, 16))
+        (root / ("b" if number % 2 else ".") / f"{number}.png").write_bytes(encode(picture))
+    (root / "5-broken.jpg").write_bytes(b"not an image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
+    torch.manual_seed(1)
+    torch.save(load_model(config_override={"model": TINY}).state_dict(), path)
+    path.with_suffix(".yaml").write_text(json.dumps({"model": TINY}))
+    return path
+
+
+def arguments(data: Path | str, weights: Path, output_dir: Path, *extra: str) -> list[str]:
+    return [
+        f"dataset={data}",
+        f"output_dir={output_dir}",
+        f"model_loader_kwargs.pretrained_weights={weights}",
+        f"resolution={RESOLUTION}",
+        "device=cpu",
+        "num_workers=0",
+        "batch_size=3",
+        "shard_size=4",
+        *extra,
+    ]
+
+
+def extract(*args: Any) -> int:
+    return extract_features.main(arguments(*args))
+
+
+def shards(output_dir: Path) -> list[Shard]:
+    return [read_shard(path) for path in sorted((output_dir / "shards").iterdir())]
+
+
+def joined(output_dir: Path, kind: str) -> torch.Tensor:
+    return torch.cat([shard.features[kind] for shard in shards(output_dir) if kind in shard.features])
+
+
+def contents(output_dir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((output_dir / "shards").iterdir())}
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "parquet"])
+def test_features_are_those_of_the_model(images, weights, tmp_path, file_format):
+    out = tmp_path / "out"
+    kinds = "features=[global,mean_patch,patches,registers]"
+    assert extract(images, weights, out, kinds, f"format={file_format}", "fit=squash") == 0
+    model = load_model(pretrained_weights=weights)
+    names = [name for shard in shards(out) for name in shard.names]
+    assert [Path(name).name for name in names] == sorted((f"{n}.png" for n in range(10)), key=lambda n: int(n[0]) % 2)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    squares = [extract_features.prepare(Image.open(name).convert("RGB"), RESOLUTION, "squash") for name in names]
+    with torch.no_grad():
+        expected = model((torch.stack(squares) / 255 - mean) / std)
+    for kind, want in {
+        "global": expected.global_repr,
+        "mean_patch": expected.feature_map.mean((1, 2)),
+        "patches": expected.feature_map,
+        "registers": expected.registers,
+    }.items():
+        torch.testing.assert_close(joined(out, kind), want, atol=1e-5, rtol=0, msg=kind)
+
+
+def test_other_programs_read_the_files(images, weights, tmp_path):
+    assert extract(images, weights, tmp_path / "a", "feature_dtype=float16") == 0
+    tensors = load_file(tmp_path / "a" / "shards" / "000001.safetensors")
+    assert {key: (tensor.dtype, list(tensor.shape)) for key, tensor in tensors.items()} == {
+        "global": (torch.float16, [4, 32]),
+        "mean_patch": (torch.float16, [4, 32]),
+        "index": (torch.int64, [4]),
+    }
+    assert extract(images, weights, tmp_path / "b", "format=parquet", "features=[patches]") == 0
+    table = pq.read_table(tmp_path / "b" / "shards")  # a folder of files is one table
+    assert table.num_rows == 10
+    assert len(table["patches"][0].as_py()) == 2 * 2 * 32
+    assert table["name"][0].as_py().endswith(".png")
+
+
+def test_what_cannot_be_read_is_left_out_and_listed(images, weights, tmp_path, caplog):
+    assert extract(images, weights, tmp_path / "out") == 0
+    results = json.loads((tmp_path / "out" / "results_features.json").read_text())
+    assert results["results"]["num_images"] == 10
+    assert [Path(each["name"]).name for each in results["results"]["skipped"]] == ["5-broken.jpg"]
+    assert "not an image" in results["results"]["skipped"][0]["reason"]
+    assert results["results"]["shards"] == [f"00000{i}.safetensors" for i in range(3)]
+    assert sorted(torch.cat([shard.indices for shard in shards(tmp_path / "out")]).tolist()) == [
+        i for i in range(11) if i != broken_number(images)
+    ]
+
+
+def broken_number(images: Path) -> int:
+    from sources import make_dataset
+
+    dataset = make_dataset(str(images), key="dataset")
+    return next(i for i in range(len(dataset)) if "broken" in dataset[i].name)
+
+
+def test_a_shard_of_unreadable_images_is_written_too(weights, tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(5):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(b"no")
+    (tmp_path / "images" / "9.png").write_bytes(encode(photo(0)))
+    assert extract(tmp_path / "images", weights, tmp_path / "out", "format=parquet") == 0
+    assert [len(shard.names) for shard in shards(tmp_path / "out")] == [0, 1]
+
+
+@pytest.mark.parametrize("source", ["folder", "stream"])
+def test_an_interrupted_extraction_goes_on_with_what_is_missing(images, weights, tmp_path, source, monkeypatch):
+    data = images if source == "folder" else stream_of(images, tmp_path)
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert extract(data, weights, straight) == 0
+    expected = contents(straight)
+    assert len(expected) >= 3
+
+    written = []
+    write = extract_features.Writer.write
+
+    def write_once(self, path: Path, **kwargs: Any) -> None:
+        if written:
+            raise KeyboardInterrupt
+        write(self, path, **kwargs)
+        written.append(path)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(extract_features.Writer, "write", write_once)
+        extract(data, weights, resumed)
+    assert contents(resumed) == {written[0].name: expected[written[0].name]}
+    before = written[0].stat().st_mtime_ns
+    assert extract(data, weights, resumed) == 0
+    assert contents(resumed) == expected
+    assert written[0].stat().st_mtime_ns == before, "what was there was computed again"
+
+
+def stream_of(images: Path, folder: Path) -> str:
+    """Two Parquet files, one of more than two shards' images, as a stream."""
+    datasets: Any = pytest.importorskip("datasets")
+    files = sorted(images.rglob("*.png"))
+    for number, part in enumerate((files[:9], files[9:])):
+        rows = [{"image": {"bytes": file.read_bytes(), "path": None}} for file in part]
+        table = datasets.Dataset.from_list(rows, features=datasets.Features({"image": datasets.Image()}))
+        table.to_parquet(folder / f"{number}.parquet")
+    return f"hf://parquet?data_files='{folder}/*.parquet'&split='train'&streaming=True"
+
+
+def test_a_stream_gives_the_features_of_its_images(images, weights, tmp_path):
+    assert extract(stream_of(images, tmp_path), weights, tmp_path / "stream", "fit=squash") == 0
+    assert extract(images, weights, tmp_path / "folder", "fit=squash") == 0
+    files = [f"000000-00000{i}.safetensors" for i in range(3)] + ["000001-000000.safetensors"]
+    assert sorted(contents(tmp_path / "stream")) == files
+    a, b = (joined(tmp_path / name, "global").sort(dim=0).values for name in ("stream", "folder"))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_a_stream_whose_end_is_that_of_a_shard_is_not_begun_again(images, weights, tmp_path):
+    stream = stream_of(images, tmp_path)
+    out = tmp_path / "out"
+    assert extract(stream, weights, out, "shard_size=3") == 0  # nine images in the first part
+    first = contents(out)
+    assert extract(stream, weights, out, "shard_size=3") == 0
+    assert contents(out) == first
+    assert [shard.is_last for shard in shards(out)] == [False, False, True, True]
+
+
+def on_this_rank(args: list[str]) -> list[str]:
+    """Files that this rank wrote."""
+    from config import load_config
+
+    written, write = [], extract_features.Writer.write
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            extract_features.Writer,
+            "write",
+            lambda self, path, **kwargs: (written.append(path.name), write(self, path, **kwargs)),
+        )
+        cfg = load_config(FeaturesConfig, None, args)
+        extract_features.EVALUATION.run(cfg, torch.device("cpu"))
+    return written
+
+
+@pytest.mark.parametrize("source", ["folder", "stream"])
+def test_processes_that_read_change_nothing(images, weights, tmp_path, source):
+    data = images if source == "folder" else stream_of(images, tmp_path)
+    assert extract(data, weights, tmp_path / "none", "num_workers=0") == 0
+    assert extract(data, weights, tmp_path / "two", "num_workers=2") == 0
+    assert contents(tmp_path / "two") == contents(tmp_path / "none")
+
+
+@pytest.mark.parametrize("source", ["folder", "stream"])
+def test_two_ranks_write_the_files_of_one(images, weights, tmp_path, source):
+    data = images if source == "folder" else stream_of(images, tmp_path)
+    assert extract(data, weights, tmp_path / "one") == 0
+    first, second = run_on_ranks(on_this_rank, 2, arguments(data, weights, tmp_path / "two"))
+    assert first
+    assert second
+    assert sorted(first + second) == sorted(contents(tmp_path / "one"))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_other_weights_or_other_data_do_not_mix_with_what_is_there(images, weights, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert extract(images, weights, out) == 0
+    other = tmp_path / "other.pth"
+    torch.manual_seed(2)
+    torch.save(load_model(config_override={"model": TINY}).state_dict(), other)
+    other.with_suffix(".yaml").write_text(json.dumps({"model": TINY}))
+    assert extract(images, other, out) == 2
+    assert "results of another model" in capsys.readouterr().err
+    assert extract(images, weights, out, "fit=squash") == 2
+    assert "fit was 'crop', is 'squash'" in capsys.readouterr().err
+    for batch_size in (1, 7):
+        assert extract(images, weights, out, f"batch_size={batch_size}") == 0
+
+
+def test_a_folder_that_has_changed_is_not_mixed_with_what_it_was(weights, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        (tmp_path / "images" / f"{number}.png").write_bytes(encode(photo(number)))
+        assert extract(tmp_path / "images", weights, tmp_path / "out") == (2 if number else 0)
+    assert "has 3 images, and had 1 when" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("features=[globl]", "must be one of global, mean_patch, patches, registers"),
+        ("features=[]", "name at least one of"),
+        ("resolution=10", "resolution=10: must be a multiple of the patch size 4; try 8"),
+        ("feature_dtype=bfloat16", "parquet has no such type"),
+        ("dataset=/no/such/folder", "dataset=/no/such/folder"),
+        ("shard_size=0", "shard_size=0: must be at least 1"),
+    ],
+)
+def test_mistakes_are_explained(images, weights, tmp_path, capsys, extra, message):
+    assert extract(images, weights, tmp_path / "out", "format=parquet", extra) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/shards/*"))
+
+
+def test_memory_is_that_of_one_shard(images, weights, tmp_path, monkeypatch):
+    """Room for features is made for the images of a shard, once per shard and kind, and never for all images."""
+    sizes = []
+    empty = torch.empty
+    monkeypatch.setattr(extract_features.torch, "empty", lambda *a, **k: sizes.append(a) or empty(*a, **k))
+    assert extract(images, weights, tmp_path / "out", "features=[patches]") == 0
+    assert [size for size in sizes if len(size) == 4] == [(4, 2, 2, 32), (4, 2, 2, 32), (3, 2, 2, 32)]

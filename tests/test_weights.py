@@ -1,0 +1,239 @@
+"""Files of weights: what is read, what is refused, and downloads, from a server on this machine."""
+
+import argparse
+import hashlib
+import http.server
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from utils import UserError
+from weights import read_state_dict, save_safetensors
+
+WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(1, dtype=torch.int64)}
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+class Server:
+    """Serves `files` by path; `truncate` ends the connection early."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.truncate = False
+        self.requests: list[str] = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.requests.append(self.path)
+                body = outer.files.get(self.path)
+                if body is None:
+                    self.send_error(404)
+                    return
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body[: len(body) // 2] if outer.truncate else body)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.thread.join()
+        self.http.server_close()
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def hub_dir(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def weights_file(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "w.pth")
+    return tmp_path / "w.pth"
+
+
+def assert_are_the_weights(loaded):
+    assert loaded.keys() == WEIGHTS.keys()
+    for key, value in WEIGHTS.items():
+        assert torch.equal(loaded[key], value)
+
+
+def test_reads_pth_of_both_formats_safetensors_and_file_urls(weights_file, tmp_path):
+    torch.save(WEIGHTS, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file(WEIGHTS, tmp_path / "w.safetensors")
+    for name in ("w.pth", "old.pth", "w.safetensors"):
+        assert_are_the_weights(read_state_dict(tmp_path / name))
+        assert_are_the_weights(read_state_dict(str(tmp_path / name)))
+    assert_are_the_weights(read_state_dict(weights_file.as_uri()))
+
+
+def test_safetensors_may_be_read_by_whom_any_new_file_may(tmp_path):
+    (tmp_path / "any").touch()
+    save_safetensors(WEIGHTS, tmp_path / "w.safetensors")
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+    assert_are_the_weights(read_state_dict(tmp_path / "w.safetensors"))
+
+
+def test_a_missing_file_is_named_with_the_key_by_which_it_was_given(tmp_path):
+    with pytest.raises(UserError, match=r"train.init_from='.*nothing.pth': there is no such file"):
+        read_state_dict(tmp_path / "nothing.pth", key="train.init_from")
+
+
+def test_a_file_that_does_not_hash_to_the_given_value_is_refused_and_kept(weights_file):
+    actual = hashlib.sha256(weights_file.read_bytes()).hexdigest()
+    assert_are_the_weights(read_state_dict(weights_file, sha256=actual.upper()))
+    with pytest.raises(UserError) as caught:
+        read_state_dict(weights_file, sha256="0" * 64)
+    for part in (str(weights_file), actual, "0" * 64):
+        assert part in str(caught.value)
+    assert weights_file.is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("how", ["zip", "old", "pickle 2", "pickle 4"])
+def test_a_payload_is_refused_by_name_and_never_runs(tmp_path, how):
+    file, trace = tmp_path / "evil.pth", tmp_path / "it-ran"
+    content = {"a": torch.zeros(1), "b": Payload(trace)} if how in ("zip", "old") else {"b": Payload(trace)}
+    if how in ("zip", "old"):
+        torch.save(content, file, _use_new_zipfile_serialization=how == "zip")
+    else:
+        file.write_bytes(pickle.dumps(content, protocol=int(how[-1])))
+    with pytest.raises(UserError) as caught:
+        read_state_dict(file)
+    assert not trace.exists()
+    assert "evil.pth' is refused" in str(caught.value)
+    assert f"would execute {os.mkdir.__module__}.mkdir" in str(caught.value)
+    assert "safe_globals" not in str(caught.value), "no way to run it may be recommended"
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_an_old_training_file_says_which_names_it_needs_and_loads_with_them(tmp_path, new_format):
+    file = tmp_path / "old.pth.tar"
+    content = {"state_dict": WEIGHTS, "args": argparse.Namespace(lr=0.1)}
+    torch.save(content, file, _use_new_zipfile_serialization=new_format)
+    with pytest.raises(UserError, match=r"safe_globals\(\[argparse.Namespace\]\)"):
+        read_state_dict(file)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        loaded = read_state_dict(file)
+    assert_are_the_weights(loaded["state_dict"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<html>404</html>", "no file of weights, or damaged"),
+        (b"", "ends too early"),
+        (pickle.dumps([1, 2], protocol=2), "cannot be read"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, message):
+    for name in ("w.pth", "w.safetensors"):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_state_dict(tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w.safetensors' cannot be read"):
+        read_state_dict(tmp_path / "w.safetensors")
+
+
+def test_a_file_that_holds_no_dict_is_refused(tmp_path):
+    torch.save([torch.zeros(1)], tmp_path / "w.pth")
+    with pytest.raises(UserError, match="holds a list, not a dict"):
+        read_state_dict(tmp_path / "w.pth")
+
+
+def test_a_truncated_file_is_refused(weights_file):
+    weights_file.write_bytes(weights_file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"w.pth' cannot be read"):
+        read_state_dict(weights_file)
+
+
+def test_a_download_is_kept_and_not_repeated(server, weights_file, hub_dir, capfd):
+    server.files["/models/w.pth"] = weights_file.read_bytes()
+    sha256 = hashlib.sha256(weights_file.read_bytes()).hexdigest()
+    for _ in range(2):
+        assert_are_the_weights(read_state_dict(f"{server.url}/models/w.pth", sha256=sha256))
+    assert server.requests == ["/models/w.pth"]
+    assert "w.pth" in capfd.readouterr().err, "no progress was shown"
+    kept = [path for path in hub_dir.rglob("*") if path.is_file() and not path.name.startswith(".lock-")]
+    assert [path.name for path in kept] == ["w.pth"]
+
+
+def test_equal_names_at_different_places_are_different_files(server, weights_file, tmp_path):
+    other = {"a": torch.zeros(1)}
+    torch.save(other, tmp_path / "other.pth")
+    server.files |= {
+        "/one/model.pth": weights_file.read_bytes(),
+        "/two/model.pth": (tmp_path / "other.pth").read_bytes(),
+        "/one/model.pth?version=2": (tmp_path / "other.pth").read_bytes(),
+    }
+    assert_are_the_weights(read_state_dict(f"{server.url}/one/model.pth"))
+    for path in ("/two/model.pth", "/one/model.pth?version=2"):
+        assert read_state_dict(server.url + path).keys() == other.keys()
+
+
+@pytest.mark.parametrize("problem", ["truncated", "other content", "not found"])
+def test_a_failed_download_leaves_no_file_and_says_where_to_put_one(server, weights_file, hub_dir, problem):
+    url = f"{server.url}/w.pth"
+    server.truncate = problem == "truncated"
+    if problem != "not found":
+        server.files["/w.pth"] = weights_file.read_bytes()
+    with pytest.raises(UserError) as caught:
+        read_state_dict(url, sha256="0" * 64 if problem == "other content" else None)
+    message = str(caught.value)
+    assert url in message
+    assert not [path for path in hub_dir.rglob("*") if path.is_file() and not path.name.startswith(".lock-")]
+    if problem == "other content":
+        assert "0" * 64 in message
+        return
+    assert {"truncated": "ended after", "not found": "404"}[problem] in message
+    by_hand = Path(message.split("'")[-2])
+    by_hand.write_bytes(weights_file.read_bytes())
+    assert_are_the_weights(read_state_dict(url))
+
+
+def test_an_unreachable_host_is_named():
+    url = "http://127.0.0.1:9/capi.pth"
+    with pytest.raises(
+        UserError, match=r"http://127.0.0.1:9/capi.pth could not be downloaded: .*place the file by hand"
+    ):
+        read_state_dict(url)
+
+
+def test_processes_that_want_the_same_file_download_it_once(server, weights_file):
+    server.files["/w.pth"] = weights_file.read_bytes()
+    threads = [threading.Thread(target=read_state_dict, args=(f"{server.url}/w.pth",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert server.requests == ["/w.pth"]
