@@ -7,13 +7,12 @@ into the output folder. Started again after an interruption, it continues.
 """
 
 import argparse
-import math
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +25,17 @@ from data import normalize
 from masking import MaskPlan, draw_positions, make_masking_generator
 from metrics import read_metrics
 from model import EncoderDecoder, load_model
+from report import ORANGE, draw_curves
 from sources import make_dataset
 from utils import UserError
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent
 DEMO_CONFIG = "configs/demo.yaml"
 VALIDATION_IMAGES = ROOT / "demo_data" / "emoji_on_scenes" / "val" / "images"
 NUM_IMAGES = 6
-
-# Okabe and Ito: told apart also by colour-blind people.
-BLUE, VERMILLION, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#777777"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -198,80 +194,6 @@ def draw_features(
             corner = ((position % wp) * patch_w, (position // wp) * patch_h)
             axes[row, 1].add_patch(Rectangle(corner, patch_w, patch_h, fill=False, edgecolor=ORANGE, linewidth=1.0))
     return figure
-
-
-def draw_curves(records: Sequence[Mapping[str, Any]], num_clusters: int) -> "Figure":
-    """Six panels of the records of a metrics.jsonl: losses, targets, prototypes, features, gradient, schedules."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(figsize=(12, 6.6), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
-    (losses, entropy, prototypes), (features, gradient, schedules) = figure.subplots(2, 3)
-    log_k = math.log(num_clusters)
-
-    _plot(losses, records, {"capi_loss": ("student", BLUE), "clustering_loss": ("clustering head", VERMILLION)})
-    _mark(losses, log_k, "log K: knows nothing")
-    _finish(losses, "Cross-entropy losses", "nats")
-
-    _plot(entropy, records, {"target_entropy": ("", BLUE)})
-    _finish(entropy, "Entropy of the targets", "nats")
-    relative = entropy.secondary_yaxis("right", functions=(lambda nats: nats / log_k, lambda part: part * log_k))
-    relative.set_ylabel("fraction of log K")
-
-    usage = {"prototypes_used": ("largest for some token", BLUE), "prototype_perplexity": ("perplexity", VERMILLION)}
-    _plot(prototypes, records, usage)
-    _mark(prototypes, num_clusters, f"all {num_clusters}")
-    _finish(prototypes, "Prototypes in use", "number")
-
-    _plot(features, records, {"teacher_rank": ("", GREEN)})
-    _finish(features, "Effective rank of the teacher's features", "dimensions")
-
-    _plot(gradient, records, {"grad_norm": ("", BLUE)})
-    _finish(gradient, "Norm of the student's gradient", "norm")
-
-    momentum = schedules.twinx()
-    _plot(momentum, records, {"momentum": ("EMA momentum (right axis)", GREEN)}, linestyle=":")
-    _plot(schedules, records, {"lr": ("learning rate, student", BLUE)})
-    _plot(schedules, records, {"clustering_lr": ("learning rate, clustering head", VERMILLION)}, linestyle="--")
-    _finish(schedules, "Schedules", "learning rate", headroom=0.5)
-    schedules.ticklabel_format(axis="y", scilimits=(-2, 2))
-    momentum.margins(y=0.5)
-    momentum.spines["top"].set_visible(False)
-    momentum.set_ylabel("momentum")
-    momentum.ticklabel_format(axis="y", useOffset=False)
-    lines = [*schedules.lines, *momentum.lines]
-    schedules.legend(lines, [str(line.get_label()) for line in lines], frameon=False, fontsize=8, loc="upper left")
-    for ax in figure.axes:
-        ax.set_xlim(0, 1.03 * max((record["step"] for record in records), default=1))
-    return figure
-
-
-def _plot(ax: "Axes", records: Sequence[Mapping[str, Any]], keys: Mapping[str, tuple[str, str]], **style: Any) -> None:
-    """Draw keys (name -> label, colour) over the step, wherever they were logged."""
-    for key, (label, color) in keys.items():
-        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-        if points:
-            marker = "o" if len(points) < 10 else ""  # one point makes no line
-            ax.plot(*zip(*points, strict=True), color=color, label=label, marker=marker, markersize=4, **style)
-    if not ax.lines:
-        ax.text(0.5, 0.5, "not logged in this run", transform=ax.transAxes, ha="center", va="center", color=GREY)
-
-
-def _mark(ax: "Axes", height: float, text: str) -> None:
-    ax.axhline(height, color=GREY, linewidth=1, linestyle=":", label=text)
-
-
-def _finish(ax: "Axes", title: str, unit: str, headroom: float = 0.1) -> None:
-    """Label the axes and start the vertical one at 0, so that small changes look small."""
-    ax.set_title(title, fontsize=11)
-    ax.set_xlabel("step")
-    ax.set_ylabel(unit)
-    ax.grid(alpha=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
-    if ax.lines:
-        ax.set_ylim(0, (1 + headroom) * max(line.get_path().get_extents().ymax for line in ax.lines))
-    if len(ax.lines) > 1:
-        ax.legend(frameon=False, fontsize=8)
 
 
 def _relative(path: Path) -> str:

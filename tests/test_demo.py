@@ -1,32 +1,13 @@
-import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_cli, seeded
-from PIL import Image
+from figures import assert_no_overlaps, panels
 
 import demo
 from model import EncoderDecoder
-
-
-def made_up_records() -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = []
-    for step in range(10, 210, 10):
-        record: dict[str, Any] = {"step": step, "capi_loss": 3 + 30 / step, "clustering_loss": 5 - step / 100}
-        record |= {"target_entropy": 1.4 - step / 1000, "prototypes_used": 60.0, "prototype_perplexity": 40 + step / 10}
-        record |= {
-            "lr": 1e-3 * step / 200,
-            "clustering_lr": 5e-4,
-            "momentum": 0.99 + step / 1e5,
-            "grad_norm": 20 / step,
-        }
-        if step % 50 == 0:
-            record |= {"teacher_rank": 30.0 + step / 10}
-        records.append(record)
-    return records
 
 
 def tiny_model() -> EncoderDecoder:
@@ -37,59 +18,6 @@ def tiny_model() -> EncoderDecoder:
         encoder_kwargs={"depth": 2},
         decoder_kwargs={"depth": 1},
     ).eval()
-
-
-def panels(figure: Any, path: Path) -> list[np.ndarray]:
-    """Save the figure, read it back, and cut out the pixels inside each axes."""
-    figure.savefig(path)
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB"))
-    height, width, _ = pixels.shape
-    assert 600 < width < 3000
-    assert 400 < height < 3000
-    cut = []
-    for ax in figure.axes:
-        box = ax.get_position()
-        rows = slice(math.ceil((1 - box.y1) * height), math.floor((1 - box.y0) * height))
-        cut.append(pixels[rows, math.ceil(box.x0 * width) : math.floor(box.x1 * width)])
-    return cut
-
-
-def num_coloured(pixels: np.ndarray) -> int:
-    """Pixels that are not grey."""
-    return int((np.ptp(pixels.astype(int), axis=-1) > 60).sum())
-
-
-def assert_no_overlaps(figure: Any) -> None:
-    boxes = {}
-    for number, ax in enumerate(figure.axes):
-        texts = {"title": ax.title, "x": ax.xaxis.label, "y": ax.yaxis.label}
-        boxes |= {(number, kind): t.get_window_extent() for kind, t in texts.items() if t.get_text()}
-    names = list(boxes)
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            assert not boxes[first].overlaps(boxes[second]), f"{first} overlaps {second}"
-
-
-def test_every_panel_of_the_curves_shows_its_quantity(tmp_path):
-    figure = demo.draw_curves(made_up_records(), num_clusters=64)
-    cut = panels(figure, tmp_path / "curves.png")
-    assert len(cut) == 7  # six panels, one of them with a second axis
-    assert all(num_coloured(panel) > 100 for panel in cut)
-    assert_no_overlaps(figure)
-    words = " ".join(ax.get_title() + ax.get_ylabel() for ax in figure.axes)
-    for word in ("losses", "nats", "Entropy", "Prototypes", "rank", "gradient", "learning rate", "momentum"):
-        assert word in words
-
-
-def test_curves_leave_out_what_was_not_logged_or_not_finite(tmp_path):
-    records = [{"step": 1, "capi_loss": None, "lr": 1e-3, "momentum": 0.9}, {"step": 2, "capi_loss": 2.0, "lr": 1e-3}]
-    figure = demo.draw_curves(records, num_clusters=64)
-    panels(figure, tmp_path / "curves.png")
-    texts = [[text.get_text() for text in ax.texts] for ax in figure.axes[:6]]
-    missing = ["not logged in this run"]
-    assert texts == [[], missing, missing, missing, missing, []]
-    demo.draw_curves([], num_clusters=64).savefig(tmp_path / "empty.png")
 
 
 @pytest.fixture

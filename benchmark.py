@@ -1,0 +1,559 @@
+"""All evaluations of one model, here or on Slurm, with a table, results.json and report.html at the end.
+
+    python benchmark.py output_dir=results/mine pretrained_weights=runs/mine/student_ema.pth
+    python benchmark.py output_dir=results/dinov2 model_path=baselines/dinov2_loader.py
+        model_loader_kwargs.model_name=dinov2_vits14 compare=[results/mine/results.json]
+
+Which evaluations these are is in default_eval_config.py; `evals.<name>.<key>=value` changes a key of one, and
+`evals.<name>=null` leaves one out. What is done is not done again: the same command goes on after an interruption, and
+with `launcher=slurm` collects what has finished. Exit code 1 if an evaluation failed; the others are done and reported.
+"""
+
+import argparse
+import ast
+import hashlib
+import inspect
+import json
+import logging
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+
+from checkpoint import write_text_atomically
+from config import LauncherConfig, changed_keys, load_config, require, require_one_of
+from evaluation import SPEED_KEYS
+from launch import ROOT, Job
+from report import check_run, text_table, write_report
+from sources import did_you_mean
+from utils import UserError, import_from_path, setup_logging
+
+logger = logging.getLogger("benchmark")
+
+STATE = "benchmark.json"
+"""In the folder of each evaluation: what was asked for, and the Slurm job that does it."""
+PASSED_ON = ("device", "dtype", "batch_size", "num_workers", "seed", "image_mean", "image_std")
+ALIASES = {
+    "pretrained_weights": "model_loader_kwargs.pretrained_weights",
+    "config_path": "model_loader_kwargs.config_path",
+    "launcher": "launcher.where",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkLauncher(LauncherConfig):
+    """Where evaluations run: each in a process of its own here, or as a Slurm job of this size."""
+
+    where: str = "local"
+    """local, one after another; or slurm. `launcher=slurm` is short for `launcher.where=slurm`."""
+    num_nodes: int = 1
+    gpus_per_node: int = 1
+    tasks_per_node: int | None = None
+    cpus_per_task: int | None = None
+    time_min: int | None = None
+    mem: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    signal_delay_s: int = 120
+    setup: list[str] = field(default_factory=list)
+    sbatch: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the choice as well."""
+        super().__post_init__()
+        require_one_of("launcher", self.where, ("local", "slurm"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Keys of the benchmark."""
+
+    output_dir: str = MISSING
+    """Each evaluation writes to output_dir/<its name>, that of random weights to output_dir/random/<its name>."""
+    model_path: str = "model.py"
+    """Python file with `__model_loader__(**model_loader_kwargs)`, as for the evaluation scripts."""
+    model_loader_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the loader; `pretrained_weights=` and `config_path=` at top level are short for two of them."""
+    name: str | None = None
+    """Name of the model in tables; null takes that of the weights."""
+    evals_config_path: str = "default_eval_config.py"
+    """Python file with one literal, EVALS, or YAML: name -> script and its keys."""
+    evals: dict[str, Any] = field(default_factory=dict)
+    """Changes of single evaluations, or null to leave one out."""
+    launcher: BenchmarkLauncher = field(default_factory=BenchmarkLauncher)
+    nproc_per_node: int = 1
+    """Processes of each evaluation here; torchrun starts them if there are several."""
+    retry: bool = False
+    """Submit Slurm jobs again that ended without finishing."""
+    random_baseline: bool = True
+    """Also evaluate the same model without weights."""
+    compare: list[str] = field(default_factory=list)
+    """results.json files of other models, to show beside this one."""
+    run_dir: str | None = None
+    """Folder of the training run, whose curves the report then shows."""
+    device: str | None = None
+    """This and the following keys are passed on to all evaluations; null leaves the choice to them."""
+    dtype: str | None = None
+    batch_size: int | None = None
+    num_workers: int | None = None
+    seed: int | None = None
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        """Check single values."""
+        require(self.nproc_per_node >= 1, "nproc_per_node", self.nproc_per_node, "must be at least 1")
+        require(
+            self.nproc_per_node == 1 or self.launcher.where == "local",
+            "nproc_per_node",
+            self.nproc_per_node,
+            "is for launcher=local; the size of a Slurm job is in launcher.gpus_per_node and launcher.tasks_per_node",
+        )
+        require(
+            "=" not in self.output_dir, "output_dir", self.output_dir, "must not contain '=', which marks overrides"
+        )
+
+
+# --------------------------------------------------------------------------------------------- what is to be done
+
+
+@dataclass(frozen=True)
+class Task:
+    """One evaluation of one model."""
+
+    name: str
+    is_random: bool
+    script: Path
+    config: dict[str, Any]
+    weights_file_sha256: str | None
+
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return f"{self.name}, random initialisation" if self.is_random else self.name
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes."""
+        return Path(self.config["output_dir"])
+
+    def request(self) -> dict[str, Any]:
+        """All that determines the results."""
+        config = {key: value for key, value in self.config.items() if key not in SPEED_KEYS}
+        config["model_loader_kwargs"] = _without_file(config["model_loader_kwargs"], self.weights_file_sha256)
+        return {"script": self.script.name, "config": config, "weights_file_sha256": self.weights_file_sha256}
+
+    def state(self) -> dict[str, Any] | None:
+        """What an earlier run asked for in this folder: `request`, and `job` if that was given to Slurm."""
+        return _read_json(self.folder / STATE)
+
+    def write_state(self, **state: Any) -> None:
+        """Replace it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(self.folder / STATE, json.dumps(state, indent=2) + "\n")
+
+    def outcome(self) -> dict[str, Any] | None:
+        """The script's result file, which may be incomplete."""
+        return next((_read_json(path) for path in sorted(self.folder.glob("results_*.json"))), None)
+
+    def is_done(self) -> bool:
+        """Whether the script ran to its end, where it notes its time, for this very request."""
+        outcome, state = self.outcome(), self.state()
+        if outcome is None or state is None or "seconds" not in outcome.get("about", {}):
+            return False
+        request = json.loads(json.dumps(self.request()))
+        # The script may have refused the request, and left what it found.
+        written = dict(outcome["config"])
+        written["model_loader_kwargs"] = _without_file(written["model_loader_kwargs"], self.weights_file_sha256)
+        return state["request"] == request and written.items() >= request["config"].items()
+
+    def check_folder(self) -> None:
+        """Raise UserError if the folder has results of other weights; scripts see themselves if their keys changed."""
+        if self.outcome() is None:
+            return
+        state = self.state()
+        if state is None:
+            raise UserError(f"{self.folder} has results that benchmark.py did not make; choose another output_dir")
+        before, now = state["request"]["weights_file_sha256"], self.weights_file_sha256
+        if before != now:
+            raise UserError(
+                f"{self.folder} has results of another model (SHA-256 of its weights file: {str(before)[:12]}, of this "
+                f"one: {str(now)[:12]}); choose another output_dir, or delete that folder to evaluate anew"
+            )
+
+
+def _without_file(loader_kwargs: Mapping[str, Any], sha256: str | None) -> dict[str, Any]:
+    """Loader arguments; a weights file whose content is known is left out, so that it may move."""
+    return {key: value for key, value in loader_kwargs.items() if key != "pretrained_weights" or sha256 is None}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it to evaluate anew") from error
+
+
+def read_evals(path_name: str, changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Evaluations by name: those of a file, with changes.
+
+    Raises: UserError naming file or key.
+    """
+    path = _find(path_name, "evals_config_path")
+    evals = _read_literal(path) if path.suffix == ".py" else _read_evals_yaml(path)
+    for name, entry in changes.items():
+        if name not in evals and not (isinstance(entry, dict) and "script" in entry):
+            raise UserError(f"evals.{name}: there is no such evaluation in {path}{did_you_mean(name, list(evals))}")
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(evals), OmegaConf.create(dict(changes))))
+    chosen = {str(name): entry for name, entry in merged.items() if entry is not None}
+    if not chosen:
+        raise UserError(f"evals_config_path={path_name}: no evaluation is left")
+    for name, entry in chosen.items():
+        if not re.fullmatch(r"\w[\w.-]*", name) or name in ("random", "jobs"):
+            raise UserError(f"evals.{name}: a name is also that of a folder; use letters, digits, '-', '_' and '.'")
+        if not isinstance(entry, dict) or not isinstance(entry.get("script"), str):
+            raise UserError(f"evals.{name}: needs script, the name of an evaluation script; other keys are for it")
+        for key in ("output_dir", "model_path", "model_loader_kwargs"):
+            if key in entry:
+                raise UserError(f"evals.{name}.{key}: is the same for all evaluations; give {key}= without evals")
+    return chosen
+
+
+def _read_literal(path: Path) -> dict[str, Any]:
+    try:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["EVALS"]:
+                evals = ast.literal_eval(node.value)
+                break
+        else:
+            raise UserError(f"evals_config_path={path}: does not assign EVALS")
+    except SyntaxError as error:
+        raise UserError(f"evals_config_path={path}: is not Python: {error}") from error
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"evals_config_path={path}: EVALS is read, not run, so it must be a plain literal") from error
+    if not isinstance(evals, dict):
+        raise UserError(f"evals_config_path={path}: EVALS must be a dict: name -> {{'script': ..., key: value}}")
+    return evals
+
+
+def _read_evals_yaml(path: Path) -> dict[str, Any]:
+    try:
+        evals = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"evals_config_path={path}: cannot be read: {error}") from error
+    if not isinstance(evals, dict):
+        raise UserError(f"evals_config_path={path}: must hold `name: {{script: ..., key: value}}` pairs")
+    return evals
+
+
+def _find(path_name: str, key: str) -> Path:
+    """A file as seen from the current folder, else from that of this one."""
+    for path in (Path(path_name), ROOT / path_name):
+        if path.is_file():
+            return path
+    raise UserError(f"{key}={path_name}: there is no such file")
+
+
+def plan(cfg: BenchmarkConfig) -> list[Task]:
+    """Everything to be done, the model before its random initialisation.
+
+    Raises: UserError naming the key.
+    """
+    evals = read_evals(cfg.evals_config_path, cfg.evals)
+    models = [(False, dict(cfg.model_loader_kwargs))]
+    parameters = _loader_parameters(cfg.model_path)
+    weights = cfg.model_loader_kwargs.get("pretrained_weights")
+    sha256 = None
+    if weights is not None and "://" not in str(weights):
+        try:
+            with Path(weights).open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"pretrained_weights={weights}: cannot be read: {error.strerror}") from error
+    if cfg.random_baseline:
+        untrained = without_weights(cfg.model_loader_kwargs, parameters)
+        if untrained == cfg.model_loader_kwargs:
+            logger.info("no pretrained_weights given: the model itself is at random initialisation")
+        else:
+            models.append((True, untrained))
+    passed_on = {key: getattr(cfg, key) for key in PASSED_ON if getattr(cfg, key) is not None}
+    tasks = []
+    for is_random, loader_kwargs in models:
+        for name, entry in evals.items():
+            keys = {key: value for key, value in entry.items() if key != "script"}
+            folder = Path(cfg.output_dir, "random", name) if is_random else Path(cfg.output_dir, name)
+            config = {"model_path": cfg.model_path, "model_loader_kwargs": loader_kwargs, "output_dir": str(folder)}
+            script = _find(entry["script"], f"evals.{name}.script")
+            tasks.append(Task(name, is_random, script, passed_on | keys | config, None if is_random else sha256))
+    return tasks
+
+
+def _loader_parameters(model_path: str) -> list[str]:
+    loader = getattr(import_from_path(_find(model_path, "model_path")), "__model_loader__", None)
+    if loader is None:
+        raise UserError(f"model_path={model_path}: the file does not define __model_loader__(**model_loader_kwargs)")
+    return list(inspect.signature(loader).parameters)
+
+
+def without_weights(loader_kwargs: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, Any]:
+    """Loader arguments of the same architecture at random initialisation.
+
+    Args:
+        loader_kwargs: arguments that load weights.
+        parameters: names of the loader's parameters.
+    """
+    weights = loader_kwargs.get("pretrained_weights")
+    changed = {key: value for key, value in loader_kwargs.items() if key != "pretrained_weights"}
+    if "pretrained" in parameters:
+        changed["pretrained"] = False
+    if weights is not None and "config_path" in parameters and changed.get("config_path") is None:
+        # Without weights the loader would not look at the file beside them.
+        beside = Path(weights).with_suffix(".yaml")
+        if beside.is_file():
+            changed["config_path"] = str(beside)
+    return changed
+
+
+# ---------------------------------------------------------------------------------------------------- doing it
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a task stands."""
+
+    word: str
+    """done, running, failed or left out."""
+    message: str = ""
+    log: str | None = None
+
+
+def run_here(task: Task, nproc_per_node: int) -> Status:
+    """Run the script in processes of its own, so that its memory is free afterwards; output also goes to log.txt."""
+    task.write_state(request=task.request())
+    config, log = task.folder / "config.yaml", task.folder / "log.txt"
+    config.write_text(yaml.safe_dump(task.config, sort_keys=False))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}"]
+    command = [*(launcher if nproc_per_node > 1 else []), str(task.script), str(config)]
+    logger.info("%s: python %s", task.title, " ".join(command))
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            sys.stderr.write(f"    {line}")
+    if process.returncode == 0:
+        return Status("done", log=str(log))
+    logger.error("%s failed, see %s", task.title, log)
+    return Status("failed", f"{_how_it_ended(process.returncode)}: {_reason(log)} (log: {log})", str(log))
+
+
+def _how_it_ended(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "killed, perhaps because memory ran out"
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _reason(log: Path) -> str:
+    """The line of a log that says what went wrong."""
+    lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]: ?)?([\w.]*Error|error):? ", line)]
+    return [*lines[-1:], *errors[-1:]][-1] if lines else "it said nothing."
+
+
+def run_on_slurm(task: Task, launcher: LauncherConfig, *, retry: bool) -> Status:
+    """Submit the script unless it was before, and say how the job stands."""
+    job = (task.state() or {}).get("job")
+    if job is not None:
+        where = f"Slurm job {job['number']}, log {job['log']}"
+        state = job_state(job["number"])
+        if state is not None:
+            return Status("running", f"{where}: {state.lower()}. The same command collects it later.", job["log"])
+        if task.is_done():  # in the moment between two looks
+            return Status("done", log=job["log"])
+        if not retry:
+            return Status("failed", f"{where}: ended without finishing; retry=true submits it again.", job["log"])
+    request = task.request()
+    task.write_state(request=request)
+    config_yaml = yaml.safe_dump(task.config, sort_keys=False)
+    number, log = Job(task.script, config_yaml, task.folder, launcher).submit()
+    task.write_state(request=request, job={"number": number, "log": str(log)})
+    logger.info("%s: submitted job %s; its output: %s", task.title, number, log)
+    return Status("running", f"Slurm job {number}, log {log}: submitted. The same command collects it later.", str(log))
+
+
+def job_state(number: str) -> str | None:
+    """The state of a Slurm job such as PENDING, None if it is not in the queue any more."""
+    command = ["squeue", "--noheader", "--format=%T", f"--jobs={number}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"launcher=slurm: squeue does not answer ({error}); try again later") from error
+    if done.returncode != 0 and "Invalid job id" not in done.stderr:
+        raise UserError(f"launcher=slurm: squeue does not answer ({done.stderr.strip()}); try again later")
+    return done.stdout.strip() or None
+
+
+def check_slurm(tasks: Sequence[Task]) -> None:
+    """Raise UserError unless these can be submitted from here."""
+    if shutil.which("sbatch") is None:
+        raise UserError("launcher=slurm: there is no Slurm here (no sbatch on the PATH); leave it out to run here")
+    for task in tasks:
+        if not task.script.absolute().is_relative_to(ROOT):
+            raise UserError(f"evals.{task.name}.script={task.script}: a Slurm job runs scripts of {ROOT} only")
+
+
+# ---------------------------------------------------------------------------------------------------- the results
+
+
+def read_compared(paths: Sequence[str]) -> dict[str, Any]:
+    """Evaluations of other models by their names.
+
+    Raises: UserError if a file is not a results.json of this script.
+    """
+    compared: dict[str, Any] = {}
+    for path in map(Path, paths):
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"compare={path}: cannot be read: {error}") from error
+        if not isinstance(content, dict) or not {"name", "evaluations"} <= content.keys():
+            raise UserError(f"compare={path}: is not a results.json that benchmark.py wrote")
+        name = content["name"]
+        compared[f"{name} ({path.parent})" if name in compared else name] = content["evaluations"]
+    return compared
+
+
+def describe(task: Task, status: Status, base: Path) -> dict[str, Any]:
+    """An entry of results.json."""
+    outcome = task.outcome() or {"results": {}, "config": task.config, "about": {}}
+    return {
+        "script": task.script.name,
+        "status": status.word,
+        "message": status.message,
+        "log": status.log,
+        "folder": str(task.folder.relative_to(base)),
+        **outcome,
+    }
+
+
+def differences(content: Mapping[str, Any]) -> list[str]:
+    """Sentences on evaluations of other models that were not done in the same way."""
+    where_from = (*SPEED_KEYS, "model_path", "model_loader_kwargs")
+    told = []
+    for label, model in content["compared"].items():
+        for name in content["evaluations"].keys() & model.keys():
+            ours, theirs = (
+                {key: value for key, value in each[name]["config"].items() if key not in where_from}
+                for each in (content["evaluations"], model)
+            )
+            changed = changed_keys(ours, theirs)
+            if changed:
+                what = "; ".join(f"{key} {other!r} instead of {own!r}" for key, (own, other) in changed.items())
+                told.append(f"{name}: {label} was evaluated differently, with {what}.")
+    return sorted(told)
+
+
+def model_name(cfg: BenchmarkConfig) -> str:
+    """A short name for tables."""
+    weights = cfg.model_loader_kwargs.get("pretrained_weights")
+    if cfg.name is not None:
+        return cfg.name
+    if weights is None:
+        words = [str(value) for value in cfg.model_loader_kwargs.values() if isinstance(value, str)]
+        return " ".join([Path(cfg.model_path).stem, *words])
+    path = Path(weights)
+    return f"{path.parent.name}/{path.stem}" if path.parent.name and "://" not in str(weights) else path.stem
+
+
+def benchmark(cfg: BenchmarkConfig) -> int:
+    """Do what is left to do, then write results.json and report.html. Returns the exit code.
+
+    Raises: UserError for what can be seen before anything runs.
+    """
+    base = Path(cfg.output_dir)
+    tasks = plan(cfg)
+    compared = read_compared(cfg.compare)
+    run_dir = None if cfg.run_dir is None else Path(cfg.run_dir)
+    if run_dir is not None:
+        check_run(run_dir)
+    for task in tasks:
+        task.check_folder()
+    left = [task for task in tasks if not task.is_done()]
+    if left and cfg.launcher.where == "slurm":
+        check_slurm(left)
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir={cfg.output_dir}: cannot be written: {error}") from error
+
+    content: dict[str, Any] = {"name": model_name(cfg), "evaluations": {}, "random": {}, "compared": compared}
+    statuses = []
+    for task in tasks:
+        if task not in left:
+            logger.info("%s: is done", task.title)
+            status = Status("done")
+        elif task.is_random and content["evaluations"][task.name]["status"] == "failed":
+            status = Status("left out", "It failed for the model itself.")
+        elif cfg.launcher.where == "slurm":
+            status = run_on_slurm(task, cfg.launcher, retry=cfg.retry)
+        else:
+            status = run_here(task, cfg.nproc_per_node)
+        statuses.append((task, status))
+        content["random" if task.is_random else "evaluations"][task.name] = describe(task, status, base)
+        content["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        content["notes"] = differences(content)
+        write_text_atomically(base / "results.json", json.dumps(content, indent=2) + "\n")
+    write_report(base / "report.html", content, run_dir)
+
+    sys.stdout.write(f"\n{text_table(content)}\n\n")
+    for task, status in statuses:
+        if status.word != "done":
+            sys.stdout.write(f"{task.title}: {status.word}. {status.message}\n")
+    sys.stdout.write(f"{base / 'results.json'}\n{base / 'report.html'}\n")
+    return 1 if any(status.word == "failed" for _, status in statuses) else 0
+
+
+def _written_out(source: str) -> str:
+    key, equals, value = source.partition("=")
+    return f"{ALIASES[key]}={value}" if equals and key in ALIASES else source
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0 done or submitted, 1 an evaluation failed, 2 a mistake of the user."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="*", metavar="config.yaml | key=value", help="in order; later ones win")
+    args = parser.parse_intermixed_args(arguments)
+    setup_logging()
+    try:
+        return benchmark(load_config(BenchmarkConfig, None, [_written_out(source) for source in args.sources]))
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on\n")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,652 @@
+"""Reports: the curves of a training run, and the scores of evaluations as text and as one HTML file.
+
+The HTML file holds everything it shows, runs no script and loads nothing, which its content security policy enforces:
+it can be mailed, archived and opened without a network.
+"""
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import yaml
+from PIL import Image
+
+from metrics import read_metrics
+from utils import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito: told apart also by colour-blind people.
+BLUE, VERMILLION, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#777777"
+
+SCORES = ("mIoU", "acc", "mean_acc", "top1")
+"""What the names of scores begin with. They are fractions of which more is better."""
+DETAILS = ("per_class", "settings")
+"""Parts of a result that are no scores."""
+MINUS = "\N{MINUS SIGN}"
+PICTURES_EACH = 4
+"""Pictures that are shown of one evaluation."""
+PICTURES_MIB = 6
+"""All pictures together; a third more in the file, which stays below 10 MB."""
+PICTURE_SIZE = 1600
+"""Longer side of a picture, in pixels."""
+
+
+# ------------------------------------------------------------------------------------------------------- scores
+#
+# What is reported has the layout of the results.json of `benchmark.py`:
+#
+#   name         of the model, for people
+#   evaluations  name -> entry; an entry holds script, status (done, running, failed, left out), message, folder (with
+#                pictures), and results, config and about of the script's result file
+#   random       the same of the same model at random initialisation, as far as it was evaluated
+#   compared     name of another model -> its evaluations
+#   notes        sentences to show beside the scores
+
+
+class Row(NamedTuple):
+    """One score of all models; None where a model lacks it."""
+
+    evaluation: str
+    method: str
+    metric: str
+    values: list[float | None]
+
+
+def columns(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Model -> its evaluations: the model itself, random initialisation if it was evaluated, then the others."""
+    chosen = {content["name"]: content["evaluations"]}
+    if content.get("random"):
+        chosen["random initialisation"] = content["random"]
+    return chosen | dict(content.get("compared", {}))
+
+
+def score_rows(content: Mapping[str, Any]) -> list[Row]:
+    """All scores of the evaluations of the model, in their order."""
+    models = list(columns(content).values())
+    rows = []
+    for evaluation in content["evaluations"]:
+        scores = [dict(_scores(model.get(evaluation, {}).get("results", {}))) for model in models]
+        keys = list(dict.fromkeys(key for each in scores for key in each))
+        rows += [Row(evaluation, *key, [each.get(key) for each in scores]) for key in keys]
+    return rows
+
+
+def _scores(results: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], float]]:
+    for method, result in results.items():
+        for path, value in _leaves(result):
+            if is_score(path) and isinstance(value, float):
+                yield (method, " ".join(path)), value
+
+
+def is_score(path: Sequence[str]) -> bool:
+    """Whether a value of a result belongs into the table, by the keys that lead to it; `top1_k20` is one of a sweep."""
+    is_detail = not path or any(key in DETAILS for key in path)
+    return not is_detail and path[-1].startswith(SCORES) and not re.search(r"_k\d+(_|$)", path[-1])
+
+
+def _leaves(result: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(result, dict):
+        for key, value in result.items():
+            yield from _leaves(value, (*path, key))
+    else:
+        yield path, result
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage with one decimal."""
+    return "n/a" if value is None else "not finite" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _gain(value: float | None, other: float | None) -> str:
+    if value is None or other is None or math.isnan(value - other):
+        return ""
+    # Of the rounded numbers, so that the table adds up.
+    return f"{round(100 * value, 1) - round(100 * other, 1):+.1f}".replace("-", MINUS)
+
+
+def text_table(content: Mapping[str, Any]) -> str:
+    """The scores in percent, for a terminal."""
+    models = list(columns(content))
+    lines = [["evaluation", "method", "score", *models]]
+    lines += [[row.evaluation, row.method, row.metric, *map(percent, row.values)] for row in score_rows(content)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    shown = []
+    for line in lines:
+        words = [
+            w.ljust(width) if i < 3 else w.rjust(width) for i, (w, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        shown.append("  ".join(words).rstrip())
+    return "\n".join([shown[0], "-" * max(map(len, shown)), *shown[1:]])
+
+
+def summary(content: Mapping[str, Any]) -> str:
+    """The best result of each evaluation in a sentence, with the gain over random initialisation."""
+    rows, parts = score_rows(content), []
+    place = list(columns(content)).index("random initialisation") if content.get("random") else None
+    for evaluation in content["evaluations"]:
+        own = [row for row in rows if row.evaluation == evaluation and row.values[0] is not None]
+        if not own:
+            continue
+        best = max((row for row in own if row.metric == own[0].metric), key=lambda row: row.values[0] or 0)
+        part = f"{evaluation}: {percent(best.values[0])} % {best.metric} ({best.method})"
+        gain = _gain(best.values[0], best.values[place]) if place else ""
+        side = "below" if gain.startswith(MINUS) else "above"
+        parts.append(f"{part}, {gain[1:]} points {side} random initialisation" if gain else part)
+    return "; ".join(parts) + "." if parts else "No evaluation has results yet."
+
+
+# --------------------------------------------------------------------------------------------------------- HTML
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --paper: #ffffff; --tint: #f4f6f8;
+  --good: #00694d; --bad: #a33f00; --warn: #fff4dc; --warn-line: #c98a00; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #a3adb9; --line: #39414c; --paper: #14181d;
+  --tint: #1d232a; --good: #4fd1a5; --bad: #ff9d66; --warn: #33290f; --warn-line: #a87a1a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 70rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
+p, li, dd { max-width: 48rem; }
+.summary { font-size: 1.1rem; } .soft, caption, figcaption { color: var(--soft); }
+.wide { overflow-x: auto; margin: .75rem 0; }
+table { border-collapse: collapse; font-size: .95rem; }
+caption { text-align: left; padding-bottom: .4rem; }
+th, td { padding: .28rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
+th { font-weight: 500; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; } th.model { min-width: 6rem; max-width: 14rem; overflow-wrap: anywhere; }
+th.model[colspan] { min-width: 10rem; } th.sub { white-space: nowrap; }
+td.best { font-weight: 700; } td.up { color: var(--good); } td.down { color: var(--bad); }
+tr.group th { padding-top: .9rem; font-weight: 650; background: var(--tint); }
+tr.group span { font-weight: 400; color: var(--soft); margin-left: .6rem; }
+td.text { overflow-wrap: anywhere; min-width: 9rem; max-width: 40rem; }
+.notice { border-left: 4px solid var(--warn-line); background: var(--warn); padding: .5rem .9rem; margin: .75rem 0; }
+.notice ul { margin: .25rem 0; padding-left: 1.2rem; }
+details { margin: .5rem 0; } summary { cursor: pointer; padding: .2rem 0; }
+code { font-size: .9em; overflow-wrap: anywhere; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: .75rem; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 0 1.5rem; }
+.wide-figure { grid-column: 1 / -1; }
+figure { margin: 0 0 1rem; break-inside: avoid; }
+img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+dt { font-weight: 600; margin-top: .6rem; } dd { margin-left: 0; }
+@media (max-width: 30rem) { body { padding: 1rem .75rem 3rem; } th, td { padding: .25rem .4rem; }
+  table { font-size: .875rem; } .panels { grid-template-columns: 1fr; } }
+@media print { :root { --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --tint: #f2f2f2; --good: #00543d;
+  --bad: #8a3500; --warn: #fff; } body { max-width: none; padding: 0; font-size: 10pt; } h2, h3 { break-after: avoid; }
+  .wide { overflow: visible; } tr { break-inside: avoid; } details:not([open]) { display: none; } }
+"""
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+EXPLANATIONS = {
+    "mIoU": "Mean intersection over union. For each class, the pixels that are both of that class and predicted as it, "
+    "as a share of those that are either; averaged over the classes that occur in truth or prediction. A prediction of "
+    "a label that does not count is a class with 0, as in the published CAPI numbers.",
+    "mIoU_valid": "The same, averaged only over the classes that count. The usual definition.",
+    "acc": "Share of the pixels that are predicted right.",
+    "mean_acc": "That share within each true class, averaged over the classes.",
+    "top1": "Share of the images whose most likely class is one of their labels. If there are several test sets, the "
+    "name of the set follows.",
+}
+
+
+def write_report(path: Path, content: Mapping[str, Any], run_dir: Path | None = None) -> None:
+    """Write the report of evaluations as one HTML file.
+
+    Args:
+        path: the file.
+        content: what is reported; the comment at the top of the section on scores says how it is laid out. Folders in
+            it are relative to that of `path`.
+        run_dir: folder of the training run whose curves are shown.
+
+    Raises: UserError if `run_dir` has no metrics.
+    """
+    title = f"Evaluation of {content['name']}"
+    sections = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="summary">{escape(summary(content))}</p>',
+        _notices(content),
+        _scores_section(content),
+        _pictures_section(content, path.parent),
+        "" if run_dir is None else _curves_section(run_dir),
+        _about_section(content),
+        _explanation_section(content),
+    ]
+    page = (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _notices(content: Mapping[str, Any]) -> str:
+    lines = []
+    for label, model in columns(content).items():
+        for name, entry in model.items():
+            if entry.get("status", "done") != "done":
+                of = "" if model is content["evaluations"] else f", {label}"
+                lines.append(f"{name}{of}: {entry['status']}. {entry.get('message') or ''}")
+    lines += content.get("notes", [])
+    if not lines:
+        return ""
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<div class="notice" role="note"><strong>Please note</strong><ul>{items}</ul></div>'
+
+
+def _scores_section(content: Mapping[str, Any]) -> str:
+    models, rows = list(columns(content)), score_rows(content)
+    others = models[1:]
+    first = '<th scope="col" rowspan="2">' if others else '<th scope="col">'
+    own = first.replace("<th", '<th class="number model"')
+    head = f"<tr>{first}method</th>{first}score</th>{own}{_breakable(models[0])}</th>"
+    head += "".join(f'<th scope="colgroup" colspan="2" class="number model">{_breakable(o)}</th>' for o in others)
+    head += "</tr>"
+    if others:
+        pair = '<th scope="col" class="number sub">score</th><th scope="col" class="number sub">gain over it</th>'
+        head += f"<tr>{len(others) * pair}</tr>"
+    body = ""
+    for evaluation, entry in content["evaluations"].items():
+        width = 3 + 2 * len(others)
+        what = escape(_setting(entry.get("config", {})))
+        heading = f'<th scope="rowgroup" colspan="{width}">{escape(evaluation)}<span>{what}</span></th>'
+        body += f'<tbody><tr class="group">{heading}</tr></tbody>'
+        own_rows = [row for row in rows if row.evaluation == evaluation]
+        for method in dict.fromkeys(row.method for row in own_rows):
+            group = [row for row in own_rows if row.method == method]
+            lines = [_score_line(row) for row in group]
+            named = f'<th scope="rowgroup" rowspan="{len(group)}">{escape(method)}</th>'
+            body += f"<tbody><tr>{named}{lines[0]}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines[1:])
+            body += "</tbody>"
+        if not own_rows:
+            text = "pictures only" if entry.get("status", "done") == "done" else f"{entry['status']}, no scores yet"
+            body += f'<tbody><tr><td colspan="{width}" class="soft">{escape(text)}</td></tr></tbody>'
+    caption = "In percent; higher is better."
+    if others:
+        caption += f" The best of a row is bold. A gain is how far {content['name']} is above the model of that column."
+    # Not a caption: on a phone it would be as wide as the table.
+    told = f'<p class="soft" id="scores-note">{escape(caption)}</p>'
+    table = f'<table aria-describedby="scores-note"><thead>{head}</thead>{body}</table>'
+    return _section("scores", "Scores", told + _wide(table, "Scores") + _classes(content))
+
+
+def _section(name: str, title: str, body: str) -> str:
+    return f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(title)}</h2>{body}</section>'
+
+
+def _breakable(name: str) -> str:
+    """Escaped, with places where a narrow column may break it."""
+    return re.sub("([/_])", r"\1<wbr>", escape(name))
+
+
+def _score_line(row: Row) -> str:
+    shown = [percent(value) for value in row.values]
+    known = [round(100 * value, 1) for value in row.values if value is not None and not math.isnan(value)]
+    best = f"{max(known):.1f}" if len(known) > 1 else None
+    cells = []
+    for i, (value, text) in enumerate(zip(row.values, shown, strict=True)):
+        cells.append(f'<td class="number{" best" if text == best else ""}">{text}</td>')
+        if i > 0:
+            gain = _gain(row.values[0], value)
+            kind = "" if gain in ("", "+0.0") else " down" if gain.startswith(MINUS) else " up"
+            cells.append(f'<td class="number{kind}">{gain}</td>')
+    return f'<th scope="row">{escape(row.metric)}</th>{"".join(cells)}'
+
+
+def _setting(config: Mapping[str, Any]) -> str:
+    """The keys of an evaluation that tell it from others, in short."""
+    words = [
+        str(config[key]) for key in ("test_dataset", "test_datasets", "dataset") if isinstance(config.get(key), str)
+    ]
+    if config.get("resolution") is not None:
+        words.append(f"{config['resolution']} px")
+    return ", ".join(words)
+
+
+def _classes(content: Mapping[str, Any]) -> str:
+    """A folded table of the classes for each method that has them."""
+    tables, models = [], columns(content)
+    for evaluation, entry in content["evaluations"].items():
+        for method, result in entry.get("results", {}).items():
+            classes = result.get("per_class") if isinstance(result, dict) else None
+            if not classes:
+                continue
+            keys = list(next(iter(classes.values())))
+            others = {}
+            for label, model in list(models.items())[1:]:
+                theirs = model.get(evaluation, {}).get("results", {}).get(method, {})
+                others[label] = theirs.get("per_class", {}) if isinstance(theirs, dict) else {}
+            heads = [*keys, *(f"{keys[0]}, {label}" for label in others)]
+            head = "".join(f'<th scope="col" class="number model">{_breakable(h)}</th>' for h in heads)
+            body = ""
+            for name, values in classes.items():
+                numbers = [values.get(key) for key in keys]
+                numbers += [theirs.get(name, {}).get(keys[0]) for theirs in others.values()]
+                cells = "".join(f'<td class="number">{_number(value)}</td>' for value in numbers)
+                body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
+            caption = "In percent, where it is a share."
+            table = f"<table><caption>{caption}</caption><thead><tr><th scope='col'>class</th>{head}</tr></thead>"
+            table += f"<tbody>{body}</tbody></table>"
+            what = f"{evaluation}, {method}: each of the {len(classes)} classes"
+            tables.append(f"<details><summary>{escape(what)}</summary>{_wide(table, what)}</details>")
+    return "".join(tables)
+
+
+def _number(value: Any) -> str:
+    return percent(value) if value is None or isinstance(value, float) else f"{value:,}".replace(",", " ")
+
+
+def _wide(table: str, label: str) -> str:
+    # Focusable, so that the keyboard can scroll it.
+    return f'<div class="wide" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
+
+
+# What was evaluated.
+
+
+def _about_section(content: Mapping[str, Any]) -> str:
+    entries = {
+        (name if model is content["evaluations"] else f"{name}, {label}"): entry
+        for label, model in columns(content).items()
+        for name, entry in model.items()
+        if entry.get("about")
+    }
+    own = [entries[name]["about"] for name in content["evaluations"] if name in entries]
+    if not own:
+        return ""
+    shared = {k: v for k, v in own[0].items() if all(k in about and about[k] == v for about in own)}
+    parts = [_key_values(shared, "The model and the code, the same for all evaluations of it.")]
+    for name, entry in entries.items():
+        about = {k: v for k, v in entry["about"].items() if k not in shared or shared[k] != v}
+        settings = {
+            " ".join((method, *path)): value
+            for method, result in entry.get("results", {}).items()
+            for path, value in _leaves(result)
+            if path[:1] != ("per_class",) and not (is_score(path) and isinstance(value, float))
+        }
+        table = _key_values({"script": entry.get("script")} | about | settings | entry.get("config", {}), None)
+        parts.append(f"<details><summary>{escape(name)}: all settings</summary>{table}</details>")
+    return _section("about", "What was evaluated", "".join(parts))
+
+
+def _key_values(values: Mapping[str, Any], caption: str | None) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(key)}</th><td class="text">{escape(_plain(value))}</td></tr>'
+        for key, value in values.items()
+    )
+    told = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return _wide(f"<table>{told}<tbody>{rows}</tbody></table>", caption or "Settings")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}".replace(",", " ")
+    return "none" if value is None else json.dumps(value)
+
+
+def _explanation_section(content: Mapping[str, Any]) -> str:
+    words = {word for row in score_rows(content) for word in row.metric.split()}
+    told = {
+        key: text
+        for key, text in EXPLANATIONS.items()
+        if any(word == key or (key == "top1" and word.startswith(key)) for word in words)
+    }
+    if content.get("random"):
+        told["random initialisation"] = (
+            "The same architecture with weights as they are before any training, evaluated in the same way. What a "
+            "model scores above it was learned."
+        )
+    if not told:
+        return ""
+    items = "".join(f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in told.items())
+    return _section("terms", "What the numbers mean", f"<dl>{items}</dl>")
+
+
+# Pictures.
+
+
+@dataclass
+class _Budget:
+    """Bytes of pictures that still fit."""
+
+    left: int
+
+    def image(self, data: bytes, kind: str, size: tuple[int, int], alt: str) -> str | None:
+        """An `img` element; None if it does not fit any more."""
+        if len(data) > self.left:
+            return None
+        self.left -= len(data)
+        encoded = base64.b64encode(data).decode()
+        return (
+            f'<img src="data:image/{kind};base64,{encoded}" width="{size[0]}" height="{size[1]}" alt="{escape(alt)}">'
+        )
+
+
+def _pictures_section(content: Mapping[str, Any], base: Path) -> str:
+    budget, parts = _Budget(PICTURES_MIB * 2**20), []
+    for evaluation, entry in content["evaluations"].items():
+        found = _pictures_of(entry, evaluation, base)
+        figures = [_figure(path, budget, evaluation, content["name"]) for path in found[:PICTURES_EACH]]
+        # Beside the model, one picture of random weights says enough.
+        untrained = content.get("random", {}).get(evaluation)
+        if untrained and found:
+            same = [path for path in _pictures_of(untrained, evaluation, base) if path.name == found[0].name]
+            figures[1:1] = [_figure(path, budget, evaluation, "random initialisation") for path in same]
+        if any(figures):
+            left_out = max(0, len(found) - PICTURES_EACH) + figures.count("")
+            where = escape(str(Path(entry.get("folder", evaluation), "artifacts")))
+            more = f'<p class="soft">{left_out} more in <code>{where}</code>.</p>' if left_out else ""
+            parts.append(f'<h3>{escape(evaluation)}</h3><div class="pictures">{"".join(figures)}</div>{more}')
+    return _section("pictures", "Pictures", "".join(parts)) if parts else ""
+
+
+def _pictures_of(entry: Mapping[str, Any], evaluation: str, base: Path) -> list[Path]:
+    """The most telling first."""
+    folder = base / entry.get("folder", evaluation) / "artifacts"
+    return sorted(folder.glob("*.png"), key=lambda path: (path.stem != "overview", path.name))
+
+
+def _figure(path: Path, budget: _Budget, evaluation: str, label: str) -> str:
+    """A picture with its title; empty if it does not fit into the file any more."""
+    image, is_wide = _picture(path, budget, f"{evaluation}, {label}: {_words(path)}")
+    caption = f"<figcaption>{escape(f'{_words(path)}, {label}')}</figcaption>"
+    return f"<figure{' class=wide-figure' if is_wide else ''}>{caption}{image}</figure>" if image else ""
+
+
+def _words(path: Path) -> str:
+    return path.stem.replace("_", " ").replace("-", " ")
+
+
+def _picture(path: Path, budget: _Budget, alt: str) -> tuple[str | None, bool]:
+    """An `img` element if it fits, and whether it is broad."""
+    with Image.open(path) as image:
+        picture = image.convert("RGB")
+    size = picture.size
+    is_wide = size[0] > 1.3 * size[1]
+    original = path.read_bytes()
+    picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=88)
+    if len(original) <= buffer.tell():  # drawings are smaller as they are
+        return budget.image(original, "png", size, alt), is_wide
+    return budget.image(buffer.getvalue(), "jpeg", picture.size, alt), is_wide
+
+
+# ------------------------------------------------------------------------------------------------------- curves
+
+
+def _curves_section(run_dir: Path) -> str:
+    from matplotlib.figure import Figure
+
+    records = read_metrics(run_dir / "metrics.jsonl")
+    num_clusters, budget, figures = read_num_clusters(run_dir), _Budget(2**20), ""
+    for draw in PANELS:
+        figure = Figure(figsize=(4.4, 2.9), dpi=150, layout="constrained")
+        ax = figure.subplots()
+        draw(ax, records, num_clusters)
+        _limit(figure, records)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        size = (int(figure.bbox.width), int(figure.bbox.height))
+        figures += f"<figure>{budget.image(buffer.getvalue(), 'png', size, _describe(ax, records))}</figure>"
+    steps = max((record["step"] for record in records), default=0)
+    told = f"{run_dir}: {steps:,} steps".replace(",", " ")
+    return _section("training", "Training", f'<p class="soft">{escape(told)}</p><div class="panels">{figures}</div>')
+
+
+def _describe(ax: "Axes", records: Sequence[Mapping[str, Any]]) -> str:
+    """A drawn panel in words."""
+    curves = []
+    for line in ax.lines:
+        heights = list(line.get_ydata())  # pyright: ignore[reportArgumentType]  # an array
+        name = str(line.get_label())
+        if len(heights) > 1 and not (heights[0] == heights[-1] and line.get_linestyle() == ":"):
+            named = "" if name.startswith("_") or not name else f"{name}: "
+            curves.append(f"{named}from {heights[0]:.4g} to {heights[-1]:.4g}")
+    what = "; ".join(curves) if curves else "not logged"
+    return f"{ax.get_title()} over {max((r['step'] for r in records), default=0)} steps. {what}"
+
+
+def check_run(run_dir: Path) -> None:
+    """Raise UserError unless the folder has what the curves of a training are drawn from."""
+    if not (run_dir / "metrics.jsonl").is_file():
+        raise UserError(f"run_dir={run_dir}: has no metrics.jsonl; give the output folder of a training")
+    read_metrics(run_dir / "metrics.jsonl")
+    read_num_clusters(run_dir)
+
+
+def read_num_clusters(run_dir: Path) -> int | None:
+    """`capi.num_clusters` of a training run; None if it was another method.
+
+    Raises: UserError if the run's configuration is missing or damaged.
+    """
+    path = run_dir / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"run_dir={run_dir}: {path} cannot be read: {error}") from error
+    section = config.get("capi") if isinstance(config, dict) else None
+    return section.get("num_clusters") if isinstance(section, dict) else None
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]], num_clusters: int | None) -> "Figure":
+    """Six panels of the records of a metrics.jsonl: losses, targets, prototypes, features, gradient, schedules."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=(12, 6.6), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    for draw, ax in zip(PANELS, figure.subplots(2, 3).flat, strict=True):
+        draw(ax, records, num_clusters)
+    _limit(figure, records)
+    return figure
+
+
+def _limit(figure: "Figure", records: Sequence[Mapping[str, Any]]) -> None:
+    for ax in figure.axes:
+        ax.set_xlim(0, 1.03 * max((record["step"] for record in records), default=1))
+
+
+def _draw_losses(ax: "Axes", records: Sequence[Mapping[str, Any]], num_clusters: int | None) -> None:
+    _plot(ax, records, {"capi_loss": ("student", BLUE), "clustering_loss": ("clustering head", VERMILLION)})
+    if num_clusters:
+        _mark(ax, math.log(num_clusters), "log K: knows nothing")
+    _finish(ax, "Cross-entropy losses", "nats")
+
+
+def _draw_entropy(ax: "Axes", records: Sequence[Mapping[str, Any]], num_clusters: int | None) -> None:
+    _plot(ax, records, {"target_entropy": ("", BLUE)})
+    _finish(ax, "Entropy of the targets", "nats")
+    if num_clusters:
+        log_k = math.log(num_clusters)
+        there_and_back: Any = (lambda nats: nats / log_k, lambda part: part * log_k)
+        relative = ax.secondary_yaxis("right", functions=there_and_back)
+        relative.set_ylabel("fraction of log K")
+
+
+def _draw_prototypes(ax: "Axes", records: Sequence[Mapping[str, Any]], num_clusters: int | None) -> None:
+    usage = {"prototypes_used": ("largest for some token", BLUE), "prototype_perplexity": ("perplexity", VERMILLION)}
+    _plot(ax, records, usage)
+    if num_clusters:
+        _mark(ax, num_clusters, f"all {num_clusters}")
+    _finish(ax, "Prototypes in use", "number")
+
+
+def _draw_rank(ax: "Axes", records: Sequence[Mapping[str, Any]], _: int | None) -> None:
+    _plot(ax, records, {"teacher_rank": ("", GREEN)})
+    _finish(ax, "Effective rank of the teacher's features", "dimensions")
+
+
+def _draw_gradient(ax: "Axes", records: Sequence[Mapping[str, Any]], _: int | None) -> None:
+    _plot(ax, records, {"grad_norm": ("", BLUE)})
+    _finish(ax, "Norm of the student's gradient", "norm")
+
+
+def _draw_schedules(ax: "Axes", records: Sequence[Mapping[str, Any]], _: int | None) -> None:
+    momentum = ax.twinx()
+    _plot(momentum, records, {"momentum": ("EMA momentum (right axis)", GREEN)}, linestyle=":")
+    _plot(ax, records, {"lr": ("learning rate, student", BLUE)})
+    _plot(ax, records, {"clustering_lr": ("learning rate, clustering head", VERMILLION)}, linestyle="--")
+    _finish(ax, "Schedules", "learning rate", headroom=0.5)
+    ax.ticklabel_format(axis="y", scilimits=(-2, 2))
+    momentum.margins(y=0.5)
+    momentum.spines["top"].set_visible(False)
+    momentum.set_ylabel("momentum")
+    momentum.ticklabel_format(axis="y", useOffset=False)
+    lines = [*ax.lines, *momentum.lines]
+    ax.legend(lines, [str(line.get_label()) for line in lines], frameon=False, fontsize=8, loc="upper left")
+
+
+PANELS: tuple[Callable[["Axes", Sequence[Mapping[str, Any]], int | None], None], ...] = (
+    _draw_losses,
+    _draw_entropy,
+    _draw_prototypes,
+    _draw_rank,
+    _draw_gradient,
+    _draw_schedules,
+)
+
+
+def _plot(ax: "Axes", records: Sequence[Mapping[str, Any]], keys: Mapping[str, tuple[str, str]], **style: Any) -> None:
+    """Draw keys (name -> label, colour) over the step, wherever they were logged."""
+    for key, (label, color) in keys.items():
+        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+        if points:
+            marker = "o" if len(points) < 10 else ""  # one point makes no line
+            ax.plot(*zip(*points, strict=True), color=color, label=label, marker=marker, markersize=4, **style)
+    if not ax.lines:
+        ax.text(0.5, 0.5, "not logged in this run", transform=ax.transAxes, ha="center", va="center", color=GREY)
+
+
+def _mark(ax: "Axes", height: float, text: str) -> None:
+    ax.axhline(height, color=GREY, linewidth=1, linestyle=":", label=text)
+
+
+def _finish(ax: "Axes", title: str, unit: str, headroom: float = 0.1) -> None:
+    """Label the axes and start the vertical one at 0, so that small changes look small."""
+    ax.set_title(title, fontsize=11)
+    ax.set_xlabel("step")
+    ax.set_ylabel(unit)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    if ax.lines:
+        ax.set_ylim(0, (1 + headroom) * max(line.get_path().get_extents().ymax for line in ax.lines))
+    if len(ax.lines) > 1:
+        ax.legend(frameon=False, fontsize=8)

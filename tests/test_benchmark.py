@@ -1,0 +1,506 @@
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slurm
+import yaml
+from conftest import ROOT, run_cli
+
+import benchmark
+from utils import UserError
+
+STUB = """
+import json, os, sys
+from pathlib import Path
+import yaml
+
+cfg = yaml.safe_load(open(sys.argv[1]))
+folder = Path(cfg["output_dir"])
+with (folder / "starts").open("a") as file:
+    file.write("x")
+print("it begins", flush=True)
+path = folder / "results_stub.json"
+if path.exists() and json.loads(path.read_text())["config"]["score"] != cfg["score"]:
+    sys.exit("error: results of another config")
+results = {"knn": {"mIoU": cfg["score"]}}
+content = {"results": results, "config": cfg, "about": {"weights_sha256": "ab" * 32}}
+path.write_text(json.dumps(content))
+if cfg.get("fails"):
+    print("error: train_dataset=nowhere: there is no such folder", file=sys.stderr)
+    sys.exit(2)
+if cfg.get("interrupts"):
+    os.kill(os.getppid(), 2)
+if cfg.get("dies"):
+    os.kill(os.getpid(), 9)
+content["about"]["seconds"] = 1.5
+content["about"]["ranks"] = os.environ.get("WORLD_SIZE", "1")
+path.write_text(json.dumps(content))
+"""
+
+MODEL = """
+def load_model(model_name="tiny", pretrained_weights=None, config_path=None): ...
+
+__model_loader__ = load_model
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a model file, weights, and an evaluation script that only writes what it is told."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stub.py").write_text(STUB)
+    (tmp_path / "tiny_model.py").write_text(MODEL)
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "student.pth").write_bytes(b"weights")
+    (tmp_path / "runs" / "a" / "student.yaml").write_text("model: {}")
+    evals = {"one": {"script": "stub.py", "score": 0.25}, "two": {"script": "stub.py", "score": 0.5}}
+    (tmp_path / "evals.yaml").write_text(yaml.safe_dump(evals))
+    return tmp_path
+
+
+ARGUMENTS = [
+    "output_dir=out",
+    "model_path=tiny_model.py",
+    "pretrained_weights=runs/a/student.pth",
+    "evals_config_path=evals.yaml",
+]
+NO_RANDOM = [*ARGUMENTS, "random_baseline=false"]
+
+
+def results() -> dict[str, Any]:
+    return json.loads(Path("out/results.json").read_text())
+
+
+def starts(name: str) -> int:
+    return len(Path("out", name, "starts").read_text())
+
+
+# What is evaluated.
+
+
+def test_the_default_evaluations_are_a_literal_of_scripts_that_know_their_keys():
+    evals = benchmark.read_evals("default_eval_config.py", {})
+    assert [entry["script"] for entry in evals.values()] == [
+        "eval_classification.py",
+        "eval_segmentation.py",
+        "eval_visualizations.py",
+        "eval_visualizations.py",
+    ]
+    assert [entry.get("resolution") for entry in evals.values()] == [None, 224, 224, 448]
+    for entry in evals.values():
+        text = (ROOT / entry["script"]).read_text()
+        assert all(re.search(rf"^    {key}: ", text, re.MULTILINE) for key in entry.keys() - {"script"})
+
+
+def test_a_python_file_of_evaluations_is_read_and_not_run(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nEVALS = {{'a': {{'script': 'eval_x.py', 'k': [1, 2]}}}}\n")
+    assert benchmark.read_evals(str(path), {}) == {"a": {"script": "eval_x.py", "k": [1, 2]}}
+    assert not (tmp_path / "ran").exists()
+
+
+def test_single_evaluations_can_be_changed_added_and_left_out(here):
+    changes = {"one": {"score": 0.75, "batch": {"x": 1}}, "two": None, "three": {"script": "s.py"}}
+    assert benchmark.read_evals("evals.yaml", changes) == {
+        "one": {"script": "stub.py", "score": 0.75, "batch": {"x": 1}},
+        "three": {"script": "s.py"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("e.py", "EVALS = dict(a=1)", "evals_config_path=e.py: EVALS is read, not run, so it must be a plain literal"),
+        ("e.py", "EVALS = [1]", "evals_config_path=e.py: EVALS must be a dict"),
+        ("e.py", "EVAL = {}", "evals_config_path=e.py: does not assign EVALS"),
+        ("e.py", "EVALS = {", "evals_config_path=e.py: is not Python"),
+        ("e.yaml", "- a", "evals_config_path=e.yaml: must hold"),
+        ("e.yaml", "a: [", "evals_config_path=e.yaml: cannot be read"),
+        ("e.yaml", "a: {resolution: 2}", "evals.a: needs script"),
+        ("e.yaml", "a/b: {script: s.py}", "evals.a/b: a name is also that of a folder"),
+        ("e.yaml", "random: {script: s.py}", "evals.random: a name is also that of a folder"),
+        ("e.yaml", "a: {script: s.py, output_dir: x}", "evals.a.output_dir: is the same for all evaluations"),
+        ("e.yaml", "{}", "no evaluation is left"),
+    ],
+)
+def test_a_bad_list_of_evaluations_is_explained(tmp_path, monkeypatch, name, text, says):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        benchmark.read_evals(name, {})
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("evals.on.score=1", "evals.on: there is no such evaluation in evals.yaml; did you mean one?"),
+        ("evals_config_path=none.yaml", "evals_config_path=none.yaml: there is no such file"),
+        ("evals.one.script=none.py", "evals.one.script=none.py: there is no such file"),
+        ("pretrained_weights=none.pth", "pretrained_weights=none.pth: cannot be read: No such file or directory"),
+        ("model_path=none.py", "model_path=none.py: there is no such file"),
+        ("model_path=stub_model.py", "the file does not define __model_loader__"),
+        ("compare=[evals.yaml]", "compare=evals.yaml: cannot be read"),
+        ("compare=[any.json]", "compare=any.json: is not a results.json that benchmark.py wrote"),
+        ("run_dir=runs/a", "run_dir=runs/a: has no metrics.jsonl"),
+        ("launcher=cloud", "launcher='cloud': must be one of local, slurm"),
+        ("launcher.gpus_per_nod=1", "did you mean launcher.gpus_per_node?"),
+        ("nproc_per_node=0", "nproc_per_node=0: must be at least 1"),
+        ("output_dir=a=b", "output_dir='a=b': must not contain '='"),
+        ("modelpath=x", "unknown key modelpath; did you mean model_path?"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_runs(here, capsys, argument, says):
+    (here / "stub_model.py").write_text("")
+    (here / "any.json").write_text('{"results": 1}')
+    assert benchmark.main([*ARGUMENTS, argument]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert "Traceback" not in error
+    assert not Path("out").exists()
+
+
+def test_help_shows_the_command(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--help"])
+    assert "python benchmark.py output_dir=results/mine pretrained_weights=" in capsys.readouterr().out
+
+
+def test_the_output_folder_must_be_given(capsys):
+    assert benchmark.main([]) == 2
+    assert "output_dir" in capsys.readouterr().err
+
+
+# Random initialisation.
+
+
+@pytest.mark.parametrize(
+    ("given", "parameters", "expected"),
+    [
+        ({"pretrained_weights": "runs/a/student.pth"}, ["config_path"], {"config_path": "runs/a/student.yaml"}),
+        ({"pretrained_weights": "runs/a/student.pth", "config_path": "c"}, ["config_path"], {"config_path": "c"}),
+        ({"pretrained_weights": "https://x/a.pth"}, ["config_path"], {}),
+        ({"pretrained_weights": "a.pth", "model_name": "b"}, ["pretrained"], {"model_name": "b", "pretrained": False}),
+        ({"model_name": "b"}, ["pretrained"], {"model_name": "b", "pretrained": False}),
+        ({"pretrained": False}, ["pretrained"], {"pretrained": False}),
+    ],
+)
+def test_random_initialisation_keeps_everything_but_the_weights(here, given, parameters, expected):
+    assert benchmark.without_weights(given, parameters) == expected
+
+
+def test_both_models_are_evaluated_with_the_same_keys(here):
+    assert benchmark.main([*ARGUMENTS, "device=cpu", "num_workers=0", "evals.two.num_workers=3"]) == 0
+    of = {name: yaml.safe_load(Path("out", name, "config.yaml").read_text()) for name in ("one", "two", "random/one")}
+    assert of["one"] == {
+        "device": "cpu",
+        "num_workers": 0,
+        "score": 0.25,
+        "model_path": "tiny_model.py",
+        "model_loader_kwargs": {"pretrained_weights": "runs/a/student.pth"},
+        "output_dir": "out/one",
+    }
+    assert of["two"]["num_workers"] == 3
+    changed = {"model_loader_kwargs": {"config_path": "runs/a/student.yaml"}, "output_dir": "out/random/one"}
+    assert of["random/one"] == of["one"] | changed
+    assert list(results()["random"]) == ["one", "two"]
+
+
+def test_a_model_without_weights_is_not_evaluated_twice(here, caplog):
+    caplog.set_level("INFO")
+    assert benchmark.main(["output_dir=out", "model_path=tiny_model.py", "evals_config_path=evals.yaml"]) == 0
+    assert results()["random"] == {}
+    assert results()["name"] == "tiny_model"
+
+
+# Running.
+
+
+def test_the_end_is_a_table_results_and_a_report(here, capsys):
+    assert benchmark.main(ARGUMENTS) == 0
+    shown = capsys.readouterr()
+    assert re.search(r"^two +knn +mIoU +50\.0 +50\.0$", shown.out, re.MULTILINE)
+    assert shown.out.endswith("\nout/results.json\nout/report.html\n")
+    assert "    it begins\n" in shown.err, "what the script says is not shown"
+    assert Path("out/one/log.txt").read_text() == "it begins\n"
+    content = results()
+    assert content["name"] == "a/student"
+    assert content["evaluations"]["one"]["results"] == {"knn": {"mIoU": 0.25}}
+    assert content["evaluations"]["one"]["about"]["seconds"] == 1.5
+    assert content["evaluations"]["one"]["folder"] == "one"
+    assert content["random"]["one"]["folder"] == "random/one"
+    assert "<h1>Evaluation of a/student</h1>" in Path("out/report.html").read_text()
+
+
+def test_what_is_done_is_not_done_again(here):
+    assert benchmark.main(NO_RANDOM) == 0
+    # Neither a machine nor the place of the weights changes a result.
+    Path("runs/a/student.pth").rename("runs/a/moved.pth")
+    assert benchmark.main([*NO_RANDOM, "batch_size=7", "device=cpu", "pretrained_weights=runs/a/moved.pth"]) == 0
+    assert (starts("one"), starts("two")) == (1, 1)
+    assert results()["evaluations"]["two"]["status"] == "done"
+
+
+def test_a_changed_key_goes_to_the_script_and_its_refusal_is_a_failure_also_the_second_time(here, capsys):
+    assert benchmark.main(NO_RANDOM) == 0
+    for _ in range(2):
+        assert benchmark.main([*NO_RANDOM, "evals.one.score=0.75"]) == 1
+        assert (
+            "one: failed. exit code 1: error: results of another config (log: out/one/log.txt)"
+            in capsys.readouterr().out
+        )
+    assert benchmark.main(NO_RANDOM) == 0, "the old request holds again"
+
+
+def test_other_weights_are_refused_before_anything_runs(here, capsys):
+    assert benchmark.main(NO_RANDOM) == 0
+    Path("runs/a/student.pth").write_bytes(b"other weights")
+    assert benchmark.main(NO_RANDOM) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"out/one has results of another model \(SHA-256 of its weights file: \w{12}, of this one", error)
+    assert "choose another output_dir" in error
+    assert starts("one") == 1
+
+
+def test_results_of_another_origin_are_not_taken_for_ours(here, capsys):
+    Path("out/one").mkdir(parents=True)
+    Path("out/one/results_x.json").write_text('{"results": {}, "config": {}, "about": {"seconds": 1}}')
+    assert benchmark.main(NO_RANDOM) == 2
+    assert "out/one has results that benchmark.py did not make" in capsys.readouterr().err
+
+
+def test_a_failure_is_named_and_the_others_are_done_and_reported(here, capsys):
+    assert benchmark.main([*NO_RANDOM, "evals.one.fails=true"]) == 1
+    shown = capsys.readouterr().out
+    reason = "exit code 2: error: train_dataset=nowhere: there is no such folder (log: out/one/log.txt)"
+    assert f"one: failed. {reason}" in shown
+    assert results()["evaluations"]["one"]["status"] == "failed"
+    assert results()["evaluations"]["two"]["results"] == {"knn": {"mIoU": 0.5}}
+    assert reason in Path("out/report.html").read_text()
+    assert benchmark.main(NO_RANDOM) == 0
+    assert (starts("one"), starts("two")) == (2, 1), "what failed, and only that, runs again"
+
+
+def test_what_failed_for_the_model_is_not_tried_at_random_initialisation(here, capsys):
+    assert benchmark.main([*ARGUMENTS, "evals.one.fails=true"]) == 1
+    assert "one, random initialisation: left out. It failed for the model itself." in capsys.readouterr().out
+    assert not Path("out/random/one").exists()
+    assert results()["random"]["two"]["status"] == "done"
+
+
+def test_a_killed_script_is_a_failure(here, capsys):
+    assert benchmark.main([*NO_RANDOM, "evals.one.dies=true"]) == 1
+    assert "one: failed. killed, perhaps because memory ran out: it begins" in capsys.readouterr().out
+
+
+def test_the_reason_of_several_ranks_is_that_of_the_script(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("ok\n[rank1]: ValueError: too small\n[rank1]: more\nx.ChildFailedError: \n=====\n")
+    assert benchmark._reason(log) == "[rank1]: ValueError: too small"
+    log.write_text("first\nlast\n")
+    assert benchmark._reason(log) == "last"
+    log.write_text("")
+    assert benchmark._reason(log) == "it said nothing."
+
+
+@pytest.mark.slow
+def test_with_several_processes_torchrun_starts_them(here):
+    assert benchmark.main([*NO_RANDOM, "evals.two=null", "nproc_per_node=2"]) == 0
+    assert results()["evaluations"]["one"]["about"]["ranks"] == "2"
+    assert starts("one") == 2
+
+
+def test_ctrl_c_ends_it_and_the_same_command_goes_on(here, capsys):
+    assert benchmark.main([*NO_RANDOM, "evals.two.interrupts=true"]) == 130
+    assert capsys.readouterr().err.endswith("interrupted; the same command goes on\n")
+    assert benchmark.main(NO_RANDOM) == 0
+    assert (starts("one"), starts("two")) == (1, 2)
+
+
+# Comparison.
+
+
+def test_other_models_are_shown_beside_and_differences_of_their_evaluation_said(here, capsys):
+    assert benchmark.main([*NO_RANDOM, "evals.one.score=0.2", "evals.two=null"]) == 0
+    Path("out").rename("first")
+    assert benchmark.main([*NO_RANDOM, "name=second", "compare=[first/results.json]"]) == 0
+    assert re.search(r"^one +knn +mIoU +25\.0 +20\.0$", capsys.readouterr().out, re.MULTILINE)
+    content = results()
+    assert (content["name"], list(content["compared"])) == ("second", ["a/student"])
+    assert content["notes"] == ["one: a/student was evaluated differently, with score 0.2 instead of 0.25."]
+    assert "evaluated differently, with score 0.2" in Path("out/report.html").read_text()
+
+
+def test_two_models_of_one_name_are_told_apart(tmp_path):
+    paths = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        paths.append(str(tmp_path / folder / "results.json"))
+        Path(paths[-1]).write_text('{"name": "same", "evaluations": {}}')
+    assert list(benchmark.read_compared(paths)) == ["same", f"same ({tmp_path / 'b'})"]
+
+
+def test_the_training_run_is_in_the_report(here):
+    record = {"step": 1, "capi_loss": 4.0, "lr": 0.1}
+    Path("runs/a/metrics.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record | {"step": 9}) + "\n")
+    Path("runs/a/config.yaml").write_text("capi: {num_clusters: 16}")
+    assert benchmark.main([*NO_RANDOM, "evals.two=null", "run_dir=runs/a"]) == 0
+    assert "Cross-entropy losses over 9 steps" in Path("out/report.html").read_text()
+
+
+# Slurm.
+
+FAKE_SBATCH = """#!/bin/sh
+echo x >> submitted
+cp "$1" script.sh
+echo "Submitted batch job 17"
+"""
+
+
+@pytest.fixture
+def fake_slurm(here, monkeypatch):
+    """A queue that takes a job and of which the test says what became of it."""
+    folder = here / "bin"
+    folder.mkdir()
+    for name, text in (("sbatch", FAKE_SBATCH), ("squeue", "#!/bin/sh\ncat queue\n")):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (here / "queue").write_text("PENDING\n")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(benchmark, "ROOT", here)
+    monkeypatch.setattr("launch.ROOT", here)
+    return [*NO_RANDOM, "evals.two=null", "launcher=slurm"]
+
+
+def test_jobs_are_submitted_once_and_collected_later(fake_slurm, here, capsys):
+    assert benchmark.main([*fake_slurm, "launcher.partition=long", "launcher.time_min=30"]) == 0
+    assert re.search(
+        r"one: running\. Slurm job 17, log .*out/one/jobs/001/17_0_log.out: submitted", capsys.readouterr().out
+    )
+    script = Path("script.sh").read_text()
+    for option in ("partition=long", "time=30", "nodes=1", "gpus-per-node=1", "ntasks-per-node=1"):
+        assert f"#SBATCH --{option}\n" in script
+    assert yaml.safe_load(Path("out/one/jobs/001/config.yaml").read_text())["output_dir"] == "out/one"
+    assert f"{here}/out/one/jobs/001/code/stub.py" in script
+
+    Path("queue").write_text("RUNNING\n")
+    assert benchmark.main(fake_slurm) == 0
+    assert "one: running. Slurm job 17, log" in capsys.readouterr().out
+    assert results()["evaluations"]["one"]["status"] == "running"
+
+    Path("queue").write_text("")
+    subprocess.run([sys.executable, "stub.py", "out/one/jobs/001/config.yaml"], check=True)
+    assert benchmark.main(fake_slurm) == 0
+    assert "25.0" in capsys.readouterr().out
+    assert results()["evaluations"]["one"]["status"] == "done"
+    assert Path("submitted").read_text() == "x\n"
+
+
+def test_a_job_that_ended_unfinished_is_a_failure_until_it_is_retried(fake_slurm, capsys):
+    assert benchmark.main(fake_slurm) == 0
+    Path("queue").write_text("")
+    for _ in range(2):
+        assert benchmark.main(fake_slurm) == 1
+        assert "ended without finishing; retry=true submits it again" in capsys.readouterr().out
+    assert benchmark.main([*fake_slurm, "retry=true"]) == 0
+    assert Path("submitted").read_text() == "x\nx\n"
+
+
+def test_a_squeue_that_does_not_answer_is_not_taken_for_an_empty_queue(fake_slurm, here, capsys):
+    assert benchmark.main(fake_slurm) == 0
+    (here / "bin" / "squeue").write_text("#!/bin/sh\necho 'cannot connect' >&2\nexit 1\n")
+    assert benchmark.main(fake_slurm) == 2
+    assert "squeue does not answer (cannot connect)" in capsys.readouterr().err
+
+
+def test_slurm_must_be_there_and_know_the_script(fake_slurm, monkeypatch, tmp_path_factory, capsys):
+    other = tmp_path_factory.mktemp("other") / "stub.py"
+    other.write_text(STUB)
+    assert benchmark.main([*fake_slurm, f"evals.one.script={other}"]) == 2
+    assert "a Slurm job runs scripts of" in capsys.readouterr().err
+    assert benchmark.main([*fake_slurm, "nproc_per_node=2"]) == 2
+    assert "nproc_per_node=2: is for launcher=local" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert benchmark.main(fake_slurm) == 2
+    assert "launcher=slurm: there is no Slurm here" in capsys.readouterr().err
+
+
+# As a user types it.
+
+
+DEMO_EVALS = """
+segmentation:
+  script: eval_segmentation.py
+  train_dataset: custom://Segmentation?root='demo_data/emoji_on_scenes/train'
+  test_dataset: custom://Segmentation?root='demo_data/emoji_on_scenes/val'
+  resolution: 32
+  ignore_labels: [255]
+  max_train_images: 20
+  classifiers: [knn]
+"""
+TINY = {
+    "n_registers": 4,
+    "patch_size": 8,
+    "transformers_kwargs": {"embed_dim": 16, "block_kwargs": {"attn_kwargs": {"num_heads": 2}}},
+    "encoder_kwargs": {"depth": 1},
+    "decoder_kwargs": {"depth": 1},
+}
+
+
+@pytest.fixture
+def real(tmp_path):
+    """Arguments of a benchmark of small real weights with a real evaluation."""
+    import torch
+
+    from model import EncoderDecoder
+
+    (tmp_path / "evals.yaml").write_text(DEMO_EVALS)
+    torch.manual_seed(1)  # 0 is that of the evaluation
+    model = EncoderDecoder(**TINY)
+    torch.save({f"backbone.{key}": value for key, value in model.state_dict().items()}, tmp_path / "weights.pth")
+    (tmp_path / "weights.yaml").write_text(yaml.safe_dump({"model": TINY}))
+    arguments = [f"output_dir={tmp_path / 'out'}", f"pretrained_weights={tmp_path / 'weights.pth'}", "device=cpu"]
+    return [*arguments, f"evals_config_path={tmp_path / 'evals.yaml'}", "num_workers=0"]
+
+
+@pytest.mark.slow
+def test_a_real_evaluation_of_real_weights_is_done_once(real, tmp_path):
+    done = run_cli("benchmark.py", *real)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^segmentation +knn +mIoU +\d+\.\d +\d+\.\d$", done.stdout, re.MULTILINE)
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    hashes = {content[part]["segmentation"]["about"]["weights_sha256"] for part in ("evaluations", "random")}
+    assert len(hashes) == 2
+    started = time.monotonic()
+    again = run_cli("benchmark.py", *real)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == done.stdout
+    assert time.monotonic() - started < 60
+    assert again.stderr.count("is done") == 2
+
+
+@pytest.mark.slow
+def test_a_real_evaluation_runs_on_a_real_slurm(real, tmp_path):
+    refusal = slurm.why_not_here()
+    if refusal:
+        pytest.skip(refusal)
+    on_cpus = ["launcher=slurm", "launcher.gpus_per_node=0", "launcher.tasks_per_node=1", "random_baseline=false"]
+    with slurm.slurm() as cluster:
+
+        def run() -> subprocess.CompletedProcess[str]:
+            return run_cli("benchmark.py", *real, *on_cpus, **cluster.environ)
+
+        done = run()
+        assert done.returncode == 0, done.stderr
+        assert "segmentation: running. Slurm job 1" in done.stdout
+        cluster.wait_for("1", seconds=100, JobState="COMPLETED")
+        slurm.wait_until(lambda: not cluster.run("squeue", "--noheader"), "the queue is empty", 60)
+        done = run()
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"^segmentation +knn +mIoU +\d+\.\d$", done.stdout, re.MULTILINE)

@@ -1,0 +1,383 @@
+import json
+import re
+import shutil
+import subprocess
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from figures import assert_no_overlaps, num_coloured, panels
+from PIL import Image
+
+import report
+from utils import UserError
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+VOID = {"wbr", "meta", "img", "br", "link", "input", "hr"}
+
+
+def made_up_records() -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = []
+    for step in range(10, 210, 10):
+        record: dict[str, Any] = {"step": step, "capi_loss": 3 + 30 / step, "clustering_loss": 5 - step / 100}
+        record |= {"target_entropy": 1.4 - step / 1000, "prototypes_used": 60.0, "prototype_perplexity": 40 + step / 10}
+        record |= {
+            "lr": 1e-3 * step / 200,
+            "clustering_lr": 5e-4,
+            "momentum": 0.99 + step / 1e5,
+            "grad_norm": 20 / step,
+        }
+        if step % 50 == 0:
+            record |= {"teacher_rank": 30.0 + step / 10}
+        records.append(record)
+    return records
+
+
+def entry(results: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    config = {"output_dir": "x", "test_dataset": "custom://ADE20K?split='validation'", "resolution": 224}
+    about = {"weights": "runs/a/student_ema.pth", "weights_sha256": "ab" * 32, "num_parameters": 303_123_456}
+    about |= {"commit": "0123abc", "seconds": 61.5}
+    return {"script": "eval_x.py", "status": "done", "results": results, "config": config, "about": about} | changes
+
+
+def segmentation(mean_iou: float) -> dict[str, Any]:
+    return {
+        "mIoU": mean_iou,
+        "mIoU_valid": mean_iou + 0.01,
+        "per_class": {
+            "wall": {"iou": 2 * mean_iou, "acc": 0.5, "pixels": 12_345},
+            "sky <b>": {"iou": 0.25, "acc": 0.75, "pixels": 7},
+        },
+        "settings": {"k": 10, "distance": "cosine", "val_mIoU": 0.91},
+    }
+
+
+def made_up_content() -> dict[str, Any]:
+    return {
+        "name": "mine/student_ema",
+        "evaluations": {
+            "segmentation": entry({"knn": segmentation(0.321), "logreg": segmentation(0.30)}),
+            "classification": entry({"patch": {"top1": 0.8, "top1_other": 0.5, "top1_k20": 0.1, "val_top1": 0.2}}),
+            "pictures": entry({}, folder="pictures dir"),
+        },
+        "random": {"segmentation": entry({"knn": segmentation(0.12), "logreg": segmentation(0.345)})},
+        "compared": {"other <model>": {"segmentation": entry({"knn": segmentation(0.321)})}},
+    }
+
+
+def noise(path: Path, width: int, height: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, compress_level=1)
+
+
+def make_run(folder: Path, num_clusters: int = 64) -> Path:
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in made_up_records()))
+    (folder / "config.yaml").write_text(f"capi:\n  num_clusters: {num_clusters}\n")
+    return folder
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, table cells by row, and whether tags close in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+        if "style" not in self.open:
+            self.words.append(data)
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def write(tmp_path: Path, content: dict[str, Any], run_dir: Path | None = None) -> Page:
+    report.write_report(tmp_path / "report.html", content, run_dir)
+    return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A report with everything: scores, a failure, curves, pictures."""
+    folder = tmp_path_factory.mktemp("report")
+    content = made_up_content()
+    content["evaluations"]["broken"] = entry({}, status="failed", message="exit code 2: error: <bad>. Log: a/log.txt")
+    content["notes"] = ["segmentation: other was evaluated differently"]
+    content["random"]["pictures"] = entry({}, folder="random/pictures")
+    noise(folder / "random" / "pictures" / "artifacts" / "overview.png", 301, 80)
+    for name, size in (("overview", 300), ("a_b", 100), ("c", 101), ("d", 102), ("e", 103)):
+        noise(folder / "pictures dir" / "artifacts" / f"{name}.png", size, 80)
+    return write(folder, content, make_run(folder / "run")), folder / "report.html"
+
+
+# Scores.
+
+
+def test_scores_are_the_fractions_and_not_the_details():
+    rows = report.score_rows(made_up_content())
+    assert [(*row[:3], row.values) for row in rows] == [
+        ("segmentation", "knn", "mIoU", [0.321, 0.12, 0.321]),
+        ("segmentation", "knn", "mIoU_valid", [0.331, 0.13, 0.331]),
+        ("segmentation", "logreg", "mIoU", [0.30, 0.345, None]),
+        ("segmentation", "logreg", "mIoU_valid", [0.31, 0.355, None]),
+        ("classification", "patch", "top1", [0.8, None, None]),
+        ("classification", "patch", "top1_other", [0.5, None, None]),
+    ]
+
+
+def test_only_what_is_better_when_more_is_a_score():
+    results = {
+        "norms": {"outliers": 0.02, "settings": {"top1": 0.5}},
+        "knn": {"top1": 0.5, "top1_k20": 0.4, "top1_k20_b": 0.3, "each": {"top1": [0.5]}, "grid": {"c 1": 0.4}},
+        "logreg": {"b": {"acc": 1.0}},
+        "shares": [0.1, 0.2],
+    }
+    rows = report.score_rows({"name": "m", "evaluations": {"e": entry(results)}})
+    assert [row[1:3] for row in rows] == [("knn", "top1"), ("logreg", "b acc")]
+
+
+def test_the_text_table_is_aligned():
+    lines = report.text_table(made_up_content()).splitlines()
+    assert len(lines) == 8
+    assert lines[0].split("  ")[0] == "evaluation"
+    assert re.search(r"knn +mIoU +32\.1 +12\.0 +32\.1$", lines[2])
+    assert lines[4].endswith("n/a")
+    assert len({len(line) for line in lines}) == 1, "the last column is not flush right"
+    assert len({line.index(word) for line, word in zip(lines[2:], ["mIoU"] * 4 + ["top1"] * 2, strict=True)}) == 1
+
+
+def test_the_summary_has_the_best_method_and_what_was_gained():
+    told = report.summary(made_up_content())
+    assert told == (
+        "segmentation: 32.1 % mIoU (knn), 20.1 points above random initialisation; classification: 80.0 % top1 (patch)."
+    )
+    content = made_up_content()
+    content["evaluations"] = {"segmentation": entry({"knn": segmentation(0.1)})}
+    assert "2.0 points below random" in report.summary(content)
+    assert "No evaluation" in report.summary({"name": "m", "evaluations": {}})
+
+
+# The page.
+
+
+def test_the_table_compares_and_marks_the_best(full):
+    page, path = full
+    assert page.rows[0] == ["method", "score", "mine/student_ema", "random initialisation", "other <model>"]
+    knn = next(row for row in page.rows if row[:2] == ["knn", "mIoU"])
+    assert knn[2:] == ["32.1", "12.0", "+20.1", "32.1", "+0.0"]
+    logreg = next(row for row in page.rows if row[:2] == ["logreg", "mIoU"])
+    assert logreg[2:] == ["30.0", "34.5", "\N{MINUS SIGN}4.5", "n/a", ""]
+    best = re.findall(r'<td class="number best">([^<]+)', path.read_text(encoding="utf-8"))
+    assert best == ["32.1", "32.1", "33.1", "33.1", "34.5", "35.5"], "both of a tie, and none without a comparison"
+
+
+def test_every_row_of_a_table_has_the_same_width(full):
+    text = full[1].read_text(encoding="utf-8")
+    for table in re.findall(r"<table.*?</table>", text):
+        open_rows, widths = 0, set()
+        for row in re.findall(r"<tr.*?</tr>", re.sub(r"<thead>.*?</thead>", "", table)):
+            cells = re.findall(r"<t[hd]([^>]*)>", row)
+            spans = [int(found[1]) if (found := re.search(r'colspan="(\d+)"', cell)) else 1 for cell in cells]
+            widths.add(sum(spans) + (1 if open_rows > 0 else 0))
+            below = re.search(r'rowspan="(\d+)"', row)
+            open_rows = int(below[1]) - 1 if below else max(0, open_rows - 1)
+        assert len(widths) == 1, table[:300]
+
+
+def test_names_and_messages_cannot_add_elements(full):
+    page, path = full
+    words = "".join(page.words)
+    for text in ("sky <b>", "other <model>", "exit code 2: error: <bad>. Log: a/log.txt"):
+        assert text in words
+    assert {"b", "model", "bad"}.isdisjoint(name for name, _ in page.elements)
+    content = made_up_content() | {"name": "</title><script>alert(1)</script>\"'>"}
+    assert write(path.parent / "run", content).of("script") == []
+
+
+def test_nothing_is_loaded_from_elsewhere(full):
+    page, path = full
+    loads = {"src", "srcset", "href", "action", "formaction", "poster", "data", "background", "style", "onload"}
+    values = [value or "" for _, attributes in page.elements for name, value in attributes.items() if name in loads]
+    assert len(values) == len(page.of("img")) > 0
+    assert all(value.startswith("data:image/") for value in values)
+    style = "".join(re.findall(r"<style>(.*?)</style>", path.read_text(encoding="utf-8"), re.DOTALL))
+    assert style
+    assert not re.search(r"url\(|@import|//", style)
+    assert {"script", "link", "iframe", "object", "embed", "base"}.isdisjoint(name for name, _ in page.elements)
+    assert any((meta.get("content") or "").startswith("default-src 'none'") for meta in page.of("meta"))
+
+
+def test_readers_that_do_not_see_are_told(full):
+    page, _ = full
+    assert page.of("html")[0]["lang"] == "en"
+    assert len(page.of("h1")) == 1
+    assert all(th["scope"] in ("row", "col", "rowgroup", "colgroup") for th in page.of("th"))
+    alts = [image["alt"] or "" for image in page.of("img")]
+    assert all(len(alt) > 15 for alt in alts)
+    assert len(set(alts)) == len(alts)
+    assert "Cross-entropy losses over 200 steps. student: from 6 to 3.15; clustering head: from 4.9 to 3" in alts
+    labels = [attributes["aria-labelledby"] for attributes in page.of("section")]
+    assert labels == [heading["id"] for heading in page.of("h2")]
+
+
+def test_what_failed_is_said_first_and_what_was_evaluated_last(full):
+    text = "".join(full[0].words)
+    parts = [
+        "20.1 points above",
+        "broken: failed. exit code 2",
+        "evaluated differently",
+        "Scores",
+        "Pictures",
+        "Training",
+    ]
+    parts += ["What was evaluated", "ab" * 32, "303 123 456", "val_mIoU", "top1_k20", "Mean intersection over union"]
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+    assert "broken" in text
+    assert "failed, no scores yet" in text
+    assert "pictures only" in text
+
+
+def test_overview_comes_first_and_what_is_left_out_is_counted(full):
+    page, _ = full
+    alts = [image["alt"] for image in page.of("img")]
+    names = [
+        "mine/student_ema: overview",
+        "random initialisation: overview",
+        *(f"mine/student_ema: {n}" for n in ("a b", "c", "d")),
+    ]
+    assert alts[:5] == [f"pictures, {name}" for name in names]
+    assert "1 more in " in "".join(page.words)
+    assert len(alts) == 5 + 6, "pictures and curves"
+
+
+def test_large_pictures_are_made_smaller_and_those_beyond_the_limit_are_left_out(tmp_path, monkeypatch):
+    assert report.PICTURES_MIB * 2**20 * 4 / 3 < 9_000_000, "in base64, and beside them there is text"
+    monkeypatch.setattr(report, "PICTURES_MIB", 1)
+    content = {"name": "m", "evaluations": {f"e{i}": entry({}, folder=f"e{i}") for i in range(2)}}
+    for i in range(2):
+        for j in range(2):
+            noise(tmp_path / f"e{i}" / "artifacts" / f"{j}.png", (500, 1700)[j] + i, 400)
+    page = write(tmp_path, content)
+    assert 600_000 < (tmp_path / "report.html").stat().st_size < 1.4 * 2**20
+    assert [int(image["width"] or 0) for image in page.of("img")] == [500, 1600, 501]
+    assert "1 more in e1/artifacts" in "".join(page.words)
+
+
+def test_a_report_without_anything_to_compare_is_a_plain_table(tmp_path):
+    content = made_up_content()
+    page = write(tmp_path, {"name": "m", "evaluations": content["evaluations"]})
+    assert page.rows[0] == ["method", "score", "m"]
+    assert [] not in page.rows
+    assert "gain" not in "".join(page.words)
+    assert "best" not in {cell.get("class") for cell in page.of("td")}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [(None, "config.yaml cannot be read"), ("a: [", "config.yaml cannot be read: while parsing")]
+)
+def test_a_run_without_its_configuration_is_named(tmp_path, text, says):
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").unlink() if text is None else (run / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=says) as caught:
+        report.check_run(run)
+    assert f"run_dir={run}" in str(caught.value)
+
+
+# In a browser.
+
+
+@pytest.fixture(scope="module")
+def browse():
+    if CHROMIUM is None:
+        pytest.skip("needs a browser: Debian's package chromium")
+
+    def run(path: Path, *options: str) -> tuple[str, str]:
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+        flags += ["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]
+        flags += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={path.parent / 'profile'}"]
+        done = subprocess.run(
+            [str(CHROMIUM), *flags, *options, path.as_uri()], capture_output=True, text=True, timeout=60, check=True
+        )
+        return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+    return run
+
+
+def test_a_browser_without_network_shows_all_of_it(full, browse):
+    page, path = full
+    dom, console = browse(path, "--dump-dom")
+    assert console == ""
+    assert len(re.findall("<table", dom)) == len(page.of("table")) > 3
+    assert len(re.findall("<tr", dom)) == len(page.of("tr"))
+
+    # The same browser does complain of what a report must not have, so the silence above means something.
+    bad = path.with_name("bad.html")
+    bad.write_text(path.read_text(encoding="utf-8").replace("</main>", '<img src="https://a.invalid/b.png"></main>'))
+    assert "violates" in browse(bad, "--dump-dom")[1]
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_only_tables_scroll_sideways(full, browse, width, tmp_path):
+    inner = full[1].read_text(encoding="utf-8").replace(report.POLICY, "")
+    measure = (
+        "const root = document.documentElement; parent.document.title = root.scrollWidth + ' of ' + root.clientWidth"
+    )
+    inner = inner.replace("</main>", f"</main><script>{measure}</script>")
+    # In a frame, because a window cannot be as narrow as a phone.
+    (tmp_path / "outer.html").write_text(
+        f'<iframe style="width: {width}px; border: 0" srcdoc="{escape(inner)}"></iframe>'
+    )
+    dom, _ = browse(tmp_path / "outer.html", "--dump-dom")
+    found = re.search(r"<title>(\d+) of (\d+)</title>", dom)
+    assert found, "the page did not measure itself"
+    assert int(found[1]) <= int(found[2]) <= width
+
+
+# Curves.
+
+
+def test_every_panel_of_the_curves_shows_its_quantity(tmp_path):
+    figure = report.draw_curves(made_up_records(), num_clusters=64)
+    cut = panels(figure, tmp_path / "curves.png")
+    assert len(cut) == 7  # six panels, one of them with a second axis
+    assert all(num_coloured(panel) > 100 for panel in cut)
+    assert_no_overlaps(figure)
+    words = " ".join(ax.get_title() + ax.get_ylabel() for ax in figure.axes)
+    for word in ("losses", "nats", "Entropy", "Prototypes", "rank", "gradient", "learning rate", "momentum"):
+        assert word in words
+
+
+def test_curves_leave_out_what_was_not_logged_or_not_finite(tmp_path):
+    records = [{"step": 1, "capi_loss": None, "lr": 1e-3, "momentum": 0.9}, {"step": 2, "capi_loss": 2.0, "lr": 1e-3}]
+    figure = report.draw_curves(records, num_clusters=64)
+    panels(figure, tmp_path / "curves.png")
+    texts = [[text.get_text() for text in ax.texts] for ax in figure.axes[:6]]
+    missing = ["not logged in this run"]
+    assert texts == [[], missing, missing, missing, missing, []]
+    report.draw_curves([], num_clusters=64).savefig(tmp_path / "empty.png")
