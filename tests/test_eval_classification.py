@@ -1,0 +1,647 @@
+"""Classification of frozen features: goldens, oracles, ranks, resuming, the command, and mistakes."""
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_golden, run_cli, seeded
+from PIL import Image
+from ranks import run_on_ranks
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import eval_classification
+from config import load_config
+from eval_classification import (
+    EVALUATION,
+    AttentiveClassifiers,
+    CentreCropped,
+    ClassificationConfig,
+    LinearClassifiers,
+    StackedAdamW,
+    Training,
+    any_label_loss,
+    any_match,
+    choose_rows,
+    fit_features,
+    open_labelled,
+    open_splits,
+    start_training,
+    train_batches,
+    train_step,
+    vote,
+)
+from evaluation import FrozenModel
+from model import EncoderDecoder
+from sources import Fields, HubDataset, ImageDataset, Sample
+from utils import UserError
+
+COLOURS = {"blue": (30, 40, 220), "green": (40, 200, 50), "red": (210, 40, 30)}
+TINY_MODEL = """
+import torch
+from torch import nn
+class Tiny(nn.Module):
+    patch_size = 4
+    def __init__(self, registers, dim=8):
+        super().__init__()
+        self.patches = nn.Conv2d(3, dim, 4, 4)
+        self.registers = registers
+    def forward(self, images):
+        map = self.patches(images).movedim(1, -1)
+        registers = map.flatten(1, 2)[:, : self.registers] if self.registers else None
+        return map.mean((1, 2)), registers, map
+def __model_loader__(registers=2):
+    return Tiny(registers)
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Folders of images whose colour says the class, with noise."""
+    root = tmp_path_factory.mktemp("classes")
+    rng = np.random.default_rng(0)
+    for split, per_class in (("train", 20), ("test", 5)):
+        for name, colour in COLOURS.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                light = np.array(colour) + rng.normal(0, 110, 3)
+                pixels = np.clip(light + rng.normal(0, 70, (20, 24, 3)), 0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    (root / "tiny.py").write_text(TINY_MODEL)
+    return root
+
+
+def folder_url(path):
+    return f"torchvision://ImageFolder?root='{path}'"
+
+
+def arguments(images, output_dir, *overrides):
+    return [
+        f"train_dataset={folder_url(images / 'train')}",
+        f"test_datasets={folder_url(images / 'test')}",
+        f"output_dir={output_dir}",
+        f"model_path={images / 'tiny.py'}",
+        "device=cpu",
+        "num_workers=0",
+        "resolution=16",
+        "learning_rates=[1e-3,1e-2,1e-1]",
+        "weight_decays=[0,0.05]",
+        "representations=[cls,concat_objects,patch]",
+        "methods=[classifiers,knn,logreg,few_label]",
+        "batch_size_per_gpu=8",
+        "total_iters=6",
+        "warmup_iters=2",
+        "checkpoint_period=2",
+        "knn_k=[1,5,20]",
+        "c_values=[0.01,1.0]",
+        "labels_per_class=3",
+        "val_proportion=0.3",
+        *overrides,
+    ]
+
+
+def config(images, output_dir="out", *overrides):
+    return load_config(ClassificationConfig, None, arguments(images, output_dir, *overrides))
+
+
+def results_of(output_dir):
+    return json.loads((Path(output_dir) / "results_classification.json").read_text())
+
+
+def error_of(capsys, *args):
+    code = eval_classification.main(list(args))
+    assert code == 2, "it was accepted"
+    return capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- numerics
+
+
+def test_attentive_classifier_equals_golden_wherever_it_is_in_the_stack():
+    golden, _ = load_golden("evaluation")
+    stack = AttentiveClassifiers(3, 128, 10)
+    names = {
+        "query": "query_token",
+        "kv_weight": "kv.weight",
+        "kv_bias": "kv.bias",
+        "weight": "linear.weight",
+        "bias": "linear.bias",
+    }
+    with torch.no_grad():
+        for name, key in names.items():
+            getattr(stack, name)[1] = golden[f"attnpool.{key}"]
+        out = stack(golden["attnpool.x"])
+    torch.testing.assert_close(out[:, 1], golden["attnpool.out"], rtol=0, atol=1e-5)
+    assert not torch.allclose(out[:, 0], out[:, 1])
+
+
+def attention_by_the_book(stack, m, tokens):
+    """Keys and values of every token, for one of the stacked classifiers, in float64."""
+    dim = stack.query.shape[1]
+    kv = F.linear(tokens, stack.kv_weight[m].double(), stack.kv_bias[m].double())
+    keys, values = (x.unflatten(-1, (-1, stack.head_dim)).transpose(1, 2) for x in kv.chunk(2, dim=-1))
+    query = stack.query[m].double().expand(len(tokens), 1, dim).unflatten(-1, (-1, stack.head_dim)).transpose(1, 2)
+    pooled = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(1)
+    return F.linear(pooled, stack.weight[m].double(), stack.bias[m].double())
+
+
+@pytest.mark.parametrize("dim", [128, 96, 8])
+def test_attentive_classifiers_and_their_gradients_equal_attention_by_the_book(dim):
+    stack = AttentiveClassifiers(3, dim, 5)
+    for parameter in stack.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randn(4, 7, dim, generator=seeded(0))
+    direction = torch.randn(4, 3, 5, generator=seeded(1))
+    out = stack(tokens)
+    expected = torch.stack([attention_by_the_book(stack, m, tokens.double()) for m in range(3)], dim=1)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    actual = torch.autograd.grad((out * direction).sum(), list(stack.parameters()))
+    wanted = torch.autograd.grad((expected * direction).sum(), list(stack.parameters()))
+    for (name, _), ours, theirs in zip(stack.named_parameters(), actual, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_linear_classifiers_equal_one_linear_layer_each():
+    stack = LinearClassifiers(3, 6, 4)
+    nn.init.normal_(stack.bias)
+    with torch.no_grad():
+        stack.weight.mul_(torch.arange(1, 4).view(3, 1, 1))
+    x = torch.randn(5, 6, generator=seeded(0))
+    for m in range(3):
+        torch.testing.assert_close(stack(x)[:, m], F.linear(x, stack.weight[m], stack.bias[m]))
+
+
+def test_stacked_adamw_equals_torch_adamw_of_each_classifier():
+    grid = [(1e-2, 0.05), (1e-3, 0.5), (3e-1, 0.0)]
+    stack = AttentiveClassifiers(len(grid), 8, 4)
+    alone = [{name: nn.Parameter(p[m].detach().clone()) for name, p in stack.named_parameters()} for m in range(3)]
+    others = [
+        torch.optim.AdamW(
+            [
+                {"params": [p], "weight_decay": 0.0 if name in ("bias", "kv_bias") else wd}
+                for name, p in parameters.items()
+            ],
+            lr=lr,
+            betas=(0.9, 0.95),
+        )
+        for parameters, (lr, wd) in zip(alone, grid, strict=True)
+    ]
+    ours = StackedAdamW(stack, *torch.tensor(grid).T)
+    for number, lr_scale in enumerate((0.0, 0.5, 1.0, 0.7), 1):
+        for name, p in stack.named_parameters():
+            p.grad = torch.randn(p.shape, generator=seeded(number)) * 10.0 ** torch.arange(3).view(
+                -1, *[1] * (p.ndim - 1)
+            )
+            for m in range(3):
+                alone[m][name].grad = p.grad[m].clone()
+        ours.step(number, lr_scale)
+        for optimizer, (lr, _) in zip(others, grid, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * lr_scale
+            optimizer.step()
+    for m, (name, p) in itertools.product(range(3), stack.named_parameters()):
+        torch.testing.assert_close(p[m], alone[m][name], rtol=1e-5, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}")
+
+
+def test_loss_is_cross_entropy_with_all_labels_of_an_image_as_target():
+    logits = torch.randn(3, 2, 4, generator=seeded(0), dtype=torch.float64)
+    labels = torch.tensor([[2, -1], [-1, 0], [1, 3]])
+    targets = torch.tensor([[0, 0, 1, 0], [1, 0, 0, 0], [0, 0.5, 0, 0.5]], dtype=torch.float64)
+    for m in range(2):
+        expected = F.cross_entropy(logits[:, m], targets)
+        torch.testing.assert_close(any_label_loss(logits, labels)[m], expected)
+
+
+def test_any_match_equals_golden():
+    golden, _ = load_golden("evaluation")
+    correct = any_match(golden["anymatch.preds"].permute(2, 0, 1), golden["anymatch.targets"])
+    expected = load_golden_accuracy()
+    torch.testing.assert_close(correct.float().mean(0), torch.tensor(expected))
+
+
+def load_golden_accuracy():
+    return json.loads((Path(__file__).parent / "golden" / "evaluation.json").read_text())["anymatch_top1"]
+
+
+def test_a_mapping_restricts_and_renumbers_the_classes():
+    logits = torch.tensor([[[9.0, 1.0, 2.0, 3.0]], [[9.0, 5.0, 4.0, 3.0]]])
+    labels = torch.tensor([[0], [1]])
+    assert any_match(logits, labels).flatten().tolist() == [True, False]
+    assert any_match(logits, labels, torch.tensor([3, 1])).flatten().tolist() == [True, True]
+
+
+def test_predictions_that_are_not_finite_are_wrong():
+    logits = torch.tensor([[[torch.nan, 1.0]], [[1.0, torch.nan]], [[-torch.inf, -torch.inf]]])
+    assert not any_match(logits, torch.tensor([[0, 1]] * 3)).any()
+
+
+def test_votes_are_weighted_by_similarity_and_counted_for_every_label():
+    similarity = torch.tensor([[0.9, 0.8, 0.7]])
+    labels = torch.tensor([[[1, -1], [0, 2], [0, -1]]])
+    votes = vote(similarity, labels, [1, 3], 4, 0.07)
+    near, second, third = (similarity[0] / 0.07).exp().tolist()
+    torch.testing.assert_close(votes[0], torch.tensor([[0, near, 0, 0], [second + third, near, second, 0]]))
+
+
+@pytest.mark.parametrize(("resize", "shorter"), [("null", 37), ("50", 50)])
+def test_images_are_resized_and_their_centre_is_cut_out(images, resize, shorter):
+    cfg = config(images, "out", "resolution=32", f"resize={resize}")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    crop, labels = CentreCropped(cfg, 3)(image, [2, 1])
+    width = shorter * 90 // 60
+    resized = image.resize((width, shorter), Image.Resampling.BICUBIC)
+    left, top = round((width - 32) / 2), round((shorter - 32) / 2)
+    expected = np.asarray(resized.crop((left, top, left + 32, top + 32)))
+    assert np.array_equal(crop.movedim(0, -1).numpy(), expected)
+    assert labels.tolist() == [2, 1, -1]
+
+
+def test_knn_equals_a_vote_over_sorted_distances_in_float64(images, tmp_path):
+    cfg = config(images, tmp_path, "methods=[knn]", "resize=16")
+    torch.manual_seed(cfg.seed)
+    model = frozen_tiny(images)
+    rows, labels = {}, {}
+    for split in ("train", "test"):
+        data = open_labelled(folder_url(images / split), split)
+        crops = [CentreCropped(cfg, 1)(data.dataset[i].image(), 0)[0] for i in range(len(data.labels))]
+        rows[split] = F.normalize(model(torch.stack(crops)).feature_map.double().mean((1, 2)), dim=1)
+        labels[split] = F.one_hot(data.labels.squeeze(1))
+    similarity, index = (rows["test"] @ rows["train"].T).sort(dim=1, descending=True)
+    weights = (similarity[:, :20] / 0.07).exp().unsqueeze(2)
+    predicted = (weights * labels["train"][index[:, :20]]).sum(1).argmax(1)
+    EVALUATION.run(cfg, torch.device("cpu"))
+    result = results_of(tmp_path)["results"]["knn_avg_patch"]
+    assert result["top1"] == result["top1_k20"] == (predicted == labels["test"].argmax(1)).double().mean().item()
+    assert 0.4 < result["top1"] < 1, "too easy or too hard to tell right from wrong"
+
+
+def test_logistic_regression_is_that_of_scikit_learn_on_standardised_features(images):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    x = torch.randn(60, 5, generator=seeded(0)) * torch.tensor([1, 10, 0.1, 1, 0]) + 3
+    y = (x[:, 0] + torch.randn(60, generator=seeded(1)) > 3).long() + (x[:, 1] > 8).long()
+    ours = fit_features(config(images), x, y.unsqueeze(1), 3, 0.5, torch.device("cpu"))
+    theirs = make_pipeline(StandardScaler(), LogisticRegression(C=0.5, tol=1e-10)).fit(x.numpy(), y.numpy())
+    actual = ours.logits(x).squeeze(1).softmax(1)
+    torch.testing.assert_close(
+        actual.double(), torch.tensor(theirs.predict_proba(x.numpy())).double(), rtol=0, atol=2e-3
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the cost
+
+
+class CountOperators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def cost_of_a_step(images, *overrides):
+    cfg = config(images, "out", "representations=[cls,avg_patch,patch]", *overrides)
+    torch.manual_seed(0)
+    module = EncoderDecoder(
+        patch_size=8,
+        transformers_kwargs={"embed_dim": 192, "block_kwargs": {"attn_kwargs": {"num_heads": 3}}},
+        encoder_kwargs={"depth": 4},
+        decoder_kwargs={"depth": 1},
+    )
+    model = FrozenModel(module, cfg, torch.device("cpu"), "model.py")
+    shapes = {name: torch.Size([192]) for name in ("cls", "avg_patch", "patch")}
+    training = start_training(cfg, shapes, 100, torch.device("cpu"))
+    batch = torch.zeros(8, 3, 64, 64, dtype=torch.uint8), torch.arange(8).unsqueeze(1)
+    with CountOperators() as operators:
+        train_step(training, model, *batch, 1.0)
+    with FlopCounterMode(display=False) as counter:
+        train_step(training, model, *batch, 1.0)
+    return counter.get_total_flops(), operators.calls
+
+
+def test_thirty_classifiers_per_representation_cost_less_than_three_times_one(images):
+    grid = f"learning_rates=[{','.join(str(0.001 * i) for i in range(1, 11))}]"
+    thirty, their_operators = cost_of_a_step(images, grid, "weight_decays=[0.1,0.2,0.3]")
+    one, _ = cost_of_a_step(images, "learning_rates=[0.001]", "weight_decays=[0.1]")
+    _, operators_of_two = cost_of_a_step(images, "learning_rates=[0.001,0.01]", "weight_decays=[0.1]")
+    assert thirty < 3 * one, f"{thirty / one:.2f} times as many operations"
+    assert their_operators == operators_of_two, "the number of kernels grows with the number of classifiers"
+
+
+# ------------------------------------------------------------------------------------------ training classifiers
+
+
+def test_a_classifier_that_diverges_harms_no_other(images):
+    batch = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=seeded(0)), torch.arange(8)[:, None] % 3
+    model = frozen_tiny(images)
+    weights = []
+    for other in ("2e-2", "1e30"):
+        cfg = config(images, "out", f"learning_rates=[1e-2,{other}]", "weight_decays=[0.1]")
+        training = start_training(cfg, {n: torch.Size([s]) for n, s in SHAPES.items()}, 3, torch.device("cpu"))
+        for _ in range(4):
+            train_step(training, model, *batch, 1.0)
+        weights.append(training.classifiers.state_dict())
+    for name in weights[0]:
+        assert torch.equal(weights[0][name][0], weights[1][name][0]), name
+    assert not weights[1]["patch.weight"][1].isfinite().all(), "it was meant to diverge"
+
+
+SHAPES = {"cls": 8, "concat_objects": 16, "patch": 8}
+
+
+def frozen_tiny(images, registers=2):
+    from evaluation import load_model_file
+
+    torch.manual_seed(0)
+    module = load_model_file(str(images / "tiny.py"), {"registers": registers})
+    return FrozenModel(module, config(images), torch.device("cpu"), "tiny.py")
+
+
+def test_augmentation_follows_from_seed_and_position(images):
+    cfg = config(images)
+    data = open_labelled(cfg.train_dataset, "train_dataset")
+    torch.manual_seed(1)
+    first = list(itertools.islice(train_batches(cfg, data, data.labelled, 0, pin=False), 10))
+    torch.manual_seed(2)
+    again = list(itertools.islice(train_batches(cfg, data, data.labelled, 7, pin=False), 3))
+    for expected, actual in zip(first[7:], again, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+    labels = torch.cat([labels for _, labels in first])[:60]
+    assert Counter(labels.flatten().tolist()) == {0: 20, 1: 20, 2: 20}, "60 images are one epoch"
+    other = next(train_batches(config(images, "out", "seed=1"), data, data.labelled, 0, pin=False))
+    assert not torch.equal(other[0], first[0][0])
+
+
+class Killed(Exception):  # noqa: N818
+    pass
+
+
+@pytest.mark.parametrize("killed_after", [1, 5, 6])
+def test_interrupted_training_equals_uninterrupted_bit_for_bit(images, tmp_path, monkeypatch, killed_after):
+    options = "methods=[classifiers]", "total_iters=7"
+    EVALUATION.run(config(images, tmp_path / "straight", *options), torch.device("cpu"))
+    broken = config(images, tmp_path / "broken", *options)
+
+    def step_or_die(training: Training, *args):
+        if training.step == killed_after:
+            raise Killed
+        return train_step(training, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(eval_classification, "train_step", step_or_die)
+        EVALUATION.run(broken, torch.device("cpu"))
+    steps = []
+
+    def counted_step(training: Training, *args):
+        steps.append(training.step)
+        return train_step(training, *args)
+
+    monkeypatch.setattr(eval_classification, "train_step", counted_step)
+    EVALUATION.run(broken, torch.device("cpu"))
+    assert steps == list(range(killed_after // 2 * 2, 7)), "it did not continue at its checkpoint"
+    assert results_of(tmp_path / "broken")["results"] == results_of(tmp_path / "straight")["results"]
+    a, b = (torch.load(tmp_path / run / "classifiers.pth", weights_only=True) for run in ("broken", "straight"))
+    assert all(torch.equal(a[name], b[name]) for name in a.keys() | b.keys())
+    assert not (tmp_path / "broken" / "classifiers_checkpoint.pth").exists()
+
+
+def test_a_checkpoint_of_another_training_is_refused(images, tmp_path, monkeypatch):
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(eval_classification, "pick", die)
+        EVALUATION.run(config(images, tmp_path, "methods=[classifiers]"), torch.device("cpu"))
+    (tmp_path / "results_classification.json").unlink()
+    with pytest.raises(UserError, match=r"classifiers_checkpoint\.pth belongs to another training .*total_iters was 6"):
+        EVALUATION.run(config(images, tmp_path, "methods=[classifiers]", "total_iters=8"), torch.device("cpu"))
+    (tmp_path / "results_classification.json").unlink()
+    (tmp_path / "classifiers_checkpoint.pth").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="cannot be read"):
+        EVALUATION.run(config(images, tmp_path, "methods=[classifiers]"), torch.device("cpu"))
+
+
+def evaluate_on_ranks(arguments):
+    torch.set_num_threads(1)
+    EVALUATION.run(load_config(ClassificationConfig, None, arguments), torch.device("cpu"))
+
+
+def test_two_ranks_give_the_results_of_one(images, tmp_path):
+    images_of_test = f"test_datasets={folder_url(images / 'test')}"
+    one = arguments(images, tmp_path / "one", images_of_test)
+    two = arguments(images, tmp_path / "two", images_of_test, "batch_size_per_gpu=4")
+    evaluate_on_ranks(one)
+    run_on_ranks(evaluate_on_ranks, 2, two)
+    expected, actual = results_of(tmp_path / "one"), results_of(tmp_path / "two")
+    assert actual["about"]["num_ranks"] == 2
+    assert actual["results"] == expected["results"]
+    a, b = (torch.load(tmp_path / run / "classifiers.pth", weights_only=True) for run in ("one", "two"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# ---------------------------------------------------------------------------------------- labels and data sets
+
+
+class Listed(ImageDataset):
+    """Images of one colour, with any targets."""
+
+    def __init__(self, targets, mapping=None):
+        self.targets = targets
+        if mapping is not None:
+            self.get_imagenet_class_mapping = lambda: np.array(mapping)
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        target = self.targets[index]
+        labels = [label for label in (target if isinstance(target, list) else [target]) if label in (0, 1, 2)]
+        colour = list(COLOURS.values())[int(labels[0])] if labels else (0, 0, 0)
+        picture = Image.new("RGB", (16, 16), (colour[0] + index % 20, colour[1], colour[2]))
+        return Sample(f"image {index}", lambda: picture, lambda: target)
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """Opens `listed://name` as one of these."""
+    known = {}
+    monkeypatch.setattr(eval_classification, "open_dataset", lambda url, key: known[url])
+    return known
+
+
+def test_several_labels_and_none(images, tmp_path, listed):
+    listed["train"] = Listed([0, [1], 2, [0, -1], 1, 2, None, [-1], *([0, 1, 2] * 6)])
+    listed["test"] = Listed([0, 1, 2, [1, 0], None, -1])
+    listed["v2"] = Listed([[1], [0]], mapping=[2, 0])
+    cfg = config(
+        images, tmp_path, "train_dataset=train", "test_datasets.a=test", "test_datasets.b=v2", "methods=[knn,logreg]"
+    )
+    EVALUATION.run(cfg, torch.device("cpu"))
+    written = results_of(tmp_path)
+    assert written["about"]["num_images"] == {"fit": 17, "validation": 7, "test/a": 4, "test/b": 2}
+    assert written["about"]["test_classes"] == {"test/b": 2}
+    assert written["results"]["knn_avg_patch"]["top1/a"] == 1
+    splits = open_splits(cfg)
+    assert splits.tests["/b"].mapping is not None
+    assert splits.tests["/b"].mapping.tolist() == [2, 0]
+    assert splits.train.labels.tolist()[:4] == [[0], [1], [2], [0]]
+
+
+def test_class_folders_are_matched_by_name(images, tmp_path):
+    for name in ("red", "blue"):  # in a folder of their own, blue is 0 and red is 1
+        (tmp_path / "some").mkdir(exist_ok=True)
+        (tmp_path / "some" / name).symlink_to(images / "test" / name)
+    splits = open_splits(config(images, "out", f"test_datasets={folder_url(tmp_path / 'some')}"))
+    assert splits.tests[""].mapping is not None
+    assert splits.tests[""].mapping.tolist() == [0, 2]
+    splits = open_splits(config(images, "out", f"val_dataset={folder_url(images / 'test')}"))
+    assert splits.val_indices.tolist() == list(range(15))
+    assert len(splits.fit) == 60
+
+
+def test_labels_of_hub_datasets_are_read_at_once(listed):
+    import datasets
+
+    features = datasets.Features({"jpg": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    table = datasets.Dataset.from_dict({"jpg": ["missing"] * 3, "label": [1, -1, 0]}, features=features)
+    listed["url"] = HubDataset(table, Fields("hf://pets", "jpg", "label"))
+    data = open_labelled("url", "train_dataset")
+    assert data.labels.tolist() == [[1], [-1], [0]]
+    assert data.class_names == ["cat", "dog"]
+    assert data.labelled.tolist() == [0, 2]
+
+
+def test_few_labels_are_so_many_of_each_class_and_differ_by_seed(images):
+    data = open_labelled(folder_url(images / "train"), "train_dataset")
+    for per_class, expected in ((3, 3), (0.1, 2), (0.001, 1), (1.0, 20)):
+        rows = choose_rows(data.labels, per_class, 0, data)
+        assert Counter(data.labels[rows].flatten().tolist()) == dict.fromkeys(range(3), expected)
+    assert not torch.equal(choose_rows(data.labels, 3, 0, data), choose_rows(data.labels, 3, 1, data))
+    assert torch.equal(choose_rows(data.labels, 3, 5, data), choose_rows(data.labels, 3, 5, data))
+
+
+def test_split_is_a_fixed_permutation(images):
+    first, again = (open_splits(config(images, "out", f"seed={seed}")) for seed in (0, 1))
+    assert torch.equal(first.val_indices, again.val_indices)
+    assert sorted([*first.fit.tolist(), *first.val_indices.tolist()]) == list(range(60))
+    assert len(first.val_indices) == 18
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_the_command_as_typed(images, tmp_path):
+    tower = {"embed_dim": 32, "block_kwargs": {"attn_kwargs": {"num_heads": 2}}}
+    override = {"patch_size": 4, "transformers_kwargs": tower, "encoder_kwargs": {"depth": 1}}
+    (tmp_path / "eval.yaml").write_text(
+        json.dumps({"total_iters": 20, "warmup_iters": 2, "checkpoint_period": 10, "batch_size_per_gpu": 16})
+    )
+    command = [
+        "eval_classification.py",
+        *arguments(images, tmp_path / "out")[:14],
+        tmp_path / "eval.yaml",
+        "model_path=model.py",
+        f"model_loader_kwargs.config_override.model={json.dumps(override)}",
+        *arguments(images, tmp_path / "out")[15:],
+        "total_iters=30",
+    ]
+    done = run_cli(*command)
+    assert done.returncode == 0, done.stderr
+    results = results_of(tmp_path / "out")["results"]
+    names = "linear_cls", "linear_concat_objects", "attentive_patch", "knn_cls", "knn_avg_patch", "logreg_avg_patch"
+    assert list(results) == [*names, "few_label_avg_patch"]
+    for name, value in results.items():
+        assert all(0 <= v <= 1 for v in value.values() if isinstance(v, float)), name
+        assert value["top1"] > 0.5, f"{name}: colours are easy"
+        assert value["settings"]["resolution"] == 16
+    assert results["few_label_avg_patch"]["settings"]["num_labels"] == 9
+
+
+def test_what_is_done_is_skipped(images, tmp_path, monkeypatch):
+    EVALUATION.run(config(images, tmp_path), torch.device("cpu"))
+    before = results_of(tmp_path)
+
+    def forbidden(*_, **__):
+        raise AssertionError("computed again")
+
+    for name in ("train_classifiers", "extract_feature_sets", "score_classifiers"):
+        monkeypatch.setattr(eval_classification, name, forbidden)
+    EVALUATION.run(config(images, tmp_path), torch.device("cpu"))
+    assert results_of(tmp_path)["results"] == before["results"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["resolution=18"], "resolution=18: must be a multiple of 4, the patch size of"),
+        (["learning_rates=[]"], "learning_rates=[]: must not be empty"),
+        (["learning_rates=[0.1,-1]"], "learning_rates=[0.1, -1.0]: must all be above 0"),
+        (["methods=[lineal]"], "methods='lineal': must be one of classifiers, knn, logreg"),
+        (
+            ["representations=[objects]", "model_loader_kwargs.registers=0"],
+            "objects is made of registers, and this model",
+        ),
+        (["labels_per_class=30"], "labels_per_class=30: class 0 (blue) of train_dataset="),
+        (["labels_per_class=0"], "labels_per_class=0: must be a whole number from 1 on, or a fraction"),
+        (["num_classes=2"], "train': label 2 is out of range: there are 2 classes, counted from 0; set num_classes"),
+        (["val_proportion=0.02"], "the validation part of 1 images has none of class"),
+        (["val_proportion=0.98"], "the training part of 1 images has none of class"),
+        (["resize=8"], "resize=8: must be at least resolution=16"),
+        (["warmup_iters=6"], "warmup_iters=6: must be 0 or more and below total_iters=6"),
+        (["knn_k=[1000]", "methods=[knn]"], "knn_k=[1000]: there are 60 training images"),
+        (["test_datasets=[a]"], "test_datasets=['a']: must be a data URL, or name: URL pairs"),
+        (["test_datasets={images}/test/red"], "no image has a label; give a data set with labels"),
+        (["train_dataset=torchvision://ImageFolder?root='{images}/one'"], "all images are of class 0 (red)"),
+        (["test_datasets.odd=torchvision://ImageFolder?root='{images}/odd'"], "its class pink is not a class of"),
+    ],
+)
+def test_mistakes_are_named_with_a_remedy(images, tmp_path, capsys, overrides, message):
+    (images / "one").mkdir(exist_ok=True)
+    (images / "odd").mkdir(exist_ok=True)
+    for link, target in (("one/red", "red"), ("odd/pink", "red"), ("odd/blue", "blue")):
+        if not (images / link).exists():
+            (images / link).symlink_to(images / "test" / target)
+    found = error_of(capsys, *arguments(images, tmp_path, *(o.replace("{images}", str(images)) for o in overrides)))
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("cat", "a label is 'cat'"),
+        (1.5, "a label is '1.5'"),
+        (-2, "label -2 is out of range"),
+        (True, "a label is 'True'"),
+    ],
+)
+def test_labels_that_are_no_classes_are_named(listed, target, message):
+    listed["url"] = Listed([target])
+    with pytest.raises(UserError, match="train_dataset=url: ") as raised:
+        open_labelled("url", "train_dataset")
+    assert message in str(raised.value)
+
+
+def test_a_damaged_training_image_is_named(images, tmp_path, capsys):
+    for name in COLOURS:
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(8):
+            data = (images / "train" / name / f"{i}.png").read_bytes()
+            (tmp_path / "train" / name / f"{i}.png").write_bytes(data)
+    bad = tmp_path / "train" / "green" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    url = f"train_dataset={folder_url(tmp_path / 'train')}"
+    found = error_of(capsys, *arguments(images, tmp_path / "out", url, "val_proportion=0.25", "total_iters=8"))
+    assert str(bad) in found
+    assert "repair or remove the file" in found
