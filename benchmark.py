@@ -31,11 +31,11 @@ from omegaconf import MISSING, OmegaConf
 
 from checkpoint import write_text_atomically
 from config import LauncherConfig, changed_keys, load_config, require, require_one_of
-from evaluation import SPEED_KEYS
-from launch import ROOT, Job
+from evaluation import SPEED_KEYS, find_loader
+from launch import ROOT, Job, job_state
 from report import check_run, text_table, write_report
 from sources import did_you_mean
-from utils import UserError, import_from_path, setup_logging
+from utils import UserError, setup_logging
 
 logger = logging.getLogger("benchmark")
 
@@ -101,6 +101,8 @@ class BenchmarkConfig:
     """Also evaluate the same model without weights."""
     compare: list[str] = field(default_factory=list)
     """results.json files of other models, to show beside this one."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences for the report."""
     run_dir: str | None = None
     """Folder of the training run, whose curves the report then shows."""
     device: str | None = None
@@ -277,7 +279,7 @@ def plan(cfg: BenchmarkConfig) -> list[Task]:
     """
     evals = read_evals(cfg.evals_config_path, cfg.evals)
     models = [(False, dict(cfg.model_loader_kwargs))]
-    parameters = _loader_parameters(cfg.model_path)
+    parameters = list(inspect.signature(find_loader(cfg.model_path)).parameters)
     weights = cfg.model_loader_kwargs.get("pretrained_weights")
     sha256 = None
     if weights is not None and "://" not in str(weights):
@@ -302,13 +304,6 @@ def plan(cfg: BenchmarkConfig) -> list[Task]:
             script = _find(entry["script"], f"evals.{name}.script")
             tasks.append(Task(name, is_random, script, passed_on | keys | config, None if is_random else sha256))
     return tasks
-
-
-def _loader_parameters(model_path: str) -> list[str]:
-    loader = getattr(import_from_path(_find(model_path, "model_path")), "__model_loader__", None)
-    if loader is None:
-        raise UserError(f"model_path={model_path}: the file does not define __model_loader__(**model_loader_kwargs)")
-    return list(inspect.signature(loader).parameters)
 
 
 def without_weights(loader_kwargs: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, Any]:
@@ -400,18 +395,6 @@ def run_on_slurm(task: Task, launcher: LauncherConfig, *, retry: bool) -> Status
     task.write_state(request=request, job={"number": number, "log": str(log)})
     logger.info("%s: submitted job %s; its output: %s", task.title, number, log)
     return Status("running", f"Slurm job {number}, log {log}: submitted. The same command collects it later.", str(log))
-
-
-def job_state(number: str) -> str | None:
-    """The state of a Slurm job such as PENDING, None if it is not in the queue any more."""
-    command = ["squeue", "--noheader", "--format=%T", f"--jobs={number}"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"launcher=slurm: squeue does not answer ({error}); try again later") from error
-    if done.returncode != 0 and "Invalid job id" not in done.stderr:
-        raise UserError(f"launcher=slurm: squeue does not answer ({done.stderr.strip()}); try again later")
-    return done.stdout.strip() or None
 
 
 def check_slurm(tasks: Sequence[Task]) -> None:
@@ -522,7 +505,7 @@ def benchmark(cfg: BenchmarkConfig) -> int:
         statuses.append((task, status))
         content["random" if task.is_random else "evaluations"][task.name] = describe(task, status, base)
         content["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        content["notes"] = differences(content)
+        content["notes"] = [*cfg.notes, *differences(content)]
         write_text_atomically(base / "results.json", json.dumps(content, indent=2) + "\n")
     write_report(base / "report.html", content, run_dir)
 

@@ -1,12 +1,14 @@
-"""The demo: train a small CAPI model on the images in demo_data, then draw what it learned. Minutes on two CPU cores.
+"""The demo: train a small CAPI model on the images in demo_data, draw what it learned, evaluate it. Minutes on a CPU.
 
     python demo.py [--output-dir runs/demo] [a.b=c ...]
 
-Runs `train_capi.py configs/demo.yaml` as you would type it, with your overrides, and draws curves.png and features.png
-into the output folder. Started again after an interruption, it continues.
+Runs `train_capi.py configs/demo.yaml` as you would type it, with your overrides, draws curves.png and features.png into
+the output folder, and runs `benchmark.py` with configs/evals/demo.yaml: the trained model beside random initialisation
+and raw pixels, in evaluation/report.html. Started again after an interruption, it continues.
 """
 
 import argparse
+import shlex
 import subprocess
 import sys
 import time
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent
 DEMO_CONFIG = "configs/demo.yaml"
+DEMO_EVALS = "configs/evals/demo.yaml"
 VALIDATION_IMAGES = ROOT / "demo_data" / "emoji_on_scenes" / "val" / "images"
 NUM_IMAGES = 6
 
@@ -47,10 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         sources = [DEMO_CONFIG, *given.overrides, f"train.output_dir={given.output_dir}"]
-        exit_code = train(sources)
+        exit_code = run("train_capi.py", *sources)
         if exit_code != 0:
             return exit_code
         files = draw(sources)
+        evaluated = evaluate(sources)
     except UserError as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return 2
@@ -58,20 +62,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout.write(f"\nDone in {minutes} min {seconds} s. Written:\n")
     for path, what in files.items():
         sys.stdout.write(f"  {_relative(path):<44} {_size(path):>9}  {what}\n")
+    if not evaluated.is_file():
+        return 1
+    sys.stdout.write(f"  {_relative(evaluated):<44} {_size(evaluated):>9}  scores and pictures: open it in a browser\n")
     return 0
 
 
-def train(sources: Sequence[str]) -> int:
-    """Run the training in a process of its own, in the folder of this file. Returns its exit code."""
-    command = [sys.executable, "train_capi.py", *sources]
-    sys.stdout.write(f"$ python {' '.join(command[1:])}\n")
+def run(script: str, *arguments: str) -> int:
+    """Run a script in a process of its own, in the folder of this file. Returns its exit code."""
+    command = [sys.executable, script, *arguments]
+    sys.stdout.write(f"\n$ python {shlex.join(command[1:])}\n")
     sys.stdout.flush()
     with subprocess.Popen(command, cwd=ROOT) as process:
         while True:
             try:
                 return process.wait()
             except KeyboardInterrupt:
-                continue  # the training got Ctrl-C as well: it saves a checkpoint and ends
+                continue  # the script got Ctrl-C as well: training saves a checkpoint and ends
+
+
+def evaluate(sources: Sequence[str]) -> Path:
+    """Evaluate the trained model, its random initialisation, and raw pixels. Returns the report, if all went well."""
+    cfg = _config(sources)
+    output_dir = ROOT / cfg.train.output_dir
+    pixels, trained = output_dir / "evaluation" / "pixels", output_dir / "evaluation"
+    common = [f"evals_config_path={DEMO_EVALS}", f"evals.segmentation.resolution={cfg.data.images_size}"]
+    of_pixels = [
+        f"output_dir={pixels}",
+        "name=raw pixels",
+        "model_path=baselines/pixels_loader.py",
+        f"model_loader_kwargs.patch_size={cfg.model.patch_size}",
+        "evals.pictures=null",
+    ]
+    of_model = [
+        f"output_dir={trained}",
+        f"name=CAPI, {cfg.optim.total_iters} steps",
+        f"pretrained_weights={output_dir / 'student_ema.pth'}",
+        f"evals.pictures.resolution={cfg.data.images_size}",
+        f"compare=[{pixels / 'results.json'}]",
+        f"run_dir={output_dir}",
+    ]
+    report = trained / "report.html"
+    if run("benchmark.py", *of_pixels, *common) or run("benchmark.py", *of_model, *common):
+        report.unlink(missing_ok=True)
+    return report
 
 
 def draw(sources: Sequence[str]) -> dict[Path, str]:
@@ -80,8 +114,7 @@ def draw(sources: Sequence[str]) -> dict[Path, str]:
     Returns: every file worth looking at, and what it is.
     Raises: UserError if the training has not finished.
     """
-    paths = [source if "=" in source else str(ROOT / source) for source in sources]
-    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, paths)
+    cfg = _config(sources)
     output_dir = ROOT / cfg.train.output_dir
     weights, metrics_path = output_dir / "student_ema.pth", output_dir / "metrics.jsonl"
     records = read_metrics(metrics_path)
@@ -113,6 +146,11 @@ def draw(sources: Sequence[str]) -> dict[Path, str]:
         curves: "how the training went",
         features: "what the student sees, and the features it learned",
     }
+
+
+def _config(sources: Sequence[str]) -> CapiConfig:
+    paths = [source if "=" in source else str(ROOT / source) for source in sources]
+    return load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, paths)
 
 
 def validation_images(size: int, folder: Path = VALIDATION_IMAGES) -> UInt8[Tensor, "b 3 h w"]:

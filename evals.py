@@ -26,7 +26,7 @@ from checkpoint import write_text_atomically
 from config import EvalConfig, LauncherConfig
 from default_eval_config import EVALS
 from distributed import any_rank, broadcast_object, rank
-from launch import ROOT, Job, StopRequest
+from launch import ROOT, Job, StopRequest, job_state
 from metrics import Metrics, read_metrics
 from report import score_rows
 from utils import UserError, due
@@ -54,6 +54,18 @@ class _Launched:
     @property
     def log(self) -> Path:
         return self.folder / "log.txt"
+
+    @property
+    def job_file(self) -> Path:
+        return self.folder / "slurm_job"
+
+    def is_complete(self) -> bool:
+        """Whether benchmark.py came to its end, where it writes the report."""
+        return (self.folder / "results" / "report.html").is_file()
+
+    def is_queued(self) -> bool:
+        """Whether it is a Slurm job that waits or runs."""
+        return self.job_file.is_file() and job_state(self.job_file.read_text()) is not None
 
     def is_running(self) -> bool:
         return self.process is not None and self.process.poll() is None
@@ -88,7 +100,11 @@ class EvalRuns:
         if rank() == 0:
             for launched, is_over in self._earlier(kept_step):
                 known.add((launched.name, launched.step))
-                if not is_over:
+                if is_over:
+                    continue
+                if launched.is_complete() or launched.is_queued():
+                    self.pending.append(launched)
+                else:
                     logger.info("evals.%s of step %d was not finished; it starts anew", launched.name, launched.step)
                     self._start(launched)
         self.known = broadcast_object(known)
@@ -148,6 +164,7 @@ class EvalRuns:
                 request = self._request(launched, cfg, device="auto")
                 job = Job(ROOT / "benchmark.py", yaml.safe_dump(request), launched.folder, self.launcher)
                 number, log = job.submit()
+                launched.job_file.write_text(number)
                 logger.info("evals.%s of step %d is Slurm job %s, log %s", launched.name, launched.step, number, log)
             else:
                 request = self._request(launched, cfg, device=self.device)
@@ -186,11 +203,10 @@ class EvalRuns:
         """On rank 0, the step and the scores of every launch that has ended since the last call."""
         landed = []
         for launched in list(self.pending):
-            results = launched.folder / "results"
-            if launched.is_running() or (launched.process is None and not (results / "report.html").is_file()):
+            if launched.is_running() or (launched.process is None and not launched.is_complete()):
                 continue
             self.pending.remove(launched)
-            scores = self._read(launched, results / "results.json")
+            scores = self._read(launched, launched.folder / "results" / "results.json")
             code = launched.process.returncode if launched.process is not None else 0
             if code != 0 or not scores:
                 why = f"exit code {code}" if code else "no scores"

@@ -161,21 +161,27 @@ def load_model_file(model_path: str, model_loader_kwargs: dict[str, Any]) -> nn.
 
     Raises: UserError if there is no such file or loader, or the loader does not take these arguments.
     """
-    path = Path(model_path)
-    if not path.is_file() and (ROOT / path).is_file():
-        path = ROOT / path
-    if not path.is_file():
+    loader = find_loader(model_path)
+    try:
+        inspect.signature(loader).bind(**model_loader_kwargs)
+    except TypeError as error:
+        name = f"{Path(model_path).name}{inspect.signature(loader)}"
+        raise UserError(f"model_loader_kwargs={model_loader_kwargs}: {error}; the loader is {name}") from error
+    return loader(**model_loader_kwargs)
+
+
+def find_loader(model_path: str) -> Callable[..., nn.Module]:
+    """`__model_loader__` of a model file, which is looked for from the current folder, then from that of this file.
+
+    Raises: UserError if there is no such file, or it does not define it.
+    """
+    path = next((each for each in (Path(model_path), ROOT / model_path) if each.is_file()), None)
+    if path is None:
         raise UserError(f"model_path={model_path}: there is no such file; give a Python file with __model_loader__")
     loader = getattr(import_from_path(path), "__model_loader__", None)
     if loader is None:
         raise UserError(f"model_path={model_path}: the file does not define __model_loader__(**model_loader_kwargs)")
-    try:
-        inspect.signature(loader).bind(**model_loader_kwargs)
-    except TypeError as error:
-        raise UserError(
-            f"model_loader_kwargs={model_loader_kwargs}: {error}; the loader is {path.name}{inspect.signature(loader)}"
-        ) from error
-    return loader(**model_loader_kwargs)
+    return loader
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -371,6 +377,7 @@ class Results:
             self.values = old["results"]
             # Notes of the earlier run, such as times, stay beside the numbers that they describe.
             self.about = old["about"] | about
+            self._write()
 
     def _read(self) -> dict[str, Any] | UserError | None:
         try:
@@ -496,7 +503,8 @@ class Evaluation(Generic[ConfigT]):
         )
         with logging_redirect_tqdm():
             self.evaluate(cfg, model, results)
-        if set(results.values) != before:
+        # A run that was killed after its last result did not note its end, by which others know that all is done.
+        if set(results.values) != before or "seconds" not in results.about:
             results.note(seconds=round(results.about.get("seconds", 0) + time.monotonic() - started, 1))
         barrier()
         logger.info("results are in %s", results.path)

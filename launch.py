@@ -281,6 +281,18 @@ class Job:
         return executor
 
 
+def job_state(number: str) -> str | None:
+    """The state of a Slurm job such as PENDING, None if it is not in the queue any more."""
+    command = ["squeue", "--noheader", "--format=%T", f"--jobs={number}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"squeue does not answer ({error}); try again later") from error
+    if done.returncode != 0 and "Invalid job id" not in done.stderr:
+        raise UserError(f"squeue does not answer ({done.stderr.strip()}); try again later")
+    return done.stdout.strip() or None
+
+
 def copy_code(destination: Path, *, leave_out: Path | None = None) -> None:
     """Copy this repository: what git tracks, and new files that it does not ignore; in a copy without git, the modules.
 

@@ -1,8 +1,8 @@
 """A probe: what the teacher's features say about a small labelled set, in between training steps.
 
 Scores on mean patch features: `probe_knn`, the weighted vote of DINO (arXiv:2104.14294), and `probe_linear`, a ridge
-regression on one-hot labels, which needs no search and no iterations. Both are top-1 accuracies. They tell whether a run
-is getting better; numbers to report come from eval_classification.py.
+regression on one-hot labels, which needs no search and no iterations. Both are top-1 accuracies. They tell whether a
+run is getting better; numbers to report come from eval_classification.py.
 """
 
 import time

@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import numpy as np
@@ -78,12 +79,12 @@ def test_validation_images_are_different_squares():
 
 
 def test_a_failed_training_ends_the_demo_with_its_exit_code(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "train", lambda sources: 3)
+    monkeypatch.setattr(demo, "run", lambda *command: 3)
     assert demo.main(["--output-dir", str(tmp_path)]) == 3
 
 
 def test_an_interrupted_training_draws_nothing_and_says_how_to_continue(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(demo, "train", lambda sources: 0)
+    monkeypatch.setattr(demo, "run", lambda *command: 0)
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "capi_loss": 4.7}\n')
     assert demo.main(["--output-dir", str(tmp_path)]) == 2
     message = capsys.readouterr().err
@@ -92,14 +93,20 @@ def test_an_interrupted_training_draws_nothing_and_says_how_to_continue(monkeypa
 
 
 @pytest.mark.slow
-def test_the_demo_command_trains_draws_and_names_its_files(tmp_path):
+@pytest.mark.timeout(400)
+def test_the_demo_command_trains_draws_evaluates_and_names_its_files(tmp_path):
     small = ["optim.total_iters=2", "optim.batch_size_per_gpu=4", "train.log_loss_every=1", "data.images_size=48"]
     small += ["model.encoder_kwargs.depth=1", "model.decoder_kwargs.depth=1", "capi.num_clusters=8"]
     small += ["efficiency.dataloader_num_workers=0", "data.mask_ratio=0.5"]
-    done = run_cli("demo.py", "--output-dir", tmp_path / "run", *small)
+    done = run_cli("demo.py", "--output-dir", tmp_path / "run", *small, timeout=380)
     assert done.returncode == 0, done.stderr
     assert "train_capi.py configs/demo.yaml optim.total_iters=2" in done.stdout, "the command that a user could type"
-    for name in ("student_ema.pth", "metrics.jsonl", "curves.png", "features.png", "checkpoints/step_000000002"):
+    for name in ("student_ema.pth", "metrics.jsonl", "curves.png", "features.png", "checkpoints/step_000000002",
+                 "evaluation/report.html"):  # fmt: skip
         assert (tmp_path / "run" / name).exists()
         assert str(tmp_path / "run" / name) in done.stdout
-    assert "Done in 0 min" in done.stdout
+    assert "Done in" in done.stdout
+    table = [line for line in done.stdout.splitlines() if "mIoU" in line]
+    assert table, "the scores are on the terminal"
+    results = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())
+    assert set(results["compared"]) == {"raw pixels"} and set(results["random"]) == {"segmentation", "pictures"}
