@@ -575,8 +575,8 @@ class CapiConfig:
     data: DataConfig
     model: ModelConfig
     efficiency: EfficiencyConfig
-    evals: dict[str, EvalConfig] | None
-    """Named sets of evaluations; null for none."""
+    evals: dict[str, EvalConfig | None] | None
+    """Named sets of evaluations; null for none, evals.<name>=null to leave one out."""
 
     def __post_init__(self) -> None:
         """Check rules that span sections."""

@@ -85,13 +85,14 @@ class EvalRuns:
     def __init__(
         self,
         output_dir: Path,
-        evals: Mapping[str, EvalConfig] | None,
+        evals: Mapping[str, EvalConfig | None] | None,
         launcher: LauncherConfig,
         *,
         device: str,
         kept_step: int,
     ) -> None:
-        self.output_dir, self.evals, self.device = output_dir, dict(evals or {}), device
+        self.output_dir, self.device = output_dir, device
+        self.evals = {name: cfg for name, cfg in (evals or {}).items() if cfg is not None}
         self.launcher = replace(
             launcher, num_nodes=1, tasks_per_node=1, gpus_per_node=min(1, launcher.gpus_per_node), signal_delay_s=60
         )

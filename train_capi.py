@@ -552,6 +552,8 @@ def log_start(cfg: CapiConfig, state: TrainState, saved: SavedState | None) -> N
     if warning:
         logger.warning(warning)
     for name, evaluation in (cfg.evals or {}).items():
+        if evaluation is None:
+            continue
         when = [f"every {evaluation.period} steps"] if evaluation.period > 0 else []
         when += ["at the end"] if evaluation.final else []
         logger.info("evals.%s: %s, %s", name, ", ".join(evaluation.eval_config), " and ".join(when) or "never")
