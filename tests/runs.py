@@ -42,6 +42,27 @@ TINY = [
     "evals=null",
 ]
 
+FAKE_EVALUATION = """
+    import sys, torch
+    sys.path.insert(0, {root!r})
+    from dataclasses import dataclass
+    from evaluation import Evaluation, EvaluationConfig
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(EvaluationConfig):
+        fails: bool = False
+
+    def evaluate(cfg, model, results):
+        if cfg.fails:
+            raise RuntimeError("as asked")
+        total = sum(float(p.double().sum()) for p in model.module.parameters())
+        results.add("sum", {{"top1": total, "settings": {{"not": 1.0}}}})
+
+    sys.exit(Evaluation("fake", Config, evaluate, "fake").main())
+"""
+"""A script, but for the place of the repository, that scores a model by the sum of its weights: quick, and another
+number at every step."""
+
 
 def make_images(folder: Path, num: int = 10, size: int = 24) -> Path:
     """A folder of colourful JPEGs."""

@@ -3,45 +3,23 @@
 import json
 import shutil
 import textwrap
-from pathlib import Path
 
 import pytest
 import yaml
-from conftest import run_cli
-from runs import make_images, metrics_of, run_main, tiny
+from conftest import ROOT, run_cli
+from runs import FAKE_EVALUATION, make_images, metrics_of, run_main, tiny
 
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
 from default_eval_config import EVALS
 from evals import OF_RANKS, chosen_evals
 from utils import UserError
 
-# Scores a model by the sum of its weights: quick, and another number at every step.
-SCRIPT = """
-    import sys, torch
-    sys.path.insert(0, {root!r})
-    from dataclasses import dataclass
-    from evaluation import Evaluation, EvaluationConfig
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(EvaluationConfig):
-        fails: bool = False
-
-    def evaluate(cfg, model, results):
-        if cfg.fails:
-            raise RuntimeError("as asked")
-        total = sum(float(p.double().sum()) for p in model.module.parameters())
-        results.add("sum", {{"top1": total, "settings": {{"not": 1.0}}}})
-
-    sys.exit(Evaluation("fake", Config, evaluate, "fake").main())
-"""
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("evals")
     make_images(root / "images")
-    (root / "eval_fake.py").write_text(textwrap.dedent(SCRIPT.format(root=str(ROOT))))
+    (root / "eval_fake.py").write_text(textwrap.dedent(FAKE_EVALUATION.format(root=str(ROOT))))
     return root
 
 

@@ -5,12 +5,14 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import slurm
+import yaml
 from conftest import ROOT, run_cli
-from runs import logged_steps, make_images, metrics_of, tiny
+from runs import FAKE_EVALUATION, logged_steps, make_images, metrics_of, tiny
 
 import train_distributed
 
@@ -276,3 +278,26 @@ def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(cluster, imag
     straight = tmp_path / "straight"
     run_on_two_ranks([*tiny(images, straight), *ENDLESS], straight, before + 3)
     assert_same_steps(out, straight, before + 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_evaluations_of_a_job_are_jobs_and_land_in_the_metrics_when_the_run_goes_on(cluster, images, tmp_path):
+    out = tmp_path / "run"
+    sets = tmp_path / "sets.yaml"
+    fake = tmp_path / "eval_fake.py"
+    fake.write_text(textwrap.dedent(FAKE_EVALUATION.format(root=str(ROOT))))
+    entry = {"period": 3, "final": False, "model_to_eval": "student_ema", "model_setup_script": "model.py"}
+    entry |= {"where": "auto", "eval_config": {"fake": {"script": str(fake)}}}
+    sets.write_text(yaml.safe_dump({"evals": {"fast": None, "slow": None, "full": None, "mine": entry}}))
+    arguments = [str(sets), *(each for each in tiny(images, out, *ON_CPUS) if each != "evals=null")]
+    job = Submitted(cluster, arguments, out)
+    report = out / "evals" / "mine" / "step_000000003" / "results" / "report.html"
+    slurm.wait_until(report.is_file, f"the evaluation of step 3 is done: {job.text()}", 200)
+    cluster.wait_for(job.number, JobState="COMPLETED")
+    assert "evals.mine of step 3 is Slurm job" in job.text()
+
+    done = run_cli("train_capi.py", *arguments, **cluster.environ)
+    assert done.returncode == 0, done.stderr
+    landed = [record for record in metrics_of(out) if record.get("eval_step") == 3]
+    assert len(landed) == 1 and "eval/mine/fake/sum/top1" in landed[0]
