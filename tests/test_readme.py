@@ -17,6 +17,10 @@ BLOCKS = dict(enumerate(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS.values() for line in block.splitlines() if line.strip()]
 TRAINING = [command for command in COMMANDS if command.startswith("python train_capi.py")]
 SLURM = [command for command in COMMANDS if command.startswith("python train_distributed.py")]
+EXPORT, EXTRACT, BENCHMARK = (
+    next(command for command in COMMANDS if command.startswith(f"python {script}"))
+    for script in ("export.py", "extract_features.py", "benchmark.py")
+)
 TORCHRUN = [command for command in COMMANDS if command.startswith("torchrun ")]
 
 
@@ -28,7 +32,7 @@ def test_the_commands_are_all_of_a_kind_that_is_tested():
             assert rest[0] in make_targets, command
         else:
             install = "pip install -c constraints.txt -e '.[test]'"
-            assert command in [*TRAINING, *TORCHRUN, *SLURM, install], command
+            assert command in [*TRAINING, *TORCHRUN, *SLURM, EXPORT, EXTRACT, BENCHMARK, install], command
 
 
 def test_training_commands_run_one_after_the_other(tmp_path, monkeypatch):
@@ -68,22 +72,60 @@ def test_slurm_commands_show_a_job_script():
         assert "#SBATCH --partition=gpu" in done.stdout
 
 
-def test_the_python_example_runs_as_written(tmp_path):
-    images = make_images(tmp_path / "images")
-    arguments = [*TINY, f"data.dataset={images}", f"train.output_dir={tmp_path}/runs/mine", "model.patch_size=14",
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    """A folder that has what the examples read: runs/mine and images."""
+    root = tmp_path_factory.mktemp("mine")
+    images = make_images(root / "images")
+    arguments = [*TINY, f"data.dataset={images}", f"train.output_dir={root}/runs/mine", "model.patch_size=14",
                  "data.images_size=56", "optim.total_iters=1"]  # fmt: skip
     assert run_main(arguments) == 0
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    example = example.replace("runs/mine", f"{tmp_path}/runs/mine") + "\nassert feature_map.shape == (1, 16, 16, 32)\n"
-    (tmp_path / "example.py").write_text(example)
-    done = run_cli(tmp_path / "example.py", PYTHONPATH=str(ROOT))
+    return root
+
+
+def test_the_python_examples_run_as_written(mine):
+    own, released = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    own = own.replace("runs/mine", f"{mine}/runs/mine") + "\nassert feature_map.shape == (1, 16, 16, 32)\n"
+    line = 'torch.hub.load("/path/to/this/folder", "capi_vitl14_lvd", source="local")'
+    assert line in released
+    offline = line.replace("/path/to/this/folder", str(ROOT)).replace(")", ", pretrained=False)")
+    released = released.replace(line, offline) + "\nassert out.feature_map.shape == (1, 16, 16, 1024)\n"
+    for name, example in (("own", own), ("released", released)):
+        (mine / f"{name}.py").write_text(example)
+        done = run_cli(mine / f"{name}.py", PYTHONPATH=str(ROOT))
+        assert done.returncode == 0, done.stderr
+
+
+def test_export_extraction_and_benchmark_run_as_written(mine):
+    def run(command, *more):
+        words = [w.replace("/my/images", str(mine / "images")) for w in shlex.split(command)[1:]]
+        words[0] = str(ROOT / words[0])
+        return run_cli(*words, *more, cwd=mine)
+
+    done = run(EXPORT)
     assert done.returncode == 0, done.stderr
+    assert all((mine / f"backbone.{kind}").is_file() for kind in ("pth", "safetensors", "onnx"))
+    done = run(EXTRACT, "device=cpu", "num_workers=0")
+    assert done.returncode == 0, done.stderr
+    assert list((mine / "features" / "shards").glob("*.safetensors"))
+    only_pictures = [
+        "evals.in1k_classification=null",
+        "evals.ade20k_segmentation=null",
+        "evals.ade20k_pictures_448=null",
+        f"evals.ade20k_pictures_224.dataset={mine / 'images'}",
+        "evals.ade20k_pictures_224.pictures=[image_pca]",
+        "evals.ade20k_pictures_224.resolution=56",
+    ]
+    done = run(BENCHMARK, *only_pictures, "random_baseline=false", "num_workers=0")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert (mine / "results" / "mine" / "report.html").is_file()
 
 
 def test_keys_that_are_named_exist():
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [])
-    sections = "launcher|train|capi|optim|data|model|efficiency"
-    named = {key for key in re.findall(rf"`((?:{sections})\.[a-z_.]+)", README) if not key.endswith(".py")}
+    sections = "train|capi|optim|data|model|efficiency"
+    # Not file names, and not methods of the examples' `model`, which have a parenthesis.
+    named = {key for key in re.findall(rf"`((?:{sections})\.[a-z_.]+)(?!\()\b", README) if not key.endswith(".py")}
     assert len(named) > 10
     for key in named:
         value = cfg
