@@ -8,20 +8,23 @@ and raw pixels, in evaluation/report.html. Started again after an interruption, 
 """
 
 import argparse
+import json
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
-from checkpoint import Checkpoints
+from checkpoint import Checkpoints, read_weights
+from clustering import L2NormLinear, OnlineClustering
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
 from data import normalize
 from masking import MaskPlan, draw_positions, make_masking_generator
@@ -85,7 +88,22 @@ def evaluate(sources: Sequence[str]) -> Path:
     """Evaluate the trained model, its random initialisation, and raw pixels. Returns the report, if all went well."""
     cfg = _config(sources)
     output_dir = ROOT / cfg.train.output_dir
-    pixels, trained = output_dir / "evaluation" / "pixels", output_dir / "evaluation"
+    checkpoint = Checkpoints(output_dir, keep=1).newest()
+    assert checkpoint is not None  # it was drawn from
+    shares = hidden_patches(cfg, checkpoint, validation_images(cfg.data.images_size, num_images=None))
+    trained, random, copied, chance = (f"{shares[name]:.1%}" for name in ("trained", "random", "copied", "chance"))
+    answers = (
+        f"Which of {cfg.capi.num_clusters} clusters does a hidden patch of a held-out image belong to? The trained "
+        f"student is right {trained} of the time, with random weights {random}, copying the nearest visible patch "
+        f"{copied}, guessing {chance}."
+    )
+    sys.stdout.write(f"\n{answers}\n")
+    outlook = (
+        "A few minutes teach the student to predict, and hardly more: expect segmentation scores near those of random "
+        "weights. EXPERIMENTS.md has longer runs."
+    )
+    evaluation = output_dir / "evaluation"
+    pixels = evaluation / "pixels"
     common = [f"evals_config_path={DEMO_EVALS}", f"evals.segmentation.resolution={cfg.data.images_size}"]
     of_pixels = [
         f"output_dir={pixels}",
@@ -95,14 +113,15 @@ def evaluate(sources: Sequence[str]) -> Path:
         "evals.pictures=null",
     ]
     of_model = [
-        f"output_dir={trained}",
+        f"output_dir={evaluation}",
         f"name=CAPI, {cfg.optim.total_iters} steps",
         f"pretrained_weights={output_dir / 'student_ema.pth'}",
         f"evals.pictures.resolution={cfg.data.images_size}",
         f"compare=[{pixels / 'results.json'}]",
         f"run_dir={output_dir}",
+        f"notes={json.dumps([answers, outlook])}",
     ]
-    report = trained / "report.html"
+    report = evaluation / "report.html"
     if run("benchmark.py", *of_pixels, *common) or run("benchmark.py", *of_model, *common):
         report.unlink(missing_ok=True)
     return report
@@ -148,18 +167,73 @@ def draw(sources: Sequence[str]) -> dict[Path, str]:
     }
 
 
+def hidden_patches(cfg: CapiConfig, checkpoint: Path, images: UInt8[Tensor, "b 3 h w"]) -> dict[str, float]:
+    """How often the student names the cluster of a hidden patch: the question it was trained on, on other images.
+
+    The right answer is the cluster to which the teacher, who sees the whole image, assigns the patch.
+
+    Args:
+        cfg: of the training.
+        checkpoint: a checkpoint of the training.
+        images: images that were not trained on.
+
+    Returns: shares of right answers: `trained`; `random`, the same network before training; `copied`, giving the
+        cluster of the nearest visible patch; `chance`.
+    """
+    averaged = read_weights(checkpoint, "student_ema")
+    width, k = cfg.model.transformers_kwargs.embed_dim, cfg.capi.num_clusters
+    teacher_head = OnlineClustering(width, k, **asdict(cfg.capi.clustering_kwargs))
+    teacher_head.load_state_dict(read_weights(checkpoint, "clustering"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.train.seed)
+        students = {name: _student(cfg) for name in ("trained", "random")}
+    students["trained"].load_state_dict(averaged)
+
+    b, n = len(images), cfg.grid_size**2
+    plan = MaskPlan(cfg.grid_size, cfg.grid_size, cfg.data.mask_ratio, 1.0)
+    masking = make_masking_generator(cfg.data.masking_generator, **cfg.data.masking_generator_kwargs)
+    generator = torch.Generator().manual_seed(cfg.train.seed)
+    visible, hidden = map(torch.stack, zip(*(draw_positions(plan, masking, generator) for _ in range(b)), strict=True))
+    first = torch.arange(b).unsqueeze(1) * n
+    place = torch.cartesian_prod(torch.arange(cfg.grid_size), torch.arange(cfg.grid_size)).double()
+    nearest = torch.cdist(place[hidden], place[visible]).argmin(dim=2)
+    with torch.no_grad():
+        x = normalize(images)
+        trained: Any = students["trained"]["backbone"]
+        features = trained.forward_pretrain(x)[0]
+        clusters = teacher_head(features.transpose(0, 1))[0].argmax(dim=2).T  # [b, n]
+        truth = clusters.gather(1, hidden)
+        answers = {"copied": clusters.gather(1, visible.gather(1, nearest))}
+        for name, student in students.items():
+            backbone: Any = student["backbone"]
+            _, predicted = backbone.forward_pretrain(
+                x, (first + visible).flatten(), (first + hidden).flatten(), do_prediction=True
+            )
+            answers[name] = student["head"](predicted).argmax(dim=1).view_as(truth)
+    shares = {name: float((answer == truth).double().mean()) for name, answer in answers.items()}
+    return {name: shares[name] for name in ("trained", "random", "copied")} | {"chance": 1 / k}
+
+
+def _student(cfg: CapiConfig) -> nn.ModuleDict:
+    backbone = EncoderDecoder(**cfg.model.kwargs())
+    head = L2NormLinear(backbone.pred_dim, cfg.capi.num_clusters)
+    return nn.ModuleDict({"backbone": backbone, "head": head}).eval()
+
+
 def _config(sources: Sequence[str]) -> CapiConfig:
     paths = [source if "=" in source else str(ROOT / source) for source in sources]
     return load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, paths)
 
 
-def validation_images(size: int, folder: Path = VALIDATION_IMAGES) -> UInt8[Tensor, "b 3 h w"]:
-    """A few images of the folder, evenly spread, as squares of `size` pixels."""
+def validation_images(
+    size: int, folder: Path = VALIDATION_IMAGES, num_images: int | None = NUM_IMAGES
+) -> UInt8[Tensor, "b 3 h w"]:
+    """A few images of the folder, evenly spread, or all of them (None), as squares of `size` pixels."""
     from PIL import Image, ImageOps
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     dataset = make_dataset(str(folder))
-    chosen = torch.linspace(0, len(dataset) - 1, min(NUM_IMAGES, len(dataset))).long().tolist()
+    chosen = torch.linspace(0, len(dataset) - 1, min(num_images or len(dataset), len(dataset))).long().tolist()
     pictures = [ImageOps.fit(dataset[i].image(), (size, size), Image.Resampling.BICUBIC) for i in chosen]
     return torch.stack([pil_to_tensor(picture) for picture in pictures])
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import run_cli, seeded
 from figures import assert_no_overlaps, panels
+from runs import make_images, run_main, tiny
 
 import demo
+from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
 from model import EncoderDecoder
 
 
@@ -90,6 +92,21 @@ def test_an_interrupted_training_draws_nothing_and_says_how_to_continue(monkeypa
     message = capsys.readouterr().err
     assert "stopped after 10 of 200 steps; the same command continues it" in message
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_trained_student_names_clusters_of_hidden_patches_better_than_a_random_one(tmp_path):
+    images = make_images(tmp_path / "images", num=4)
+    steps = ["optim.total_iters=200", "optim.lr_schedule.base_value=3e-3", "capi.num_clusters=8"]
+    arguments = tiny(images, tmp_path / "run", *steps, "train.checkpointing.period=200", "train.log_loss_every=200")
+    assert run_main(arguments) == 0
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, arguments)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000000200"
+    same = demo.validation_images(16, images, num_images=None)
+    shares = demo.hidden_patches(cfg, checkpoint, same)
+    assert shares == demo.hidden_patches(cfg, checkpoint, same)
+    assert shares["chance"] == 1 / 8
+    assert shares["trained"] > 0.2 > shares["random"], shares
+    assert 0 < shares["copied"] < 1
 
 
 @pytest.mark.slow
