@@ -35,6 +35,7 @@ gpu: .venv/.test
 bench: .venv/.run
 	$(BIN)/python bench/clustering.py
 	$(BIN)/python bench/step.py
+	$(BIN)/python bench/evaluations.py
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'

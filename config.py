@@ -519,12 +519,6 @@ class EfficiencyConfig:
         require_one_of("efficiency.fsdp", self.fsdp, ("simple", "fully_shard", "none"))
         require(self.fsdp_bucket_mib >= 0, "efficiency.fsdp_bucket_mib", self.fsdp_bucket_mib, "must be 0 or more")
         require(self.fsdp_prefetch >= 0, "efficiency.fsdp_prefetch", self.fsdp_prefetch, "must be 0 or more")
-        require(
-            self.fsdp != "fully_shard" or (self.compilation.do_teacher.disable and self.compilation.do_student.disable),
-            "efficiency.fsdp",
-            self.fsdp,
-            "is eager; set efficiency.compilation.do_teacher.disable and .do_student.disable to true, or use simple",
-        )
         workers = self.dataloader_num_workers
         require(workers >= 0, "efficiency.dataloader_num_workers", workers, "must be 0 or more")
         require(

@@ -135,11 +135,12 @@ def compile_function(
 ) -> FunctionT:
     """`torch.compile` with the options of a config section, or the function itself if it is disabled there.
 
-    With weights divided by `simple`, the compiled graphs' collectives are ordered by `overlap_collectives`.
+    With weights divided by `simple`, the compiled graphs' collectives are ordered by `overlap_collectives`. With
+    `fully_shard`, whose hooks cannot be compiled, `compile_blocks` compiles what is between them instead.
 
     Raises: UserError if the code is to run on a CPU and there is no C++ compiler.
     """
-    if cfg.disable:
+    if cfg.disable or (sharding is not None and sharding.mode == "fully_shard" and is_distributed()):
         return function
     if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "gcc")):
         raise UserError(
@@ -149,6 +150,15 @@ def compile_function(
     options = overlap_options(sharding) if sharding and sharding.mode == "simple" and is_distributed() else None
     compiled = torch.compile(function, dynamic=cfg.dynamic, options=options)
     return compiled  # pyright: ignore[reportReturnType]  # same signature
+
+
+def compile_blocks(blocks: Iterable[nn.Module], cfg: CompileConfig, sharding: Sharding) -> None:
+    """`torch.compile` each block in place, if `fully_shard` is to divide them; to be called before `parallelize`."""
+    if not cfg.disable and sharding.mode == "fully_shard" and is_distributed():
+        # torch.compile asks gathered weights, which are no leaves, whether they have a gradient.
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        for block in blocks:
+            block.compile(dynamic=cfg.dynamic)
 
 
 def overlap_options(sharding: Sharding) -> dict[str, Any]:

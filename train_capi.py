@@ -32,7 +32,15 @@ from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
 from data import Batch, DevicePrefetcher, PretrainLoader, derive_seed, merge_positions, normalize
 from distributed import all_reduce_sum_, pick_device, rank, session, world_size
 from evals import EvalRuns
-from fsdp import Sharding, average_gradients_, compile_function, gathered, parallelize, recompute_blocks
+from fsdp import (
+    Sharding,
+    average_gradients_,
+    compile_blocks,
+    compile_function,
+    gathered,
+    parallelize,
+    recompute_blocks,
+)
 from launch import StopRequest, requeue, was_requeued
 from masking import MaskPlan
 from metrics import FiniteWatch, Metrics, Profile, StepShape, Throughput, training_flops_per_image
@@ -108,8 +116,12 @@ class TrainState:
         if init_from is not None and rank() == 0:
             start_from(self.student["backbone"], init_from)
         recompute_blocks(_blocks_of(self.student), efficiency.rematerialization)
+        if compiled:
+            compile_blocks(_blocks_of(self.student), efficiency.compilation.do_student, self.sharding)
         parallelize(self.student, self.sharding, device, _blocks_of(self.student))
         self.student_ema = _materialise(self._make_student, device).requires_grad_(False).eval()
+        if compiled:
+            compile_blocks(_blocks_of(self.student_ema), efficiency.compilation.do_teacher, self.sharding)
         parallelize(self.student_ema, self.sharding, device, _blocks_of(self.student_ema))
         ema_update_(self.student_ema, self.student, 0.0)
         self.clustering = _materialise(self._make_clustering, device)

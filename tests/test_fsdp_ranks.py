@@ -690,3 +690,21 @@ def compiled_training(num_steps: int) -> dict[str, Any]:
 def test_compiled_training_on_ranks_is_training_on_one_process_with_the_whole_batch(num_ranks, trained_alone):
     for found in run_on_ranks(compiled_training, num_ranks, 20, timeout_s=590):
         assert_same_training(found, trained_alone)
+
+
+def compiled_fully_sharded_training(num_steps: int) -> dict[str, Any]:
+    on = ["efficiency.compilation.do_teacher.disable=false", "efficiency.compilation.do_student.disable=false"]
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*TRAIN, "efficiency.fsdp=fully_shard", *on])
+    state = TrainState(cfg, CPU)
+    compiled = [m for m in state.student["backbone"].modules() if m._compiled_call_impl is not None]
+    assert len(compiled) == cfg.model.encoder_kwargs.depth + cfg.model.decoder_kwargs.depth
+    return run_steps(state, num_steps)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_compiled_fully_sharded_training_is_that_of_one_process_too(num_ranks, trained_alone):
+    for found in run_on_ranks(compiled_fully_sharded_training, num_ranks, 20, timeout_s=590):
+        assert_same_training(found, trained_alone)
