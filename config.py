@@ -610,7 +610,8 @@ def load_config(schema: type[ConfigT], default_path: Path | None, sources: list[
     if default_path is not None:
         merged = _merge(merged, _read_yaml(default_path), str(default_path), schema)
     for source in sources:
-        if "=" in source and not Path(source).is_file():
+        is_file = source.endswith((".yaml", ".yml")) and Path(source).is_file()
+        if "=" in source and not is_file:
             merged = _merge(merged, _read_override(source), source, schema)
         else:
             merged = _merge(merged, _read_yaml(Path(source)), source, schema)

@@ -116,3 +116,12 @@ def test_changed_keys_are_dotted_and_complete():
     old = {"a": {"b": 1, "c": (1, 2)}, "d": 1}
     new = {"a": {"b": 2, "c": [1, 2]}, "e": 3}
     assert changed_keys(old, new) == {"a.b": (1, 2), "d": (1, None), "e": (None, 3)}
+
+
+def test_a_file_may_have_an_equals_sign_in_its_path_and_an_override_any_length(tmp_path):
+    path = tmp_path / "lr=1" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_text("train: {seed: 7}\n")
+    assert load(str(path)).train.seed == 7
+    long = ",".join(["x"] * 500)
+    assert load(f"launcher.setup=[{long}]").launcher.setup == ["x"] * 500
