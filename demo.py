@@ -120,6 +120,7 @@ def evaluate(sources: Sequence[str]) -> Path:
         f"compare=[{pixels / 'results.json'}]",
         f"run_dir={output_dir}",
         f"notes={json.dumps([answers, outlook])}",
+        f"seed={cfg.train.seed}",
     ]
     report = evaluation / "report.html"
     if run("benchmark.py", *of_pixels, *common) or run("benchmark.py", *of_model, *common):
