@@ -104,8 +104,8 @@ class ProbeConfig:
     """Scores of the teacher on a small labelled set, computed in between steps; see probe.py."""
 
     every: int
-    """Steps between probes; 0 for none. At a period of 100 steps or more it costs less than 2 % of the time, for sets
-    of up to a thousand images."""
+    """Steps between probes; 0 for none. Two sets of 1000 images took 1.7 % of the time at a period of 250 steps of 128
+    images (configs/imagenette.yaml on a CPU)."""
     train_dataset: str | None
     """Data URL of images with class labels, to fit on."""
     test_dataset: str | None

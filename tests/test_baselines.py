@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, ROOT, run_cli
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -694,3 +694,46 @@ def test_mimrefiner_random_networks_have_the_published_architecture(model_name):
     with torch.device("meta"):
         global_repr, _, feature_map = model(torch.empty(2, 3, 16 * arch["patch"], 10 * arch["patch"]))
     assert global_repr.shape == (2, arch["width"]) and feature_map.shape == (2, 16, 10, arch["width"])
+
+
+# -------------------------------------------------------------------------------------------- the benchmark
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("family", sorted(SMALLEST))
+def test_every_family_runs_through_the_benchmark_on_the_demo_data(family, tmp_path):
+    data = "demo_data/emoji_on_scenes"
+    keys = [
+        f"evals.segmentation.{key}"
+        for key in (
+            f"train_dataset=custom://Segmentation?root='{data}/train'",
+            f"test_dataset=custom://Segmentation?root='{data}/val'",
+            "max_train_images=6",
+            "classifiers=[knn]",
+            "knn_ks=[1]",
+            "resolution=112",
+            "num_pictures=2",
+        )
+    ]
+    done = run_cli(
+        "benchmark.py",
+        f"output_dir={tmp_path}",
+        f"model_path=baselines/{family}_loader.py",
+        f"model_loader_kwargs.model_name={SMALLEST[family]}",
+        "model_loader_kwargs.pretrained=false",
+        "evals_config_path=configs/evals/demo.yaml",
+        "evals.pictures=null",
+        "device=cpu",
+        "num_workers=0",
+        "batch_size=20",
+        *keys,
+        timeout=290,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (
+        0
+        <= json.loads((tmp_path / "results.json").read_text())["evaluations"]["segmentation"]["results"]["knn"]["acc"]
+        <= 1
+    )
+    assert (tmp_path / "report.html").is_file()
