@@ -232,12 +232,15 @@ def test_pictures_show_predictions_beside_the_truth(finished):
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
 
 
-def test_what_is_done_is_not_done_again(finished, data, tmp_path):
+def test_what_is_done_is_not_done_again(finished, data, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "again")
-    before = (tmp_path / "again" / "results_segmentation.json").read_text()
-    assert eval_segmentation.main(arguments(data, tmp_path / "again", "dump_features=true", "dump_predictions=true",
-                                            "dump_classifier=true")) == 0  # fmt: skip
-    assert (tmp_path / "again" / "results_segmentation.json").read_text() == before
+    dumps = ("dump_features=true", "dump_predictions=true", "dump_classifier=true")
+    assert eval_segmentation.main(arguments(data, tmp_path / "again", *dumps)) == 0
+    before, after = results_in(finished), results_in(tmp_path / "again")
+    assert after["results"] == before["results"]
+    timed = ("seconds", "parts_s")
+    assert [after["about"][key] for key in timed] == [before["about"][key] for key in timed]
+    assert "nothing to do" in capsys.readouterr().err
 
 
 def evaluate_on_rank(args):
@@ -264,6 +267,13 @@ def test_a_validation_set_and_fewer_images(data, tmp_path):
     assert eval_segmentation.main(arguments(data, tmp_path, *more)) == 0
     found = results_in(tmp_path)
     assert found["about"]["num_train_images"] == 5 + 7 and "logreg" not in found["results"]
+
+
+def test_autocast_changes_scores_a_little_and_is_noted(finished, data, tmp_path):
+    assert eval_segmentation.main(arguments(data, tmp_path, "dtype=bfloat16", "classifiers=[knn]")) == 0
+    found = results_in(tmp_path)
+    assert found["about"]["dtype"] == "bfloat16"
+    assert found["results"]["knn"]["mIoU"] == pytest.approx(results_in(finished)["results"]["knn"]["mIoU"], abs=0.1)
 
 
 # ----------------------------------------------------------------------------------------------------- mistakes
