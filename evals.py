@@ -65,7 +65,13 @@ class _Launched:
 
     def is_queued(self) -> bool:
         """Whether it is a Slurm job that waits or runs."""
-        return self.job_file.is_file() and job_state(self.job_file.read_text()) is not None
+        if not self.job_file.is_file():
+            return False
+        try:
+            return job_state(self.job_file.read_text()) is not None
+        except UserError as error:  # the run may go on where there is no Slurm
+            logger.warning("whether %s still runs as a Slurm job is unknown, so it starts anew: %s", self.folder, error)
+            return False
 
     def is_running(self) -> bool:
         return self.process is not None and self.process.poll() is None

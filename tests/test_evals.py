@@ -104,7 +104,11 @@ def test_exported_weights_are_kept_only_where_they_are_needed_again(finished):
     assert len(list(finished.glob("evals/*/*/results/report.html"))) == 4
 
 
-def test_what_did_not_land_before_a_kill_starts_anew(finished, place, tmp_path):
+def no_slurm(number):
+    raise UserError("squeue does not answer")
+
+
+def test_what_did_not_land_before_a_kill_starts_anew(finished, place, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -113,6 +117,10 @@ def test_what_did_not_land_before_a_kill_starts_anew(finished, place, tmp_path):
     (run / "metrics.jsonl").write_text("".join(line for line in lines if line not in lost))
     shutil.copy(run / "student.pth", run / "evals" / "last" / "step_000000006" / "weights.pth")
     shutil.copy(run / "student.yaml", run / "evals" / "last" / "step_000000006" / "weights.yaml")
+    # It was a Slurm job, and the run goes on where there is no Slurm to ask about it.
+    (run / "evals" / "last" / "step_000000006" / "slurm_job").write_text("17")
+    (run / "evals" / "last" / "step_000000006" / "results" / "report.html").unlink()
+    monkeypatch.setattr("evals.job_state", no_slurm)
     assert run_main(command(place, place / "config.yaml", run, "optim.batch_size_per_gpu=4")) == 0
     again = [record for record in eval_records(run) if "eval/last/fake/sum/top1" in record]
     assert again == [json.loads(line) for line in lost]
