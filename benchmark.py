@@ -9,7 +9,11 @@ Which evaluations these are is in default_eval_config.py; `evals.<name>.<key>=va
 with `launcher=slurm` collects what has finished. Exit code 1 if an evaluation failed; the others are done and reported.
 """
 
-import argparse
+from utils import add_sources, command_line
+
+with command_line(__doc__, __name__) as parser:
+    add_sources(parser)
+
 import ast
 import hashlib
 import inspect
@@ -29,13 +33,12 @@ from typing import Any
 import yaml
 from omegaconf import MISSING, OmegaConf
 
-from checkpoint import write_text_atomically
 from config import LauncherConfig, changed_keys, load_config, require, require_one_of
 from evaluation import SPEED_KEYS, find_loader
 from launch import ROOT, Job, job_state
 from report import check_run, text_table, write_report
 from sources import did_you_mean
-from utils import UserError, setup_logging
+from utils import UserError, setup_logging, write_text_atomically
 
 logger = logging.getLogger("benchmark")
 
@@ -524,8 +527,6 @@ def _written_out(source: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or submitted, 1 an evaluation failed, 2 a mistake of the user."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="*", metavar="config.yaml | key=value", help="in order; later ones win")
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
     try:

@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 
 from config import changed_keys
 from distributed import is_distributed, rank, world_size
-from utils import UserError, git_revision
+from utils import UserError, fsync, git_revision, replacing, write_text_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -364,7 +364,7 @@ class Checkpoints:
         if final.is_dir():
             final.rename(replaced)
         temporary.rename(final)
-        _fsync(self.directory)
+        fsync(self.directory)
         if replaced.exists():
             self._delete(replaced)
 
@@ -557,37 +557,10 @@ def read_weights(path: Path, module: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, also one after a crash, finds the old text or the new one and nothing between."""
-    with replacing(path) as temporary:
-        temporary.write_text(text)
-
-
 def save_atomically(path: Path, value: Any) -> None:
     """As `write_text_atomically`, for tensors in containers, which `torch.load(path, weights_only=True)` reads."""
     with replacing(path) as temporary, temporary.open("wb") as file, _os_errors_shown():
         torch.save(value, file)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` in one step when the block ends, or is deleted if it raises."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        yield temporary
-        _fsync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _free_name(prefix: str) -> Path:
@@ -774,7 +747,7 @@ def _describe_own_tensor_files(directory: Path) -> dict[str, dict[str, Any]]:
     """Manifest entries of the files this rank wrote, so that hashing takes as long as one rank's share."""
     own = sorted(directory.glob(f"__{rank()}_*")) + ([directory / ".metadata"] if rank() == 0 else [])
     for path in own:
-        _fsync(path)  # torch 2.11 syncs `.metadata` while its content is still in a buffer of Python
+        fsync(path)  # torch 2.11 syncs `.metadata` while its content is still in a buffer of Python
     return {path.name: _describe(path) for path in own}
 
 
@@ -783,7 +756,7 @@ def _write_texts(
 ) -> None:
     def write(name: str, text: str) -> None:
         (directory / name).write_text(text)
-        _fsync(directory / name)
+        fsync(directory / name)
 
     write("state.json", json.dumps(state, indent=1))
     write("config.yaml", config_yaml)
@@ -793,7 +766,7 @@ def _write_texts(
         raise OSError(f"rank 0 does not see {unseen[0]}; all nodes must share the file system of train.output_dir")
     manifest |= {name: _describe(directory / name) for name in ("state.json", "config.yaml")}
     write("manifest.json", json.dumps(manifest, indent=1))
-    _fsync(directory)
+    fsync(directory)
 
 
 def _problem_with(path: Path) -> str | None:

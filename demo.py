@@ -7,7 +7,12 @@ the output folder, and runs `benchmark.py` with configs/evals/demo.yaml: the tra
 and raw pixels, in evaluation/report.html. Started again after an interruption, it continues.
 """
 
-import argparse
+from utils import command_line
+
+with command_line(__doc__, __name__) as parser:
+    parser.add_argument("--output-dir", default="runs/demo", help="where everything is written (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="as for train_capi.py")
+
 import json
 import shlex
 import subprocess
@@ -46,10 +51,7 @@ NUM_IMAGES = 6
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: that of the training if it failed, 2 for a mistake of the user."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", default="runs/demo", help="where everything is written (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="as for train_capi.py")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     started = time.monotonic()
     try:
         sources = [DEMO_CONFIG, *given.overrides, f"train.output_dir={given.output_dir}"]

@@ -10,6 +10,11 @@ features with all labels, `few_label` with few of them. What is chosen is chosen
 as correct if the top prediction is any of its labels.
 """
 
+from utils import add_sources, command_line
+
+with command_line(__doc__, __name__) as parser:
+    add_sources(parser)
+
 import contextlib
 import itertools
 import logging
@@ -1285,7 +1290,7 @@ def timed(results: Results, part: str) -> Iterator[None]:
     logger.info("%s: %.1f s%s", part, seconds, f", top-1 {added['top1']:.4f}" if "top1" in added else "")
 
 
-EVALUATION = Evaluation("classification", ClassificationConfig, evaluate, __doc__ or "")
+EVALUATION = Evaluation("classification", ClassificationConfig, evaluate, parser)
 main = EVALUATION.main
 
 if __name__ == "__main__":

@@ -7,6 +7,11 @@ Hyper-parameters are chosen by mIoU on validation images, then the classifier is
 evaluated on the test images. Writes results_segmentation.json and pictures of predictions beside the truth.
 """
 
+from utils import add_sources, command_line
+
+with command_line(__doc__, __name__) as parser:
+    add_sources(parser)
+
 import functools
 import logging
 import sys
@@ -593,7 +598,7 @@ def draw_predictions(
     return figure
 
 
-EVALUATION = Evaluation("segmentation", SegmentationConfig, evaluate, __doc__ or "")
+EVALUATION = Evaluation("segmentation", SegmentationConfig, evaluate, parser)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,6 +18,11 @@ image, `<kind>/<number of the image in the data set>.png`, a square of the resol
 The number of ranks does not change a picture by more than a grey level here and there: a sum has another order.
 """
 
+from utils import add_sources, command_line
+
+with command_line(__doc__, __name__) as parser:
+    add_sources(parser)
+
 import colorsys
 import contextlib
 import functools
@@ -949,7 +954,7 @@ def _rounded(x: Any) -> Any:
     return [float(f"{v:.5g}") for v in values] if isinstance(values, list) else float(f"{values:.5g}")
 
 
-EVALUATION = Evaluation("visualizations", VisualizationsConfig, evaluate, __doc__ or "")
+EVALUATION = Evaluation("visualizations", VisualizationsConfig, evaluate, parser)
 main = EVALUATION.main
 
 if __name__ == "__main__":

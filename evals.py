@@ -22,14 +22,13 @@ from typing import Any
 
 import yaml
 
-from checkpoint import write_text_atomically
 from config import EvalConfig, LauncherConfig
 from default_eval_config import EVALS
 from distributed import any_rank, broadcast_object, rank
 from launch import ROOT, Job, StopRequest, job_state
 from metrics import Metrics, read_metrics
 from report import score_rows
-from utils import UserError, due
+from utils import UserError, due, write_text_atomically
 
 logger = logging.getLogger("evals")
 

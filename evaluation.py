@@ -28,12 +28,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from checkpoint import write_text_atomically
 from config import changed_keys, load_config, require, require_one_of
 from data import IMAGENET_MEAN, IMAGENET_STD
 from distributed import all_gather_rows, barrier, broadcast_object, gather_objects, rank, session, world_size
 from sources import BadImageError, ImageDataset, ImageStream, make_dataset
-from utils import UserError, git_revision, import_from_path, setup_logging
+from utils import UserError, git_revision, import_from_path, setup_logging, write_text_atomically
 
 logger = logging.getLogger("evaluation")
 
@@ -468,13 +467,12 @@ class Evaluation(Generic[ConfigT]):
     """As in results_<name>.json."""
     schema: type[ConfigT]
     evaluate: Callable[[ConfigT, FrozenModel, Results], None]
-    doc: str
+    parser: argparse.ArgumentParser
+    """Of its arguments, `sources`."""
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """The command line. Returns the exit code: 0 done, 2 a mistake that the message explains."""
-        parser = argparse.ArgumentParser(description=self.doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("sources", nargs="*", metavar="config.yaml | key=value", help="in order; later ones win")
-        args = parser.parse_intermixed_args(arguments)
+        args = self.parser.parse_intermixed_args(arguments)
         setup_logging()
         try:
             cfg = load_config(self.schema, None, args.sources)

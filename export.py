@@ -10,7 +10,20 @@
 `train.init_from`.
 """
 
-import argparse
+from pathlib import Path
+
+from utils import command_line
+
+with command_line(__doc__, __name__) as parser:
+    FORMATS = (".pth", ".safetensors", ".onnx")
+    MODELS = ("student_ema", "student")
+    parser.add_argument("source", help="folder of a run, checkpoint, or file or address of weights")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=f"to write: {', '.join(FORMATS)}")
+    parser.add_argument("--model", choices=MODELS, default="student_ema", help="of a checkpoint; default: %(default)s")
+    parser.add_argument(
+        "--config", type=Path, help="of a file of weights; default: the .yaml beside it, if there is one"
+    )
+
 import contextlib
 import dataclasses
 import logging
@@ -23,17 +36,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoint import Checkpoints, export_weights, read_weights, replacing
+from checkpoint import Checkpoints, export_weights, read_weights
 from clustering import L2NormLinear
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
 from model import EncoderDecoder
-from utils import UserError, setup_logging
+from utils import UserError, replacing, setup_logging, write_text_atomically
 from weights import load_backbone_weights, read_state_dict, save_safetensors
 
 logger = logging.getLogger("export")
 
-FORMATS = (".pth", ".safetensors", ".onnx")
-MODELS = ("student_ema", "student")
 ONNX_FILE_LIMIT = 2**31 - 2**26
 """Bytes of weights up to which they are part of the .onnx file, whose format ends at 2 GiB; beyond, `.onnx.data`."""
 
@@ -133,8 +144,7 @@ def _write_safetensors(exportable: Exportable, path: Path) -> None:
         for name, module in exportable.modules.items()
         for key, tensor in module.state_dict().items()
     }
-    with replacing(path.with_suffix(".yaml")) as temporary:
-        temporary.write_text(to_yaml(exportable.cfg))
+    write_text_atomically(path.with_suffix(".yaml"), to_yaml(exportable.cfg))
     with replacing(path) as temporary:
         save_safetensors(weights, temporary, {"format": "pt"})
 
@@ -185,14 +195,7 @@ def _write_onnx(backbone: EncoderDecoder, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done, 2 a mistake that the message explains."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="folder of a run, checkpoint, or file or address of weights")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=f"to write: {', '.join(FORMATS)}")
-    parser.add_argument("--model", choices=MODELS, default="student_ema", help="of a checkpoint; default: %(default)s")
-    parser.add_argument(
-        "--config", type=Path, help="of a file of weights; default: the .yaml beside it, if there is one"
-    )
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     setup_logging()
     try:
         for path in args.files:

@@ -12,10 +12,14 @@ the image's number in the data; its metadata `images` has the names, as JSON. A 
 columns, `name` included. `read_shard` reads both.
 """
 
+from utils import add_sources, command_line
+
+with command_line(__doc__, __name__) as parser:
+    add_sources(parser)
+
 import functools
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,12 +35,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from checkpoint import replacing
 from config import require, require_one_of
 from distributed import barrier, rank, world_size
-from evaluation import Evaluation, EvaluationConfig, Features, FrozenModel, Results
+from evaluation import Evaluation, EvaluationConfig, Features, FrozenModel, Results, reader_processes
 from sources import BadImageError, ImageDataset, ImageStream, Sample, make_dataset
-from utils import UserError
+from utils import UserError, replacing
 from weights import save_safetensors
 
 logger = logging.getLogger("features")
@@ -300,8 +303,8 @@ def extract_features(cfg: FeaturesConfig, model: FrozenModel, results: Results) 
 
 
 def _loader(cfg: FeaturesConfig, data: Any, most_workers: int, **how: Any) -> DataLoader[Any]:
-    workers = min(8, os.cpu_count() or 1) if cfg.num_workers is None else cfg.num_workers
-    return DataLoader(data, num_workers=min(workers, most_workers), collate_fn=_as_list, **how)
+    workers = min(reader_processes(cfg.num_workers), most_workers)
+    return DataLoader(data, num_workers=workers, collate_fn=_as_list, **how)
 
 
 def _reader(cfg: FeaturesConfig) -> Callable[[int, Sample], Read]:
@@ -373,7 +376,7 @@ def _summarise(cfg: FeaturesConfig, results: Results) -> None:
         logger.warning("left out: %d more, all in %s", len(skipped) - 10, results.path)
 
 
-EVALUATION = Evaluation("features", FeaturesConfig, extract_features, __doc__ or "")
+EVALUATION = Evaluation("features", FeaturesConfig, extract_features, parser)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

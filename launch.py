@@ -20,7 +20,6 @@ from types import FrameType
 from typing import Any
 
 from config import LauncherConfig
-from distributed import max_over_ranks, rank
 from utils import UserError, git_revision
 
 logger = logging.getLogger("launch")
@@ -100,6 +99,8 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; every rank calls it at the same step boundary and gets one answer."""
+        from distributed import max_over_ranks  # here, because submitting a job needs no torch
+
         self._agreed = max_over_ranks(self._received)  # a signal that comes meanwhile counts the next time
         return self._agreed > 0
 
@@ -125,6 +126,8 @@ def requeue(stop: StopRequest) -> None:
     job = _slurm_job()
     if job is None:
         return
+    from distributed import rank
+
     stop.deafen()
     if rank() != 0:
         return

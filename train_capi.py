@@ -7,7 +7,14 @@
 Later files and overrides win over earlier ones, and all over default_pretrain_config.yaml.
 """
 
-import argparse
+from utils import add_sources, command_line
+
+with command_line(__doc__, __name__) as parser:
+    add_sources(parser)
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained and stop")
+    parser.add_argument("--print-config", action="store_true", help="check and print the resolved config and stop")
+    parser.add_argument("--export", action="store_true", help="write the weights of the newest checkpoint and stop")
+
 import contextlib
 import functools
 import gc
@@ -26,7 +33,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import metrics
-from checkpoint import Checkpoints, SavedState, claim_output_dir, export_weights, write_text_atomically
+from checkpoint import Checkpoints, SavedState, claim_output_dir, export_weights
 from clustering import L2NormLinear, OnlineClustering, entropy, soft_cross_entropy
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
 from data import Batch, DevicePrefetcher, PretrainLoader, derive_seed, merge_positions, normalize
@@ -55,7 +62,7 @@ from optim import (
     set_hyper,
 )
 from probe import Probe
-from utils import UserError, due, git_revision, setup_logging
+from utils import UserError, due, git_revision, setup_logging, write_text_atomically
 from weights import backbone_part, load_backbone_weights, read_state_dict
 
 logger = logging.getLogger("capi")
@@ -655,11 +662,6 @@ def dry_run(cfg: CapiConfig) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="*", metavar="config.yaml | a.b=c", help="YAML files and overrides, in order")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be trained and stop")
-    parser.add_argument("--print-config", action="store_true", help="check and print the resolved config and stop")
-    parser.add_argument("--export", action="store_true", help="write the weights of the newest checkpoint and stop")
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
     try:

@@ -8,7 +8,13 @@ A script can be submitted if `--print-config` makes it check its arguments and p
 the section `launcher` and the key `train.output_dir`, and if it starts its ranks with `distributed.session`.
 """
 
-import argparse
+from utils import add_sources, command_line
+
+with command_line(__doc__, __name__) as parser:
+    add_sources(parser)
+    parser.add_argument("--script", default="train_capi.py", help="training script; default: %(default)s")
+    parser.add_argument("--dry-run", action="store_true", help="print the sbatch script and submit nothing")
+
 import logging
 import shutil
 import subprocess
@@ -54,10 +60,6 @@ def check_slurm(job: Job, sources: list[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 submitted or shown, 2 a mistake that the message explains."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="*", metavar="config.yaml | a.b=c", help="YAML files and overrides, in order")
-    parser.add_argument("--script", default="train_capi.py", help="training script (train_capi.py)")
-    parser.add_argument("--dry-run", action="store_true", help="print the sbatch script and submit nothing")
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
     try:

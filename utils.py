@@ -1,16 +1,44 @@
 """Small standard-library helpers that several modules use. No torch, no state, nothing runs on import."""
 
+import argparse
 import contextlib
 import importlib.util
 import logging
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 
 class UserError(ValueError):
     """A mistake the user can fix: the message names key or file, value and remedy; scripts print no traceback."""
+
+
+@contextlib.contextmanager
+def command_line(doc: str | None, name: str) -> Iterator[argparse.ArgumentParser]:
+    """The parser of a script's arguments: they are added in the block, and `main` parses with what it yields.
+
+        with command_line(__doc__, __name__) as parser:
+            parser.add_argument("--dry-run", action="store_true", help="...")
+
+    A script has the block before its other imports. When it ends in the script that was started, `--help` and mistakes
+    that the parser sees are answered: without torch, which takes seconds to import.
+
+    Args:
+        doc: the script's docstring, which `--help` shows.
+        name: its `__name__`.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    yield parser
+    if name == "__main__":
+        parser.parse_intermixed_args()
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """Add `sources`, what `config.load_config` merges."""
+    parser.add_argument("sources", nargs="*", metavar="config.yaml | a.b=c", help="in order; later ones win")
 
 
 def due(step: int, every: int) -> bool:
@@ -74,3 +102,31 @@ def git_revision() -> str | None:
     if not commit:
         return None
     return f"{commit}+changes" if git("status", "--porcelain", "--untracked-files=no") else commit
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, also one after a crash, finds the old text or the new one and nothing between."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` in one step when the block ends, or is deleted if it raises."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        yield temporary
+        fsync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Wait until what was written to a file, or renamed in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -43,8 +43,11 @@ TINY = [
 ]
 
 FAKE_EVALUATION = """
-    import sys, torch
+    import sys
     sys.path.insert(0, {root!r})
+    from utils import add_sources, command_line
+    with command_line("fake", __name__) as parser:
+        add_sources(parser)
     from dataclasses import dataclass
     from evaluation import Evaluation, EvaluationConfig
 
@@ -58,7 +61,7 @@ FAKE_EVALUATION = """
         total = sum(float(p.double().sum()) for p in model.module.parameters())
         results.add("sum", {{"top1": total, "settings": {{"not": 1.0}}}})
 
-    sys.exit(Evaluation("fake", Config, evaluate, "fake").main())
+    sys.exit(Evaluation("fake", Config, evaluate, parser).main())
 """
 """A script, but for the place of the repository, that scores a model by the sum of its weights: quick, and another
 number at every step."""

@@ -53,7 +53,7 @@ def test_heavy_packages_are_imported_where_they_are_used(path):
     assert not names & HEAVY
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*MODULES, *sorted(ROOT.glob("baselines/*.py"))], ids=lambda path: path.stem)
 def test_nothing_loads_code_from_files_or_hides_errors(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ExceptHandler):
@@ -70,6 +70,33 @@ def test_nothing_loads_code_from_files_or_hides_errors(path):
 
 
 def test_model_needs_torch_alone():
+SCRIPTS = [path.name for path in MODULES if '\nif __name__ == "__main__":' in path.read_text()]
+
+
+def test_the_scripts_are_known():
+    known = {"train_capi.py", "train_distributed.py", "benchmark.py", "demo.py", "export.py", "extract_features.py"}
+    known |= {path.name for path in ROOT.glob("eval_*.py")}
+    assert known <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("option", "code"), [("--help", 0), ("--no-such-option", 2)])
+def test_the_command_line_is_answered_before_torch_is_imported(script, option, code):
+    command = [sys.executable, "-X", "importtime", script, option]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr[-3000:]
+    assert "usage:" in (done.stdout if code == 0 else done.stderr)
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "utils" in imported, "importtime says nothing"
+    assert not imported & {"torch", "numpy", "omegaconf"}
+
+
+def test_submitting_a_job_needs_no_torch():
+    code = "import sys, train_distributed; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
     """A user of torch.hub has torch; importing model.py must not ask for more."""
     allowed = {"torch", "utils", "weights", "jaxtyping", "omegaconf"} | sys.stdlib_module_names
     assert set(imported_modules(ROOT / "model.py")) <= allowed
