@@ -257,6 +257,8 @@ class CapiMethodConfig:
     """Temperature of the student's prediction, 0.12."""
     clustering_chunk: int | None
     """Patch positions clustered at a time; only memory and speed depend on it. null: chosen by memory."""
+    clustering_kernel: str
+    """torch; triton, which has kernels of its own for GPUs; or auto: triton on a GPU where it is installed."""
     clustering_kwargs: ClusteringHeadConfig
     clustering_optimizer: ClusteringOptimizerConfig
 
@@ -268,6 +270,7 @@ class CapiMethodConfig:
         require(
             chunk is None or chunk >= 1, "capi.clustering_chunk", chunk, "must be at least 1, or null for automatic"
         )
+        require_one_of("capi.clustering_kernel", self.clustering_kernel, ("auto", "torch", "triton"))
 
 
 @dataclass(frozen=True)

@@ -301,7 +301,7 @@ def _read(module: nn.Module, name: str, how: _Gathering) -> Tensor | None:
     from torch.distributed.tensor import DTensor
 
     parameter = module._parameters[name]
-    if not isinstance(parameter, DTensor):  # functional_call or `gathered` have put a whole tensor there
+    if not isinstance(parameter, DTensor):  # functional_call has put a whole tensor there
         return parameter
     own = parameter.to_local()
     # Another precision here: functional_call with a weight that was cast before it is gathered.
@@ -422,8 +422,9 @@ def _fully_shard(
     for submodule in [*blocks, *_outermost_with_weights(module)]:
         if not isinstance(submodule, FSDPModule):
             fully_shard(submodule, **options, mp_policy=precision(sharding.param_dtype))
-        if hasattr(submodule, "forward_pretrain"):
-            register_fsdp_forward_method(submodule, "forward_pretrain")
+        for method in ("forward_pretrain", "learn"):
+            if hasattr(submodule, method):
+                register_fsdp_forward_method(submodule, method)
 
 
 def _outermost_with_weights(module: nn.Module) -> Iterator[nn.Module]:

@@ -59,6 +59,7 @@ from optim import (
     hyper_at,
     make_clustering_optimizer,
     make_student_optimizer,
+from fused_clustering import use_triton
     set_hyper,
 )
 from probe import Probe
@@ -128,6 +129,7 @@ class TrainState:
         parallelize(self.student, self.sharding, device, _blocks_of(self.student))
         self.student_ema = _materialise(self._make_student, device).requires_grad_(False).eval()
         if compiled:
+        use_triton(cfg.capi.clustering_kernel, device)  # raises early
             compile_blocks(_blocks_of(self.student_ema), efficiency.compilation.do_teacher, self.sharding)
         parallelize(self.student_ema, self.sharding, device, _blocks_of(self.student_ema))
         ema_update_(self.student_ema, self.student, 0.0)
@@ -274,7 +276,7 @@ def train_step(
     )
     one = torch.ones((), device=state.device)
     autocast = torch.autocast(state.device.type, state.dtype, enabled=state.dtype != torch.float32)
-    with autocast, gathered(state.clustering):
+    with autocast:
         clustering = state.clustering.step(
             features.transpose(0, 1),
             predict_indices,
@@ -290,6 +292,7 @@ def train_step(
             batch.images,
             batch.visible_indices,
             batch.predict_indices,
+            kernel=cfg.capi.clustering_kernel,
             targets,
             cfg.capi.student_temp,
             state.dtype,

@@ -12,6 +12,10 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter, which it asks when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from safetensors import safe_open
 from samples import encode, photo
 

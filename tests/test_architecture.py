@@ -11,7 +11,8 @@ from conftest import ROOT
 LAYERS = [
     {"utils", "default_eval_config"},
     {"weights"},
-    {"config", "distributed", "masking", "model", "sources"},
+    {"clustering_triton", "config", "distributed", "masking", "model", "sources"},
+    {"fused_clustering"},
     {"cae", "checkpoint", "clustering", "data", "fsdp", "ijepa", "launch", "logreg", "metrics", "neighbors",
      "optim"},
     {"evaluation", "probe", "report"},
@@ -69,7 +70,6 @@ def test_nothing_loads_code_from_files_or_hides_errors(path):
             )
 
 
-def test_model_needs_torch_alone():
 SCRIPTS = [path.name for path in MODULES if '\nif __name__ == "__main__":' in path.read_text()]
 
 
@@ -97,6 +97,7 @@ def test_submitting_a_job_needs_no_torch():
     assert done.returncode == 0, done.stderr
 
 
+def test_model_needs_torch_alone():
     """A user of torch.hub has torch; importing model.py must not ask for more."""
     allowed = {"torch", "utils", "weights", "jaxtyping", "omegaconf"} | sys.stdlib_module_names
     assert set(imported_modules(ROOT / "model.py")) <= allowed

@@ -22,13 +22,13 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoint import Checkpoints
+from clustering import OnlineClustering
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
 from data import Batch
 from fsdp import (
     Bucket,
     Sharding,
     average_gradients_,
-    gathered,
     overlap_collectives,
     overlap_options,
     parallelize,
@@ -435,45 +435,42 @@ def test_the_policy_decides_whether_blocks_gather_again_in_the_backward_pass():
     assert again[1]["reduce_scatter_tensor"] == plain[1]["reduce_scatter_tensor"] == plain[0]["all_gather_into_tensor"]
 
 
-def gather_once() -> dict[str, Any]:
-    module = make_odd()
-    parallelize(module, SIMPLE, CPU)
-    x = torch.arange(36.0).view(12, 3).cos()
-    for p in module.parameters():
-        p.grad = torch.ones_like(p) if p.requires_grad else None
-    with CountCollectives() as counter, gathered(module):
-        for part in my_part(x).chunk(3):
-            module(part).mean().backward()
+HEAD = {"in_dim": 6, "out_dim": 10, "bias": True, "n_sk_iter": 3, "target_temp": 0.1, "pred_temp": 0.2}
+HEAD_FEATURES = torch.arange(7 * 8 * 6.0).view(7, 8, 6).cos()
+
+
+def make_head() -> OnlineClustering:
+    torch.manual_seed(0)
+    return OnlineClustering(**HEAD)
+
+
+def learn_in_chunks(how: Sharding) -> dict[str, Any]:
+    head = make_head()
+    parallelize(head, how, CPU)
+    mine = HEAD_FEATURES.chunk(dist.get_world_size(), dim=1)[dist.get_rank()].contiguous()
+    with CountCollectives() as counter:
+        step = head.step(mine, torch.arange(mine.shape[1]) * 7 + 3, chunk=2)
+    average_gradients_(head, how)
     return {
         "counts": counter.counts,
-        "grads": {k: whole(p.grad) for k, p in module.named_parameters() if p.requires_grad},
+        "grads": {k: whole(p.grad) for k, p in head.named_parameters()},
+        "targets": step.targets,
+        "loss": step.loss,
     }
 
 
-def test_gathered_gathers_once_and_averages_once():
-    oracle = make_odd()
-    for parts in torch.arange(36.0).view(12, 3).cos().chunk(2):
-        for part in parts.chunk(3):
-            (oracle(part).mean() / 2).backward()
-    for found in run_on_ranks(gather_once, 2):
-        divided_parameters = sum(p.ndim > 0 for p in oracle.parameters())
-        assert found["counts"]["all_gather_into_tensor"] == divided_parameters
-        assert found["counts"]["reduce_scatter_tensor"] == divided_parameters - 1, "the frozen one has no gradient"
-        for key, p in oracle.named_parameters():
-            if p.requires_grad:
-                torch.testing.assert_close(found["grads"][key] - 1, p.grad, rtol=1e-5, atol=1e-6, msg=key)
-
-
-def gathered_and_raising() -> None:
-    module = make_odd()
-    parallelize(module, SIMPLE, CPU)
-    with pytest.raises(ZeroDivisionError), gathered(module):
-        raise ZeroDivisionError
-    assert all(isinstance(p, DTensor) for p in module.parameters())
-
-
-def test_gathered_gives_back_the_parts_when_an_error_passes():
-    run_on_ranks(gathered_and_raising, 2)
+@pytest.mark.parametrize("mode", ["simple", "fully_shard", "none"])
+def test_the_clustering_head_learns_in_chunks_as_one_process_does_and_gathers_once(mode):
+    head, how = make_head(), sharding(mode)
+    everything = head.step(HEAD_FEATURES, torch.arange(8) * 7 + 3)
+    found = run_on_ranks(learn_in_chunks, 2, how)
+    torch.testing.assert_close(torch.cat([each["targets"] for each in found]), everything.targets)
+    torch.testing.assert_close(sum(each["loss"] for each in found) / 2, everything.loss)
+    for each in found:
+        for key, p in head.named_parameters():
+            torch.testing.assert_close(each["grads"][key], p.grad, msg=key)
+        if how.mode == "simple":
+            assert each["counts"]["all_gather_into_tensor"] == each["counts"]["reduce_scatter_tensor"] == 2
 
 
 # Checkpoints

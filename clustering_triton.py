@@ -1,0 +1,208 @@
+"""Triton kernels of the clustering head's step, for GPUs; `fused_clustering.py` says what they compute.
+
+The logits stay in the precision of the matmul. With n Sinkhorn rounds they are read from memory n + 1 times: for the
+largest one and the mass of each prototype, once per further round, and for loss, targets and residuals (assignments
+minus prediction), which are written over them. All that is summed is float32, in the same order in every run.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+ROWS, COLUMNS = 16, 256
+"""Tokens and prototypes that a program works on at a time."""
+
+
+@triton.jit
+def _read(logits, rows, columns, b, k):
+    """Logits as float32, 0 outside, and where they are inside."""
+    inside = (rows < b)[:, None] & (columns < k)[None, :]
+    at = logits + rows[:, None] * k + columns[None, :]
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32), inside, at
+
+
+@triton.jit
+def _exponentials(logits, maxima, rows, columns, b, k, scale, shift):
+    """exp((logits - maxima) / temperature + shift), 0 outside, and what `_read` gives.
+
+    `scale` and `shift` are for powers of two.
+    """
+    read, inside, at = _read(logits, rows, columns, b, k)
+    largest = tl.load(maxima + columns, mask=columns < k, other=0.0)
+    return tl.where(inside, tl.exp2((read - largest[None, :]) * scale + shift), 0.0), read, inside, at
+
+
+@triton.jit
+def _row(vector, columns, k):
+    """Some of a vector of all prototypes, 0 outside, to multiply tokens with."""
+    return tl.load(vector + columns, mask=columns < k, other=0.0)[None, :]
+
+
+@triton.jit
+def _column_kernel(logits, maxima, sums, b, k, scale, rows_at_once: tl.constexpr, columns_at_once: tl.constexpr):
+    """Of each prototype: largest logit, and sum over tokens of exp((logit - largest) / temperature)."""
+    position = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * columns_at_once + tl.arange(0, columns_at_once)
+    largest = tl.full([columns_at_once], -float("inf"), tl.float32)
+    total = tl.zeros([columns_at_once], tl.float32)
+    for start in range(0, b, rows_at_once):
+        rows = start + tl.arange(0, rows_at_once)
+        read, inside, _ = _read(logits + position * b * k, rows, columns, b, k)
+        present = (rows < b)[:, None] | (columns >= k)[None, :]  # a column outside is full of zeros, for no inf - inf
+        found = tl.maximum(largest, tl.max(tl.where(present, read, -float("inf")), 0))
+        here = tl.where(inside, tl.exp2((read - found[None, :]) * scale), 0.0)
+        total = total * tl.exp2((largest - found) * scale) + tl.sum(here, 0)
+        largest = found
+    tl.store(maxima + position * k + columns, largest, mask=columns < k)
+    tl.store(sums + position * k + columns, total, mask=columns < k)
+
+
+@triton.jit
+def _round_kernel(
+    logits, maxima, prototype, token, partial, b, k, scale, shift, eps,
+    rows_at_once: tl.constexpr, columns_at_once: tl.constexpr,
+):  # fmt: skip
+    """Scale some tokens of a position; what they then give to each prototype goes to a row of `partial`."""
+    block, position = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    rows = block * rows_at_once + tl.arange(0, rows_at_once)
+    logits, maxima, prototype = logits + position * b * k, maxima + position * k, prototype + position * k
+    sums = tl.zeros([rows_at_once], tl.float32)
+    for start in range(0, k, columns_at_once):
+        columns = start + tl.arange(0, columns_at_once)
+        e, _, _, _ = _exponentials(logits, maxima, rows, columns, b, k, scale, shift)
+        sums += tl.sum(e * _row(prototype, columns, k), 1)
+    own = token + position * b + rows
+    scaling = tl.load(own, mask=rows < b, other=1.0)
+    scaling = scaling / (scaling * sums + eps)
+    tl.store(own, scaling, mask=rows < b)
+    partial += (position * tl.num_programs(0) + block) * k
+    for start in range(0, k, columns_at_once):  # again, for the sums were not known; by now from the cache
+        columns = start + tl.arange(0, columns_at_once)
+        e, _, _, _ = _exponentials(logits, maxima, rows, columns, b, k, scale, shift)
+        tl.store(partial + columns, tl.sum(e * scaling[:, None], 0), mask=columns < k)
+
+
+@triton.jit
+def _learn_kernel(
+    logits, maxima, prototype, token, slots, targets, losses, partial, b, k, scale, shift, eps, pred_scale,
+    rows_at_once: tl.constexpr, columns_at_once: tl.constexpr,
+):  # fmt: skip
+    """Scale some tokens a last time; their losses in bits, targets, and residuals, whose sums `partial` gets."""
+    block, position = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    rows = block * rows_at_once + tl.arange(0, rows_at_once)
+    logits, maxima, prototype = logits + position * b * k, maxima + position * k, prototype + position * k
+    sums = tl.zeros([rows_at_once], tl.float32)
+    largest = tl.full([rows_at_once], -float("inf"), tl.float32)
+    exp_sums = tl.zeros([rows_at_once], tl.float32)
+    for start in range(0, k, columns_at_once):
+        columns = start + tl.arange(0, columns_at_once)
+        e, read, inside, _ = _exponentials(logits, maxima, rows, columns, b, k, scale, shift)
+        sums += tl.sum(e * _row(prototype, columns, k), 1)
+        present = (columns < k)[None, :] | (rows >= b)[:, None]
+        found = tl.maximum(largest, tl.max(tl.where(present, read, -float("inf")), 1))
+        here = tl.where(inside, tl.exp2((read - found[:, None]) * pred_scale), 0.0)
+        exp_sums = exp_sums * tl.exp2((largest - found) * pred_scale) + tl.sum(here, 1)
+        largest = found
+    scaling = tl.load(token + position * b + rows, mask=rows < b, other=1.0)
+    scaling = scaling / (scaling * sums + eps)
+    sums = scaling * sums  # of the assignments: about 1
+    exp_sums = tl.where(rows < b, exp_sums, 1.0)
+    slot = tl.load(slots + position * b + rows, mask=rows < b, other=-1).to(tl.int64)
+    dot = tl.zeros([rows_at_once], tl.float32)
+    partial += (position * tl.num_programs(0) + block) * k
+    for start in range(0, k, columns_at_once):
+        columns = start + tl.arange(0, columns_at_once)
+        e, read, inside, at = _exponentials(logits, maxima, rows, columns, b, k, scale, shift)
+        assignments = tl.where(inside, e * _row(prototype, columns, k) * scaling[:, None], 0.0)
+        wanted = inside & (slot >= 0)[:, None]
+        tl.store(targets + slot[:, None] * k + columns[None, :], assignments, mask=wanted)
+        log2 = (read - largest[:, None]) * pred_scale  # of the prediction, before it is normalised
+        dot += tl.sum(tl.where(inside, assignments * log2, 0.0), 1)
+        residuals = tl.where(inside, assignments - tl.exp2(log2) * (sums / exp_sums)[:, None], 0.0)
+        tl.store(at, residuals, mask=inside)
+        tl.store(partial + columns, tl.sum(residuals, 0), mask=columns < k)
+    losses += position * b + rows
+    tl.store(losses, sums * tl.log2(exp_sums) - dot, mask=rows < b)
+
+
+def _launch(kernel: Any, grid: tuple[int, int], *arguments: Any, num_warps: int = 4) -> None:
+    kernel[grid](*arguments, ROWS, COLUMNS, num_warps=num_warps)
+
+
+class TritonChunk:
+    """`fused_clustering.Chunk` on a GPU.
+
+    Args:
+        logits: `[c, b, k]`, contiguous.
+        target_temp: temperature of the assignments.
+        pred_temp: temperature of the prediction.
+        shift: exponent of each prototype's largest logit.
+        eps: Sinkhorn's.
+    """
+
+    def __init__(self, logits: Tensor, *, target_temp: float, pred_temp: float, shift: float, eps: float) -> None:
+        self.logits, self.shift, self.eps = logits, shift * LOG2_E, eps
+        self.scale, self.pred_scale = LOG2_E / target_temp, LOG2_E / pred_temp
+        self.token = torch.ones(logits.shape[:2], device=logits.device)
+        self._columns: tuple[Tensor, Tensor] | None = None
+        self._maxima = self.token
+
+    def _vectors(self, *shape: int) -> Tensor:
+        return torch.empty(shape, device=self.logits.device)
+
+    def maxima(self) -> Tensor:
+        """Largest logit of each prototype; its mass is found on the way."""
+        self._columns = self._read_columns()
+        return self._columns[0].clone()  # the largest one of all ranks is written over it
+
+    def first_sums(self, maxima: Tensor) -> Tensor:
+        """Mass of each prototype before the first round."""
+        own, sums = self._columns or self._read_columns()
+        self._maxima = maxima
+        return sums * torch.exp2((own - maxima) * self.scale + self.shift)
+
+    def _read_columns(self) -> tuple[Tensor, Tensor]:
+        c, b, k = self.logits.shape
+        largest, sums = self._vectors(c, k), self._vectors(c, k)
+        _launch(_column_kernel, (c, triton.cdiv(k, COLUMNS)), self.logits, largest, sums, b, k, self.scale)
+        return largest, sums
+
+    def next_sums(self, prototype: Tensor) -> Tensor:
+        """Scale the tokens, given the prototypes' scaling; mass of each prototype after that, without its scaling."""
+        c, b, k = self.logits.shape
+        blocks = triton.cdiv(b, ROWS)
+        partial = self._vectors(c, blocks, k)
+        _launch(
+            _round_kernel, (blocks, c), self.logits, self._maxima, prototype, self.token, partial, b, k, self.scale,
+            self.shift, self.eps,
+        )  # fmt: skip
+        return partial.sum(dim=1)
+
+    def learn_(self, prototype: Tensor, first: int, into: Any) -> None:
+        """Scale the tokens a last time; add to the pass's results; write residuals over the logits."""
+        c, b, k = self.logits.shape
+        if into.mass is not None:
+            self._add_usage(prototype, into)
+        blocks = triton.cdiv(b, ROWS)
+        losses, partial = self._vectors(c, b), self._vectors(c, blocks, k)
+        _launch(
+            _learn_kernel, (blocks, c), self.logits, self._maxima, prototype, self.token,
+            into.slots[first : first + c], into.targets, losses, partial, b, k, self.scale, self.shift,
+            self.eps, self.pred_scale, num_warps=8,
+        )  # fmt: skip
+        into.loss += losses.sum(dtype=into.loss.dtype) / LOG2_E
+        if into.bias_grad is not None:
+            into.bias_grad += partial.sum(dim=(0, 1))
+
+    def _add_usage(self, prototype: Tensor, into: Any) -> None:
+        """In plain torch, position by position: it is asked for in few steps."""
+        for logits, maxima, scaling, token in zip(self.logits, self._maxima, prototype, self.token, strict=True):
+            exponents = (logits.float() - maxima).mul_(self.scale).add_(self.shift)
+            assignments = exponents.exp2_().mul_(scaling).mul_(token[:, None])
+            assignments /= assignments.sum(dim=1, keepdim=True) + self.eps
+            into.add_usage(assignments[None])

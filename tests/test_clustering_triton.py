@@ -1,0 +1,150 @@
+"""The Triton kernels: in Triton's interpreter against golden numbers and plain torch, and compiled for GPUs."""
+
+import importlib
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+from ranks import run_on_ranks
+from test_clustering import golden_head, golden_step
+
+from clustering import OnlineClustering
+from fused_clustering import use_triton
+from utils import UserError
+
+pytest.importorskip("triton")
+TEMPERATURES = {"n_sk_iter": 3, "target_temp": 0.06, "pred_temp": 0.12}
+
+
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU, which is tested")
+
+
+@interpreted
+@pytest.mark.parametrize("chunk", [4, None])
+@pytest.mark.parametrize("positionwise", [True, False])
+def test_kernels_match_golden(positionwise, chunk):
+    head, golden = golden_head(positionwise)
+    step = golden_step(head, golden, chunk=chunk, with_usage=True, kernel="triton")
+    assert step.counts.sum() == golden["x"].shape[:2].numel()
+
+
+def learnt(head: OnlineClustering, x: torch.Tensor, kernel: str, dtype: torch.dtype, chunk: int | None = None) -> Any:
+    head.zero_grad()
+    p, b, _ = x.shape
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        step = head.step(x, torch.arange(b) * p + torch.arange(b) % p, kernel=kernel, chunk=chunk, loss_scale=8.0)
+    return step.targets, step.loss, [parameter.grad for parameter in head.parameters()]
+
+
+@interpreted
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(("images", "prototypes"), [(19, 300), (1, 2), (16, 256)])  # a block and a bit, less, one
+def test_kernels_match_plain_torch_at_any_size(dtype, bias, images, prototypes):
+    torch.manual_seed(1)
+    head = OnlineClustering(12, prototypes, bias=bias, **TEMPERATURES)
+    x = torch.randn(3, images, 12)
+    actual = learnt(head, x, "triton", dtype, chunk=2)
+    expected = learnt(head, x, "torch", dtype)
+    if dtype == torch.float32:
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+    else:  # which rounds the logits, as autocast does, then their gradients, and those over whole chunks
+        torch.testing.assert_close(actual[:2], expected[:2], rtol=1e-3, atol=1e-5)
+        for ours, plain in zip(actual[2], expected[2], strict=True):
+            assert (ours - plain).norm() < 1e-2 * plain.norm()
+
+
+def learnt_on_my_images(x: torch.Tensor, kernel: str) -> Any:
+    torch.manual_seed(1)
+    head = OnlineClustering(12, 40, bias=True, **TEMPERATURES)
+    mine = x.chunk(dist.get_world_size(), dim=1)[dist.get_rank()].contiguous()
+    return learnt(head, mine, kernel, torch.float32, chunk=1)
+
+
+@interpreted
+def test_kernels_on_two_ranks_solve_one_problem():
+    x = torch.randn(3, 10, 12)
+    actual, expected = (run_on_ranks(learnt_on_my_images, 2, x, kernel) for kernel in ("triton", "torch"))
+    for ours, plain in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import clustering_triton as kernels
+
+sizes = {"rows_at_once": kernels.ROWS, "columns_at_once": kernels.COLUMNS}
+types = {"logits": "*bf16", "slots": "*i32", "b": "i32", "k": "i32"}
+types |= dict.fromkeys(("scale", "shift", "eps", "pred_scale"), "fp32") | dict.fromkeys(sizes, "constexpr")
+for kernel in (kernels._column_kernel, kernels._round_kernel, kernels._learn_kernel):
+    constants = {(i,): sizes[name] for i, name in enumerate(kernel.arg_names) if name in sizes}
+    source = ASTSource(kernel, {name: types.get(name, "*fp32") for name in kernel.arg_names}, constants)
+    for capability in map(int, sys.argv[1:]):
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert compiled.asm["cubin"][:4] == b"\\x7fELF"
+        print(kernel.__name__, capability, compiled.metadata.shared)
+"""
+
+
+def test_kernels_compile_to_machine_code_of_gpus(tmp_path):
+    """The interpreter takes what the compiler refuses. No GPU is needed for compiling."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE, "90"],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 3
+    assert all(int(shared) < 48 * 1024 for _, _, shared in lines), "more shared memory than a program gets unasked"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_match_plain_torch_on_a_gpu_without_waiting_for_it(dtype):
+    torch.manual_seed(1)
+    head = OnlineClustering(64, 1000, bias=True, **TEMPERATURES).cuda()
+    x = torch.randn(9, 100, 64, device="cuda")
+    indices = torch.arange(100) * 9 + torch.arange(100) % 9
+    results = []
+    for kernel in ("torch", "triton", "triton"):
+        head.zero_grad()
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            if len(results) == 2:  # the first time it compiles
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                step = head.step(x, indices, kernel=kernel, chunk=4)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        results.append((step.targets, step.loss, [parameter.grad for parameter in head.parameters()]))
+    torch.testing.assert_close(results[1], results[2], rtol=0, atol=0)
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-2
+    for ours, plain in zip(results[1][2], results[0][2], strict=True):
+        assert (ours - plain).norm() < tolerance * plain.norm()
+    torch.testing.assert_close(results[1][:2], results[0][:2], rtol=tolerance, atol=1e-5)
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert not use_triton("auto", torch.device("cpu"))
+    assert use_triton("auto", torch.device("cuda"))
+    with pytest.raises(UserError, match=r"capi\.clustering_kernel=triton: it needs a GPU, not cpu; use auto or torch"):
+        use_triton("triton", torch.device("cpu"))
+    with pytest.raises(UserError, match="must be one of auto, torch, triton"):
+        use_triton("fast", torch.device("cpu"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert not use_triton("auto", torch.device("cuda"))
+    with pytest.raises(UserError, match="the package triton is not installed"):
+        use_triton("triton", torch.device("cuda"))
