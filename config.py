@@ -336,6 +336,9 @@ class DataConfig:
     depends on it. null: one per worker."""
     max_bad_fraction: float
     """Largest fraction of unreadable images; the run stops beyond it, and beyond this fraction of the first 100."""
+    decode: str
+    """cpu: the loader's workers decode. gpu: JPEG files go to the CUDA device, which decodes and crops them. The crops
+    are the same boxes; colours differ by a few grey levels, since the decoders do."""
 
     def __post_init__(self) -> None:
         """Check ranges and choices."""
@@ -351,6 +354,7 @@ class DataConfig:
         )
         parts = self.stream_partitions
         require(parts is None or parts >= 1, "data.stream_partitions", parts, "must be at least 1, or null")
+        require_one_of("data.decode", self.decode, ("cpu", "gpu"))
         require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "must lie in [0, 1]")
 
 

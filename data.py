@@ -8,6 +8,7 @@ and the position is all that a checkpoint has to keep: a resumed run sees what t
 import atexit
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -15,9 +16,11 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
+import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,13 +28,27 @@ from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int64, UInt8
+from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from torchvision.transforms import v2
 
 from config import CapiConfig
+from distributed import gather_objects
 from masking import MaskingGenerator, MaskPlan, draw_positions, make_masking_generator
-from sources import BadImageError, ImageDataset, ImageStream, Sample, cache_root, make_dataset
+from sources import (
+    BadImageError,
+    ImageDataset,
+    ImageStream,
+    JpegFile,
+    Sample,
+    as_bytes_tensor,
+    cache_root,
+    jpeg_decoder,
+    make_dataset,
+    silent_decoders,
+    turn_upright,
+)
 from utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,16 +56,25 @@ logger = logging.getLogger(__name__)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_RATIO = (3 / 4, 4 / 3)
+CROP_ATTEMPTS = 10
 MAX_REPLACEMENTS = 20
 MAX_BAD_IN_A_ROW = 200
 MAX_EMPTY_EPOCHS = 10
 MIN_SEEN_FOR_BAD_FRACTION = 100
+MAX_WAIT_FRACTION = 0.1
+"""Of the time between two log lines; beyond it, training is told to use more workers."""
 
 
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed that depends on every part: different purposes and positions give unrelated random streams."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def derive_uniforms(*parts: object) -> list[float]:
+    """Five numbers, uniform in [0, 1), that depend on every part; to seed a generator for so few would take longer."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=40).digest()
+    return [number / 2**64 for number in struct.unpack("<5Q", digest)]
 
 
 @functools.cache
@@ -61,7 +87,187 @@ def _imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 def normalize(images: UInt8[Tensor, "b 3 h w"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "b 3 h w"]:
     """Pixels minus the ImageNet mean, divided by the ImageNet standard deviation; computed in float32."""
     mean, std = _imagenet_statistics(images.device)
-    return images.float().div_(255).sub_(mean).div_(std).to(dtype)
+    # Batches have the channels innermost, as decoders and resizing do; the model gets them outermost.
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std).to(dtype)
+
+
+# -------------------------------------------------------------------------------------------------- crops
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A box of an image in pixels, and whether it is mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+    def of_larger(self, factor: int, height: int, width: int) -> Self:
+        """The same box of the image of this size, of which the box's own is 1 / `factor` rounded up."""
+        top, left = self.top * factor, self.left * factor
+        bottom, right = min(top + self.height * factor, height), min(left + self.width * factor, width)
+        return replace(self, top=top, left=left, height=bottom - top, width=right - left)
+
+
+def draw_crop(width: int, height: int, scale: tuple[float, float], do_hflip: bool, *key: object) -> Crop:
+    """A random crop as torchvision's RandomResizedCrop and RandomHorizontalFlip describe it, a function of `key`.
+
+    Area uniform in `scale`, aspect ratio log-uniform in `CROP_RATIO`, place uniform; ten attempts to find one that
+    fits, then the middle of the image, as much of it as has a permitted ratio.
+    """
+    low, high = map(math.log, CROP_RATIO)
+    flip = False
+    for attempt in range(CROP_ATTEMPTS):
+        u_area, u_ratio, u_top, u_left, u_flip = derive_uniforms("crop", attempt, *key)
+        flip = do_hflip and (u_flip < 0.5 if attempt == 0 else flip)
+        area = width * height * (scale[0] + u_area * (scale[1] - scale[0]))
+        ratio = math.exp(low + u_ratio * (high - low))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return Crop(int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w, flip)
+    w, h = min(width, round(height * CROP_RATIO[1])), min(height, round(width / CROP_RATIO[0]))
+    return Crop((height - h) // 2, (width - w) // 2, h, w, flip)
+
+
+def cut(
+    pixels: UInt8[Tensor, "3 h w"], crop: Crop, size: int, *, in_float: bool = False
+) -> UInt8[Tensor, "3 size size"]:
+    """The crop as a square of `size` pixels, antialiased bicubic, with the channels innermost in memory.
+
+    In 8-bit fixed point, which torch has on the CPU, it takes a third of Pillow's time and is within a grey level of
+    it; with `in_float` in float32, rounded at the end.
+    """
+    # One axis more while the channels are innermost, so that its stride is that of a batch: else torch would take the
+    # layout for that of a single channel, and transpose the result.
+    rows, columns = slice(crop.top, crop.top + crop.height), slice(crop.left, crop.left + crop.width)
+    box = pixels.permute(1, 2, 0)[None, rows, columns].permute(0, 3, 1, 2)
+    square = interpolate(box.float() if in_float else box, size=(size, size), mode="bicubic", antialias=True)
+    if in_float:
+        square = square.round_().clamp_(0, 255).to(torch.uint8)
+    return (square.flip(-1) if crop.flip else square)[0]
+
+
+# ------------------------------------------------------------------------------ decoding on the device
+
+
+@dataclass(frozen=True)
+class EncodedCrop:
+    """A JPEG, and the box of the upright image that is to be cut from it."""
+
+    file: JpegFile
+    box: Crop
+
+
+@dataclass(frozen=True)
+class EncodedCrops:
+    """Those crops of a batch that are still JPEG files, in few tensors: each costs a handle between processes."""
+
+    num_rows: int
+    """Images of the batch; those that are not here are in `Batch.images`, in order."""
+    blob: UInt8[Tensor, " bytes"]
+    """The files, one after the other."""
+    files: Int64[Tensor, "n 8"]
+    """Of each: bytes, row in the batch, EXIF orientation, and the fields of its `Crop`."""
+    names: list[str]
+
+    @classmethod
+    def pack(cls, crops: dict[int, EncodedCrop], num_rows: int) -> Self:
+        """Pack crops by their row in a batch of `num_rows`."""
+        table = [
+            [len(c.file.data), row, c.file.orientation, c.box.top, c.box.left, c.box.height, c.box.width, c.box.flip]
+            for row, c in crops.items()
+        ]
+        blob = as_bytes_tensor(b"".join(c.file.data for c in crops.values())) if crops else torch.empty(0).byte()
+        return cls(
+            num_rows, blob, torch.tensor(table, dtype=torch.int64).view(-1, 8), [c.file.name for c in crops.values()]
+        )
+
+    def decode(
+        self, others: UInt8[Tensor, "k 3 h w"], device: torch.device
+    ) -> tuple[UInt8[Tensor, "b 3 h w"], list[tuple[str, str]]]:
+        """All crops of the batch on `device`, and (name, reason) of the files that turned out to be damaged.
+
+        A damaged one is replaced by the readable one before it in the batch, or the last one of the batch.
+
+        Args:
+            others: crops of the rows that are not here.
+            device: where the files are decoded.
+
+        Raises: UserError if none of the batch can be read.
+        """
+        images = torch.empty(
+            self.num_rows, *others.shape[1:], dtype=torch.uint8, device=device, memory_format=torch.channels_last
+        )
+        rows = [fields[1] for fields in self.files.tolist()]
+        rest = sorted(set(range(self.num_rows)) - set(rows))
+        if rest:
+            images[torch.tensor(rest, device=device)] = others.to(device)
+        bad: dict[int, tuple[str, str]] = {}
+        sizes = self.files[:, 0].tolist()
+        decoded = _decode_jpegs(list(self.blob.split(sizes)) if sizes else [], device)
+        for (_, row, orientation, *box, flip), name, pixels in zip(
+            self.files.tolist(), self.names, decoded, strict=True
+        ):
+            if isinstance(pixels, Tensor):
+                crop = Crop(*box, flip=bool(flip))
+                images[row] = cut(turn_upright(pixels, orientation), crop, others.shape[-1], in_float=True)
+            else:
+                bad[row] = (name, pixels)
+        readable = [row for row in range(self.num_rows) if row not in bad]
+        if not readable:
+            raise UserError(
+                f"data.dataset: {len(bad)} images in a row cannot be read, last {': '.join(bad.popitem()[1])}"
+            )
+        for row in bad:
+            images[row] = images[max((r for r in readable if r < row), default=readable[-1])]
+        return images, list(bad.values())
+
+
+def _decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor | str]:
+    """The pixels of each file on `device`, or why it cannot be read."""
+    decode_jpeg = jpeg_decoder()
+    assert decode_jpeg is not None, "check_decode was not called"
+    if not files:
+        return []
+    with silent_decoders():
+        try:
+            return decode_jpeg(files, mode="RGB", device=device)
+        except RuntimeError:
+            # The message does not say which of them it was.
+            return [_decode_alone(decode_jpeg, file, device) for file in files]
+
+
+def _decode_alone(decode_jpeg: Callable[..., Any], file: Tensor, device: torch.device) -> Tensor | str:
+    reason = ""
+    for where in (device, torch.device("cpu")):  # the CPU's decoder has the last word on what is damaged
+        try:
+            return decode_jpeg(file, mode="RGB", device=where).to(device)
+        except RuntimeError as error:
+            reason = str(error)
+    return reason
+
+
+def check_decode(cfg: CapiConfig, device: torch.device) -> None:
+    """Check that `device` can do what data.decode asks of it.
+
+    Raises: UserError if it cannot.
+    """
+    if cfg.data.decode == "cpu":
+        return
+    remedy = "use data.decode=cpu and as many efficiency.dataloader_num_workers as there are cores"
+    if device.type != "cuda":
+        raise UserError(f"data.decode=gpu: needs a CUDA device, this run is on {device.type}; {remedy}")
+    decode_jpeg, example = jpeg_decoder(), io.BytesIO()
+    Image.new("RGB", (16, 16)).save(example, "JPEG")
+    try:
+        with silent_decoders():
+            decoded = decode_jpeg and decode_jpeg([as_bytes_tensor(example.getvalue())], mode="RGB", device=device)
+    except RuntimeError as error:
+        raise UserError(f"data.decode=gpu: JPEGs cannot be decoded on {device} ({error}); {remedy}") from error
+    if not decoded:
+        raise UserError(f"data.decode=gpu: neither torchvision nor TorchCodec has a decoder here; {remedy}")
 
 
 # ------------------------------------------------------------------------------------- samples to batches
@@ -86,6 +292,10 @@ class Batch:
     """Streaming: where the stream of this batch stands after it."""
     position: dict[str, Any] | None = None
     """What `PretrainLoader.state_dict` was when this batch was handed out."""
+    encoded: EncodedCrops | None = None
+    """With data.decode=gpu, until `PretrainLoader` hands the batch out: the images that `images` lacks."""
+    make_s: float = 0.0
+    """Seconds that one process took to read, decode and crop it."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields that travel to the device, by name."""
@@ -123,29 +333,49 @@ class SampleMaker:
         do_hflip: bool,
         masking_generator: MaskingGenerator,
         plan: MaskPlan,
+        encoded: bool = False,
     ) -> None:
         self.seed = seed
         self.image_size = image_size
         self.crop_scale = crop_scale
+        self.do_hflip = do_hflip
         self.masking_generator = masking_generator
         self.plan = plan
-        bicubic = v2.InterpolationMode.BICUBIC
-        crop = v2.RandomResizedCrop(image_size, crop_scale, CROP_RATIO, interpolation=bicubic, antialias=True)
-        self.transform = v2.Compose([crop, *([v2.RandomHorizontalFlip(0.5)] if do_hflip else []), v2.PILToTensor()])
+        self.encoded = encoded
 
     def reduction(self, width: int, height: int) -> int:
         """The largest divisor of a JPEG's size after which no possible crop has to be enlarged."""
         smallest_crop = min(math.sqrt(self.crop_scale[0] * width * height * CROP_RATIO[0]), width, height)
         return next((divisor for divisor in (8, 4, 2) if smallest_crop / divisor >= self.image_size), 1)
 
-    def crop(self, sample: Sample, *key: int) -> UInt8[Tensor, "3 h w"]:
-        """A random crop, flipped half of the times.
+    def make(self, sample: Sample, *key: int) -> UInt8[Tensor, "3 h w"] | EncodedCrop:
+        """What `batch` takes: a crop, or with data.decode=gpu the file that it is to be cut from.
 
         Raises: BadImageError if the file cannot be read.
         """
-        image = sample.image(self.reduction)
-        with seeded(derive_seed(self.seed, "crop", *key)):
-            return self.transform(image)
+        return self.crop_or_file(sample, *key) if self.encoded else self.crop(sample, *key)
+
+    def crop(self, sample: Sample, *key: int) -> UInt8[Tensor, "3 h w"]:
+        """A random crop, flipped half of the times, with the channels innermost in memory.
+
+        Raises: BadImageError if the file cannot be read.
+        """
+        pixels = sample.pixels(self.reduction)
+        return cut(pixels, self._draw(pixels.shape[2], pixels.shape[1], key), self.image_size)
+
+    def crop_or_file(self, sample: Sample, *key: int) -> UInt8[Tensor, "3 h w"] | EncodedCrop:
+        """As `crop`; but a JPEG that a GPU can decode as it is, with the box that `crop` would have cut.
+
+        Raises: BadImageError if the file cannot be read, as far as that is known without decoding it.
+        """
+        file = sample.jpeg_or_pixels(self.reduction)
+        if isinstance(file, Tensor):
+            return cut(file, self._draw(file.shape[2], file.shape[1], key), self.image_size)
+        box = self._draw(-(-file.width // file.divisor), -(-file.height // file.divisor), key)
+        return EncodedCrop(file, box.of_larger(file.divisor, file.height, file.width))
+
+    def _draw(self, width: int, height: int, key: tuple[int, ...]) -> Crop:
+        return draw_crop(width, height, self.crop_scale, self.do_hflip, self.seed, *key)
 
     def mask(self, *key: int) -> tuple[Int64[Tensor, " v"], Int64[Tensor, " m"]]:
         """Visible and predict positions."""
@@ -153,20 +383,33 @@ class SampleMaker:
         return draw_positions(self.plan, self.masking_generator, generator)
 
     def batch(
-        self, crops: list[Tensor], keys: list[tuple[int, ...]], sample_ids: list[int], bad: list[tuple[str, str]]
+        self,
+        crops: list[Tensor | EncodedCrop],
+        keys: list[tuple[int, ...]],
+        sample_ids: list[int],
+        bad: list[tuple[str, str]],
     ) -> Batch:
         """Stack crops, and draw the mask of each."""
         visible, predict = zip(*(self.mask(*key) for key in keys), strict=True)
         first_patch = torch.arange(len(keys)).unsqueeze(1) * self.plan.num_patches
         predict_indices = (torch.stack(predict) + first_patch).flatten()
+        files = {row: crop for row, crop in enumerate(crops) if isinstance(crop, EncodedCrop)}
         return Batch(
-            images=torch.stack(crops),
+            images=_stack([crop for crop in crops if isinstance(crop, Tensor)], self.image_size),
             visible_indices=(torch.stack(visible) + first_patch).flatten(),
             predict_indices=predict_indices,
             host_predict_indices=predict_indices,
             sample_ids=torch.tensor(sample_ids),
             bad=bad,
+            encoded=EncodedCrops.pack(files, len(crops)) if self.encoded else None,
         )
+
+
+def _stack(crops: list[Tensor], size: int) -> UInt8[Tensor, "b 3 size size"]:
+    """Crops with the channels innermost, in a batch of the same layout: whole images are copied, not single pixels."""
+    if not crops:
+        return torch.empty(0, 3, size, size, dtype=torch.uint8)
+    return torch.stack([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2)
 
 
 @contextmanager
@@ -186,23 +429,26 @@ class MapBatches(Dataset[Any]):
 
     def __getitem__(self, pairs: list[tuple[int, int]]) -> Batch | _Failure:
         crops, sample_ids, bad = [], [], []
+        start = time.perf_counter()
         try:
-            for position, index in pairs:
-                crop, used = self._readable(position, index, bad)
-                crops.append(crop)
-                sample_ids.append(used)
+            with silent_decoders():
+                for position, index in pairs:
+                    crop, used = self._readable(position, index, bad)
+                    crops.append(crop)
+                    sample_ids.append(used)
         except UserError as error:
             return _Failure(str(error))
-        return self.maker.batch(crops, [(position,) for position, _ in pairs], sample_ids, bad)
+        batch = self.maker.batch(crops, [(position,) for position, _ in pairs], sample_ids, bad)
+        return replace(batch, make_s=time.perf_counter() - start)
 
-    def _readable(self, position: int, index: int, bad: list[tuple[str, str]]) -> tuple[Tensor, int]:
+    def _readable(self, position: int, index: int, bad: list[tuple[str, str]]) -> tuple[Tensor | EncodedCrop, int]:
         """The crop for `position`: of image `index`, or of the first readable one of those that replace it."""
         tried: list[str] = []
         for attempt in range(MAX_REPLACEMENTS + 1):
             if attempt > 0:
                 index = derive_seed(self.maker.seed, "replacement", position, attempt) % len(self.dataset)
             try:
-                return self.maker.crop(self.dataset[index], position), index
+                return self.maker.make(self.dataset[index], position), index
             except BadImageError as error:
                 bad.append((error.name, error.reason))
                 tried.append(str(error))
@@ -360,21 +606,23 @@ class StreamBatches(IterableDataset[Any]):
 
     def _batch(self, part: StreamPart) -> Batch:
         crops, numbers, bad, bad_in_a_row = [], [], [], 0
-        while len(crops) < self.batch_size:
-            number, sample = next(part)
-            try:
-                crops.append(self.maker.crop(sample, part.part, number))
-                numbers.append(number)
-                bad_in_a_row = 0
-            except BadImageError as error:
-                bad.append((error.name, error.reason))
-                bad_in_a_row += 1
-                if bad_in_a_row >= MAX_BAD_IN_A_ROW:
-                    raise UserError(
-                        f"data.dataset: {bad_in_a_row} images in a row cannot be read, last {error}"
-                    ) from error
+        start = time.perf_counter()
+        with silent_decoders():
+            while len(crops) < self.batch_size:
+                number, sample = next(part)
+                try:
+                    crops.append(self.maker.make(sample, part.part, number))
+                    numbers.append(number)
+                    bad_in_a_row = 0
+                except BadImageError as error:
+                    bad.append((error.name, error.reason))
+                    bad_in_a_row += 1
+                    if bad_in_a_row >= MAX_BAD_IN_A_ROW:
+                        raise UserError(
+                            f"data.dataset: {bad_in_a_row} images in a row cannot be read, last {error}"
+                        ) from error
         batch = self.maker.batch(crops, [(part.part, number) for number in numbers], numbers, bad)
-        return replace(batch, stream_state=part.state())
+        return replace(batch, stream_state=part.state(), make_s=time.perf_counter() - start)
 
 
 # ------------------------------------------------------------------------------------------------- loader
@@ -394,6 +642,7 @@ class PretrainLoader:
         world_size: number of processes.
         position: `state_dict()` of the run to continue; `merge_positions` of those of all ranks.
         pin_memory: hand out batches in page-locked memory.
+        decode_device: where images are decoded if data.decode is gpu; those of a batch are on it then.
         bad_files_path: JSON lines file that unreadable images are added to, each once.
         start_method: of the workers. forkserver and spawn need a script with `if __name__ == "__main__"`.
 
@@ -409,6 +658,7 @@ class PretrainLoader:
         world_size: int = 1,
         position: dict[str, Any] | None = None,
         pin_memory: bool = False,
+        decode_device: torch.device | None = None,
         bad_files_path: Path | None = None,
         start_method: str = "forkserver",
     ) -> None:
@@ -423,6 +673,7 @@ class PretrainLoader:
             do_hflip=data.do_hflip,
             masking_generator=make_masking_generator(data.masking_generator, **data.masking_generator_kwargs),
             plan=MaskPlan(cfg.grid_size, cfg.grid_size, data.mask_ratio, data.prediction_subsampling),
+            encoded=data.decode == "gpu",
         )
         if dataset is None:
             listing_cache = cache_root() / "image_listings" if cfg.efficiency.cache_dataset else None
@@ -433,6 +684,7 @@ class PretrainLoader:
         self.rank = rank
         self.world_size = world_size
         self.pin_memory = pin_memory
+        self.decode_device = decode_device or torch.device("cpu")
         self.start_method = start_method
         self.num_workers = cfg.efficiency.dataloader_num_workers
         self.bad_files = BadFiles(bad_files_path, data.max_bad_fraction)
@@ -451,7 +703,10 @@ class PretrainLoader:
         if isinstance(batch, _Failure):
             self.close()
             raise UserError(batch.message)
-        self.bad_files.count(len(batch.images), batch.bad)
+        if batch.encoded is not None:
+            images, damaged = batch.encoded.decode(batch.images, self.decode_device)
+            batch = replace(batch, images=images, encoded=None, bad=batch.bad + damaged)
+        self.bad_files.count(len(batch.sample_ids), batch.bad)
         self._advance(batch)
         return replace(batch, position=self.state_dict())
 
@@ -675,13 +930,16 @@ def _exit_with_trainer() -> None:
 class DevicePrefetcher:
     """Iterates over batches on the device; on CUDA the next one is copied on a stream of its own during this step.
 
-    `wait_s` adds up the seconds for which the consumer waited for data.
+    `wait_s` adds up the seconds for which the consumer waited for data, `make_s` those that making it took, and
+    `images` counts them.
     """
 
     def __init__(self, loader: PretrainLoader, device: torch.device) -> None:
         self.loader = loader
         self.device = device
         self.wait_s = 0.0
+        self.make_s = 0.0
+        self.images = 0
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied: Batch | None = None
         self._position: dict[str, Any] | None = None
@@ -701,6 +959,8 @@ class DevicePrefetcher:
                 tensor.record_stream(current)  # else its memory could be reused while this step still reads it
             self._copied = self._copy_next(self._copy_stream)
         self._position = batch.position
+        self.images += len(batch.images)
+        self.make_s += batch.make_s
         self.wait_s += time.perf_counter() - start
         return batch
 
@@ -711,3 +971,79 @@ class DevicePrefetcher:
     def state_dict(self) -> dict[str, Any]:
         """The loader's position after the last batch that was handed out here, whatever was read ahead."""
         return self._position or self.loader.state_dict()
+
+
+def cores_of_this_rank() -> int:
+    """Processor cores that this process may use, divided by the ranks that share them. Every rank has to call it."""
+    # Slurm binds each rank to cores of its own, torchrun lets the ranks of a machine share all of them.
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    mine = (socket.gethostname(), cores)
+    return max(1, len(cores) // gather_objects(mine).count(mine))
+
+
+class WorkerAdvice:
+    """Says how many workers would be enough when training waits for data.
+
+    Args:
+        batches: what training takes its batches from.
+        cores: of this rank; see `cores_of_this_rank`.
+        clock: seconds, for tests.
+    """
+
+    def __init__(
+        self, batches: DevicePrefetcher, cores: int, *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.batches = batches
+        self.cores = cores
+        self._clock = clock
+        self._before = (clock(), 0.0, 0.0)
+        self._first = True
+        self._said = 0
+
+    def read(self) -> str | None:
+        """One line about the time since the last reading, or None: no need, nothing new, or the first reading.
+
+        The first one is left out because workers start and kernels are compiled in it.
+        """
+        now = (self._clock(), self.batches.wait_s, self.batches.make_s)
+        elapsed, waited, made = (new - old for new, old in zip(now, self._before, strict=True))
+        first, self._before, self._first = self._first, now, False
+        if first or waited <= MAX_WAIT_FRACTION * elapsed:
+            return None
+        enough = workers_needed(elapsed, waited, made)
+        if self._said and 2 / 3 < enough / self._said < 3 / 2:
+            return None
+        self._said = enough
+        return self._line(enough, waited / elapsed)
+
+    def _line(self, enough: int, fraction: float) -> str:
+        loader, most = self.batches.loader, max(1, self.cores - 1)  # the training loop needs one
+        partitions = loader.cfg.data.stream_partitions if isinstance(loader.dataset, ImageStream) else None
+        if enough > most:
+            gpu = self.batches.device.type == "cuda" and loader.cfg.data.decode == "cpu"
+            advice = (
+                f"{enough} would be enough, but this rank has {self.cores} core(s), one of them for the training loop"
+                + (f"; use {most}" if most != loader.num_workers else "")
+                + f"; smaller image files and more cores{' and data.decode=gpu' * gpu} help"
+            )
+        elif enough > loader.num_workers:
+            advice = f"{enough} would be enough" + (
+                f", if they divide data.stream_partitions={partitions}" if partitions else ""
+            )
+        else:
+            advice = "they make batches quickly enough, so it is their way to the training that is slow"
+        return (
+            f"training waits for images {fraction:.0%} of the time with "
+            f"efficiency.dataloader_num_workers={loader.num_workers}: {advice}"
+        )
+
+
+def workers_needed(elapsed_s: float, waited_s: float, made_s: float) -> int:
+    """Workers that give batches as quickly as training could take them, if it never waited.
+
+    Args:
+        elapsed_s: time in which some batches were used.
+        waited_s: the part of it that training waited for them.
+        made_s: what it took to make as many batches, in one worker.
+    """
+    return max(1, math.ceil(made_s / max(elapsed_s - waited_s, 1e-9)))

@@ -9,6 +9,7 @@ import difflib
 import fcntl
 import functools
 import hashlib
+import importlib
 import inspect
 import io
 import itertools
@@ -25,6 +26,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
@@ -33,7 +35,7 @@ import numpy as np
 import torch
 import torchvision
 from jaxtyping import Int64, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -93,12 +95,29 @@ class Sample:
         """
         try:
             return decode_image(self.read(), reduction)
-        except UserError:
-            raise
-        except UnidentifiedImageError as error:
-            raise BadImageError(self.name, "not an image of a known format") from error
         except DECODE_ERRORS as error:
-            raise BadImageError(self.name, f"{type(error).__name__}: {error}") from error
+            raise _as_bad_image(self.name, error) from error
+
+    def pixels(self, reduction: Callable[[int, int], int] | None = None) -> UInt8[Tensor, "3 h w"]:
+        """As `image`, as a tensor; see `decode_pixels`.
+
+        Raises: BadImageError if the file cannot be read.
+        """
+        try:
+            return decode_pixels(self.read(), reduction)
+        except DECODE_ERRORS as error:
+            raise _as_bad_image(self.name, error) from error
+
+    def jpeg_or_pixels(self, reduction: Callable[[int, int], int] | None = None) -> "JpegFile | UInt8[Tensor, '3 h w']":
+        """The file itself if it is a JPEG that every decoder takes, with what its header says; else as `pixels`.
+
+        Raises: BadImageError if the file cannot be read; damage within the JPEG shows only when it is decoded.
+        """
+        try:
+            data = self.read()
+            return _jpeg_file(data, self.name, reduction) or decode_pixels(data, reduction)
+        except DECODE_ERRORS as error:
+            raise _as_bad_image(self.name, error) from error
 
     def target(self) -> Any:
         """The label.
@@ -111,6 +130,39 @@ class Sample:
             raise BadImageError(self.name, f"label: {type(error).__name__}: {error}") from error
 
 
+@dataclass(frozen=True)
+class JpegFile:
+    """A JPEG whose header was read and whose pixels were not."""
+
+    name: str
+    """That of the sample."""
+    data: bytes
+    width: int
+    """In pixels, upright."""
+    height: int
+    """Likewise."""
+    orientation: int
+    """EXIF orientation, 1 to 8; see `turn_upright`."""
+    divisor: int
+    """By which a decoder on the CPU would shrink it."""
+
+
+def _as_bad_image(name: str, error: Exception) -> Exception:
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, UnidentifiedImageError):
+        return BadImageError(name, "not an image of a known format")
+    return BadImageError(name, f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def silent_decoders() -> Iterator[None]:
+    """Ignore warnings. Pillow's are about odd metadata and large images: of no use in the log of a billion images."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def decode_image(data: bytes | Image.Image, reduction: Callable[[int, int], int] | None = None) -> Image.Image:
     """Decode an image file of any kind that Pillow reads to 8-bit RGB, upright as its EXIF orientation says.
 
@@ -120,15 +172,95 @@ def decode_image(data: bytes | Image.Image, reduction: Callable[[int, int], int]
         data: contents of the file, or an image that is already decoded.
         reduction: from (width, height) to a divisor by which a JPEG may be shrunk while it is decoded.
     """
-    with warnings.catch_warnings():
-        # Pillow warns about odd metadata and large images; neither is of use in the log of a billion images.
-        warnings.simplefilter("ignore")
-        image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-        divisor = reduction(image.width, image.height) if reduction is not None and image.format == "JPEG" else 1
-        if divisor > 1:
-            image.draft(None, (image.width // divisor, image.height // divisor))
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+    with silent_decoders():
+        image = _opened(data)
+        return _decoded(image, _divisor(image, reduction))
+
+
+def decode_pixels(
+    data: bytes | Image.Image, reduction: Callable[[int, int], int] | None = None
+) -> UInt8[Tensor, "3 h w"]:
+    """The pixels of `decode_image`, bit for bit, with the channels innermost in memory.
+
+    A JPEG that is not shrunk goes to `jpeg_decoder`, which is quicker than Pillow. Where it fails, Pillow decides
+    whether the file is damaged. Run it within `silent_decoders`, which would cost too much for every image.
+    """
+    image = _opened(data)
+    divisor = _divisor(image, reduction)
+    decode_jpeg = jpeg_decoder()
+    if decode_jpeg and isinstance(data, bytes) and _is_jpeg(image, ("RGB", "L")) and divisor == 1:
+        try:
+            return turn_upright(decode_jpeg(as_bytes_tensor(data), mode="RGB"), _orientation(image))
+        except RuntimeError:
+            pass
+    image = _decoded(image, divisor)
+    return as_bytes_tensor(image.tobytes()).view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+@functools.cache
+def jpeg_decoder() -> Callable[..., Any] | None:
+    """`decode_jpeg(file or list of files, mode=, device=)`: torchvision's, else TorchCodec's, which is the same code.
+
+    torchvision 0.29 announces that its own will go. None if there is neither: Pillow decodes then.
+    """
+    for module in ("torchvision.io", "torchcodec.decoders"):
+        try:
+            return importlib.import_module(module).decode_jpeg
+        except (ImportError, AttributeError):
+            continue
+    return None
+
+
+def as_bytes_tensor(data: bytes) -> UInt8[Tensor, " bytes"]:
+    """A copy of the bytes, for torch does not know memory that must not be written to."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def turn_upright(pixels: UInt8[Tensor, "3 h w"], orientation: int) -> UInt8[Tensor, "3 h2 w2"]:
+    """Turn and mirror as the EXIF orientation says, like `PIL.ImageOps.exif_transpose`."""
+    if orientation in {2, 4, 5, 7}:
+        pixels = pixels.flip(-1)
+    quarters = {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(orientation, 0)
+    return pixels.rot90(quarters, (1, 2)) if quarters else pixels  # against the clock; a turn by none would copy
+
+
+def _jpeg_file(data: bytes | Image.Image, name: str, reduction: Callable[[int, int], int] | None) -> JpegFile | None:
+    """None for what some decoder refuses: other formats and colours, progressive files, and those without an end."""
+    if not isinstance(data, bytes):
+        return None
+    image = _opened(data)
+    if not _is_jpeg(image, ("RGB",)) or "progressive" in image.info or b"\xff\xd9" not in data[-64:]:
+        return None
+    orientation = _orientation(image)
+    width, height = image.size if orientation < 5 else image.size[::-1]
+    return JpegFile(name, data, width, height, orientation, _divisor(image, reduction))
+
+
+def _opened(data: bytes | Image.Image) -> Image.Image:
+    return Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+
+
+def _is_jpeg(image: Image.Image, modes: tuple[str, ...]) -> bool:
+    return image.format == "JPEG" and image.mode in modes
+
+
+def _divisor(image: Image.Image, reduction: Callable[[int, int], int] | None) -> int:
+    return reduction(image.width, image.height) if reduction is not None and image.format == "JPEG" else 1
+
+
+def _decoded(image: Image.Image, divisor: int) -> Image.Image:
+    if divisor > 1:
+        image.draft(None, (image.width // divisor, image.height // divisor))
+    image.load()
+    return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def _orientation(image: Image.Image) -> int:
+    # Most files have neither, and reading EXIF takes as long as a tenth of the decoding.
+    if not {"exif", "xmp"} & image.info.keys():
+        return 1
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation if orientation in range(1, 9) else 1
 
 
 def decode_mask(data: bytes) -> Image.Image:
@@ -265,28 +397,7 @@ class ImageStream:
         raise NotImplementedError
 
 
-class TransformedDataset(Dataset[Any]):
-    """A dataset whose items are `transform(image, target)` of the decoded samples; for evaluations."""
-
-    def __init__(self, dataset: ImageDataset, transform: Callable[[Image.Image, Any], Any]) -> None:
-        self.dataset = dataset
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        sample = self.dataset[index]
-        return self.transform(sample.image(), sample.target())
-
-
-def make_dataset(
-    url: str,
-    transform: Callable[[Image.Image, Any], Any] | None = None,
-    *,
-    key: str = "data.dataset",
-    listing_cache: Path | None = None,
-) -> Any:
+def make_dataset(url: str, *, key: str = "data.dataset", listing_cache: Path | None = None) -> Any:
     """The dataset of a data URL: an `ImageDataset`, or an `ImageStream` for `hf://...&streaming=True`.
 
     Sources: `torchvision://Class?...`, `hf://...?split='train'&img_field='jpg'&tgt_field='label'`,
@@ -294,7 +405,6 @@ def make_dataset(
 
     Args:
         url: see `parse_data_url`.
-        transform: makes the items `transform(image, target)` of decoded images instead of `Sample`s.
         key: configuration key that `url` comes from, for messages.
         listing_cache: folder in which the file lists of image folders are kept.
 
@@ -303,12 +413,7 @@ def make_dataset(
     parsed = parse_data_url(url, key)
     if parsed.source not in SOURCES:
         raise parsed.error(f"unknown source {parsed.source}://{did_you_mean(parsed.source, SOURCES)}")
-    dataset = SOURCES[parsed.source](parsed, listing_cache)
-    if transform is None:
-        return dataset
-    if isinstance(dataset, ImageStream):
-        raise parsed.error("evaluations need random access; leave streaming=True out")
-    return TransformedDataset(dataset, transform)
+    return SOURCES[parsed.source](parsed, listing_cache)
 
 
 def _make_custom(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
@@ -379,7 +484,12 @@ class ImageFolder(ImageDataset):
 
     def __getitem__(self, index: int) -> Sample:
         path = self.root / self.paths[index]
-        return Sample(str(path), path.read_bytes)
+        return Sample(str(path), functools.partial(_read_whole, path))
+
+
+def _read_whole(path: Path) -> bytes:
+    with path.open("rb", buffering=0) as file:  # a buffer, as Path.read_bytes has, doubles the time
+        return file.read()
 
 
 def _list_images(root: Path) -> tuple[PathList, dict[str, int]]:

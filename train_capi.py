@@ -36,7 +36,17 @@ import metrics
 from checkpoint import Checkpoints, SavedState, claim_output_dir, export_weights
 from clustering import L2NormLinear, OnlineClustering, entropy, soft_cross_entropy
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
-from data import Batch, DevicePrefetcher, PretrainLoader, derive_seed, merge_positions, normalize
+from data import (
+    Batch,
+    DevicePrefetcher,
+    PretrainLoader,
+    WorkerAdvice,
+    check_decode,
+    cores_of_this_rank,
+    derive_seed,
+    merge_positions,
+    normalize,
+)
 from distributed import all_reduce_sum_, pick_device, rank, session, world_size
 from evals import EvalRuns
 from fsdp import (
@@ -49,6 +59,7 @@ from fsdp import (
     recompute_blocks,
 )
 from launch import StopRequest, requeue, was_requeued
+from fused_clustering import use_triton
 from masking import MaskPlan
 from metrics import FiniteWatch, Metrics, Profile, StepShape, Throughput, training_flops_per_image
 from model import Block, EncoderDecoder
@@ -59,7 +70,6 @@ from optim import (
     hyper_at,
     make_clustering_optimizer,
     make_student_optimizer,
-from fused_clustering import use_triton
     set_hyper,
 )
 from probe import Probe
@@ -119,6 +129,7 @@ class TrainState:
             prefetch=efficiency.fsdp_prefetch,
         )
         torch.manual_seed(derive_seed(cfg.train.seed, "init"))
+        use_triton(cfg.capi.clustering_kernel, device)  # raises early
         # One after the other: where weights are divided, no rank ever holds two whole modules.
         self.student = _materialise(self._make_student, device)
         if init_from is not None and rank() == 0:
@@ -129,7 +140,6 @@ class TrainState:
         parallelize(self.student, self.sharding, device, _blocks_of(self.student))
         self.student_ema = _materialise(self._make_student, device).requires_grad_(False).eval()
         if compiled:
-        use_triton(cfg.capi.clustering_kernel, device)  # raises early
             compile_blocks(_blocks_of(self.student_ema), efficiency.compilation.do_teacher, self.sharding)
         parallelize(self.student_ema, self.sharding, device, _blocks_of(self.student_ema))
         ema_update_(self.student_ema, self.student, 0.0)
@@ -282,6 +292,7 @@ def train_step(
             predict_indices,
             chunk=cfg.capi.clustering_chunk,
             with_usage=with_usage,
+            kernel=cfg.capi.clustering_kernel,
             loss_scale=state.scaler.scale(one),
         )
 
@@ -292,7 +303,6 @@ def train_step(
             batch.images,
             batch.visible_indices,
             batch.predict_indices,
-            kernel=cfg.capi.clustering_kernel,
             targets,
             cfg.capi.student_temp,
             state.dtype,
@@ -333,6 +343,7 @@ def _health(features: Float[Tensor, "b n d"]) -> dict[str, Tensor]:
 def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
     """Train up to `optim.total_iters` finished updates, or until a signal; continue what is in `output_dir`."""
     saving = cfg.train.checkpointing
+    check_decode(cfg, device)
     continues = (
         cfg.train.resume_from is not None or Checkpoints(output_dir, keep=saving.max_to_keep).newest() is not None
     )
@@ -366,10 +377,12 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
                     rank=rank(),
                     world_size=world_size(),
                     position=merge_positions([each["data"] for each in saved.rank_extra]) if saved else None,
+                    decode_device=device,
                     pin_memory=device.type == "cuda",
                     bad_files_path=output_dir / "bad_files.jsonl",
                 )
             )
+            advice = WorkerAdvice(batches, cores_of_this_rank())
             batches = DevicePrefetcher(loader, device)
             profile = stack.enter_context(
                 Profile(output_dir, cfg.train.profiling and rank() == 0, num_steps=total - state.step, device=device)
@@ -414,6 +427,8 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
                 if saves or due(step, cfg.train.nan_check_period):
                     watch.check(checkpoints.finished)
                 if logs:
+                    if line := advice.read():
+                        logger.warning(line)
                     log_step(cfg, bar, meters.write(step, **speed.read(total - step)))
                     gc.collect(1)
                 if probe is not None and (done or due(step, cfg.train.probe.every)):
@@ -630,6 +645,7 @@ def dry_run(cfg: CapiConfig) -> str:
     parameters = sum(p.numel() for p in backbone.parameters())
     with PretrainLoader(cfg, rank=0, world_size=1, position=None, pin_memory=False, bad_files_path=None) as loader:
         images = loader.describe()
+    check_decode(cfg, device)
     memory = metrics.device_memory_estimate(
         step_shape(cfg),
         batch_size=optim.batch_size_per_gpu,

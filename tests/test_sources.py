@@ -4,17 +4,28 @@ import hashlib
 import io
 import json
 import os
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torchvision
 from PIL import Image, features
 from samples import age, encode, photo
 
 import sources
-from sources import BadImageError, Sample, decode_image, make_dataset, parse_data_url
+from sources import (
+    BadImageError,
+    Sample,
+    decode_image,
+    decode_pixels,
+    make_dataset,
+    parse_data_url,
+    silent_decoders,
+    turn_upright,
+)
 from utils import UserError
 
 # ---------------------------------------------------------------------------------------------- data URLs
@@ -276,6 +287,96 @@ def test_randomly_damaged_files_never_raise_anything_else():
             Sample("x", lambda damaged=damaged: bytes(damaged)).image()
         except BadImageError:
             continue
+
+
+def same_from_both_decoders(content, reduction=None):
+    """Whether the decoder of training gives what Pillow gives, or both refuse."""
+    sample = Sample("x", lambda: content)
+    results = []
+    for decode in (sample.image, sample.pixels):
+        try:
+            with silent_decoders():
+                results.append(np.asarray(decode(reduction)))
+        except BadImageError as error:
+            results.append(error.reason)
+    image, pixels = results
+    if isinstance(image, str) or isinstance(pixels, str):
+        return isinstance(image, str) and isinstance(pixels, str)
+    return np.array_equal(image, pixels.transpose(1, 2, 0))
+
+
+def with_orientation(orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(photo(5, 33, 18), kind, exif=exif)
+
+
+KINDS = {
+    **{f"jpeg {options}": encode(photo(1, 61, 47), "JPEG", **options) for options in (
+        {}, {"quality": 95, "subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True},
+        {"keep_rgb": True},
+    )},
+    "grey jpeg": encode(photo(2, 61, 47).convert("L"), "JPEG"),
+    "cmyk jpeg": encode(photo(2, 61, 47).convert("CMYK"), "JPEG"),
+    "1x1 jpeg": encode(Image.new("RGB", (1, 1), RED), "JPEG"),
+    "png": encode(photo(3)),
+    "16-bit png": grey16("PNG", "I;16"),
+    "palette": palette_png(transparent=True),
+    "rgba": encode(Image.new("RGBA", (4, 5), (*RED, 90))),
+    **{f"{kind}, orientation {o}": with_orientation(o, kind) for kind in ("JPEG", "PNG") for o in range(10)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("divisor", [1, 2])
+def test_the_tensors_of_training_are_the_pixels_of_pillow_bit_for_bit(name, divisor):
+    assert same_from_both_decoders(KINDS[name], lambda width, height: divisor)
+
+
+def test_damaged_jpegs_are_refused_by_training_exactly_where_pillow_refuses_them():
+    content = encode(photo(3, 200, 150), "JPEG", quality=90)
+    random = np.random.default_rng(0)
+    damaged = [content[:length] for length in [*range(0, len(content), 150), *range(len(content) - 4, len(content))]]
+    for _ in range(100):
+        broken = np.frombuffer(content, np.uint8).copy()
+        broken[random.integers(0, len(broken), 4)] = random.integers(0, 256, 4)
+        damaged.append(broken.tobytes())
+    assert all(same_from_both_decoders(each) for each in damaged)
+
+
+def test_without_a_jpeg_decoder_of_torchvision_or_torchcodec_pillow_decodes(monkeypatch):
+    monkeypatch.setattr(torchvision, "io", None)
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    sources.jpeg_decoder.cache_clear()
+    try:
+        assert sources.jpeg_decoder() is None
+        assert all(same_from_both_decoders(content) for content in KINDS.values())
+    finally:
+        sources.jpeg_decoder.cache_clear()
+
+
+def test_an_image_that_is_decoded_already_is_taken_as_it_is():
+    image = photo(4)
+    np.testing.assert_array_equal(decode_pixels(image).permute(1, 2, 0), np.asarray(image))
+
+
+def test_only_plain_colour_jpegs_are_left_to_a_gpu_and_the_header_says_their_upright_size():
+    for name, content in KINDS.items():
+        file = Sample(name, lambda content=content: content).jpeg_or_pixels(lambda width, height: 4)
+        refused = any(word in name for word in ("progressive", "grey", "cmyk", "png", "PNG", "palette", "rgba"))
+        assert isinstance(file, sources.JpegFile) != refused, name
+        image = decode_image(content)
+        if isinstance(file, sources.JpegFile):
+            assert (file.width, file.height, file.divisor) == (*image.size, 4), name
+            assert file.data == content
+            with silent_decoders():
+                (raw,) = sources.jpeg_decoder()([sources.as_bytes_tensor(content)], mode="RGB")
+            upright = turn_upright(raw, file.orientation)
+            np.testing.assert_array_equal(upright.permute(1, 2, 0), np.asarray(image))
+    cut_off = KINDS["jpeg {}"][:-2]
+    with pytest.raises(BadImageError), silent_decoders():
+        Sample("cut off", lambda: cut_off).jpeg_or_pixels()
 
 
 def test_a_decompression_bomb_is_a_bad_image(monkeypatch):
