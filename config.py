@@ -480,6 +480,19 @@ class CompilationConfig:
 
     do_teacher: CompileConfig
     do_student: CompileConfig
+    cuda_graphs: bool
+    """Replay each compiled function as a CUDA graph, for models whose kernels are shorter than their launches. Costs
+    memory: results and temporaries get addresses of their own. For one process, or fsdp none; without a CUDA device it
+    does nothing but say so in the log."""
+
+    def __post_init__(self) -> None:
+        """Check rules between the keys."""
+        require(
+            not self.cuda_graphs or not (self.do_teacher.disable and self.do_student.disable),
+            "efficiency.compilation.cuda_graphs",
+            self.cuda_graphs,
+            "only compiled functions become graphs; set do_teacher.disable=false and do_student.disable=false",
+        )
 
 
 @dataclass(frozen=True)
@@ -495,10 +508,13 @@ class RematerializationConfig:
 
 @dataclass(frozen=True)
 class EfficiencyConfig:
-    """Speed, memory and precision. Nothing here changes what is computed."""
+    """Speed, memory and precision. Nothing here but the precision changes what is computed."""
 
     param_dtype: str
     """Precision of matmuls and activations: bfloat16, float16 or float32. Weights and optimizer stay float32."""
+    teacher_fp8: bool
+    """Compute the linear layers of the teacher's blocks in 8-bit floats, on an NVIDIA GPU of compute capability 8.9 or
+    newer. It changes the targets a little."""
     reduce_dtype: str
     """Precision in which gradients are averaged over ranks."""
     fsdp: str
@@ -522,6 +538,12 @@ class EfficiencyConfig:
     def __post_init__(self) -> None:
         """Check the choices."""
         require_one_of("efficiency.param_dtype", self.param_dtype, ("bfloat16", "float16", "float32"))
+        require(
+            not self.teacher_fp8 or self.param_dtype == "bfloat16",
+            "efficiency.teacher_fp8",
+            self.teacher_fp8,
+            f"results are bfloat16; set efficiency.param_dtype=bfloat16 (it is {self.param_dtype}), or this to false",
+        )
         require_one_of("efficiency.reduce_dtype", self.reduce_dtype, ("bfloat16", "float16", "float32"))
         require_one_of("efficiency.fsdp", self.fsdp, ("simple", "fully_shard", "none"))
         require(self.fsdp_bucket_mib >= 0, "efficiency.fsdp_bucket_mib", self.fsdp_bucket_mib, "must be 0 or more")

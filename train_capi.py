@@ -54,12 +54,13 @@ from fsdp import (
     average_gradients_,
     compile_blocks,
     compile_function,
-    gathered,
+    kept_compilations,
+    multiply_in_fp8,
     parallelize,
     recompute_blocks,
 )
-from launch import StopRequest, requeue, was_requeued
 from fused_clustering import use_triton
+from launch import StopRequest, requeue, was_requeued
 from masking import MaskPlan
 from metrics import FiniteWatch, Metrics, Profile, StepShape, Throughput, training_flops_per_image
 from model import Block, EncoderDecoder
@@ -128,8 +129,8 @@ class TrainState:
             bucket_mib=efficiency.fsdp_bucket_mib,
             prefetch=efficiency.fsdp_prefetch,
         )
-        torch.manual_seed(derive_seed(cfg.train.seed, "init"))
         use_triton(cfg.capi.clustering_kernel, device)  # raises early
+        torch.manual_seed(derive_seed(cfg.train.seed, "init"))
         # One after the other: where weights are divided, no rank ever holds two whole modules.
         self.student = _materialise(self._make_student, device)
         if init_from is not None and rank() == 0:
@@ -139,6 +140,8 @@ class TrainState:
             compile_blocks(_blocks_of(self.student), efficiency.compilation.do_student, self.sharding)
         parallelize(self.student, self.sharding, device, _blocks_of(self.student))
         self.student_ema = _materialise(self._make_student, device).requires_grad_(False).eval()
+        if efficiency.teacher_fp8:
+            multiply_in_fp8(_blocks_of(self.student_ema), device)
         if compiled:
             compile_blocks(_blocks_of(self.student_ema), efficiency.compilation.do_teacher, self.sharding)
         parallelize(self.student_ema, self.sharding, device, _blocks_of(self.student_ema))
@@ -148,12 +151,9 @@ class TrainState:
         self.do_teacher, self.do_student = do_teacher, do_student
         if compiled:
             key, options = "efficiency.compilation", efficiency.compilation
-            self.do_teacher = compile_function(
-                do_teacher, options.do_teacher, f"{key}.do_teacher", device, self.sharding
-            )
-            self.do_student = compile_function(
-                do_student, options.do_student, f"{key}.do_student", device, self.sharding
-            )
+            how = {"device": device, "sharding": self.sharding, "cuda_graphs": options.cuda_graphs}
+            self.do_teacher = compile_function(do_teacher, options.do_teacher, f"{key}.do_teacher", **how)
+            self.do_student = compile_function(do_student, options.do_student, f"{key}.do_student", **how)
         self.student_optimizer = make_student_optimizer(self.student, cfg)
         self.clustering_optimizer = make_clustering_optimizer(self.clustering, cfg)
         self.scaler = torch.amp.GradScaler(
@@ -276,6 +276,7 @@ def train_step(
     torch.manual_seed(derive_seed(cfg.train.seed, "drop-path", state.step, rank()))  # a function of the step: resumable
     state.student_optimizer.zero_grad()
     state.clustering_optimizer.zero_grad()
+    torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs gave, gradients above all, is not needed
 
     # Targets are balanced over the images of all accumulation steps: the same problem as one large batch.
     teacher: Any = state.student_ema["backbone"]
@@ -291,8 +292,8 @@ def train_step(
             features.transpose(0, 1),
             predict_indices,
             chunk=cfg.capi.clustering_chunk,
-            with_usage=with_usage,
             kernel=cfg.capi.clustering_kernel,
+            with_usage=with_usage,
             loss_scale=state.scaler.scale(one),
         )
 
@@ -342,13 +343,11 @@ def _health(features: Float[Tensor, "b n d"]) -> dict[str, Tensor]:
 
 def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
     """Train up to `optim.total_iters` finished updates, or until a signal; continue what is in `output_dir`."""
-    saving = cfg.train.checkpointing
     check_decode(cfg, device)
-    continues = (
-        cfg.train.resume_from is not None or Checkpoints(output_dir, keep=saving.max_to_keep).newest() is not None
-    )
-    state = TrainState(cfg, device, init_from=None if continues else cfg.train.init_from)
+    saving = cfg.train.checkpointing
     checkpoints = Checkpoints(output_dir, keep=saving.max_to_keep, async_save=saving.async_save)
+    continues = cfg.train.resume_from is not None or checkpoints.newest() is not None
+    state = TrainState(cfg, device, init_from=None if continues else cfg.train.init_from)
     saved = restore(state, checkpoints)
     meters = Metrics(output_dir, cfg.train.loggers, config=asdict(cfg), enabled=rank() == 0)
     meters.truncate_after(state.step, keep_copy=cfg.train.resume_from is not None)
@@ -377,13 +376,13 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
                     rank=rank(),
                     world_size=world_size(),
                     position=merge_positions([each["data"] for each in saved.rank_extra]) if saved else None,
-                    decode_device=device,
                     pin_memory=device.type == "cuda",
+                    decode_device=device,
                     bad_files_path=output_dir / "bad_files.jsonl",
                 )
             )
-            advice = WorkerAdvice(batches, cores_of_this_rank())
             batches = DevicePrefetcher(loader, device)
+            advice = WorkerAdvice(batches, cores_of_this_rank())
             profile = stack.enter_context(
                 Profile(output_dir, cfg.train.profiling and rank() == 0, num_steps=total - state.step, device=device)
             )
@@ -427,9 +426,9 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
                 if saves or due(step, cfg.train.nan_check_period):
                     watch.check(checkpoints.finished)
                 if logs:
+                    log_step(cfg, bar, meters.write(step, **speed.read(total - step)))
                     if line := advice.read():
                         logger.warning(line)
-                    log_step(cfg, bar, meters.write(step, **speed.read(total - step)))
                     gc.collect(1)
                 if probe is not None and (done or due(step, cfg.train.probe.every)):
                     log_probe(meters.append(step, probe(functools.partial(encode, state))))
@@ -530,6 +529,12 @@ def _manual_garbage_collection() -> Any:
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+def compiles(cfg: CapiConfig, device: torch.device) -> bool:
+    """Whether a training compiles anything: the functions of the step, or kernels for a GPU."""
+    options = cfg.efficiency.compilation
+    return device.type == "cuda" or not (options.do_teacher.disable and options.do_student.disable)
 
 
 def mask_plan(cfg: CapiConfig) -> MaskPlan:
@@ -640,12 +645,12 @@ def log_probe(values: dict[str, float]) -> None:
 def dry_run(cfg: CapiConfig) -> str:
     """What a training with this config would be, without training: data, grid, tokens, parameters, schedule, memory."""
     device, plan, optim = pick_device(cfg.train.device), mask_plan(cfg), cfg.optim
+    check_decode(cfg, device)
     with torch.device("meta"):
         backbone = EncoderDecoder(**cfg.model.kwargs())
     parameters = sum(p.numel() for p in backbone.parameters())
     with PretrainLoader(cfg, rank=0, world_size=1, position=None, pin_memory=False, bad_files_path=None) as loader:
         images = loader.describe()
-    check_decode(cfg, device)
     memory = metrics.device_memory_estimate(
         step_shape(cfg),
         batch_size=optim.batch_size_per_gpu,
@@ -696,6 +701,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             setup_logging(output_dir / "log.txt" if rank() == 0 else None, quiet=rank() != 0)
             if args.export:
                 export_newest(cfg, output_dir)
+            elif compiles(cfg, device):
+                with kept_compilations(output_dir / "compile_cache"):
+                    train(cfg, output_dir, device)
             else:
                 train(cfg, output_dir, device)
     except UserError as error:

@@ -1,13 +1,18 @@
 """The compiled step is the eager step, without recompilation after the first one."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from runs import make_images, run_main, tiny
+
+import train_capi
 
 CODE = """
     import torch, torch._dynamo
@@ -39,7 +44,12 @@ CODE = """
 """
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="compiling for a CPU needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="compiling for a CPU needs a C++ compiler"
+)
+
+
+@needs_compiler
 @pytest.mark.timeout(300)
 def test_compiled_steps_equal_eager_steps():
     """In a process of its own: run-time shape checks and torch.compile do not go together."""
@@ -52,3 +62,73 @@ def test_compiled_steps_equal_eager_steps():
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+COMPILED = "efficiency.compilation.do_teacher.disable=false"
+
+
+def test_all_that_a_run_compiles_is_kept_in_its_folder(tmp_path, monkeypatch):
+    seen = {}
+
+    def train(cfg, output_dir, device):
+        seen.update({name: os.environ.get(name) for name in CACHES})
+
+    monkeypatch.setattr(train_capi, "train", train)
+    for name in CACHES:
+        monkeypatch.delenv(name, raising=False)
+    assert run_main(tiny("images", tmp_path / "run", COMPILED)) == 0
+    assert all(tmp_path / "run" / "compile_cache" in Path(folder).parents for folder in seen.values())
+    assert run_main(tiny("images", tmp_path / "eager")) == 0
+    assert not (tmp_path / "eager" / "compile_cache").exists()
+
+
+TRAIN = """
+    import json, os, sys
+    from pathlib import Path
+    import train_capi
+    from torch._dynamo.utils import counters
+
+    assert train_capi.main(sys.argv[1:]) == 0
+    counted = Path(__file__).parent / f"counted_{os.environ.get('RANK', 0)}.json"
+    counted.write_text(json.dumps(counters["inductor"]))
+"""
+
+
+def train_in_a_process(arguments, num_ranks):
+    """What inductor counted on each rank."""
+    own = {key: value for key, value in os.environ.items() if key not in CACHES}
+    script = Path(arguments[-1]).parent / "train.py"
+    script.write_text(textwrap.dedent(TRAIN))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    done = subprocess.run(
+        [sys.executable, *(launcher if num_ranks > 1 else []), str(script), *arguments],
+        env={**own, "JAXTYPING_DISABLE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((script.parent / f"counted_{rank}.json").read_text()) for rank in range(num_ranks)]
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_second_start_reads_what_the_first_one_compiled(tmp_path, num_ranks):
+    run = tmp_path / "run"
+    small = ["model.encoder_kwargs.depth=1", "model.decoder_kwargs.depth=1", COMPILED]
+    images = make_images(tmp_path / "images")
+
+    def start(steps):
+        (tmp_path / "steps.yaml").write_text(f"optim: {{total_iters: {steps}}}\n")
+        counted = train_in_a_process([*tiny(images, run, *small), str(tmp_path / "steps.yaml")], num_ranks)
+        return counted, {path: path.stat().st_mtime_ns for path in run.glob("compile_cache/**/*.so")}
+
+    counted, libraries = start(1)
+    assert len(counted) == num_ranks and all(rank["fxgraph_cache_miss"] > 0 for rank in counted)
+    assert libraries
+    counted, same = start(2)
+    assert all(rank["fxgraph_cache_hit"] > 0 and "fxgraph_cache_miss" not in rank for rank in counted), counted
+    assert same == libraries

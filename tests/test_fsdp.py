@@ -1,19 +1,33 @@
 """fsdp.py: recomputation by operator name and compilation change nothing but memory and speed."""
 
 import dataclasses
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, RematerializationConfig, load_config
-from fsdp import Sharding, compile_function, overlap_collectives, overlap_options, parallelize, recompute_blocks
+from fsdp import (
+    Sharding,
+    compile_function,
+    kept_compilations,
+    multiply_in_fp8,
+    overlap_collectives,
+    overlap_options,
+    parallelize,
+    recompute_blocks,
+)
 from model import Block, EncoderDecoder
 from utils import UserError
+
+CPU = torch.device("cpu")
 
 
 def make_model() -> EncoderDecoder:
@@ -108,6 +122,35 @@ def test_compiling_for_a_cpu_without_a_compiler_is_an_error_with_the_key(monkeyp
         compile_function(forward_backward, options, "efficiency.compilation.do_student", torch.device("cpu"))
     disabled = dataclasses.replace(options, disable=True)
     assert compile_function(forward_backward, disabled, "", torch.device("cpu")) is forward_backward
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("cuda", {"triton.cudagraphs": True}), ("cpu", None)])
+def test_cuda_graphs_are_asked_for_where_there_is_cuda(device, wanted, monkeypatch, caplog):
+    options = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, []).efficiency.compilation.do_student
+    asked = []
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("torch.compile", lambda function, **kwargs: asked.append(kwargs) or function)
+    caplog.set_level("INFO", "capi")
+    compile_function(forward_backward, options, "efficiency.x", torch.device(device), cuda_graphs=True)
+    compile_function(forward_backward, options, "efficiency.x", torch.device(device))
+    assert [kwargs["options"] for kwargs in asked] == [wanted, None]
+    assert ("there are none on cpu; efficiency.x runs without" in caplog.text) == (device == "cpu")
+
+
+def test_cuda_graphs_and_divided_weights_do_not_go_together(monkeypatch):
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, []).efficiency.compilation
+    sharding = Sharding("simple", torch.bfloat16, torch.float32, 64, 1)
+    monkeypatch.setattr("fsdp.is_distributed", lambda: True)
+    with pytest.raises(UserError, match=r"cuda_graphs=true: not with weights divided"):
+        compile_function(forward_backward, cfg.do_student, "x", torch.device("cuda"), sharding, cuda_graphs=True)
+
+
+def test_cuda_graphs_need_compiled_functions():
+    off = [f"efficiency.compilation.{name}.disable=true" for name in ("do_teacher", "do_student")]
+    on = "efficiency.compilation.cuda_graphs=true"
+    assert load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [on]).efficiency.compilation.cuda_graphs
+    with pytest.raises(UserError, match=r"cuda_graphs=True: only compiled functions become graphs"):
+        load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*off, on])
 
 
 # Ordering the collectives of a graph
@@ -257,3 +300,113 @@ def test_without_a_process_group_nothing_is_divided():
         parallelize(model, Sharding(mode, torch.bfloat16, torch.float32, 25, 1), torch.device("cpu"))
     assert type(model) is EncoderDecoder
     assert type(model.mask_token) is torch.nn.Parameter
+
+
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+def cache_variables() -> dict[str, str]:
+    return {name: os.environ[name] for name in CACHES if name in os.environ}
+
+
+@pytest.fixture
+def _no_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CACHES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("_no_caches")
+def test_what_is_compiled_goes_to_the_folder_until_the_block_ends(tmp_path):
+    with kept_compilations(tmp_path / "cache"):
+        folders = cache_variables()
+        assert sorted(folders) == sorted(CACHES)
+        assert all(tmp_path / "cache" in Path(folder).parents for folder in folders.values())
+    assert cache_variables() == {}
+    with kept_compilations(tmp_path / "cache"):
+        assert cache_variables() == folders, "a later start does not find it"
+
+
+@pytest.mark.usefixtures("_no_caches")
+def test_each_kind_of_processor_has_libraries_of_its_own(tmp_path, monkeypatch):
+    with kept_compilations(tmp_path):
+        folders = cache_variables()
+    monkeypatch.setattr("fsdp._processor", lambda: "other")
+    with kept_compilations(tmp_path):
+        assert not set(cache_variables().values()) & set(folders.values())
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.usefixtures("_no_caches")
+def test_the_folder_that_a_user_has_chosen_comes_first(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "/mine")
+    with kept_compilations(tmp_path):
+        assert os.environ[name] == "/mine"
+        assert len(cache_variables()) == 2
+    assert cache_variables() == {name: "/mine"}
+
+
+@pytest.mark.usefixtures("_no_caches")
+def test_the_default_that_torch_sets_on_import_is_no_choice_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    with kept_compilations(tmp_path):
+        assert tmp_path in Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parents
+    assert cache_variables() == {"TORCHINDUCTOR_CACHE_DIR": default_cache_dir()}
+
+
+@pytest.mark.usefixtures("_no_caches")
+def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    caplog.set_level("INFO")
+    with kept_compilations(tmp_path / "file" / "cache"):
+        assert cache_variables() == {}
+    assert "not kept for later starts" in caplog.text
+
+
+@pytest.mark.usefixtures("_no_caches")
+@pytest.mark.parametrize("kept_bytes", [0, 1000, None])
+def test_a_library_that_a_killed_linker_left_is_compiled_again(tmp_path, kept_bytes):
+    whole = Path(torch._C.__file__).read_bytes()
+    with kept_compilations(tmp_path):
+        library = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "ab" / "abc.main.so"
+        library.parent.mkdir()
+        library.write_bytes(whole[:kept_bytes])
+    with kept_compilations(tmp_path):
+        assert library.exists() == (kept_bytes is None)
+
+
+# 8-bit floats
+
+
+def test_fp8_multiplies_each_row_as_precisely_as_any_other():
+    linear = nn.Linear(64, 96)
+    x = torch.randn(2, 37, 64)
+    x[0, 3] *= 1e4
+    exact = linear(x)
+    multiply_in_fp8([linear], CPU)
+    actual = linear(x)
+    errors = (actual - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert actual.shape == exact.shape
+    assert actual.dtype == torch.bfloat16
+    assert 0.005 < errors.median() < 0.05, "3 bits of mantissa are not 8, nor 1"
+    assert errors.max() < 0.08, "a row of large numbers, or one beside it, lost its precision"
+    torch.testing.assert_close(linear(torch.zeros(1, 64))[0].float(), linear.bias, atol=2e-3, rtol=8e-3)
+
+
+def test_fp8_is_refused_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    with pytest.raises(
+        UserError, match=r"efficiency\.teacher_fp8=true: .* compute capability 8\.9 on; set it to false"
+    ):
+        multiply_in_fp8([nn.Linear(16, 16)], torch.device("cuda"))
+    with pytest.raises(UserError, match="mps"):
+        multiply_in_fp8([nn.Linear(16, 16)], torch.device("mps"))
+
+
+@pytest.mark.gpu
+def test_fp8_on_a_gpu_is_that_of_the_cpu():
+    linear = nn.Linear(64, 96)
+    x = torch.randn(37, 64)
+    multiply_in_fp8([linear], CPU)
+    expected = linear(x)
+    linear.cuda()
+    torch.testing.assert_close(linear(x.cuda()).cpu(), expected, rtol=2e-2, atol=2e-2)

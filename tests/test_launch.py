@@ -10,6 +10,7 @@ from ranks import run_on_ranks
 
 import distributed
 import launch
+from fsdp import kept_compilations
 from launch import HOLD_SIGNALS, StopRequest, copy_code, requeue, was_requeued
 
 
@@ -229,6 +230,17 @@ def test_the_copy_of_the_code_has_what_git_has_and_new_files(repository, tmp_pat
     }  # fmt: skip
     assert (tmp_path / "code" / "train.py").read_text() == "changed"
     assert "data.bin (1 MiB, not in git) is not copied" in caplog.text
+
+
+def test_what_another_run_has_compiled_is_no_code(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "x")
+    with kept_compilations(repository / "mine" / "compile_cache"):
+        (repository / "mine" / "compile_cache" / "kernel.py").write_text("")
+    git(repository, "init", "-q")
+    git(repository, "add", "train.py")
+    copy_code(tmp_path / "code", leave_out=repository / "runs")
+    assert "new.py" in files_of(tmp_path / "code")
+    assert not [name for name in files_of(tmp_path / "code") if "mine" in name]
 
 
 def test_without_git_the_copy_has_modules_and_configs(repository, tmp_path):

@@ -41,6 +41,9 @@ def part(prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in GOLDEN.items() if key.startswith(prefix)}
 
 
+FP8 = "efficiency.teacher_fp8=true"
+
+
 def golden_state(*overrides: str) -> train_capi.TrainState:
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*GOLDEN_CONFIG, *overrides])
     state = train_capi.TrainState(cfg, torch.device("cpu"))
@@ -152,6 +155,22 @@ def test_bfloat16_is_close_to_float32_and_keeps_float32_weights():
     b = train_capi.train_step(half, golden_batches(0, 1), hyper_at(1, plain.cfg))
     assert b["loss"].item() == pytest.approx(a["loss"].item(), rel=2e-2)
     assert {p.dtype for p in half.student.parameters()} == {torch.float32}
+
+
+def test_a_teacher_in_fp8_changes_the_targets_a_little_and_the_student_not_at_all():
+    half, coarse = (golden_state("efficiency.param_dtype=bfloat16", *more) for more in ([], [FP8]))
+    images = golden_batches(0, 1)[0].images
+    a, b = (state.do_teacher(state.student_ema["backbone"], images, state.dtype) for state in (half, coarse))
+    assert 0.005 < (a - b).norm() / a.norm() < 0.1
+    a, b = (state.student["backbone"](images).feature_map for state in (half, coarse))
+    assert torch.equal(a, b), "what is trained and exported is not rounded"
+    a, b = (train_capi.train_step(s, golden_batches(0, 1), hyper_at(1, s.cfg)) for s in (half, coarse))
+    assert a["loss"].item() != b["loss"].item() == pytest.approx(a["loss"].item(), rel=5e-2)
+
+
+def test_fp8_needs_bfloat16(tmp_path, capsys):
+    assert run_main(tiny("/nowhere", tmp_path, FP8)) == 2
+    assert "efficiency.teacher_fp8=True: results are bfloat16; set efficiency.param_dtype" in capsys.readouterr().err
 
 
 def test_drop_path_of_a_step_depends_on_seed_and_step_alone():
