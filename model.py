@@ -79,7 +79,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(
-    x: Float[Tensor, "b heads n dh"], cos: Float[Tensor, "b 1 n dh"], sin: Float[Tensor, "b 1 n dh"]
+    x: Float[Tensor, "b heads n dh"], cos: Float[Tensor, "#b 1 n dh"], sin: Float[Tensor, "#b 1 n dh"]
 ) -> Float[Tensor, "b heads n dh"]:
     """Apply rotary angles: x * cos + [-x2, x1] * sin on the two halves of the head dimension. Keeps `x`'s dtype."""
     x1, x2 = x.float().chunk(2, dim=-1)
@@ -115,10 +115,10 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "b n d"],
         context: Float[Tensor, "b nc d"],
-        x_coords: Float[Tensor, "b n 2"],
-        context_coords: Float[Tensor, "b nc 2"],
+        x_coords: Float[Tensor, "#b n 2"],
+        context_coords: Float[Tensor, "#b nc 2"],
     ) -> Float[Tensor, "b n d"]:
-        """Queries from `x`, keys and values from `context`; coordinates in units of the image."""
+        """Queries from `x`, keys and values from `context`; coordinates in units of the image, of each or of all."""
         q, k, v = (self._split_heads(tokens) for tokens in (self.q_proj(x), self.k_proj(context), self.v_proj(context)))
         context_angles = self.rope(context_coords)
         x_angles = context_angles if x_coords is context_coords else self.rope(x_coords)
@@ -148,7 +148,8 @@ class Residual(nn.Module):
 
     Args:
         norm: applied to the branch's input.
-        fn: the branch; called with the normed tokens and further tensors whose first axis is the batch.
+        fn: the branch; called with the normed tokens and further tensors whose first axis is the batch, or 1 for all
+            images.
         drop_path_rate: probability of skipping the branch, per image.
         drop_path_type: `efficient` runs the branch on a random subset of max(int(b * keep), 1) images and adds it back
             scaled by b / subset size; `naive` runs it on all and zeroes some.
@@ -174,8 +175,8 @@ class Residual(nn.Module):
         shared: dict[int, Tensor] = {}  # one gather per tensor, so that equal coordinates stay one object
         for tensor in others:
             if tensor is not None and id(tensor) not in shared:
-                shared[id(tensor)] = tensor[subset]
-        branch = self._branch(x[subset], [None if t is None else shared[id(t)] for t in others])
+                shared[id(tensor)] = tensor if len(tensor) == 1 else tensor.index_select(0, subset)
+        branch = self._branch(x.index_select(0, subset), [None if t is None else shared[id(t)] for t in others])
         return x.index_add(0, subset, branch.to(x.dtype), alpha=b / num_kept)
 
     def _branch(self, x: Tensor, others: Any) -> Tensor:
@@ -210,8 +211,8 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "b n d"],
         context: Float[Tensor, "b nc d"] | None,
-        x_coords: Float[Tensor, "b n 2"],
-        context_coords: Float[Tensor, "b nc 2"],
+        x_coords: Float[Tensor, "#b n 2"],
+        context_coords: Float[Tensor, "#b nc 2"],
     ) -> Float[Tensor, "b n d"]:
         """Attend to `context`, or to `x` itself if it is None."""
         return self.residual2(self.residual1(x, context, x_coords, context_coords))
@@ -239,9 +240,9 @@ class Transformer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        x_coords: Float[Tensor, "b n 2"],
+        x_coords: Float[Tensor, "#b n 2"],
         context: Float[Tensor, "b nc d"] | None = None,
-        context_coords: Float[Tensor, "b nc 2"] | None = None,
+        context_coords: Float[Tensor, "#b nc 2"] | None = None,
         num_blocks: int | None = None,
     ) -> Float[Tensor, "b n d"]:
         """Run the first `num_blocks` blocks (default all), then the final norm."""
@@ -364,7 +365,7 @@ class EncoderDecoder(nn.Module):
             `registers` and `feature_map` come from `out_layer`. All went through the final norm of their tower.
         """
         patches, hp, wp = self._embed_patches(x)
-        coords = self._grid_coordinates(hp, wp, x.device).expand(x.shape[0], -1, -1)
+        coords = self._grid_coordinates(hp, wp, x.device)
         tokens, token_coords = self._prepend_registers(patches, coords)
         hidden = tokens
         out = self.encoder.norm(hidden)
@@ -446,9 +447,7 @@ class EncoderDecoder(nn.Module):
     ) -> tuple[Float[Tensor, "b rn d"], list[Float[Tensor, "b rn d"]]]:
         """Tokens after the last block that ran, and after each of `blocks`, none of them normed."""
         patches, hp, wp = self._embed_patches(x)
-        hidden, coords = self._prepend_registers(
-            patches, self._grid_coordinates(hp, wp, x.device).expand(x.shape[0], -1, -1)
-        )
+        hidden, coords = self._prepend_registers(patches, self._grid_coordinates(hp, wp, x.device))
         chosen = []
         for index, block in enumerate(self.encoder.blocks[: blocks[-1] + 1 if stop_early else None]):
             hidden = block(hidden, None, coords, coords)
@@ -490,7 +489,7 @@ class EncoderDecoder(nn.Module):
         b = x.shape[0]
         patches, hp, wp = self._embed_patches(x)
         grid = self._grid_coordinates(hp, wp, x.device)
-        coords = grid.expand(b, -1, -1)
+        coords = grid  # of whole images the same for all: angles are then computed for one
         if visible_indices is not None:
             patches = patches.flatten(0, 1)[visible_indices].unflatten(0, (b, -1))
             coords = grid[0][visible_indices % (hp * wp)].unflatten(0, (b, -1))
@@ -559,11 +558,11 @@ class EncoderDecoder(nn.Module):
         return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).view(1, hp * wp, 2)
 
     def _prepend_registers(
-        self, patches: Float[Tensor, "b v d"], coords: Float[Tensor, "b v 2"]
-    ) -> tuple[Float[Tensor, "b rv d"], Float[Tensor, "b rv 2"]]:
+        self, patches: Float[Tensor, "b v d"], coords: Float[Tensor, "#b v 2"]
+    ) -> tuple[Float[Tensor, "b rv d"], Float[Tensor, "#b rv 2"]]:
         b = patches.shape[0]
         register_coords = edge_coordinates(self.n_registers, self.register_coordinates, coords.device)
-        register_coords = register_coords.expand(b, -1, -1)
+        register_coords = register_coords.expand(len(coords), -1, -1)
         if self.scale_reg_to_visible:
             low, high = coords.amin(dim=1, keepdim=True), coords.amax(dim=1, keepdim=True)
             register_coords = low + register_coords * (high - low)

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, load_golden, load_golden_json, seeded
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clustering import L2NormLinear, OnlineClustering
 from model import EncoderDecoder, RotaryEmbedding, edge_coordinates, load_model
@@ -167,6 +169,115 @@ def test_dropped_self_attention_still_sees_one_coordinate_tensor():
     model.encoder.blocks[0].residual1.fn.rope.register_forward_hook(lambda *_: calls.append(1))
     model.forward_pretrain(torch.randn(4, 3, 8, 8))
     assert len(calls) == 1
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_drop_path_asks_the_device_for_nothing():
+    """Reading a number, or a tensor whose shape depends on values, would make the host wait."""
+    model = tiny_model(**with_drop_path(0.5, "efficient")).train()
+    with Operators() as operators:
+        _, predictions = model.forward_pretrain(
+            torch.randn(4, 3, 8, 8),
+            torch.tensor([0, 1, 4, 5, 8, 9, 12, 13]),
+            torch.tensor([2, 7, 10, 15]),
+            do_prediction=True,
+        )
+        predictions.square().sum().backward()
+    waits = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::_unique2"}
+    assert not waits & operators.names.keys()
+    assert operators.names["aten::randperm"] == 8  # two branches in each of four blocks
+
+
+def test_dropped_images_pass_unchanged_and_their_gradient_too():
+    """Against the plain definition: x + mask * branch(x) * b / kept, image by image."""
+    model = tiny_model(**with_drop_path(0.5, "efficient")).train().double()
+    residual = model.encoder.blocks[0].residual2
+    x = torch.randn(6, 3, 32, generator=seeded(0), dtype=torch.float64).requires_grad_()
+    expected_x = x.detach().clone().requires_grad_()
+    torch.manual_seed(5)
+    out = residual(x)
+    torch.manual_seed(5)
+    kept = torch.zeros(6, 1, 1, dtype=torch.float64).index_fill(0, torch.randperm(6)[:3], 2.0)
+    expected = expected_x + kept * residual._branch(expected_x, [])
+    torch.testing.assert_close(out, expected)
+    weights = torch.randn(out.shape, generator=seeded(1), dtype=torch.float64)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(x.grad, expected_x.grad)
+
+
+def test_attention_on_a_cpu_takes_the_fused_kernel():
+    """For student, predictor and teacher: nothing holds all scores of a layer."""
+    model = tiny_model().train()
+    with Operators() as operators:
+        _, predictions = model.forward_pretrain(
+            torch.randn(2, 3, 8, 8), torch.tensor([0, 1, 4, 5]), torch.tensor([2, 7]), do_prediction=True
+        )
+        predictions.square().sum().backward()
+        with torch.no_grad():
+            model.forward_pretrain(torch.randn(2, 3, 8, 8))
+    flash = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert operators.names[flash] == 6
+    assert operators.names[f"{flash}_backward"] == 4
+    assert operators.names["aten::_softmax"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_attention_on_a_gpu_takes_the_flash_kernel_at_every_shape(is_compiled):
+    """Head width 64 in bfloat16: teacher 272 on 272 tokens, student 106 on 106, predictor 8 on 106; drop path on."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    block = {"attn_kwargs": {"num_heads": 2}}
+    towers = {"embed_dim": 128, "drop_path_rate": 0.2, "block_kwargs": block}
+    model = EncoderDecoder(transformers_kwargs=towers, encoder_kwargs={"depth": 2}, decoder_kwargs={"depth": 2})
+    model = model.cuda().train()
+    run = torch.compile(model.forward_pretrain, dynamic=False) if is_compiled else model.forward_pretrain
+    order = torch.rand(8, 256).argsort(dim=1) + 256 * torch.arange(8).unsqueeze(1)
+    visible, hidden = order[:, :90].flatten().cuda(), order[:, 90:98].flatten().cuda()
+    images = torch.randn(8, 3, 224, 224, device="cuda")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.autocast("cuda", torch.bfloat16):
+        _, predictions = run(images, visible, hidden, do_prediction=True)
+        predictions.float().square().sum().backward()
+        with torch.no_grad():
+            assert model.eval().forward_pretrain(images)[0].isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+class LargestCosine(TorchDispatchMode):
+    num_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.cos:
+            self.num_elements = max(self.num_elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_angles_of_whole_images_are_computed_for_one_and_are_those_of_each(trains):
+    model = tiny_model(**with_drop_path(0.5, "efficient")).train(trains)
+    x, everything = torch.randn(6, 3, 8, 12), torch.arange(6 * 6)
+    outputs = []
+    for visible in (None, everything):  # shown all patches by name, each image has coordinates of its own
+        torch.manual_seed(1)
+        outputs.append(model.forward_pretrain(x, visible, everything, do_prediction=True))
+    with LargestCosine() as cosine:
+        model.forward_pretrain(x)
+    assert cosine.num_elements == (4 + 6) * 16, "one image's tokens times the width of a head"
+    for one_for_all, own in zip(*outputs, strict=True):
+        assert torch.equal(one_for_all, own)
 
 
 def test_masked_patches_do_not_reach_the_student():
