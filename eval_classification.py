@@ -54,7 +54,7 @@ from evaluation import (
     split_off,
 )
 from logreg import fit_logistic
-from neighbors import nearest
+from neighbors import nearest, weighted_vote
 from optim import WarmupThenCosine
 from sources import BadImageError, HubDataset, ImageDataset, TorchvisionDataset
 from utils import UserError, due
@@ -584,30 +584,31 @@ class AttentiveClassifiers(nn.Module):
     A query is known before the image is, so it is multiplied with the key weights instead of the tokens: a head's
     scores are then one vector's products with the tokens. And since attention weights sum to 1, tokens are pooled first
     and projected to values afterwards. Keys and values of the tokens, by far the largest part, are never computed.
-    The bias of the keys adds the same to all scores of a head, which the softmax undoes.
+    Keys have no bias: it would add the same to all scores of a head, which the softmax undoes.
     """
 
     def __init__(self, num_classifiers: int, dim: int, num_classes: int) -> None:
         super().__init__()
         self.head_dim = largest_divisor(dim, HEAD_DIM)
         self.query = _normal_parameter(num_classifiers, dim)
-        self.kv_weight = _normal_parameter(num_classifiers, 2 * dim, dim)
-        self.kv_bias = nn.Parameter(torch.zeros(num_classifiers, 2 * dim))
+        self.key_weight = _normal_parameter(num_classifiers, dim, dim)
+        self.value_weight = _normal_parameter(num_classifiers, dim, dim)
+        self.value_bias = nn.Parameter(torch.zeros(num_classifiers, dim))
         self.weight = _normal_parameter(num_classifiers, num_classes, dim)
         self.bias = nn.Parameter(torch.zeros(num_classifiers, num_classes))
 
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b m k"]:
         """Logits."""
         m, d = self.query.shape
-        heads = (d // self.head_dim, self.head_dim)
-        key_weight, value_weight = (w.unflatten(1, heads).flatten(0, 1) for w in self.kv_weight.chunk(2, dim=1))
+        # Views: were both in one parameter, each step would copy them and their gradients.
+        key_weight, value_weight = (w.view(-1, self.head_dim, d) for w in (self.key_weight, self.value_weight))
         query = self.query.view(-1, 1, self.head_dim) / self.head_dim**0.5
         scores = F.linear(tokens, (query @ key_weight).squeeze(1))  # [b, n, m*heads]
         pooled = scores.softmax(dim=1).transpose(1, 2) @ tokens  # [b, m*heads, d]
         values = pooled.transpose(0, 1) @ value_weight.transpose(1, 2)  # [m*heads, b, head_dim]
-        values = values.unflatten(0, (m, -1)).transpose(1, 2).flatten(2)  # [m, b, d], heads side by side
-        values = values + self.kv_bias[:, None, d:]
-        return torch.baddbmm(self.bias.unsqueeze(1), values, self.weight.transpose(1, 2)).transpose(0, 1)
+        values = values.transpose(1, 2).reshape(m, d, -1) + self.value_bias.unsqueeze(2)  # [m, d, b], heads in a row
+        # With the weight on the left, its gradient comes out in its own layout and needs no copy.
+        return torch.baddbmm(self.bias.unsqueeze(2), self.weight, values).permute(2, 0, 1)
 
 
 Classifiers = LinearClassifiers | AttentiveClassifiers
@@ -641,7 +642,7 @@ class StackedAdamW:
 
     @torch.no_grad()
     def step(self, number: int, lr_scale: float) -> None:
-        """Update all parameters from their gradients.
+        """Update all parameters from their gradients, which are overwritten: another tensor of their size costs time.
 
         Args:
             number: of this update, from 1 on.
@@ -649,15 +650,17 @@ class StackedAdamW:
         """
         corrections = [1 - beta**number for beta in BETAS]
         for name, p in self.parameters.items():
-            assert p.grad is not None, f"{name} has no gradient"
+            grad = p.grad
+            assert grad is not None, f"{name} has no gradient"
             lr = (lr_scale * self.learning_rates).view(-1, *[1] * (p.ndim - 1))
             if not name.endswith("bias"):
                 p.mul_(1 - lr * self.weight_decays.view(lr.shape))
             mean, square = self.moments[name]
-            mean.lerp_(p.grad, 1 - BETAS[0])
-            square.mul_(BETAS[1]).addcmul_(p.grad, p.grad, value=1 - BETAS[1])
-            deviation = square.sqrt().div_(corrections[1] ** 0.5).add_(self.eps)
-            p.sub_((mean / deviation).mul_(lr / corrections[0]))
+            mean.lerp_(grad, 1 - BETAS[0])
+            square.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
+            # (mean / c0) / (sqrt(square / c1) + eps), with the corrections c0 and c1 moved into eps and the step size.
+            deviation = torch.sqrt(square, out=grad).add_(self.eps * corrections[1] ** 0.5)
+            p.addcmul_(torch.div(mean, deviation, out=grad), lr * (-(corrections[1] ** 0.5) / corrections[0]))
 
 
 def any_label_loss(logits: Float[Tensor, "b m k"], labels: Int64[Tensor, "b l"]) -> Float[Tensor, " m"]:
@@ -715,11 +718,10 @@ def train_step(
     lr_scale: float,
 ) -> dict[str, Tensor]:
     """One update of all classifiers. Returns the losses of each representation's, still on the device."""
-    features = model(images)
+    features = model(images, check_finite=training.step == 0)
     labels = labels.to(model.device, non_blocking=True)
     losses = {
-        # A copy, since what was computed in inference mode cannot take part in a backward pass.
-        name: any_label_loss(classifiers(represent(features, name).clone()), labels)
+        name: any_label_loss(classifiers(represent(features, name)), labels)
         for name, classifiers in training.classifiers.items()
     }
     training.classifiers.zero_grad()
@@ -791,7 +793,11 @@ class CheckpointFile:
         if changed:
             what = "; ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())
             raise UserError(f"{self.path} belongs to another training ({what}); {remedy}")
-        training.restore_(state)
+        try:
+            training.restore_(state)
+        except (RuntimeError, KeyError) as error:  # of another version of this script
+            what = str(error).splitlines()[0]
+            raise UserError(f"{self.path} holds other classifiers than these ({what}); {remedy}") from error
         logger.info("continuing after step %d", training.step)
 
     def remove(self) -> None:
@@ -978,32 +984,6 @@ def rows_in_chunks(num: int, size: int) -> list[slice]:
 # --------------------------------------------------------------------------------------------------- k-NN
 
 
-def vote(
-    similarity: Float[Tensor, "q k"],
-    labels: Int64[Tensor, "q k l"],
-    ks: Sequence[int],
-    num_classes: int,
-    temperature: float,
-) -> Float[Tensor, "q m c"]:
-    """Votes for each class of the nearest k neighbours, for each k: weight exp(similarity / temperature), as in DINO.
-
-    Args:
-        similarity: most similar first.
-        labels: of the neighbours, padded with -1; a neighbour with several labels votes for each.
-        ks: numbers of neighbours.
-        num_classes: c.
-        temperature: small for a vote of the nearest.
-    """
-    weight = (similarity / temperature).exp()
-    votes = []
-    for k in ks:
-        near = labels[:, :k]
-        weights = weight[:, :k, None] * (near >= 0)
-        empty = torch.zeros(len(near), num_classes, device=weight.device)
-        votes.append(empty.scatter_add_(1, near.clamp_min(0).flatten(1), weights.flatten(1)))
-    return torch.stack(votes, dim=1)
-
-
 def evaluate_knn(
     cfg: ClassificationConfig, model: FrozenModel, results: Results, splits: Splits, sets: FeatureSets, name: str
 ) -> None:
@@ -1023,8 +1003,11 @@ def evaluate_knn(
             similarity, index = nearest(queries.features[name].to(model.device), bank, ks[-1], "cosine")
             for rows in rows_in_chunks(len(similarity), 1024):
                 near = bank_labels[index[rows].cpu()].to(model.device)
-                votes = vote(similarity[rows], near, ks, splits.num_classes, cfg.knn_temperature)
-                correct += any_match(votes, queries.labels[rows], test.mapping).sum(0).cpu()
+                votes = [
+                    weighted_vote(similarity[rows, :k], near[:, :k], splits.num_classes, cfg.knn_temperature)
+                    for k in ks
+                ]
+                correct += any_match(torch.stack(votes, dim=1), queries.labels[rows], test.mapping).sum(0).cpu()
         top1 = [hits / len(test.data.labelled) for hits in all_reduce_sum_(correct).tolist()]
         metrics |= {f"top1{suffix}": top1[ks.index(reported)]}
         metrics |= {f"top1_k{k}{suffix}": value for k, value in zip(ks, top1, strict=True)}

@@ -235,15 +235,15 @@ class Standardizer:
             low, self.shift, high = _quartiles(features)
             self.scale = _nonzero(high - low)
             return
-        mean, covariance = _moments(features)
+        mean = torch.stack([rows.double().sum(dim=0) for rows in features.split(ROWS)]).sum(dim=0) / len(features)
         self.shift = mean.float()
         if kind == "StandardScaler":
-            self.scale = _nonzero(covariance.diagonal().sqrt()).float()
+            self.scale = _nonzero(_variances(features, mean).sqrt()).float()
         elif kind == "center_div":
             # Of all numbers before centring, so that the spread of the means counts too, as in the published numbers.
-            self.scale = torch.full((d,), float((covariance.diagonal().mean() + mean.var(correction=0)).sqrt()))
+            self.scale = torch.full((d,), float((_variances(features, mean).mean() + mean.var(correction=0)).sqrt()))
         elif kind in ("pca", "pca_whiten"):
-            variances, axes = torch.linalg.eigh(covariance)
+            variances, axes = torch.linalg.eigh(_covariance(features, mean))
             self.rotation = axes.flip(1).float()
             if kind == "pca_whiten":
                 self.scale = _nonzero(variances.flip(0).clamp_min(0).sqrt()).float()
@@ -259,14 +259,17 @@ class Standardizer:
         return features
 
 
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    d = features.shape[1]
-    mean = torch.stack([rows.double().sum(dim=0) for rows in features.split(ROWS)]).sum(dim=0) / len(features)
-    covariance = torch.zeros(d, d, dtype=torch.float64)
+def _variances(features: Tensor, mean: Tensor) -> Tensor:
+    squares = [(rows.double() - mean).square_().sum(dim=0) for rows in features.split(ROWS)]
+    return torch.stack(squares).sum(dim=0) / len(features)
+
+
+def _covariance(features: Tensor, mean: Tensor) -> Tensor:
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
     for rows in features.split(ROWS):
         centred = rows.double() - mean
         covariance += centred.T @ centred
-    return mean, covariance / len(features)
+    return covariance / len(features)
 
 
 def _quartiles(features: Tensor, columns: int = 16) -> tuple[Tensor, Tensor, Tensor]:

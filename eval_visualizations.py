@@ -78,6 +78,8 @@ DICTIONARY_PATCHES = 16_384
 """Patches, evenly spaced, to which dictionaries are fitted."""
 DICTIONARY_ALPHA = 0.1
 """Sparsity penalty, for features whose root mean square length is 1."""
+MOMENT_ROWS = 8192
+"""Patches that are converted to float64 at a time; a product of fewer runs below the processor's rate."""
 MIN_COLUMNS = 4
 
 # Told apart also by colour-blind people: Okabe and Ito's colours, then grey and brown. Fixed: atom 1 is always blue.
@@ -444,7 +446,10 @@ def _leading(symmetric: Float64[Tensor, "m m"], k: int) -> tuple[Float64[Tensor,
 
 
 class Moments:
-    """Sums from which mean and covariance of any number of patches follow, in float64."""
+    """Sums from which mean and covariance of any number of patches follow, in float64.
+
+    `sums`: products of the features, and in the last row their sums and the number of patches.
+    """
 
     def __init__(self, width: int) -> None:
         self.sums = torch.zeros(width + 1, width + 1, dtype=torch.float64)
@@ -452,10 +457,11 @@ class Moments:
     def add(self, x: Float[Tensor, "b n d"]) -> None:
         """Count the patches of some images."""
         self.sums = self.sums.to(x.device)
-        for each in x:
-            # With a column of ones, one product has the squares, the sums and the number.
-            extended = F.pad(each.double(), (0, 1), value=1.0)
-            self.sums.addmm_(extended.T, extended)
+        for some in x.flatten(0, 1).split(MOMENT_ROWS):
+            rows = some.double()
+            self.sums[:-1, :-1].addmm_(rows.T, rows)
+            self.sums[-1, :-1] += rows.sum(dim=0)
+            self.sums[-1, -1] += len(rows)
 
     def add_other_ranks(self) -> None:
         """Count what the other ranks counted; all call this together."""
@@ -606,31 +612,16 @@ class AtomDictionary(NamedTuple):
 
     def encode(self, x: Float[Tensor, "b n d"]) -> Float32[Tensor, "b n k"]:
         """How much of each atom is in each patch."""
-        mean, atoms = self.mean.to(x.device), self.atoms.to(x.device)
-        products = torch.stack([(each - mean) / self.scale @ atoms.T for each in x])
-        return sparse_codes(products, atoms @ atoms.T, DICTIONARY_ALPHA).float()
+        mean = self.mean.to(x.device)
+        return torch.stack([sparse_codes((each - mean) / self.scale, self.atoms).float() for each in x])
 
 
-def sparse_codes(
-    products: Float64[Tensor, "*patches k"], gram: Float64[Tensor, "k k"], alpha: float, num_sweeps: int = 1000
-) -> Float64[Tensor, "*patches k"]:
-    """Codes >= 0 that minimise |x - codes atoms|^2 / 2 + alpha sum(codes), by coordinate descent on all patches.
+def sparse_codes(x: Float64[Tensor, "m d"], atoms: Float64[Tensor, "k d"]) -> Float64[Tensor, "m k"]:
+    """Codes >= 0 that minimise |x - codes atoms|^2 / 2 + `DICTIONARY_ALPHA` sum(codes) for each row; on the CPU."""
+    from sklearn.decomposition import sparse_encode
 
-    Args:
-        products: x times the transposed atoms.
-        gram: the atoms times the transposed atoms.
-        alpha: penalty.
-        num_sweeps: at most so often is each code updated.
-    """
-    codes = torch.zeros_like(products)
-    for _ in range(num_sweeps):
-        before = codes.clone()
-        for j in range(len(gram)):
-            step = (products[..., j] - alpha - codes @ gram[:, j]) / gram[j, j].clamp_min(1e-12)
-            codes[..., j] = (codes[..., j] + step).clamp_min(0)
-        if (codes - before).abs().max() < 1e-6:
-            break
-    return codes
+    options = {"algorithm": "lasso_cd", "alpha": DICTIONARY_ALPHA, "positive": True}
+    return torch.from_numpy(sparse_encode(x.cpu().numpy(), atoms.cpu().numpy(), **options))
 
 
 def fit_dictionaries(sample: Float[Tensor, "m d"], sizes: Sequence[int], seed: int) -> list[AtomDictionary]:
@@ -654,7 +645,7 @@ def _fit_dictionary(sample: Float64[Tensor, "m d"], num_atoms: int, seed: int) -
         random_state=seed,
     )
     atoms = torch.from_numpy(learner.fit(scaled.numpy()).components_)
-    codes = sparse_codes(scaled @ atoms.T, atoms @ atoms.T, DICTIONARY_ALPHA)
+    codes = sparse_codes(scaled, atoms)
     error = (scaled - codes @ atoms).pow(2).sum(dim=1).mean()
     return AtomDictionary(mean, scale, atoms[codes.sum(dim=0).argsort(descending=True, stable=True)], 1 - float(error))
 

@@ -110,8 +110,12 @@ class FrozenModel:
         self.sha256 = hash_weights(model)
 
     @torch.no_grad()
-    def __call__(self, images: UInt8[Tensor, "b 3 h w"]) -> Features:
+    def __call__(self, images: UInt8[Tensor, "b 3 h w"], *, check_finite: bool = True) -> Features:
         """Features of 8-bit RGB images, on the model's device.
+
+        Args:
+            images: both sides divide into patches.
+            check_finite: refuse values that are not finite, for which the host waits for the device.
 
         Raises: UserError if the image size does not fit the patch size, or the model breaks the contract.
         """
@@ -124,7 +128,10 @@ class FrozenModel:
         x = (images.to(self.device, non_blocking=True).float() / 255 - self.mean) / self.std
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = self.module(x)
-        return self._checked(out, len(images), height // self.patch_size, width // self.patch_size)
+        features = self._checked(out, len(images), height // self.patch_size, width // self.patch_size)
+        if check_finite:
+            self._check_finite(features)
+        return features
 
     def _checked(self, out: Any, b: int, hp: int, wp: int) -> Features:
         if not isinstance(out, tuple) or len(out) != 3:
@@ -145,11 +152,18 @@ class FrozenModel:
             if not fits:
                 wanted = ", ".join("any" if want is None else str(want) for want in shape)
                 raise self._broken(f"{what} has shape {list(tensor.shape)}, expected [{wanted}]")
-            if not bool(tensor.isfinite().all()):
-                raise self._broken(f"{what} has values that are not finite; dtype=float32 may help")
         if registers is not None and registers.shape[1] == 0:
             registers = None
         return Features(global_repr.float(), None if registers is None else registers.float(), feature_map.float())
+
+    def _check_finite(self, features: Features) -> None:
+        given = {"global representation": features.global_repr, "feature map": features.feature_map}
+        if features.registers is not None:
+            given["registers"] = features.registers
+        finite = torch.stack([tensor.isfinite().all().to(self.device) for tensor in given.values()])
+        for what, is_finite in zip(given, finite.tolist(), strict=True):  # one wait for the device, not one for each
+            if not is_finite:
+                raise self._broken(f"the {what} has values that are not finite; dtype=float32 may help")
 
     def _broken(self, how: str) -> UserError:
         return UserError(f"model_path={self.name}: {how}; see the contract of models in README.md")

@@ -11,6 +11,8 @@ DISTANCES = ("cosine", "L2", "L1", "Linf", "inner_product")
 TRAIN_CHUNK = 262_144
 BLOCK = 2**26
 """Most similarities, or votes, that are held at once."""
+GROUP = 64
+"""Similarities of which only the largest is looked at, unless it is among the k largest."""
 
 
 def nearest(
@@ -45,11 +47,11 @@ def nearest(
     for start in range(0, len(train), train_chunk):
         chunk = _prepare(train[start : start + train_chunk].to(queries.device), distance, dtype)
         parts = [
-            _similarity(some, chunk, distance).topk(min(k, len(chunk)), dim=1)
+            _largest(_similarity(some, chunk, distance), min(k, len(chunk)))
             for some in queries.split(max(1, BLOCK // len(chunk)))
         ]
-        best = torch.cat([best, *[torch.cat([part.values for part in parts])]], dim=1)
-        rows = torch.cat([rows, torch.cat([part.indices for part in parts]) + start], dim=1)
+        best = torch.cat([best, *[torch.cat([values for values, _ in parts])]], dim=1)
+        rows = torch.cat([rows, torch.cat([columns for _, columns in parts]) + start], dim=1)
         # Ties keep the earlier row: a stable sort of at most 2 k candidates.
         order = best.argsort(dim=1, descending=True, stable=True)[:, :k]
         best, rows = best.gather(1, order), rows.gather(1, order)
@@ -68,6 +70,24 @@ def _similarity(queries: Tensor, train: Tensor, distance: str) -> Tensor:
         return (queries @ train.T).float().mul_(2).sub_(train.float().square().sum(dim=1))
     assert distance in ("L1", "Linf")
     return -torch.cdist(queries.float(), train.float(), p=1.0 if distance == "L1" else torch.inf)
+
+
+def _largest(x: Float[Tensor, "q n"], k: int) -> tuple[Float[Tensor, "q k"], Int64[Tensor, "q k"]]:
+    """`x.topk(k, dim=1)`. The k largest numbers are in the k groups with the largest maxima, so few are sorted."""
+    num_groups, rest = divmod(x.shape[1], GROUP)
+    if num_groups < 8 * k:  # sorting the candidates would then cost as much as sorting all
+        values, columns = x.topk(k, dim=1)
+        return values, columns
+    grouped = x[:, : num_groups * GROUP].unflatten(1, (num_groups, GROUP))
+    groups = grouped.amax(dim=2).topk(k, dim=1, sorted=False).indices.unsqueeze(2)
+    candidates = grouped.gather(1, groups.expand(-1, -1, GROUP)).flatten(1)
+    columns = (groups * GROUP + torch.arange(GROUP, device=x.device)).flatten(1)
+    if rest:
+        candidates = torch.cat([candidates, x[:, -rest:]], dim=1)
+        last = torch.arange(x.shape[1] - rest, x.shape[1], device=x.device)
+        columns = torch.cat([columns, last.expand(len(x), -1)], dim=1)
+    values, places = candidates.topk(k, dim=1)
+    return values, columns.gather(1, places)
 
 
 def majority_votes(

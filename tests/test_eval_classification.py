@@ -35,10 +35,10 @@ from eval_classification import (
     start_training,
     train_batches,
     train_step,
-    vote,
 )
 from evaluation import FrozenModel
 from model import EncoderDecoder
+from neighbors import weighted_vote
 from sources import Fields, HubDataset, ImageDataset, Sample
 from utils import UserError
 
@@ -127,16 +127,18 @@ def error_of(capsys, *args):
 def test_attentive_classifier_equals_golden_wherever_it_is_in_the_stack():
     golden, _ = load_golden("evaluation")
     stack = AttentiveClassifiers(3, 128, 10)
-    names = {
-        "query": "query_token",
-        "kv_weight": "kv.weight",
-        "kv_bias": "kv.bias",
-        "weight": "linear.weight",
-        "bias": "linear.bias",
+    key_weight, value_weight = golden["attnpool.kv.weight"].chunk(2)
+    values = {
+        "query": golden["attnpool.query_token"],
+        "key_weight": key_weight,
+        "value_weight": value_weight,
+        "value_bias": golden["attnpool.kv.bias"].chunk(2)[1],
+        "weight": golden["attnpool.linear.weight"],
+        "bias": golden["attnpool.linear.bias"],
     }
     with torch.no_grad():
-        for name, key in names.items():
-            getattr(stack, name)[1] = golden[f"attnpool.{key}"]
+        for name, value in values.items():
+            getattr(stack, name)[1] = value
         out = stack(golden["attnpool.x"])
     torch.testing.assert_close(out[:, 1], golden["attnpool.out"], rtol=0, atol=1e-5)
     assert not torch.allclose(out[:, 0], out[:, 1])
@@ -145,8 +147,9 @@ def test_attentive_classifier_equals_golden_wherever_it_is_in_the_stack():
 def attention_by_the_book(stack, m, tokens):
     """Keys and values of every token, for one of the stacked classifiers, in float64."""
     dim = stack.query.shape[1]
-    kv = F.linear(tokens, stack.kv_weight[m].double(), stack.kv_bias[m].double())
-    keys, values = (x.unflatten(-1, (-1, stack.head_dim)).transpose(1, 2) for x in kv.chunk(2, dim=-1))
+    keys = F.linear(tokens, stack.key_weight[m].double())
+    values = F.linear(tokens, stack.value_weight[m].double(), stack.value_bias[m].double())
+    keys, values = (x.unflatten(-1, (-1, stack.head_dim)).transpose(1, 2) for x in (keys, values))
     query = stack.query[m].double().expand(len(tokens), 1, dim).unflatten(-1, (-1, stack.head_dim)).transpose(1, 2)
     pooled = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(1)
     return F.linear(pooled, stack.weight[m].double(), stack.bias[m].double())
@@ -185,7 +188,7 @@ def test_stacked_adamw_equals_torch_adamw_of_each_classifier():
     others = [
         torch.optim.AdamW(
             [
-                {"params": [p], "weight_decay": 0.0 if name in ("bias", "kv_bias") else wd}
+                {"params": [p], "weight_decay": 0.0 if name in ("bias", "value_bias") else wd}
                 for name, p in parameters.items()
             ],
             lr=lr,
@@ -196,9 +199,9 @@ def test_stacked_adamw_equals_torch_adamw_of_each_classifier():
     ours = StackedAdamW(stack, *torch.tensor(grid).T)
     for number, lr_scale in enumerate((0.0, 0.5, 1.0, 0.7), 1):
         for name, p in stack.named_parameters():
-            p.grad = torch.randn(p.shape, generator=seeded(number)) * 10.0 ** torch.arange(3).view(
-                -1, *[1] * (p.ndim - 1)
-            )
+            # The smallest are of the size of epsilon.
+            sizes = torch.tensor([1e-8, 1.0, 100.0]).view(-1, *[1] * (p.ndim - 1))
+            p.grad = torch.randn(p.shape, generator=seeded(number)) * sizes
             for m in range(3):
                 alone[m][name].grad = p.grad[m].clone()
         ours.step(number, lr_scale)
@@ -245,9 +248,10 @@ def test_predictions_that_are_not_finite_are_wrong():
 def test_votes_are_weighted_by_similarity_and_counted_for_every_label():
     similarity = torch.tensor([[0.9, 0.8, 0.7]])
     labels = torch.tensor([[[1, -1], [0, 2], [0, -1]]])
-    votes = vote(similarity, labels, [1, 3], 4, 0.07)
     near, second, third = (similarity[0] / 0.07).exp().tolist()
-    torch.testing.assert_close(votes[0], torch.tensor([[0, near, 0, 0], [second + third, near, second, 0]]))
+    for k, expected in ((1, [0, near, 0, 0]), (3, [second + third, near, second, 0])):
+        votes = weighted_vote(similarity[:, :k], labels[:, :k], 4, 0.07)
+        torch.testing.assert_close(votes, torch.tensor([expected]))
 
 
 @pytest.mark.parametrize(("resize", "shorter"), [("null", 37), ("50", 50)])
@@ -427,7 +431,16 @@ def test_a_checkpoint_of_another_training_is_refused(images, tmp_path, monkeypat
     with pytest.raises(UserError, match=r"classifiers_checkpoint\.pth belongs to another training .*total_iters was 6"):
         EVALUATION.run(config(images, tmp_path, "methods=[classifiers]", "total_iters=8"), torch.device("cpu"))
     (tmp_path / "results_classification.json").unlink()
-    (tmp_path / "classifiers_checkpoint.pth").write_bytes(b"damaged")
+    path = tmp_path / "classifiers_checkpoint.pth"
+    state = torch.load(path, weights_only=True)
+    state["classifiers"] = {f"old_{name}": value for name, value in state["classifiers"].items()}
+    torch.save(state, path)
+    with pytest.raises(
+        UserError, match=r"classifiers_checkpoint\.pth holds other classifiers .* delete .* to train anew"
+    ):
+        EVALUATION.run(config(images, tmp_path, "methods=[classifiers]"), torch.device("cpu"))
+    (tmp_path / "results_classification.json").unlink()
+    path.write_bytes(b"damaged")
     with pytest.raises(UserError, match="cannot be read"):
         EVALUATION.run(config(images, tmp_path, "methods=[classifiers]"), torch.device("cpu"))
 

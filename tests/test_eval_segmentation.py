@@ -14,6 +14,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 from sklearn.metrics import jaccard_score
 from sklearn.preprocessing import RobustScaler, StandardScaler
+from torch.utils.flop_counter import FlopCounterMode
 
 import eval_segmentation
 from config import load_config
@@ -133,6 +134,14 @@ def test_standardisation_is_that_of_scikit_learn(kind, monkeypatch):
             "RobustScaler": lambda: RobustScaler().fit_transform(y),
         }[kind]()
     np.testing.assert_allclose(actual, expected, rtol=0, atol=3e-4 if "whiten" in kind else 3e-5)
+
+
+@pytest.mark.parametrize(("kind", "products"), [("StandardScaler", 0), ("center_div", 0), ("pca", 2 * 300 * 20**2)])
+def test_standardisation_without_rotation_needs_no_covariance(kind, products):
+    x = torch.randn(300, 20, generator=seeded(0))
+    with FlopCounterMode(display=False) as counter:
+        Standardizer(kind, x)
+    assert counter.get_total_flops() == products
 
 
 # --------------------------------------------------------------------------------------------------- whole runs
