@@ -146,7 +146,7 @@ def session(device_name: str, *, timeout: timedelta = TIMEOUT) -> Iterator[torch
     """
     place = find_place()
     device = pick_device(device_name, place)
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     if place.launcher == "alone":
         yield device

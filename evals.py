@@ -244,8 +244,11 @@ class EvalRuns:
 
     def _fail(self, launched: _Launched, why: str) -> None:
         logger.warning("evals.%s of step %d failed, training goes on: %s", launched.name, launched.step, why)
-        if launched.folder.is_dir():
-            (launched.folder / "failed").write_text(why + "\n")
+        try:
+            if launched.folder.is_dir():
+                (launched.folder / "failed").write_text(why + "\n")
+        except OSError as error:  # the disk is full, which may be why it failed
+            logger.warning("%s could not be marked as failed, and may start anew: %s", launched.folder, error)
 
     def wait(self, stop: StopRequest, only: str | None = None) -> None:
         """Wait for the processes on this machine, all or those of one set, or until the training is to stop."""

@@ -370,7 +370,8 @@ class Results:
     A second run of the same evaluation of the same weights keeps what is there, so `in` tells what need not be computed
     again. Rank 0 writes; all ranks hold the same.
 
-    Raises: UserError if the folder holds results of other weights or another config.
+    Raises: UserError, on all ranks, if the folder cannot be made, or holds results of other weights or another config,
+        or a file of that name that is something else.
     """
 
     def __init__(self, script: str, cfg: EvaluationConfig, about: dict[str, Any]) -> None:
@@ -380,9 +381,7 @@ class Results:
         self.free_keys = cfg.free_keys
         self.about = about
         self.values: dict[str, Any] = {}
-        if rank() == 0:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-        old = broadcast_object(self._read() if rank() == 0 else None)
+        old = broadcast_object(self._open() if rank() == 0 else None)
         if isinstance(old, UserError):
             raise old
         if old is not None:
@@ -392,13 +391,28 @@ class Results:
             self.about = old["about"] | about
             self._write()
 
-    def _read(self) -> dict[str, Any] | UserError | None:
+    def _open(self) -> dict[str, Any] | UserError | None:
+        """What an earlier run left. A mistake is returned, for all ranks to raise."""
         try:
-            return json.loads(self.path.read_text())
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return UserError(
+                f"output_dir={self.config['output_dir']} cannot be made: {error.strerror or error}; choose another one"
+            )
+        try:
+            old = json.loads(self.path.read_text())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            return UserError(f"{self.path} cannot be read ({error}); move it away or choose another output_dir")
+            return self._unreadable(str(error))
+        parts = [old.get(key) for key in ("results", "config", "about")] if isinstance(old, dict) else [None]
+        whole = all(isinstance(part, dict) for part in parts)
+        if not whole or not isinstance(old["about"].get("weights_sha256"), str):
+            return self._unreadable("it was not written by an evaluation")
+        return old
+
+    def _unreadable(self, why: str) -> UserError:
+        return UserError(f"{self.path} cannot be read ({why}); move it away or choose another output_dir")
 
     def _check_same(self, old: dict[str, Any]) -> None:
         remedy = f"choose another output_dir, or delete {self.path} to evaluate anew"

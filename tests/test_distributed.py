@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from ranks import run_on_ranks
+from torch.cuda._utils import _get_device_index
 
 import distributed
 from distributed import ALONE, Place, find_place, first_host, pick_device, session
@@ -120,6 +121,16 @@ def test_each_rank_has_its_own_gpu(monkeypatch):
         pick_device("cuda", place())
 
 
+def test_one_process_leaves_the_choice_among_its_gpus_to_torch(monkeypatch):
+    def set_device(device):  # as torch does, without a GPU
+        assert _get_device_index(device) >= 0
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(distributed, "find_place", lambda: ALONE)
+    with session("cuda") as device:
+        assert device == torch.device("cuda")
+
+
 def test_an_apple_gpu_is_for_one_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -204,3 +215,28 @@ def test_an_error_of_one_rank_ends_all(tmp_path):
     done = torchrun(tmp_path, "if rank() == 1:\n    raise UserError('this rank alone')\nbarrier()")
     assert done.returncode == 1
     assert "error: rank 1: this rank alone" in done.stderr
+
+
+def rows_of(rank, counts):
+    return torch.arange(rank * 100, rank * 100 + 3 * counts[rank], dtype=torch.float16).view(-1, 3)
+
+
+def gather_my_rows(counts):
+    mine = rows_of(distributed.rank(), counts)
+    before = mine.clone()
+    whole = distributed.all_gather_rows(mine)
+    assert torch.equal(mine, before)
+    return whole
+
+
+@pytest.mark.parametrize("counts", [(2, 5), (0, 3), (4, 0, 1), (0, 0)])
+def test_rows_of_ranks_come_together_in_rank_order_however_many_each_has(counts):
+    whole = torch.cat([rows_of(rank, counts) for rank in range(len(counts))])
+    for gathered in run_on_ranks(gather_my_rows, len(counts), counts):
+        assert gathered.dtype == torch.float16
+        assert torch.equal(gathered, whole)
+
+
+def test_rows_of_one_process_are_those_of_all():
+    mine = torch.zeros(2, 3)
+    assert distributed.all_gather_rows(mine) is mine

@@ -9,9 +9,10 @@ import yaml
 from conftest import ROOT, run_cli
 from runs import FAKE_EVALUATION, make_images, metrics_of, run_main, tiny
 
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, EvalConfig, load_config
 from default_eval_config import EVALS
-from evals import OF_RANKS, chosen_evals
+from evals import OF_RANKS, EvalRuns, chosen_evals
+from launch import StopRequest
 from utils import UserError
 
 
@@ -125,6 +126,21 @@ def test_what_did_not_land_before_a_kill_starts_anew(finished, place, tmp_path, 
     again = [record for record in eval_records(run) if "eval/last/fake/sum/top1" in record]
     assert again == [json.loads(line) for line in lost]
     assert len(eval_records(run)) == len(eval_records(finished)), "what had landed, or failed, is not done again"
+
+
+def test_not_even_a_disk_that_takes_no_note_of_a_failure_stops_the_training(place, tmp_path, caplog):
+    script = {"script": "eval_fake.py"}
+    cfg = EvalConfig(1, False, "student", "model.py", {"fake": script}, "process")
+    launcher = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, ["data.dataset=x"]).launcher
+    runs = EvalRuns(tmp_path, {"mine": cfg}, launcher, device="cpu", kept_step=0)
+
+    def export(name, path):
+        (path.parent / "failed").mkdir(parents=True)  # stands for a file that cannot be written
+
+    runs.launch_due(1, export, StopRequest())
+    assert "evals.mine of step 1 failed, training goes on" in caplog.text
+    assert "could not be marked as failed" in caplog.text
+    assert runs.finished() == []
 
 
 def test_a_set_may_name_evaluations_of_the_defaults_and_change_them():

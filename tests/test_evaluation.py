@@ -1,0 +1,257 @@
+"""evaluation.py: the contract of models, shares of ranks, what is kept of an earlier run, and mistakes of a user."""
+
+import json
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_cli, seeded
+from ranks import run_on_ranks
+from runs import FAKE_EVALUATION, make_images
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evaluation import (
+    EvaluationConfig,
+    FrozenModel,
+    ImageBatches,
+    Results,
+    extract,
+    hash_weights,
+    load_model_file,
+    my_share,
+    open_dataset,
+    split_off,
+)
+from utils import UserError
+
+CPU = torch.device("cpu")
+
+
+class Model(nn.Module):
+    """Means of patches, or whatever a test wants it to return."""
+
+    patch_size = 4
+
+    def __init__(self, out=None):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+        self.out = out
+
+    def forward(self, images):
+        b, _, h, w = images.shape
+        patches = nn.functional.avg_pool2d(images, 4).movedim(1, -1)
+        good = (patches.mean((1, 2)), None, patches)
+        return self.out(b, h // 4, w // 4, good) if self.out else good
+
+
+def frozen(out=None, **keys):
+    return FrozenModel(Model(out), EvaluationConfig(output_dir="x", **keys), CPU, "mine.py")
+
+
+IMAGES = torch.zeros(2, 3, 8, 12, dtype=torch.uint8)
+
+
+# ----------------------------------------------------------------------------------------------- the contract
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        (lambda b, h, w, good: good[2], "Tensor, not (global, registers, feature map)"),
+        (lambda b, h, w, good: good[:2], "tuple, not (global, registers, feature map)"),
+        (lambda b, h, w, good: (None, *good[1:]), "the global representation is NoneType"),
+        (lambda b, h, w, good: (good[0][0], *good[1:]), "the global representation has shape [3], expected [2, any]"),
+        (lambda b, h, w, good: (*good[:2], good[2].flatten(1, 2)), "expected [2, 2, 3, any]"),
+        (lambda b, h, w, good: (*good[:2], good[2].transpose(1, 2)), "has shape [2, 3, 2, 3], expected [2, 2, 3, any]"),
+        (lambda b, h, w, good: (good[0], good[0], good[2]), "the registers has shape [2, 3], expected [2, any, any]"),
+        (lambda b, h, w, good: (good[0] / 0, *good[1:]), "the global representation has values that are not finite"),
+        (lambda b, h, w, good: (*good[:2], good[2] / 0), "the feature map has values that are not finite"),
+    ],
+)
+def test_a_model_that_breaks_the_contract_is_told_how(out, words):
+    with pytest.raises(UserError, match=r"model_path=mine\.py: ") as caught:
+        frozen(out)(IMAGES)
+    assert words in str(caught.value)
+
+
+def test_a_model_that_keeps_it_gets_normalised_images():
+    images = torch.randint(256, (2, 3, 8, 12), generator=seeded(0), dtype=torch.uint8)
+    features = frozen(image_mean=[0.5, 0.25, 0.0], image_std=[0.5, 1.0, 2.0])(images)
+    pixels = (images.double() / 255 - torch.tensor([0.5, 0.25, 0.0]).view(3, 1, 1)) / torch.tensor([0.5, 1, 2]).view(
+        3, 1, 1
+    )
+    expected = pixels.view(2, 3, 2, 4, 3, 4).mean((3, 5)).movedim(1, -1)
+    torch.testing.assert_close(features.feature_map.double(), expected, rtol=0, atol=1e-6)
+    assert features.registers is None
+
+
+def test_the_look_for_values_that_are_not_finite_can_be_left_out_and_no_other():
+    nan = frozen(lambda b, h, w, good: (good[0] / 0, torch.full((b, 2, 3), torch.nan), good[2] / 0))
+    assert not nan(IMAGES, check_finite=False).feature_map.isfinite().any()
+    with pytest.raises(UserError, match="the global representation has values that are not finite"):
+        nan(IMAGES)
+    with pytest.raises(UserError, match="not \\(global, registers, feature map\\)"):
+        frozen(lambda b, h, w, good: good[2])(IMAGES, check_finite=False)
+
+
+class CountWaits(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_checks_wait_for_the_device_once_and_not_for_every_output():
+    model = frozen(lambda b, h, w, good: (good[0], torch.zeros(b, 2, 3), good[2]))
+    with CountWaits() as waits:
+        model(IMAGES)
+    assert waits.num == 0, "single values are read one by one"
+
+
+def test_an_empty_tensor_of_registers_is_none():
+    assert frozen(lambda b, h, w, good: (good[0], torch.zeros(b, 0, 3), good[2]))(IMAGES).registers is None
+
+
+def test_the_patch_size_must_divide_the_images_and_exist():
+    with pytest.raises(UserError, match="images of 8x10 pixels do not divide into patches of 4"):
+        frozen()(torch.zeros(1, 3, 8, 10, dtype=torch.uint8))
+    model = Model()
+    model.patch_size = (4, 4)
+    with pytest.raises(UserError, match="patch_size is \\(4, 4\\)"):
+        FrozenModel(model, EvaluationConfig(output_dir="x"), CPU, "mine.py")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("x = 1", "does not define __model_loader__"),
+        ("import not_installed_anywhere", "cannot be imported: No module named"),
+    ],
+)
+def test_a_file_without_a_loader_is_told_so(tmp_path, content, words):
+    (tmp_path / "mine.py").write_text(content)
+    with pytest.raises(UserError, match=words):
+        load_model_file(str(tmp_path / "mine.py"), {})
+
+
+def test_weights_have_a_hash_of_their_own():
+    one, same, other = Model(), Model(), Model()
+    with torch.no_grad():
+        other.scale[1] += 1e-6
+    assert hash_weights(one) == hash_weights(same) != hash_weights(other)
+    assert hash_weights(one) != hash_weights(Model().bfloat16())
+
+
+# ------------------------------------------------------------------------------------------------ the images
+
+
+def test_a_split_is_a_permutation_and_a_function_of_its_seed():
+    kept, held_out = split_off(50, 0.1, seed=3)
+    assert len(held_out) == 5
+    assert sorted([*kept.tolist(), *held_out.tolist()]) == list(range(50))
+    assert torch.equal(split_off(50, 0.1, seed=3)[1], held_out)
+    assert not torch.equal(split_off(50, 0.1, seed=4)[1], held_out)
+    with pytest.raises(UserError, match="leave none"):
+        split_off(1, 0.1, seed=0)
+
+
+def prepare(image, target):
+    return (torch.from_numpy(np.asarray(image.resize((8, 8))).copy()).movedim(-1, 0), torch.tensor(image.width))
+
+
+def extract_on_rank(folder, num):
+    batches = ImageBatches(open_dataset(str(folder), "d"), prepare, batch_size=2, indices=range(num))
+    shares = [my_share(num, place) for place in range(8)]
+    patches, widths = extract(frozen(), batches, lambda f, widths: (f.feature_map.flatten(0, 2), widths.clone()))
+    return patches, widths, len(batches.share), shares
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_what_ranks_extract_comes_together_in_the_order_of_the_images(tmp_path, num_ranks):
+    folder = make_images(tmp_path / "images", num=7)
+    alone = extract_on_rank(folder, 7)
+    assert alone[0].shape == (28, 3)
+    found = run_on_ranks(extract_on_rank, num_ranks, folder, 7)
+    assert sum(each[2] for each in found) == 7
+    for patches, widths, *_ in found:
+        assert torch.equal(patches, alone[0]) and torch.equal(widths, alone[1])
+
+
+def test_a_rank_without_an_image_gets_those_of_the_others(tmp_path):
+    folder = make_images(tmp_path / "images", num=2)
+    alone = extract_on_rank(folder, 2)
+    found = run_on_ranks(extract_on_rank, 3, folder, 2)
+    assert min(each[2] for each in found) == 0
+    assert all(torch.equal(each[0], alone[0]) for each in found)
+
+
+# ----------------------------------------------------------------------------------------------------- results
+
+
+ABOUT = {"weights_sha256": "a" * 64}
+
+
+def results(folder, about=ABOUT, **keys):
+    return Results("fake", EvaluationConfig(output_dir=str(folder), **keys), about)
+
+
+def test_what_was_added_is_there_again(tmp_path):
+    results(tmp_path).add("one", {"top1": 0.5})
+    again = results(tmp_path, batch_size=7)
+    assert "one" in again and "two" not in again and again.values == {"one": {"top1": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("about", "keys", "words"),
+    [
+        ({"weights_sha256": "b" * 64}, {}, "results of another model"),
+        (ABOUT, {"dtype": "bfloat16"}, "dtype was 'float32', is 'bfloat16'"),
+    ],
+)
+def test_results_of_something_else_are_not_mixed(tmp_path, about, keys, words):
+    results(tmp_path).add("one", 1)
+    before = (tmp_path / "results_fake.json").read_text()
+    with pytest.raises(UserError, match="choose another output_dir") as caught:
+        results(tmp_path, about, **keys)
+    assert words in str(caught.value)
+    assert (tmp_path / "results_fake.json").read_text() == before
+
+
+OTHER_WEIGHTS = '{"results": {}, "config": {}, "about": {"weights_sha256": 7}}'
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"results": {}}', OTHER_WEIGHTS])
+def test_a_file_that_is_no_result_is_left_alone_and_named(tmp_path, content):
+    (tmp_path / "results_fake.json").write_text(content)
+    with pytest.raises(UserError, match=r"results_fake\.json cannot be read"):
+        results(tmp_path)
+    assert (tmp_path / "results_fake.json").read_text() == content
+
+
+def error_on_rank(folder):
+    with pytest.raises(UserError) as caught:
+        results(folder)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_an_output_directory_that_cannot_be_made_is_named_on_all_ranks(tmp_path, num_ranks):
+    (tmp_path / "file").write_text("")
+    messages = run_on_ranks(error_on_rank, num_ranks, tmp_path / "file" / "out")
+    assert len(set(messages)) == 1
+    assert f"output_dir={tmp_path}/file/out cannot be made: Not a directory" in messages[0]
+
+
+def test_an_evaluation_runs_under_torchrun_as_typed(tmp_path):
+    (tmp_path / "eval_fake.py").write_text(textwrap.dedent(FAKE_EVALUATION.format(root=str(ROOT))))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    tiny = 'model_loader_kwargs={"config_path": "configs/demo.yaml"}'
+    done = run_cli(*launcher, tmp_path / "eval_fake.py", tiny, f"output_dir={tmp_path / 'out'}", "device=cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out" / "results_fake.json").read_text())
+    assert found["about"]["num_ranks"] == 2 and "top1" in found["results"]["sum"]
