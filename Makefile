@@ -3,7 +3,7 @@
 # make check   format, lint, types, tests
 # make slurm   a two-node training on a real Slurm, preempted and requeued (root, Debian's slurm-wlm and munge)
 # make gpu     also the tests that need CUDA
-# make bench   speed and memory on this machine
+# make bench   speed and memory on this machine, into bench/results.jsonl and bench/README.md
 # Each target installs what it needs into .venv with pip; PYTHON chooses the interpreter (3.11 or newer).
 
 PYTHON ?= python3
@@ -35,7 +35,10 @@ gpu: .venv/.test
 bench: .venv/.run
 	$(BIN)/python bench/clustering.py
 	$(BIN)/python bench/step.py
+	$(BIN)/python bench/loading.py
 	$(BIN)/python bench/evaluations.py
+	$(BIN)/python bench/startup.py
+	$(BIN)/python bench/results.py
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'

@@ -570,11 +570,16 @@ def encoder_flops_per_image(shape: StepShape) -> int:
     return _embedding_flops(shape) + shape.encoder_depth * _block_flops(shape.embed_dim, num_tokens, num_tokens)
 
 
-def training_flops_per_image(shape: StepShape) -> float:
-    """Model FLOPs of one CAPI step per image: matmuls alone, recomputation not counted.
+def step_flops_per_image(shape: StepShape, batch_size: int | None = None) -> dict[str, int | float]:
+    """Model FLOPs of the parts of one CAPI step per image: matmuls alone, recomputation not counted.
 
-    Teacher forward on all patches; student (encoder on visible patches, predictor, head) forward and backward, a
-    backward pass being two forward passes; clustering head forward and weight gradient, as its input needs no gradient.
+    Args:
+        shape: sizes of model and step.
+        batch_size: images per forward pass, of which drop path keeps a whole number; None counts its expectation.
+
+    Returns: `teacher`: forward on all patches. `clustering`: forward and weight gradient, as the head's input needs no
+        gradient. `student`: encoder on visible patches, predictor and head, forward and backward, a backward pass being
+        two forward passes.
     """
     d, context = shape.embed_dim, shape.num_visible + shape.num_registers
     blocks = shape.encoder_depth * _block_flops(d, context, context)
@@ -582,8 +587,26 @@ def training_flops_per_image(shape: StepShape) -> float:
     student_head = 2 * shape.num_predict * d * shape.num_clusters
     clustering_head = 2 * shape.num_patches * d * shape.num_clusters
     # The image needs no gradient either: the student's embedding costs forward and weight gradient, of all patches.
-    student = 2 * _embedding_flops(shape) + 3 * ((1 - shape.drop_path_rate) * blocks + student_head)
-    return encoder_flops_per_image(shape) + student + 2 * clustering_head
+    student = 2 * _embedding_flops(shape) + 3 * (_kept(shape, batch_size) * blocks + student_head)
+    return {"teacher": encoder_flops_per_image(shape), "clustering": 2 * clustering_head, "student": student}
+
+
+def _kept(shape: StepShape, batch_size: int | None) -> float:
+    """Fraction of the images on which a branch runs."""
+    keep = 1.0 - shape.drop_path_rate
+    return keep if batch_size is None or keep == 1 else max(int(batch_size * keep), 1) / batch_size
+
+
+def training_flops_per_image(shape: StepShape, batch_size: int | None = None) -> int | float:
+    """Model FLOPs of one CAPI step per image: the sum of `step_flops_per_image`."""
+    return sum(step_flops_per_image(shape, batch_size).values())
+
+
+def attention_recomputation_per_image(shape: StepShape, batch_size: int | None = None) -> int | float:
+    """FLOPs that fused attention adds in the student's backward pass, which are no model FLOPs: the scores again."""
+    context = shape.num_visible + shape.num_registers
+    queries = shape.encoder_depth * context + shape.decoder_depth * shape.num_predict
+    return _kept(shape, batch_size) * 2 * shape.embed_dim * queries * context
 
 
 def num_backbone_parameters(shape: StepShape) -> int:

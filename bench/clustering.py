@@ -1,55 +1,175 @@
-"""Time and memory of the clustering head's step: 256 positions x 64 images x 16384 prototypes, width 384, float32.
+"""Time and memory of the clustering head's step against the two matmuls that it cannot do without.
 
-    python bench/clustering.py [chunk ...]
+    python bench/clustering.py [--batch 64] [--width 384] [--chunks 1 8 auto] [--results FILE]
 
-One line per chunk size (positions whose logits are alive together; `auto` is what training does), each in a process of
-its own, because the peak of a process never falls. `added` is the peak of the step above what the process held before.
+256 positions and 16384 prototypes; by default 64 images and width 384 in float32 on a CPU, 512 images and width 1024
+under bfloat16 autocast on a GPU.
+
+`floor`: the matmuls alone, logits and weight gradient, in chunks. `step`: what training does, by positions per chunk
+and kernel. `plain`: `OnlineClustering.forward` on everything and its backward pass. Times are medians, taken in turn in
+one process; the ratio is that to the floor. `added GiB`: peak above what was there before, the targets included; on a
+CPU every line has a process of its own for it, because the peak of a process never falls.
+
+Bounds of the step: operations, 4 x tokens x width x prototypes over the rate of the unit; bytes, the logits written
+once, read once per Sinkhorn round, once for loss and gradient, written and read as gradient, over the bandwidth.
 """
 
+import argparse
 import resource
+import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
-POSITIONS, BATCH, PROTOTYPES, WIDTH, PREDICTED = 256, 64, 16384, 384, 8
+import torch
+from results import add_arguments, print_table, record
+
+from clustering import OnlineClustering
+from metrics import peak_flops
+
+PREDICTED = 8
+ROUNDS = 3
+PEAK_BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.0e12}
+"""Bytes per second of the memory of GPUs (data sheets of the SXM modules; the A100 with 80 GB)."""
 
 
-def measure(chunk: int | None) -> str:
-    """One line of the table."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    import torch
-
-    from clustering import OnlineClustering
-
+def variants(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """What is measured, by name; each call does all of it once."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    head = OnlineClustering(WIDTH, PROTOTYPES, bias=True, n_sk_iter=3, target_temp=0.06, pred_temp=0.12)
-    features = torch.randn(POSITIONS, BATCH, WIDTH)
-    predict_indices = torch.cat([torch.randperm(POSITIONS)[:PREDICTED] + i * POSITIONS for i in range(BATCH)])
-    head.step(features[:1, :1], torch.zeros(0, dtype=torch.int64))  # libraries loaded, gradients allocated
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    head = OnlineClustering(
+        args.width, args.prototypes, bias=True, n_sk_iter=ROUNDS, target_temp=0.06, pred_temp=0.12
+    ).to(device)
+    x = torch.randn(args.positions, args.batch, args.width, device=device)
+    indices = torch.cat([torch.randperm(args.positions)[:PREDICTED] + i * args.positions for i in range(args.batch)])
+    chunk = 8
+
+    @torch.no_grad()
+    def floor() -> None:
+        weight, bias = head.layer.weight.to(dtype), head.layer.bias.to(dtype)
+        logits = torch.empty(chunk * args.batch, args.prototypes, dtype=dtype, device=device)
+        gradient = torch.zeros(weight.shape, dtype=dtype, device=device)
+        for part in x.to(dtype).split(chunk):
+            tokens = part.flatten(0, 1)
+            out = logits[: len(tokens)]
+            torch.addmm(bias, tokens, weight.T, out=out)
+            gradient.addmm_(out.T, tokens)
+
+    def autocast() -> Any:
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    def step(positions: str, kernel: str) -> Callable[[], None]:
+        def run() -> None:
+            head.zero_grad()
+            with autocast():
+                head.step(x, indices, chunk=None if positions == "auto" else int(positions), kernel=kernel)
+
+        return run
+
+    def plain() -> None:
+        head.zero_grad()
+        with autocast():
+            assignments, loss = head(x)
+        loss.backward()
+        assignments.flatten(0, 1)[indices].clone()
+
+    kernels = ["torch", "triton"] if device.type == "cuda" else ["torch"]
+    steps = {f"step, {kernel}, chunk {c}": step(c, kernel) for kernel in kernels for c in args.chunks}
+    return {"floor": floor, **steps, "plain": plain}
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """Time of one call, to the end of what it started on a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     start = time.perf_counter()
-    head.step(features, predict_indices, chunk=chunk)
-    seconds = time.perf_counter() - start
-    added_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6
-    used = chunk or head.automatic_chunk(BATCH, features.device)
-    name = "auto" if chunk is None else chunk
-    return f"{name:>5} {used:>9} {seconds:>9.1f} {added_mb:>11.0f}"
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def added_gib(run: Callable[[], Any]) -> float | None:
+    """Peak memory of the first call above what was there before it; None if there is too little on the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        try:
+            run()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return None
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+
+
+def added_gib_alone(name: str) -> float | None:
+    """`added_gib` of a variant in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return float(done.stdout) if done.returncode == 0 else None  # plain may need more memory than there is
+
+
+def print_bounds(args: argparse.Namespace, floor_s: float) -> None:
+    """The two bounds, and what the floor makes of the first."""
+    elements = args.positions * args.batch * args.prototypes
+    operations = 4 * elements * args.width
+    lines = [f"operations: {operations / 1e12:.3g} TFLOP; the floor does {operations / floor_s / 1e12:.3g} TFLOP/s"]
+    size = 2 if torch.cuda.is_available() else 4
+    traffic = elements * size * (ROUNDS + 4)
+    lines.append(f"bytes: {traffic / 1e9:.3g} GB")
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        peak = peak_flops(name, "bfloat16")
+        bandwidth = next((value for gpu, value in PEAK_BANDWIDTH.items() if gpu in name), None)
+        lines[0] += f"; at the unit's peak {operations / peak * 1e3:.3g} ms" if peak else ""
+        lines[1] += f"; at the memory's peak {traffic / bandwidth * 1e3:.3g} ms" if bandwidth else ""
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def main() -> None:
-    """Print the table."""
-    if sys.argv[1:2] == ["--one"]:
-        sys.stdout.write(measure(None if sys.argv[2] == "auto" else int(sys.argv[2])) + "\n")
+    """The command line."""
+    is_cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--positions", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=512 if is_cuda else 64)
+    parser.add_argument("--width", type=int, default=1024 if is_cuda else 384)
+    parser.add_argument("--prototypes", type=int, default=16384)
+    parser.add_argument("--chunks", nargs="+", default=["auto"], help="positions per chunk")
+    parser.add_argument("--repeats", type=int, default=10 if is_cuda else 3)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    add_arguments(parser)
+    args = parser.parse_args()
+    runs = variants(args)
+    if args.memory_of:
+        sys.stdout.write(str(added_gib(runs[args.memory_of])))
         return
-    copy_mb = POSITIONS * BATCH * PROTOTYPES * 4 / 1e6
-    sys.stdout.write(
-        f"{POSITIONS} positions x {BATCH} images x {PROTOTYPES} prototypes: all logits are {copy_mb:.0f} MB\n"
-        f"{'chunk':>5} {'positions':>9} {'seconds':>9} {'added MB':>11}\n"
-    )
-    for chunk in sys.argv[1:] or ["auto", "1", "32"]:
-        sys.stdout.flush()
-        subprocess.run([sys.executable, __file__, "--one", chunk], check=True)
+    memory = {name: added_gib(run) if is_cuda else added_gib_alone(name) for name, run in runs.items()}
+    runs = {name: run for name, run in runs.items() if memory[name] is not None}
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(args.repeats):
+        for name, run in runs.items():
+            times[name].append(seconds_of(run))
+    floor_s = statistics.median(times["floor"])
+    rows = []
+    for name, gib in memory.items():
+        taken = times.get(name)  # none if there was too little memory
+        ratio = (
+            statistics.median(own / floor for own, floor in zip(taken, times["floor"], strict=True)) if taken else None
+        )
+        ms = 1e3 * statistics.median(taken) if taken else None
+        rows.append({"what": name, "ms": ms, "of floor": ratio, "added GiB": gib})
+    print_bounds(args, floor_s)
+    print_table(rows)
+    sizes = {key: getattr(args, key) for key in ("positions", "batch", "width", "prototypes")}
+    record(args, "clustering", sizes | {"dtype": "bfloat16" if is_cuda else "float32"}, rows)
 
 
 if __name__ == "__main__":

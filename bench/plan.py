@@ -1,6 +1,7 @@
 """What dividing a model over many GPUs costs per step, worked out on this machine without any.
 
     python bench/plan.py [preset ...] [config.yaml ...] [a.b=c ...] [--ranks N] [--bandwidth GB/s] [--tflops T]
+    python bench/plan.py --scale [a.b=c ...]      ViT-L, H, g and 3B on 8, 64, 128 and 512 H100: one table
 
 Presets: a100x128, h100x1, h100x8, h100x64; all four if none is named. The default config is ViT-L/14; see also
 configs/vit3b14.yaml.
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.distributed as dist
+from results import add_arguments, print_table, record
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -45,8 +47,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from clustering import L2NormLinear
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
 from fsdp import Bucket, Sharding, overlap_collectives, parallelize, recompute_blocks
+from metrics import device_memory_estimate, training_flops_per_image
 from model import Block, EncoderDecoder
-from train_capi import do_student, do_teacher, mask_plan
+from train_capi import do_student, do_teacher, mask_plan, step_shape
+from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -184,18 +188,34 @@ def _last_read(started: fx.Node, place: dict[fx.Node, int]) -> int:
     return last
 
 
-def kept_bytes(forward: fx.GraphModule) -> int:
-    """Gathered weights that the forward pass keeps for the backward pass."""
-    kept = 0
+def kept_bytes(forward: fx.GraphModule) -> tuple[int, int]:
+    """What the forward pass keeps for the backward pass: gathered weights, and activations. Arguments do not count."""
     results: Any = next(iter(reversed(forward.graph.nodes))).args[0]
+    weights, activations = 0, {}
     for node in {n for n in results if isinstance(n, fx.Node)}:
-        root = node
-        while len(root.all_input_nodes) == 1 and root.op == "call_function":
-            if root.target is torch.ops._c10d_functional.wait_tensor.default:
-                kept += node.meta["val"].numel() * node.meta["val"].element_size()
-                break
-            root = root.all_input_nodes[0]
-    return kept
+        value = node.meta["val"]
+        if _is_gathered(node):
+            weights += value.numel() * value.element_size()
+        elif isinstance(value, torch.Tensor):
+            root = _whole_tensor(node)
+            if root.op == "call_function":
+                activations[root] = int(root.meta["val"].untyped_storage().nbytes())  # may be symbolic
+    return weights, sum(activations.values())
+
+
+def _is_gathered(node: fx.Node) -> bool:
+    while len(node.all_input_nodes) == 1 and node.op == "call_function":
+        if node.target is torch.ops._c10d_functional.wait_tensor.default:
+            return True
+        node = node.all_input_nodes[0]
+    return False
+
+
+def _whole_tensor(node: fx.Node) -> fx.Node:
+    """The node whose result a view shows a part of."""
+    while isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def divided(module: nn.Module, sharding: Sharding, mode: FakeTensorMode) -> Any:
@@ -218,10 +238,27 @@ def divided(module: nn.Module, sharding: Sharding, mode: FakeTensorMode) -> Any:
     return module
 
 
-def plan(cfg: CapiConfig, machine: Machine, sharding: Sharding) -> str:
-    """A paragraph about one machine."""
+@dataclass
+class Traced:
+    """The compiled graphs of one model on some number of ranks, with their collectives ordered."""
+
+    graphs: dict[str, fx.GraphModule]
+    before: dict[str, Counter[str]]
+    """Operators of each graph before the collectives were ordered."""
+    buckets: dict[str, list[Bucket]]
+    num_weights: int
+    kept: int
+    """Bytes of gathered weights that the forward pass keeps for the backward pass."""
+    activations: int
+    """Bytes of all else that it keeps."""
+    seconds: float
+    """What tracing took."""
+
+
+def trace_step(cfg: CapiConfig, ranks: int, sharding: Sharding) -> Traced:
+    """Graphs of teacher and student. But for the padding of weights they do not depend on `ranks`."""
     began = time.perf_counter()
-    dist.init_process_group("fake", rank=0, world_size=machine.ranks, store=FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def make() -> nn.ModuleDict:
@@ -244,42 +281,151 @@ def plan(cfg: CapiConfig, machine: Machine, sharding: Sharding) -> str:
         graphs |= trace(
             do_student, student, images, visible, predict, targets, cfg.capi.student_temp, sharding.param_dtype
         )
-    kept = kept_bytes(graphs["forward"])
+    kept, activations = kept_bytes(graphs["forward"])
     traced = time.perf_counter() - began
     dist.destroy_process_group()
-
     before = {name: Counter(str(node.target) for node in graph.graph.nodes) for name, graph in graphs.items()}
     buckets = {
         name: overlap_collectives(graph.graph, sharding.bucket_mib, sharding.prefetch) for name, graph in graphs.items()
     }
-    compiled = Played()
-    for graph in graphs.values():
-        play(graph.graph, machine, compiled)
-    lines = [
-        f"{machine.ranks} ranks, {machine.tflops:g} TFLOP/s, {machine.bandwidth:g} GB/s, {machine.latency_us:g} us; "
-        f"{num_weights / 1e9:.2f} G weights; {batch} images per rank, {batch * machine.ranks} per step; buckets of "
-        f"{sharding.bucket_mib:g} MiB, prefetch {sharding.prefetch}   [traced in {traced:.0f} s]",
-        "            all-gathers        reduce-scatters        GB    largest, median bucket (MiB)",
-    ]
-    for name, found in buckets.items():
-        lines.append(_row(name, before[name], found))
+    return Traced(graphs, before, buckets, num_weights, kept, activations, traced)
 
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step costs on one machine."""
+
+    compiled: Played
+    seconds: float
+    clustering: float
+    """Seconds of the head's matmuls; its transfers and Sinkhorn's are `head`."""
+    head: float
+    transfer: float
+    exposed: float
+    scores: int
+    """Bytes that Sinkhorn reduces."""
+
+
+def cost(cfg: CapiConfig, machine: Machine, sharding: Sharding, traced: Traced) -> Cost:
+    """Play the graphs on a machine, and add the clustering head."""
+    compiled = Played()
+    for graph in traced.graphs.values():
+        play(graph.graph, machine, compiled)
+    masks, batch = mask_plan(cfg), cfg.optim.batch_size_per_gpu
     k, width = cfg.capi.num_clusters, cfg.model.transformers_kwargs.embed_dim
     half, reduced = sharding.param_dtype.itemsize, sharding.reduce_dtype.itemsize
     scores = masks.num_patches * k * 4 * (1 + cfg.capi.clustering_kwargs.n_sk_iter)
     head = machine.seconds(k * (width + 1) * half) + machine.seconds(k * (width + 1) * reduced)
-    sinkhorn = 2 * machine.seconds(scores)  # an all-reduce moves everything twice
+    head += 2 * machine.seconds(scores)  # an all-reduce moves everything twice
     clustering = 2 * 2 * batch * masks.num_patches * width * k / (machine.tflops * 1e12)  # logits, gradient of weights
-    exposed, transfer = compiled.exposed + head + sinkhorn, compiled.transfer + head + sinkhorn
-    seconds = compiled.seconds + clustering + head + sinkhorn
+    return Cost(
+        compiled=compiled,
+        seconds=compiled.seconds + clustering + head,
+        clustering=clustering,
+        head=head,
+        transfer=compiled.transfer + head,
+        exposed=compiled.exposed + head,
+        scores=scores,
+    )
+
+
+def plan(cfg: CapiConfig, machine: Machine, sharding: Sharding) -> str:
+    """A paragraph about one machine."""
+    traced = trace_step(cfg, machine.ranks, sharding)
+    on = cost(cfg, machine, sharding, traced)
+    batch = cfg.optim.batch_size_per_gpu
+    lines = [
+        f"{machine.ranks} ranks, {machine.tflops:g} TFLOP/s, {machine.bandwidth:g} GB/s, {machine.latency_us:g} us; "
+        f"{traced.num_weights / 1e9:.2f} G weights; {batch} images per rank, {batch * machine.ranks} per step; buckets "
+        f"of {sharding.bucket_mib:g} MiB, prefetch {sharding.prefetch}   [traced in {traced.seconds:.0f} s]",
+        "            all-gathers        reduce-scatters        GB    largest, median bucket (MiB)",
+    ]
+    for name, found in traced.buckets.items():
+        lines.append(_row(name, traced.before[name], found))
+    parts = memory_parts(cfg, machine, traced, on.compiled.peak_bytes)
+    listed = ", ".join(f"{size / 2**30:.2f} {name}" for name, size in parts.items())
+    computing = on.compiled.compute + on.clustering
     lines += [
-        f"clustering  1 gather, 1 reduce, Sinkhorn reduces {scores / 1e9:.2f} GB: {(head + sinkhorn) * 1e3:.1f} ms",
-        f"time        {seconds * 1e3:.0f} ms per step, {(compiled.compute + clustering) * 1e3:.0f} of it computing; "
-        f"transfers take {transfer * 1e3:.0f} ms, of which {_share(exposed, transfer)} are not covered "
-        f"({_share(compiled.exposed, compiled.transfer)} in compiled code): {_share(exposed, seconds)} of the step",
-        _memory(cfg, machine, num_weights, kept, compiled.peak_bytes),
+        f"clustering  1 gather, 1 reduce, Sinkhorn reduces {on.scores / 1e9:.2f} GB: {on.head * 1e3:.1f} ms",
+        f"time        {on.seconds * 1e3:.0f} ms per step, {computing * 1e3:.0f} of it computing; "
+        f"transfers take {on.transfer * 1e3:.0f} ms, of which {_share(on.exposed, on.transfer)} are not covered "
+        f"({_share(on.compiled.exposed, on.compiled.transfer)} in compiled code): {_share(on.exposed, on.seconds)} of "
+        "the step",
+        f"memory      {sum(parts.values()) / 2**30:.1f} GiB per rank without activations: {listed}",
     ]
     return "\n".join(lines) + "\n"
+
+
+SCALE_MODELS = ("vitl14", "vith14", "vitg14", "vit3b14")
+SCALE_MACHINES = (
+    Machine(8, 450, 360),
+    Machine(64, 450, 320, 90),
+    Machine(128, 450, 320, 150),
+    Machine(512, 450, 320, 500),
+)
+PEAK_TFLOPS = 989.0
+MEMORY_GIB = 74.0
+"""Of an H100 with 80 GB, without what CUDA, NCCL and fragmentation take."""
+SCALE_NOTE = f"""\
+Predicted, not measured. Assumed: matmuls, convolutions and attention at 450 TFLOP/s (45 % of the dense bfloat16 peak,
+{PEAK_TFLOPS:g}), all else in no time; collectives at 360 GB/s per GPU within a node and 320 across (80 % of the link),
+plus a fixed 30, 90, 150, 500 us each on 8, 64, 128, 512 GPUs (a ring grows with its members); no other waiting. Memory:
+weights, gradients, AdamW and average over the ranks, activations that the compiled forward pass keeps, gathered
+weights, buckets, and the clustering head whole; 512 images per GPU, or the most, by 32, within {MEMORY_GIB:g} GiB.
+"""
+
+
+def scale(sources: list[str], args: argparse.Namespace) -> None:
+    """Print and record a table of models and numbers of GPUs. Each model is traced once, as on 8 ranks."""
+    sys.stdout.write(SCALE_NOTE)
+    rows: list[dict[str, str | int | float]] = []
+    for model in SCALE_MODELS:
+        path = str(Path(__file__).parent.parent / "configs" / f"{model}.yaml")
+        cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [path, *sources])
+        sharding = sharding_of(cfg)
+        traced = trace_step(cfg, 8, sharding)
+        model_rows = [scale_row(model, cfg, machine, sharding, traced) for machine in SCALE_MACHINES]
+        print_table(model_rows)
+        rows += model_rows
+    settings = {"assumed TFLOP/s": 450, "assumed GB/s": "360 in a node, 320 across", "overrides": " ".join(sources)}
+    record(args, "scale, predicted", settings, rows)
+
+
+def scale_row(
+    model: str, cfg: CapiConfig, machine: Machine, sharding: Sharding, traced: Traced
+) -> dict[str, str | int | float]:
+    """One model on one machine, at the largest batch that fits, up to the config's."""
+    full = cfg.optim.batch_size_per_gpu
+
+    def memory_gib(batch: int) -> float:
+        share = batch / full
+        shape = step_shape(cfg)
+        head = device_memory_estimate(shape, batch_size=batch, param_bytes=2, recompute=True, world_size=machine.ranks)
+        # The student's activations and the teacher's are not alive together.
+        alive = max(share * traced.activations + traced.kept, head["clustering"] * 2**30)
+        return (sum(memory_parts(cfg, machine, traced, peak).values()) - traced.kept + alive) / 2**30
+
+    peak = cost(cfg, machine, sharding, traced).compiled.peak_bytes
+    batch = next((b for b in range(full, 0, -32) if memory_gib(b) <= MEMORY_GIB), 0)
+    if batch == 0:
+        raise UserError(f"{model} on {machine.ranks} GPUs: not even 32 images fit")
+    # The traced graphs compute on `full` images: fewer take proportionally less.
+    same_graphs = replace(machine, tflops=machine.tflops * full / batch)
+    on = cost(cfg, same_graphs, sharding, traced)
+    images_per_s = batch * machine.ranks / on.seconds
+    flops = training_flops_per_image(step_shape(cfg))
+    return {
+        "model": model,
+        "weights G": traced.num_weights / 1e9,
+        "GPUs": machine.ranks,
+        "images per GPU": batch,
+        "ms per step": on.seconds * 1e3,
+        "images/s": images_per_s,
+        "MFU": images_per_s * flops / machine.ranks / (PEAK_TFLOPS * 1e12),
+        "not covered": on.exposed / on.seconds,
+        "memory GiB": memory_gib(batch),
+        "of it activations": batch / full * traced.activations / 2**30,
+    }
 
 
 def _row(name: str, before: Counter[str], found: list[Bucket]) -> str:
@@ -296,18 +442,33 @@ def _share(part: float, whole: float) -> str:
     return f"{part / whole:.0%}" if whole else "0%"
 
 
-def _memory(cfg: CapiConfig, machine: Machine, num_weights: int, kept: int, peak: int) -> str:
+def memory_parts(cfg: CapiConfig, machine: Machine, traced: Traced, peak: int) -> dict[str, float]:
+    """Bytes on one rank, without activations; `peak` is that of the buckets."""
     head = cfg.capi.num_clusters * (cfg.model.transformers_kwargs.embed_dim + 1)
     shares = {
-        "weights": 4 * (num_weights + head),
-        "gradients": 4 * (num_weights + head),
-        "AdamW": 8 * (num_weights + head),
-        "average": 4 * num_weights,
+        "weights": 4 * (traced.num_weights + head),
+        "gradients": 4 * (traced.num_weights + head),
+        "AdamW": 8 * (traced.num_weights + head),
+        "average": 4 * traced.num_weights,
     }
     parts = {name: size / machine.ranks for name, size in shares.items()}
-    parts |= {"gathered weights kept for the backward pass": kept, "buckets": peak, "clustering head, whole": 8 * head}
-    listed = ", ".join(f"{size / 2**30:.2f} {name}" for name, size in parts.items())
-    return f"memory      {sum(parts.values()) / 2**30:.1f} GiB per rank without activations: {listed}"
+    return parts | {
+        "gathered weights kept for the backward pass": traced.kept,
+        "buckets": peak,
+        "clustering head, whole": 8 * head,
+    }
+
+
+def sharding_of(cfg: CapiConfig) -> Sharding:
+    """As in a training with efficiency.fsdp=simple."""
+    efficiency = cfg.efficiency
+    return Sharding(
+        "simple",
+        getattr(torch, efficiency.param_dtype),
+        getattr(torch, efficiency.reduce_dtype),
+        efficiency.fsdp_bucket_mib,
+        efficiency.fsdp_prefetch,
+    )
 
 
 def main() -> None:
@@ -318,23 +479,21 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, help="GB/s of collectives, per GPU")
     parser.add_argument("--tflops", type=float, help="10^12 FLOP per second that a GPU reaches")
     parser.add_argument("--latency-us", type=float, help="fixed cost of a collective")
+    parser.add_argument("--scale", action="store_true", help="a table of models on 8 to 512 H100 instead")
+    add_arguments(parser)
     args = parser.parse_intermixed_args()
+    if args.scale:
+        logging.getLogger("torch").setLevel(logging.ERROR)
+        scale(args.sources, args)
+        return
     names = [name for name in args.sources if name in PRESETS]
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [s for s in args.sources if s not in PRESETS])
     asked = {key: getattr(args, key) for key in ("ranks", "bandwidth", "tflops", "latency_us")}
     asked = {key: value for key, value in asked.items() if value is not None}
-    efficiency = cfg.efficiency
-    sharding = Sharding(
-        "simple",
-        getattr(torch, efficiency.param_dtype),
-        getattr(torch, efficiency.reduce_dtype),
-        efficiency.fsdp_bucket_mib,
-        efficiency.fsdp_prefetch,
-    )
     logging.getLogger("torch").setLevel(logging.ERROR)
     for name in names or (["a100x128"] if asked else PRESETS):
         sys.stdout.write(
-            f"{name}{' changed' if asked else ''}: {plan(cfg, replace(PRESETS[name], **asked), sharding)}\n"
+            f"{name}{' changed' if asked else ''}: {plan(cfg, replace(PRESETS[name], **asked), sharding_of(cfg))}\n"
         )
         sys.stdout.flush()
 

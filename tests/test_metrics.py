@@ -21,6 +21,7 @@ from metrics import (
     Profile,
     StepShape,
     Throughput,
+    attention_recomputation_per_image,
     batch_warning,
     device_memory_estimate,
     effective_rank,
@@ -31,6 +32,7 @@ from metrics import (
     peak_flops,
     prototype_usage,
     read_metrics,
+    step_flops_per_image,
     training_flops_per_image,
 )
 from model import EncoderDecoder
@@ -576,7 +578,7 @@ def _student_loss(model: EncoderDecoder, head: nn.Module, shape: StepShape, b: i
 
 
 @pytest.mark.skipif("_for_cpu" not in str(list(flop_registry)), reason="this torch does not count attention on a CPU")
-@pytest.mark.parametrize("drop_path_rate", [0.0, 0.25])
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.25, 0.3])
 def test_training_flops_are_those_torch_counts_on_the_model(drop_path_rate):
     shape, b = replace(SMALL, drop_path_rate=drop_path_rate), 8
     d, k = shape.embed_dim, shape.num_clusters
@@ -588,10 +590,19 @@ def test_training_flops_are_those_torch_counts_on_the_model(drop_path_rate):
         clustering(features.transpose(0, 1))[1].backward()
         _student_loss(model.train(), head, shape, b).backward()
     # Fused attention computes its scores again in the backward pass: 5 matmuls instead of 4, and is counted so.
-    context = shape.num_visible + shape.num_registers
-    scores = 2 * d * (shape.encoder_depth * context**2 + shape.decoder_depth * shape.num_predict * context)
-    expected = training_flops_per_image(shape) + scores * (1 - drop_path_rate)
+    expected = training_flops_per_image(shape, b) + attention_recomputation_per_image(shape, b)
     assert counter.get_total_flops() / b == pytest.approx(expected, rel=1e-6)
+
+
+def test_flops_expect_what_drop_path_keeps_on_average():
+    """Whole images for a known batch; their limit without."""
+    shape = replace(SMALL, drop_path_rate=0.2)
+    parts = step_flops_per_image(shape)
+    assert training_flops_per_image(shape) == sum(parts.values())
+    assert training_flops_per_image(shape, 10) == training_flops_per_image(shape)
+    assert step_flops_per_image(shape, 16)["student"] < parts["student"] < step_flops_per_image(shape, 1)["student"]
+    assert training_flops_per_image(shape, 1) == training_flops_per_image(SMALL)
+    assert training_flops_per_image(shape, 10**7) == pytest.approx(training_flops_per_image(shape))
 
 
 def test_parameters_are_those_of_the_model():

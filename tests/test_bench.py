@@ -1,0 +1,293 @@
+"""bench/: the benchmarks run as typed, and what they count is right."""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_cli
+
+sys.path.insert(0, str(ROOT / "bench"))  # where the scripts look for each other
+
+import step
+
+SMALL = [
+    "data.images_size=84",
+    "capi.num_clusters=64",
+    "model.n_registers=4",
+    "model.transformers_kwargs.embed_dim=64",
+    "model.transformers_kwargs.drop_path_rate=0.3",
+    "model.transformers_kwargs.block_kwargs.attn_kwargs.num_heads=2",
+    "model.encoder_kwargs.depth=2",
+    "model.decoder_kwargs.depth=1",
+]
+
+
+def arguments(*sources: str) -> argparse.Namespace:
+    return argparse.Namespace(model="vits14", sources=[*SMALL, *sources])
+
+
+@pytest.mark.parametrize("batch", [4, 5, 8])
+@pytest.mark.parametrize("recomputes", ["true", "false"])
+def test_the_flops_that_torch_counts_on_a_step_are_those_of_the_formula(batch, recomputes):
+    cpu = torch.device("cpu")
+    cfg = step.configure(arguments(f"efficiency.rematerialization.enabled={recomputes}"), cpu, batch, "eager")
+    counts = step.count_flops(cfg, cpu)
+    for name in ("teacher", "student", "step"):
+        assert counts[name]["counted"] == pytest.approx(counts[name]["formula"], rel=1e-3), name
+    # The head sums over prototypes and tokens, 2 n - 1 times in n rounds, by products with a vector: no model FLOPs.
+    ratio = counts["clustering"]["counted"] / counts["clustering"]["formula"]
+    num_sums = 2 * cfg.capi.clustering_kwargs.n_sk_iter - 1
+    assert 1 <= ratio <= 1 + num_sums / (2 * cfg.model.transformers_kwargs.embed_dim)
+
+
+def test_every_model_is_a_config():
+    for name in step.MODELS:
+        namespace = argparse.Namespace(model=name, sources=[])
+        cfg = step.configure(namespace, torch.device("cuda"), 8, "cudagraphs")
+        towers = cfg.model
+        assert towers.decoder_kwargs.depth == towers.encoder_kwargs.depth // 2
+        assert cfg.optim.batch_size_per_gpu == 8
+        assert cfg.efficiency.compilation.cuda_graphs
+        assert cfg.efficiency.param_dtype == "bfloat16"
+
+
+def test_parts_are_timed_apart_and_what_was_wrapped_is_put_back():
+    cpu = torch.device("cpu")
+    repeated = step.Step(step.configure(arguments(), cpu, 4, "eager"), cpu)
+    before = repeated.state.do_teacher, repeated.state.do_student, step.train_capi.ema_update_
+    parts = step.time_parts(repeated, 2)
+    assert list(parts) == [*step.PARTS, "rest"]
+    assert all(seconds > 0 for seconds in parts.values())
+    assert (repeated.state.do_teacher, repeated.state.do_student, step.train_capi.ema_update_) == before
+    assert "apply_gradients" not in vars(repeated.state)
+    assert "step" not in vars(repeated.state.clustering)
+    assert repeated.state.step == 2
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 7, 63, 64, 65, 500, 1000, 5000])
+@pytest.mark.parametrize("start", [1, 16, 512])
+def test_the_search_ends_within_an_eighth_of_its_start_below_what_fits(capacity, start):
+    tried = []
+
+    def runs(batch: int) -> bool:
+        assert batch > 0
+        tried.append(batch)
+        return batch <= capacity
+
+    found = step.largest_batch(runs, start)
+    unit = max(1, start // 8)
+    assert found <= capacity < found + 2 * unit
+    assert len(tried) == len(set(tried)) < 30
+
+
+def test_a_batch_that_asks_for_too_much_memory_does_not_fit(monkeypatch, capsys):
+    cpu = torch.device("cpu")
+    assert step.fits(arguments(), cpu, 2, "eager")
+
+    def too_much(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(step.Step, "__call__", too_much)
+    assert not step.fits(arguments(), cpu, 2, "eager")
+    assert capsys.readouterr().out.splitlines() == ["batch 2 fits, eager", "batch 2 does not fit, eager"]
+
+
+def test_the_step_is_measured_as_typed(tmp_path):
+    results = tmp_path / "results.jsonl"
+    done = run_cli("bench/step.py", "--batch", "4", "--steps", "2", "--results", results, *SMALL)
+    assert done.returncode == 0, done.stderr
+    summary, parts = (json.loads(line) for line in results.read_text().splitlines())
+    assert summary["settings"]["batch"] == 4
+    (whole,) = summary["numbers"]
+    assert whole["MFU"] is None or torch.cuda.is_available()
+    assert whole["images/s"] == pytest.approx(4000 / whole["ms"])
+    assert whole["counted / formula"] == pytest.approx(1, abs=1e-3)
+    assert [row["part"] for row in parts["numbers"]] == [*step.PARTS, "rest", "step"]
+    assert sum(row["share"] for row in parts["numbers"][:-1]) == pytest.approx(1)
+    assert "images/s" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it would search")
+def test_a_largest_batch_is_not_searched_on_a_cpu():
+    done = run_cli("bench/step.py", "--largest-batch")
+    assert done.returncode == 2
+    assert "--largest-batch needs a CUDA device, this is cpu" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+RECOMPILES = """
+    import sys
+    sys.path.insert(0, "bench")
+    import torch, step, test_bench
+    cpu, args = torch.device("cpu"), test_bench.arguments()
+    args.steps = 1
+    first = step.measure(args, cpu, 4, "compiled")[0]
+    assert first["step"] > 0
+    class Grows(step.Step):
+        def __call__(self):
+            if self.state.step == step.WARMUP_STEPS["compiled"]:
+                self.batch = step.make_batch(step.configure(args, cpu, 6, "compiled"), cpu)
+            super().__call__()
+    step.release(cpu)
+    step.Step = Grows
+    try:
+        step.measure(args, cpu, 4, "compiled")
+    except RuntimeError as error:
+        assert "recompile" in str(error), error
+    else:
+        raise SystemExit("compiling anew after warm-up went unnoticed")
+"""
+
+
+def run_code(code: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own: run-time shape checks and torch.compile do not go together."""
+    return run_cli("-c", textwrap.dedent(code), timeout=600, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="compiling for a CPU needs a C++ compiler")
+def test_compiling_anew_after_warm_up_is_an_error():
+    done = run_code(RECOMPILES)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+CUDA_GRAPHS = """
+    import sys
+    sys.path.insert(0, "bench")
+    import torch, step, test_bench
+    from optim import hyper_at
+    from train_capi import train_step
+    cuda, args = torch.device("cuda"), test_bench.arguments("efficiency.param_dtype=float32")
+    losses = {}
+    for mode in ("eager", "cudagraphs"):
+        # Drop path draws other images in compiled code.
+        args.sources.append("model.transformers_kwargs.drop_path_rate=0")
+        repeated = step.Step(step.configure(args, cuda, 8, mode), cuda)
+        cfg, state, losses[mode] = repeated.cfg, repeated.state, []
+        for i in range(8):
+            hyper = hyper_at(cfg.optim.total_iters // 2, cfg)
+            with torch.compiler.set_stance("fail_on_recompile" if mode != "eager" and i > 2 else "default"):
+                scalars = train_step(state, [repeated.batch] * 2, hyper)
+            state.step += 1
+            losses[mode].append(torch.stack([scalars[k].double() for k in ("loss", "grad_norm")]))
+    torch.testing.assert_close(torch.stack(losses["cudagraphs"]), torch.stack(losses["eager"]), rtol=1e-3, atol=1e-4)
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    # Replays draw new images for drop path, from the step's seed.
+    args.sources.append("model.transformers_kwargs.drop_path_rate=0.5")
+    repeated = step.Step(step.configure(args, cuda, 8, "cudagraphs"), cuda)
+    hyper = hyper_at(0, repeated.cfg)  # learning rate 0: the loss depends on drop path alone
+    seen = []
+    for i in (0, 1, 2, 3, 4, 5, 4):
+        repeated.state.step = i
+        scalars = train_step(repeated.state, [repeated.batch], hyper)
+        seen.append(scalars["capi_loss"].item())
+    assert seen[3] != seen[4] != seen[5], seen
+    assert seen[6] == seen[4], seen
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_steps_of_cuda_graphs_are_those_of_eager_code():
+    done = run_code(CUDA_GRAPHS)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+SCALE = """
+    import sys
+    sys.path.insert(0, "bench")
+    import plan
+    plan.SCALE_MODELS = ("vits14",)
+    small = ["data.images_size=84", "model.encoder_kwargs.depth=2", "model.decoder_kwargs.depth=1"]
+    sys.argv = ["plan.py", "--scale", "--results", RESULTS, "optim.batch_size_per_gpu=64", *small]
+    plan.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_table_of_scales_is_consistent(tmp_path):
+    results = tmp_path / "results.jsonl"
+    done = run_code(SCALE.replace("RESULTS", repr(str(results))))
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(results.read_text())["numbers"]
+    assert [row["GPUs"] for row in rows] == [8, 64, 128, 512]
+    assert all(a["images/s"] < b["images/s"] and a["MFU"] > b["MFU"] for a, b in itertools.pairwise(rows))
+    assert all(0 < row["MFU"] < 450 / 989 for row in rows)
+    assert all(0 < row["of it activations"] < row["memory GiB"] for row in rows)
+    assert rows[0]["memory GiB"] > rows[-1]["memory GiB"]
+    assert "Predicted, not measured" in done.stdout
+
+
+def test_without_a_gpu_the_gpu_benchmark_says_so():
+    done = subprocess.run(
+        ["bash", "bench/gpu.sh"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "torch sees no CUDA device here" in done.stderr
+    assert done.stdout == ""
+
+
+def test_the_gpu_benchmark_cannot_take_eight_minutes():
+    limits = re.findall(r'^(?:step|bench|part) "[^"]+" (\d+) ', (ROOT / "bench" / "gpu.sh").read_text(), re.MULTILINE)
+    assert len(limits) == 8
+    assert sum(map(int, limits)) < 480
+
+
+def test_the_gpu_benchmark_goes_on_after_a_failure(tmp_path):
+    """With an interpreter that claims a GPU, fails in one script and never ends in another."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        textwrap.dedent(f"""\
+            #!/bin/bash
+            case "$*" in
+            -c*) exit 0 ;;
+            -\\ *) exec {sys.executable} "$@" ;;
+            *clustering*) echo "no such kernel" >&2; exit 3 ;;
+            *loading*) exit 124 ;;
+            *step*) cat "{tmp_path}/line" >>"{tmp_path}/r.jsonl" ;;
+            esac
+            """)
+    )
+    fake.chmod(0o755)
+    line = {"settings": {"batch": 7}, "numbers": [{"ms": 12.5, "MFU": None}]}
+    (tmp_path / "line").write_text(json.dumps(line) + "\n")
+    copy = tmp_path / "repository" / "bench"
+    copy.mkdir(parents=True)
+    for name in ("gpu.sh", "results.py"):
+        shutil.copy(ROOT / "bench" / name, copy)
+    shutil.copy(ROOT / "utils.py", copy.parent)
+    done = subprocess.run(
+        ["bash", str(copy / "gpu.sh"), str(tmp_path / "r.jsonl")],
+        env={**os.environ, "PYTHON": str(fake)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    table = done.stdout.split("\n\n")[-1].splitlines()
+    assert len(table) == 9
+    outcomes = {line.split("  ")[0]: line for line in table}
+    assert "failed, exit code 3" in outcomes["clustering head"]
+    assert "timed out" in outcomes["loading"]
+    assert "ok" in outcomes["evaluations"]
+    assert "batch 7, ms 12.5" in outcomes["ViT-S/14 step, eager"]
+    assert "no such kernel" in done.stdout
+    assert (Path(copy.parent) / "runs" / "bench_gpu" / "5.log").read_text() == "no such kernel\n"

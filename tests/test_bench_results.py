@@ -1,0 +1,67 @@
+"""bench/results.py, and that bench/README.md shows what bench/results.jsonl holds."""
+
+import argparse
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "bench"))
+
+import results
+
+
+def arguments(tmp_path, *words):
+    parser = argparse.ArgumentParser()
+    results.add_arguments(parser)
+    return parser.parse_args(["--results", str(tmp_path / "new" / "r.jsonl"), *words])
+
+
+def test_a_recorded_line_says_what_was_measured_where(tmp_path):
+    args = arguments(tmp_path)
+    results.record(args, "step", {"batch": 4}, [{"what": "eager", "ms": 1.5}, {"what": "compiled", "ms": None}])
+    results.record(args, "step", {"batch": 8}, [{"what": "eager", "ms": 2.5}])
+    first, second = map(json.loads, args.results.read_text().splitlines())
+    assert first["numbers"] == [{"what": "eager", "ms": 1.5}, {"what": "compiled", "ms": None}]
+    assert second["settings"] == {"batch": 8}
+    assert set(first) == {"bench", "date", "hardware", "commit", "versions", "settings", "numbers"}
+    assert first["versions"]["torch"]
+    assert "core" in first["hardware"] or "GiB" in first["hardware"]
+
+
+def test_the_newest_line_of_each_setting_and_device_is_shown(tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    for hardware, batch, ms in (("CPU", 4, 1.0), ("GPU", 4, 0.1), ("CPU", 8, 2.0), ("CPU", 4, 1234.5)):
+        monkeypatch.setattr(results, "hardware", lambda name=hardware: name)
+        results.record(args, "step", {"batch": batch}, [{"what": "eager", "ms": ms, "MFU": None}])
+    found = results.newest(args.results)
+    assert [(line["hardware"], line["settings"]["batch"]) for line in found] == [("CPU", 4), ("GPU", 4), ("CPU", 8)]
+    text = results.markdown(found)
+    assert "| eager | 1234 | not measured |" in text
+    assert "| eager | 1 |" not in text, "an older line of the same settings"
+
+
+def test_the_readme_changes_between_its_marks_alone(tmp_path):
+    args = arguments(tmp_path)
+    results.record(args, "step", {}, [{"what": "eager"}])
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{results.MARKS[0]}\nold\n{results.MARKS[1]}\nafter\n")
+    results.write_readme(args.results, readme)
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "| eager |" in text
+    assert "old" not in text
+
+
+def test_bench_readme_shows_the_newest_results(tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text(results.README.read_text())
+    results.write_readme(results.RESULTS, copy)
+    assert copy.read_text() == results.README.read_text(), "run: python bench/results.py"
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "bench").glob("*") if p.suffix in (".py", ".sh")))
+def test_the_readme_names_every_script(script):
+    assert f"`{script}`" in results.README.read_text() or f"bench/{script}" in results.README.read_text()
