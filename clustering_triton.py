@@ -3,6 +3,10 @@
 The logits stay in the precision of the matmul. With n Sinkhorn rounds they are read from memory n + 1 times: for the
 largest one and the mass of each prototype, once per further round, and for loss, targets and residuals (assignments
 minus prediction), which are written over them. All that is summed is float32, in the same order in every run.
+
+Scaling a token takes a sum over all prototypes, and what it then gives to each of them is needed after that. Up to
+`MOST_HELD` prototypes a program holds whole tokens in registers in between (kernels `_held_*`). Beyond, it reads them
+twice, and the second time they come from a cache only where few programs share it.
 """
 
 import math
@@ -16,6 +20,14 @@ from torch import Tensor
 LOG2_E = math.log2(math.e)
 ROWS, COLUMNS = 16, 256
 """Tokens and prototypes that a program works on at a time."""
+MOST_HELD = 16384
+"""Logits that a program holds: with as many maxima and sums they fill the registers of a multiprocessor of an H100."""
+HELD_ROWS = 32
+"""Tokens of a position that such a program works on, one after the other or several at a time. What they give to each
+prototype is then written once, an eighth of the bytes of the bfloat16 logits that were read."""
+ROUND_VALUES, LEARN_VALUES = 32, 16
+"""Logits per thread of such programs. Compiled for an H100, the first needs 126 registers of 128 and spills none, the
+second needs all of 64 and spills 16."""
 
 
 @triton.jit
@@ -88,6 +100,76 @@ def _round_kernel(
 
 
 @triton.jit
+def _held_tokens(logits, offset, rows, columns, b, k, scale):
+    """What whole tokens give to each prototype before they are scaled, 0 outside, and what `_read` gives."""
+    read, inside, at = _read(logits, rows, columns, b, k)
+    return tl.where(inside, tl.exp2(read * scale + offset[None, :]), 0.0), read, inside, at
+
+
+@triton.jit
+def _held_round_kernel(
+    logits, offsets, token, partial, b, k, scale, eps, num_groups,
+    rows_at_once: tl.constexpr, columns_at_once: tl.constexpr,
+):  # fmt: skip
+    """As `_round_kernel`, with all prototypes at once; `partial` gets the sums with the prototypes' scaling in them.
+
+    `offsets`: what `_exponentials` subtracts and adds, and the binary logarithm of the prototypes' scaling.
+    """
+    block, position = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, columns_at_once)
+    logits, token = logits + position * b * k, token + position * b
+    offset = tl.load(offsets + position * k + columns, mask=columns < k, other=0.0)
+    sums = tl.zeros([columns_at_once], tl.float32)
+    # Two stages: the next tokens are on their way to shared memory while these are worked on.
+    first = block * num_groups
+    for group in tl.range(first, first + num_groups, num_stages=2):  # pyright: ignore[reportGeneralTypeIssues]
+        rows = group * rows_at_once + tl.arange(0, rows_at_once)
+        e, _, _, _ = _held_tokens(logits, offset, rows, columns, b, k, scale)
+        scaling = tl.load(token + rows, mask=rows < b, other=1.0)
+        scaling = scaling / (scaling * tl.sum(e, 1) + eps)
+        tl.store(token + rows, scaling, mask=rows < b)
+        sums += tl.sum(e * scaling[:, None], 0)
+    partial += (position * tl.num_programs(0) + block) * k
+    tl.store(partial + columns, sums, mask=columns < k)
+
+
+@triton.jit
+def _held_learn_kernel(
+    logits, offsets, token, slots, targets, losses, partial, b, k, scale, eps, pred_scale, num_groups,
+    rows_at_once: tl.constexpr, columns_at_once: tl.constexpr,
+):  # fmt: skip
+    """As `_learn_kernel`, with all prototypes at once, and `offsets` as in `_held_round_kernel`."""
+    block, position = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, columns_at_once)
+    logits, token = logits + position * b * k, token + position * b
+    slots, losses = slots + position * b, losses + position * b
+    offset = tl.load(offsets + position * k + columns, mask=columns < k, other=0.0)
+    residual_sums = tl.zeros([columns_at_once], tl.float32)
+    for group in range(block * num_groups, (block + 1) * num_groups):
+        rows = group * rows_at_once + tl.arange(0, rows_at_once)
+        e, read, inside, at = _held_tokens(logits, offset, rows, columns, b, k, scale)
+        scaling = tl.load(token + rows, mask=rows < b, other=1.0)
+        sums = tl.sum(e, 1)
+        scaling = scaling / (scaling * sums + eps)
+        sums = scaling * sums  # of the assignments: about 1
+        largest = tl.max(tl.where(inside | (rows >= b)[:, None], read, -float("inf")), 1)
+        log2 = (read - tl.expand_dims(largest, 1)) * pred_scale  # of the prediction, before it is normalised
+        prediction = tl.where(inside, tl.exp2(log2), 0.0)
+        exp_sums = tl.where(rows < b, tl.sum(prediction, 1), 1.0)
+        assignments = e * scaling[:, None]
+        slot = tl.load(slots + rows, mask=rows < b, other=-1).to(tl.int64)
+        wanted = inside & (slot >= 0)[:, None]
+        tl.store(targets + slot[:, None] * k + columns[None, :], assignments, mask=wanted)
+        dot = tl.sum(tl.where(inside, assignments * log2, 0.0), 1)
+        residuals = assignments - prediction * (sums / exp_sums)[:, None]
+        tl.store(at, residuals, mask=inside)
+        residual_sums += tl.sum(residuals, 0)
+        tl.store(losses + rows, sums * tl.log2(exp_sums) - dot, mask=rows < b)
+    partial += (position * tl.num_programs(0) + block) * k
+    tl.store(partial + columns, residual_sums, mask=columns < k)
+
+
+@triton.jit
 def _learn_kernel(
     logits, maxima, prototype, token, slots, targets, losses, partial, b, k, scale, shift, eps, pred_scale,
     rows_at_once: tl.constexpr, columns_at_once: tl.constexpr,
@@ -130,8 +212,23 @@ def _learn_kernel(
     tl.store(losses, sums * tl.log2(exp_sums) - dot, mask=rows < b)
 
 
-def _launch(kernel: Any, grid: tuple[int, int], *arguments: Any, num_warps: int = 4) -> None:
-    kernel[grid](*arguments, ROWS, COLUMNS, num_warps=num_warps)
+def held_shape(b: int, k: int) -> tuple[int, int] | None:
+    """Tokens and prototypes, powers of two, that a program holds at a time; None if there are too many prototypes."""
+    if k > MOST_HELD:
+        return None
+    columns = triton.next_power_of_2(k)
+    return min(MOST_HELD // columns, HELD_ROWS, triton.next_power_of_2(b)), columns
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, int], *arguments: Any, shape: tuple[int, int] = (ROWS, COLUMNS), num_warps: int = 4
+) -> None:
+    kernel[grid](*arguments, *shape, num_warps=num_warps)
+
+
+def warps(shape: tuple[int, int], values_per_thread: int) -> int:
+    """Warps of a program that holds logits of this shape."""
+    return max(4, math.prod(shape) // (32 * values_per_thread))
 
 
 class TritonChunk:
@@ -175,6 +272,14 @@ class TritonChunk:
     def next_sums(self, prototype: Tensor) -> Tensor:
         """Scale the tokens, given the prototypes' scaling; mass of each prototype after that, without its scaling."""
         c, b, k = self.logits.shape
+        if held := held_shape(b, k):
+            blocks = triton.cdiv(b, HELD_ROWS)
+            partial = self._vectors(c, blocks, k)
+            _launch(
+                _held_round_kernel, (blocks, c), self.logits, self._offsets(prototype), self.token, partial, b, k,
+                self.scale, self.eps, HELD_ROWS // held[0], shape=held, num_warps=warps(held, ROUND_VALUES),
+            )  # fmt: skip
+            return partial.sum(dim=1) / prototype
         blocks = triton.cdiv(b, ROWS)
         partial = self._vectors(c, blocks, k)
         _launch(
@@ -183,18 +288,28 @@ class TritonChunk:
         )  # fmt: skip
         return partial.sum(dim=1)
 
+    def _offsets(self, prototype: Tensor) -> Tensor:
+        return (self.shift - self._maxima * self.scale).add_(prototype.log2())
+
     def learn_(self, prototype: Tensor, first: int, into: Any) -> None:
         """Scale the tokens a last time; add to the pass's results; write residuals over the logits."""
         c, b, k = self.logits.shape
         if into.mass is not None:
             self._add_usage(prototype, into)
-        blocks = triton.cdiv(b, ROWS)
+        held, slots = held_shape(b, k), into.slots[first : first + c]
+        blocks = triton.cdiv(b, HELD_ROWS if held else ROWS)
         losses, partial = self._vectors(c, b), self._vectors(c, blocks, k)
-        _launch(
-            _learn_kernel, (blocks, c), self.logits, self._maxima, prototype, self.token,
-            into.slots[first : first + c], into.targets, losses, partial, b, k, self.scale, self.shift,
-            self.eps, self.pred_scale, num_warps=8,
-        )  # fmt: skip
+        if held:
+            _launch(
+                _held_learn_kernel, (blocks, c), self.logits, self._offsets(prototype), self.token, slots,
+                into.targets, losses, partial, b, k, self.scale, self.eps, self.pred_scale, HELD_ROWS // held[0],
+                shape=held, num_warps=warps(held, LEARN_VALUES),
+            )  # fmt: skip
+        else:
+            _launch(
+                _learn_kernel, (blocks, c), self.logits, self._maxima, prototype, self.token, slots, into.targets,
+                losses, partial, b, k, self.scale, self.shift, self.eps, self.pred_scale, num_warps=8,
+            )  # fmt: skip
         into.loss += losses.sum(dtype=into.loss.dtype) / LOG2_E
         if into.bias_grad is not None:
             into.bias_grad += partial.sum(dim=(0, 1))

@@ -60,7 +60,7 @@ step "ViT-S/14 step, eager" 35 --batch 256
 step "ViT-S/14 step, compiled" 60 --batch 256 --mode compiled
 step "ViT-S/14 step, CUDA graphs" 60 --batch 256 --mode cudagraphs
 step "ViT-L/14 step, largest batch, compiled" 165 --model vitl14 --batch 512 --mode compiled --largest-batch
-bench "clustering head" 40 bench/clustering.py
+bench "clustering head" 40 bench/clustering.py --chunks 2 4 auto
 bench "loading" 35 bench/loading.py
 bench "evaluations" 30 bench/evaluations.py knn linear attentive --device cuda
 part "tests that need a GPU" 50 "$PYTHON" -m pytest -q -p no:cacheprovider -m "gpu and not (slow or network)"

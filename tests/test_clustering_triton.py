@@ -17,14 +17,23 @@ from clustering import OnlineClustering
 from fused_clustering import use_triton
 from utils import UserError
 
-pytest.importorskip("triton")
+clustering_triton = pytest.importorskip("clustering_triton")  # triton is not installed everywhere
 TEMPERATURES = {"n_sk_iter": 3, "target_temp": 0.06, "pred_temp": 0.12}
 
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU, which is tested")
 
 
+@pytest.fixture(params=[True, False], ids=["held", "read twice"])
+def tokens_are_held(request, monkeypatch):
+    """With kernels that hold whole tokens, and with those for more prototypes than can be held."""
+    if not request.param:
+        monkeypatch.setattr(clustering_triton, "MOST_HELD", 0)
+    return request.param
+
+
 @interpreted
+@pytest.mark.usefixtures("tokens_are_held")
 @pytest.mark.parametrize("chunk", [4, None])
 @pytest.mark.parametrize("positionwise", [True, False])
 def test_kernels_match_golden(positionwise, chunk):
@@ -42,8 +51,11 @@ def learnt(head: OnlineClustering, x: torch.Tensor, kernel: str, dtype: torch.dt
 
 
 @interpreted
+@pytest.mark.usefixtures("tokens_are_held")
 @pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)])
-@pytest.mark.parametrize(("images", "prototypes"), [(19, 300), (1, 2), (16, 256)])  # a block and a bit, less, one
+@pytest.mark.parametrize(
+    ("images", "prototypes"), [(19, 300), (1, 2), (16, 256), (70, 6)]
+)  # blocks and a bit, less, one
 def test_kernels_match_plain_torch_at_any_size(dtype, bias, images, prototypes):
     torch.manual_seed(1)
     head = OnlineClustering(12, prototypes, bias=bias, **TEMPERATURES)
@@ -81,14 +93,22 @@ from triton.compiler import ASTSource
 
 import clustering_triton as kernels
 
-sizes = {"rows_at_once": kernels.ROWS, "columns_at_once": kernels.COLUMNS}
-types = {"logits": "*bf16", "slots": "*i32", "b": "i32", "k": "i32"}
-types |= dict.fromkeys(("scale", "shift", "eps", "pred_scale"), "fp32") | dict.fromkeys(sizes, "constexpr")
-for kernel in (kernels._column_kernel, kernels._round_kernel, kernels._learn_kernel):
-    constants = {(i,): sizes[name] for i, name in enumerate(kernel.arg_names) if name in sizes}
+names = ("rows_at_once", "columns_at_once")
+types = {"logits": "*bf16", "slots": "*i32"} | dict.fromkeys(("b", "k", "num_groups"), "i32")
+types |= dict.fromkeys(("scale", "shift", "eps", "pred_scale"), "fp32") | dict.fromkeys(names, "constexpr")
+few, held = (kernels.ROWS, kernels.COLUMNS), kernels.held_shape(512, 16384)
+for kernel, sizes, num_warps in (
+    (kernels._column_kernel, few, 4),
+    (kernels._round_kernel, few, 4),
+    (kernels._learn_kernel, few, 8),
+    (kernels._held_round_kernel, held, kernels.warps(held, kernels.ROUND_VALUES)),
+    (kernels._held_learn_kernel, held, kernels.warps(held, kernels.LEARN_VALUES)),
+):
+    constants = {(i,): sizes[names.index(name)] for i, name in enumerate(kernel.arg_names) if name in names}
     source = ASTSource(kernel, {name: types.get(name, "*fp32") for name in kernel.arg_names}, constants)
     for capability in map(int, sys.argv[1:]):
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
         assert compiled.asm["cubin"][:4] == b"\\x7fELF"
         print(kernel.__name__, capability, compiled.metadata.shared)
 """
@@ -107,11 +127,12 @@ def test_kernels_compile_to_machine_code_of_gpus(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 3
+    assert len(lines) == 5
     assert all(int(shared) < 48 * 1024 for _, _, shared in lines), "more shared memory than a program gets unasked"
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("tokens_are_held")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_match_plain_torch_on_a_gpu_without_waiting_for_it(dtype):
     torch.manual_seed(1)
