@@ -5,7 +5,8 @@
 One process, one thread, JPEGs of 500 x 400 pixels with quality 90, crops of 224. The baseline opens and converts with
 Pillow, crops, flips and normalises with `torchvision.transforms`, and stacks float32; ours are whole `PretrainLoader`
 batches with masks, from a folder, parquet and tar, and then the normalisation, which training does on its device.
-Rows are measured in turn, in processor time, and the table has medians: a busy machine spoils the ratios less.
+Rows are measured in turn, in processor time, and the table has medians: a busy machine spoils the ratios less. With a
+CUDA device there is a row for data.decode=gpu: what is then left for the processor, and that spent waiting for the GPU.
 
 The bound is the entropy decoding, inverse DCT and colour conversion of libjpeg-turbo, single-threaded in both decoders:
 the rows `decode`. Bytes do not bind: a core reads and writes 10 GB/s, and an image moves 2 MB.
@@ -95,7 +96,7 @@ def baseline_batches(folder: Path) -> Iterator[Tensor]:
         yield torch.stack(images)
 
 
-def our_batches(url: str) -> Iterator[Any]:
+def our_batches(url: str, *overrides: str, decode_device: torch.device | None = None) -> Iterator[Any]:
     """Batches of the loader, without workers."""
     sources = [
         f"data.dataset={url}",
@@ -103,8 +104,20 @@ def our_batches(url: str) -> Iterator[Any]:
         f"optim.batch_size_per_gpu={BATCH}",
         "efficiency.dataloader_num_workers=0",
         "efficiency.cache_dataset=false",
+        *overrides,
     ]
-    return PretrainLoader(load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, sources))
+    return PretrainLoader(load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, sources), decode_device=decode_device)
+
+
+def gpu_batches(url: str) -> Callable[[], None]:
+    """As `our_batches`, decoded and cropped on the CUDA device; each call waits for it."""
+    batches = our_batches(url, "data.decode=gpu", decode_device=torch.device("cuda"))
+
+    def call() -> None:
+        next(batches)
+        torch.cuda.synchronize()
+
+    return call
 
 
 def parts(files: list[bytes]) -> dict[str, Callable[[], object]]:
@@ -161,6 +174,7 @@ def main() -> None:
     add_arguments(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    has_gpu = torch.cuda.is_available()
     files = [made_up_jpeg(seed) for seed in range(args.images)]
     with tempfile.TemporaryDirectory() as folder:
         urls = write_sources(Path(folder), files)
@@ -170,6 +184,7 @@ def main() -> None:
         rows: dict[str, tuple[int, Callable[[], object]]] = {
             "baseline: Pillow, torchvision v1, float32": (BATCH, lambda: next(baseline)),
             **{f"ours: {name}": (BATCH, lambda stream=stream: next(stream)) for name, stream in streams.items()},
+            **({"ours: folder, decoded on the GPU": (BATCH, gpu_batches(urls["folder"]))} if has_gpu else {}),
             "normalisation, after ours": (BATCH, lambda: normalize(batch)),
             **{name: (1, call) for name, call in parts(files).items()},
         }

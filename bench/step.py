@@ -297,8 +297,6 @@ def search(args: argparse.Namespace, device: torch.device) -> int:
     if device.type != "cuda":
         raise UserError(f"--largest-batch needs a CUDA device, this is {device}")
     batch = largest_batch(functools.partial(fits, args, device, mode="eager"), args.batch)
-    while batch and args.mode != "eager" and not fits(args, device, batch, args.mode):
-        batch = batch * 7 // 8
     if batch == 0:
         raise UserError(f"--batch={args.batch}: not even an eighth of it fits")
     return batch
@@ -393,6 +391,27 @@ def report(args: argparse.Namespace, device: torch.device, batch: int) -> None:
     record(args, "training step, parts", settings, rows)
 
 
+def report_what_fits(args: argparse.Namespace, device: torch.device) -> None:
+    """`report` of `--batch`, or of the largest one, less an eighth as often as `--mode` needs more memory than eager.
+
+    Raises: UserError if there is too little memory.
+    """
+    batch = search(args, device) if args.largest_batch else args.batch
+    while not _reported(args, device, batch):
+        release(device)
+        if not args.largest_batch or batch == 1:
+            raise UserError(f"--batch={batch} does not fit on {device}; use a smaller one, or --largest-batch")
+        batch = batch * 7 // 8
+
+
+def _reported(args: argparse.Namespace, device: torch.device, batch: int) -> bool:
+    try:
+        report(args, device, batch)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -409,7 +428,7 @@ def main() -> int:
     logging.getLogger("torch").setLevel(logging.ERROR)
     try:
         device = pick_device("auto")
-        report(args, device, search(args, device) if args.largest_batch else args.batch)
+        report_what_fits(args, device)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
