@@ -11,8 +11,12 @@ DISTANCES = ("cosine", "L2", "L1", "Linf", "inner_product")
 TRAIN_CHUNK = 262_144
 BLOCK = 2**26
 """Most similarities, or votes, that are held at once."""
+COLUMNS = 2**16
+"""Training rows of such a block: about square, it reuses what a product reads most."""
 GROUP = 64
 """Similarities of which only the largest is looked at, unless it is among the k largest."""
+MIN_GROUPS = 8
+"""Groups per neighbour that is sought, below which sorting the candidates costs as much as sorting all."""
 
 
 def nearest(
@@ -44,17 +48,22 @@ def nearest(
     num = len(queries)
     best = queries.new_full((num, 0), 0, dtype=torch.float32)
     rows = torch.empty(num, 0, dtype=torch.int64, device=queries.device)
+    num_columns = min(max(COLUMNS, MIN_GROUPS * k * GROUP), len(train))
+    # One for all: fresh memory of this size comes from the system, which clears it first.
+    num_held = min(max(BLOCK, num_columns), num * num_columns) if dtype == torch.float32 else 0
+    block = torch.empty(num_held, device=queries.device)
     for start in range(0, len(train), train_chunk):
         chunk = _prepare(train[start : start + train_chunk].to(queries.device), distance, dtype)
-        parts = [
-            _largest(_similarity(some, chunk, distance), min(k, len(chunk)))
-            for some in queries.split(max(1, BLOCK // len(chunk)))
-        ]
-        best = torch.cat([best, *[torch.cat([values for values, _ in parts])]], dim=1)
-        rows = torch.cat([rows, torch.cat([columns for _, columns in parts]) + start], dim=1)
-        # Ties keep the earlier row: a stable sort of at most 2 k candidates.
-        order = best.argsort(dim=1, descending=True, stable=True)[:, :k]
-        best, rows = best.gather(1, order), rows.gather(1, order)
+        for first, part in zip(range(start, len(train), num_columns), chunk.split(num_columns), strict=False):
+            found = [
+                _largest(_similarity(some, part, distance, block), min(k, len(part)))
+                for some in queries.split(max(1, BLOCK // len(part)))
+            ]
+            best = torch.cat([best, torch.cat([values for values, _ in found])], dim=1)
+            rows = torch.cat([rows, torch.cat([columns for _, columns in found]) + first], dim=1)
+            # Ties keep the earlier row: a stable sort of at most 2 k candidates.
+            order = best.argsort(dim=1, descending=True, stable=True)[:, :k]
+            best, rows = best.gather(1, order), rows.gather(1, order)
     return best, rows
 
 
@@ -63,19 +72,22 @@ def _prepare(x: Tensor, distance: str, dtype: torch.dtype) -> Tensor:
     return (F.normalize(x, dim=1) if distance == "cosine" else x).to(dtype)
 
 
-def _similarity(queries: Tensor, train: Tensor, distance: str) -> Tensor:
-    if distance in ("cosine", "inner_product"):
-        return (queries @ train.T).float()
-    if distance == "L2":
-        return (queries @ train.T).float().mul_(2).sub_(train.float().square().sum(dim=1))
-    assert distance in ("L1", "Linf")
-    return -torch.cdist(queries.float(), train.float(), p=1.0 if distance == "L1" else torch.inf)
+def _similarity(queries: Tensor, train: Tensor, distance: str, block: Tensor) -> Tensor:
+    """All of them; in float32, of the memory `block` where it is a product."""
+    if distance in ("L1", "Linf"):
+        return -torch.cdist(queries.float(), train.float(), p=1.0 if distance == "L1" else torch.inf)
+    if queries.dtype == torch.float32:
+        products = block[: len(queries) * len(train)].view(len(queries), len(train))
+        torch.mm(queries, train.T, out=products)
+    else:
+        products = (queries @ train.T).float()
+    return products.mul_(2).sub_(train.float().square().sum(dim=1)) if distance == "L2" else products
 
 
 def _largest(x: Float[Tensor, "q n"], k: int) -> tuple[Float[Tensor, "q k"], Int64[Tensor, "q k"]]:
     """`x.topk(k, dim=1)`. The k largest numbers are in the k groups with the largest maxima, so few are sorted."""
     num_groups, rest = divmod(x.shape[1], GROUP)
-    if num_groups < 8 * k:  # sorting the candidates would then cost as much as sorting all
+    if num_groups < MIN_GROUPS * k:
         values, columns = x.topk(k, dim=1)
         return values, columns
     grouped = x[:, : num_groups * GROUP].unflatten(1, (num_groups, GROUP))

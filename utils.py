@@ -83,8 +83,12 @@ def setup_logging(log_path: Path | None = None, *, quiet: bool = False) -> None:
         root.addHandler(handler)
 
 
-def git_revision() -> str | None:
-    """Commit of this source tree, with `+changes` if it was modified, or None outside a git checkout."""
+def git_revision(*ignoring: str) -> str | None:
+    """Commit of this source tree, with `+changes` if it was modified, or None outside a git checkout.
+
+    Args:
+        ignoring: paths from the root of the tree whose changes do not count.
+    """
     root = Path(__file__).parent
     with contextlib.suppress(FileNotFoundError):  # a job's copy of the code says what it was copied from
         return (root / "REVISION").read_text().strip()
@@ -101,7 +105,8 @@ def git_revision() -> str | None:
     commit = git("rev-parse", "HEAD")
     if not commit:
         return None
-    return f"{commit}+changes" if git("status", "--porcelain", "--untracked-files=no") else commit
+    which = [".", *(f":(exclude){path}" for path in ignoring)]
+    return f"{commit}+changes" if git("status", "--porcelain", "--untracked-files=no", "--", *which) else commit
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def record(args: argparse.Namespace, bench: str, settings: Mapping[str, Any], nu
         "bench": bench,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "hardware": hardware(),
-        "commit": git_revision(),
+        "commit": git_revision("bench/results.jsonl", "bench/README.md"),  # what an earlier benchmark has written
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "settings": dict(settings),
         "numbers": [dict(row) for row in numbers],
@@ -111,7 +112,7 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
             parts.append(f"### {bench}\n")
         settings = ", ".join(f"{key} {value}" for key, value in line["settings"].items())
         versions = ", ".join(f"{key} {value}" for key, value in line["versions"].items())
-        commit = (line["commit"] or "no git checkout")[:10]
+        commit = re.sub(r"(?<=[0-9a-f]{10})[0-9a-f]+", "", line["commit"] or "outside a git checkout")
         parts.append(f"{line['date']}, {line['hardware']}, {versions}, code {commit}; {settings}\n")
         columns = list(line["numbers"][0])
         rows = [columns, ["---"] * len(columns), *([_cell(row.get(c)) for c in columns] for row in line["numbers"])]

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -28,6 +30,45 @@ def test_a_recorded_line_says_what_was_measured_where(tmp_path):
     assert set(first) == {"bench", "date", "hardware", "commit", "versions", "settings", "numbers"}
     assert first["versions"]["torch"]
     assert "core" in first["hardware"] or "GiB" in first["hardware"]
+
+
+RECORD = """
+import argparse, sys
+sys.path.insert(0, "bench")
+import results
+parser = argparse.ArgumentParser()
+results.add_arguments(parser)
+results.record(parser.parse_args([]), "step", {}, [{"what": "eager"}])
+results.write_readme(results.RESULTS, results.README)
+print(results.README.read_text())
+"""
+
+
+def test_a_recorded_commit_is_that_of_the_code_whatever_was_recorded_before(tmp_path):
+    (tmp_path / "bench").mkdir()
+    for name in ("utils.py", "bench/results.py", "bench/README.md", "bench/results.jsonl"):
+        shutil.copy(ROOT / name, tmp_path / name)
+
+    def git(*args):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a", *args]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "a")
+
+    def recorded():
+        done = subprocess.run([sys.executable, "-c", RECORD], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return json.loads((tmp_path / "bench" / "results.jsonl").read_text().splitlines()[-1])["commit"], done.stdout
+
+    commit = git("rev-parse", "HEAD")
+    for _ in range(2):
+        assert recorded()[0] == commit
+    with (tmp_path / "utils.py").open("a") as file:
+        file.write("CHANGED = 1\n")
+    changed, readme = recorded()
+    assert changed == f"{commit}+changes"
+    assert f"code {commit[:10]}+changes" in readme
 
 
 def test_the_newest_line_of_each_setting_and_device_is_shown(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import seeded
 
+import neighbors
 from neighbors import GROUP, nearest
 
 
@@ -17,7 +18,10 @@ def similarities_by_the_book(queries, train, distance):
 
 @pytest.mark.parametrize("distance", ["cosine", "L2", "L1"])
 @pytest.mark.parametrize("train_chunk", [5000, 2000], ids=["one chunk", "three"])
-def test_many_rows_are_searched_exactly(distance, train_chunk):
+@pytest.mark.parametrize(("num_columns", "block"), [(2**16, 2**26), (1600, 1600 * 7)], ids=["one block", "many"])
+def test_many_rows_are_searched_exactly(distance, train_chunk, num_columns, block, monkeypatch):
+    monkeypatch.setattr(neighbors, "COLUMNS", num_columns)
+    monkeypatch.setattr(neighbors, "BLOCK", block)
     k, num = 3, 4995
     assert num % GROUP, "some rows must be left over"
     assert min(num, train_chunk) > 8 * k * GROUP, "too few rows for groups"
