@@ -54,7 +54,7 @@ def nearest(
     block = torch.empty(num_held, device=queries.device)
     for start in range(0, len(train), train_chunk):
         chunk = _prepare(train[start : start + train_chunk].to(queries.device), distance, dtype)
-        for first, part in zip(range(start, len(train), num_columns), chunk.split(num_columns), strict=False):
+        for first, part in zip(range(start, start + len(chunk), num_columns), chunk.split(num_columns), strict=True):
             found = [
                 _largest(_similarity(some, part, distance, block), min(k, len(part)))
                 for some in queries.split(max(1, BLOCK // len(part)))

@@ -36,12 +36,12 @@ import metrics
 from checkpoint import Checkpoints, SavedState, claim_output_dir, export_weights
 from clustering import L2NormLinear, OnlineClustering, entropy, soft_cross_entropy
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
+from crops import check_decode
 from data import (
     Batch,
     DevicePrefetcher,
     PretrainLoader,
     WorkerAdvice,
-    check_decode,
     cores_of_this_rank,
     derive_seed,
     merge_positions,

@@ -35,7 +35,8 @@ from torch import Tensor
 from torchvision import transforms
 
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
-from data import IMAGENET_MEAN, IMAGENET_STD, PretrainLoader, cut, draw_crop, normalize
+from crops import cut, draw_crop
+from data import IMAGENET_MEAN, IMAGENET_STD, PretrainLoader, normalize
 from sources import as_bytes_tensor, decode_pixels, jpeg_decoder, silent_decoders
 
 WIDTH, HEIGHT, SIZE, BATCH = 500, 400, 224, 64

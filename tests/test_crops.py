@@ -1,0 +1,66 @@
+"""crops.py against torchvision; decoding on the device is in test_data.py."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import ks_2samp
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as v1
+
+from crops import Crop, cut, draw_crop
+
+
+@pytest.mark.parametrize("in_float", [False, True])
+@pytest.mark.parametrize("layout", ["channels innermost", "channels outermost"])
+@pytest.mark.parametrize("box", [(0, 0, 60, 80), (3, 7, 41, 50), (10, 0, 50, 33), (59, 79, 1, 1), (5, 5, 20, 24)])
+def test_a_crop_is_that_of_torchvision_on_a_pillow_image_within_rounding(box, layout, in_float):
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    if layout == "channels outermost":
+        pixels = pixels.contiguous()
+    resized = v1.resized_crop(image, *box, [56, 56], v1.InterpolationMode.BICUBIC)
+    for flip, oracle in ((False, resized), (True, v1.hflip(resized))):
+        crop = cut(pixels, Crop(*box, flip=flip), 56, in_float=in_float)
+        assert (crop.dtype, crop.shape) == (torch.uint8, (3, 56, 56))
+        error = (crop.permute(1, 2, 0).numpy().astype(int) - np.asarray(oracle)).__abs__()
+        # Pillow rounds and clips between the two directions, which shows in noise: floats overshoot there.
+        assert error.max() <= (16 if in_float else 1), "more than rounding"
+        assert error.mean() < (0.4 if in_float else 0.1), "systematically different"
+    if layout == "channels innermost" and box[2] > 1:
+        assert crop.permute(1, 2, 0).is_contiguous(), "torch transposed the crop"
+
+
+def test_boxes_and_flips_are_distributed_like_those_of_torchvision():
+    drawn = [draw_crop(500, 375, (0.3, 1.0), True, 0, key) for key in range(4000)]
+    torch.manual_seed(0)
+    image = torch.empty(3, 375, 500)
+    reference = np.array([RandomResizedCrop.get_params(image, [0.3, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
+    ours = np.array([[crop.top, crop.left, crop.height, crop.width] for crop in drawn])
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= 375).all()
+    assert (ours[:, 1] + ours[:, 3] <= 500).all()
+    for column, name in enumerate(("top", "left", "height", "width")):
+        assert ks_2samp(ours[:, column], reference[:, column]).pvalue > 1e-3, name
+    areas = [boxes[:, 2] * boxes[:, 3] for boxes in (ours, reference)]
+    ratios = [boxes[:, 3] / boxes[:, 2] for boxes in (ours, reference)]
+    assert ks_2samp(*areas).pvalue > 1e-3
+    assert ks_2samp(*ratios).pvalue > 1e-3
+    flips = np.array([crop.flip for crop in drawn])
+    assert abs(flips.mean() - 0.5) < 0.03
+    assert abs(np.corrcoef(flips, ours[:, 1])[0, 1]) < 0.06, "the flip depends on the box"
+    assert drawn[7] == draw_crop(500, 375, (0.3, 1.0), True, 0, 7), "not a function of the key"
+    unflipped = [draw_crop(500, 375, (0.3, 1.0), False, 0, key) for key in range(50)]
+    assert not any(crop.flip for crop in unflipped)
+    assert [replace(crop, flip=False) for crop in drawn[:50]] == unflipped, "do_hflip moves the box"
+
+
+@pytest.mark.parametrize("size", [(1000, 20), (20, 1000), (1, 1), (1, 50), (7, 3)])
+def test_of_an_image_that_no_box_fits_the_middle_is_taken_as_torchvision_does(size):
+    width, height = size
+    torch.manual_seed(0)
+    expected = RandomResizedCrop.get_params(torch.empty(3, height, width), [1.0, 1.0], [3 / 4, 4 / 3])
+    crop = draw_crop(width, height, (1.0, 1.0), True, 0)
+    assert (crop.top, crop.left, crop.height, crop.width) == tuple(expected)
