@@ -21,10 +21,10 @@ LOG2_E = math.log2(math.e)
 ROWS, COLUMNS = 16, 256
 """Tokens and prototypes that a program works on at a time."""
 MOST_HELD = 16384
-"""Logits that a program holds: with as many maxima and sums they fill the registers of a multiprocessor of an H100."""
+"""Logits that a program holds: with as many offsets and sums they fill the registers of a multiprocessor of an H100."""
 HELD_ROWS = 32
-"""Tokens of a position that such a program works on, one after the other or several at a time. What they give to each
-prototype is then written once, an eighth of the bytes of the bfloat16 logits that were read."""
+"""Tokens of a position that such a program works on, one after the other or several at a time. Then it writes what they
+gave to each prototype: a sixteenth of the bytes that it read, if the logits are bfloat16."""
 ROUND_VALUES, LEARN_VALUES = 32, 16
 """Logits per thread of such programs. Compiled for an H100, the first needs 126 registers of 128 and spills none, the
 second needs all of 64 and spills 16."""
