@@ -115,7 +115,11 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
         commit = re.sub(r"(?<=[0-9a-f]{10})[0-9a-f]+", "", line["commit"] or "outside a git checkout")
         parts.append(f"{line['date']}, {line['hardware']}, {versions}, code {commit}; {settings}\n")
         columns = list(line["numbers"][0])
-        rows = [columns, ["---"] * len(columns), *([_cell(row.get(c)) for c in columns] for row in line["numbers"])]
+        rows = [
+            columns,
+            ["---"] * len(columns),
+            *([_cell(row.get(c)).replace("|", "\\|") for c in columns] for row in line["numbers"]),
+        ]
         parts.append("\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n")
     return "\n".join(parts)
 

@@ -83,6 +83,12 @@ def test_the_newest_line_of_each_setting_and_device_is_shown(tmp_path, monkeypat
     assert "| eager | 1 |" not in text, "an older line of the same settings"
 
 
+def test_a_bar_in_a_cell_is_no_border_of_it():
+    line = {"bench": "pca", "date": "", "hardware": "", "versions": {}, "commit": None, "settings": {}}
+    text = results.markdown([line | {"numbers": [{"way": "ours", "against": "|cosine| >= 1"}]}])
+    assert "| ours | \\|cosine\\| >= 1 |" in text
+
+
 def test_the_readme_changes_between_its_marks_alone(tmp_path):
     args = arguments(tmp_path)
     results.record(args, "step", {}, [{"what": "eager"}])
