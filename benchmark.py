@@ -92,7 +92,7 @@ class BenchmarkConfig:
     name: str | None = None
     """Name of the model in tables; null takes that of the weights."""
     evals_config_path: str = "default_eval_config.py"
-    """Python file with one literal, EVALS, or YAML: name -> script and its keys."""
+    """Python file with one literal, EVALS, or YAML: name -> `file`, a script, and its keys."""
     evals: dict[str, Any] = field(default_factory=dict)
     """Changes of single evaluations, or null to leave one out."""
     launcher: BenchmarkLauncher = field(default_factory=BenchmarkLauncher)
@@ -221,7 +221,7 @@ def read_evals(path_name: str, changes: Mapping[str, Any]) -> dict[str, dict[str
     path = _find(path_name, "evals_config_path")
     evals = _read_literal(path) if path.suffix == ".py" else _read_evals_yaml(path)
     for name, entry in changes.items():
-        if name not in evals and not (isinstance(entry, dict) and "script" in entry):
+        if name not in evals and not (isinstance(entry, dict) and "file" in entry):
             raise UserError(f"evals.{name}: there is no such evaluation in {path}{did_you_mean(name, list(evals))}")
     merged: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(evals), OmegaConf.create(dict(changes))))
     chosen = {str(name): entry for name, entry in merged.items() if entry is not None}
@@ -230,8 +230,8 @@ def read_evals(path_name: str, changes: Mapping[str, Any]) -> dict[str, dict[str
     for name, entry in chosen.items():
         if not re.fullmatch(r"\w[\w.-]*", name) or name in ("random", "jobs"):
             raise UserError(f"evals.{name}: a name is also that of a folder; use letters, digits, '-', '_' and '.'")
-        if not isinstance(entry, dict) or not isinstance(entry.get("script"), str):
-            raise UserError(f"evals.{name}: needs script, the name of an evaluation script; other keys are for it")
+        if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
+            raise UserError(f"evals.{name}: needs file, the name of an evaluation script; other keys are for it")
         for key in ("output_dir", "model_path", "model_loader_kwargs"):
             if key in entry:
                 raise UserError(f"evals.{name}.{key}: is the same for all evaluations; give {key}= without evals")
@@ -253,7 +253,7 @@ def _read_literal(path: Path) -> dict[str, Any]:
             raise
         raise UserError(f"evals_config_path={path}: EVALS is read, not run, so it must be a plain literal") from error
     if not isinstance(evals, dict):
-        raise UserError(f"evals_config_path={path}: EVALS must be a dict: name -> {{'script': ..., key: value}}")
+        raise UserError(f"evals_config_path={path}: EVALS must be a dict: name -> {{'file': ..., key: value}}")
     return evals
 
 
@@ -263,7 +263,7 @@ def _read_evals_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"evals_config_path={path}: cannot be read: {error}") from error
     if not isinstance(evals, dict):
-        raise UserError(f"evals_config_path={path}: must hold `name: {{script: ..., key: value}}` pairs")
+        raise UserError(f"evals_config_path={path}: must hold `name: {{file: ..., key: value}}` pairs")
     return evals
 
 
@@ -301,10 +301,10 @@ def plan(cfg: BenchmarkConfig) -> list[Task]:
     tasks = []
     for is_random, loader_kwargs in models:
         for name, entry in evals.items():
-            keys = {key: value for key, value in entry.items() if key != "script"}
+            keys = {key: value for key, value in entry.items() if key != "file"}
             folder = Path(cfg.output_dir, "random", name) if is_random else Path(cfg.output_dir, name)
             config = {"model_path": cfg.model_path, "model_loader_kwargs": loader_kwargs, "output_dir": str(folder)}
-            script = _find(entry["script"], f"evals.{name}.script")
+            script = _find(entry["file"], f"evals.{name}.file")
             tasks.append(Task(name, is_random, script, passed_on | keys | config, None if is_random else sha256))
     return tasks
 
@@ -406,7 +406,7 @@ def check_slurm(tasks: Sequence[Task]) -> None:
         raise UserError("launcher=slurm: there is no Slurm here (no sbatch on the PATH); leave it out to run here")
     for task in tasks:
         if not task.script.absolute().is_relative_to(ROOT):
-            raise UserError(f"evals.{task.name}.script={task.script}: a Slurm job runs scripts of {ROOT} only")
+            raise UserError(f"evals.{task.name}.file={task.script}: a Slurm job runs scripts of {ROOT} only")
 
 
 # ---------------------------------------------------------------------------------------------------- the results

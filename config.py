@@ -571,7 +571,7 @@ class EvalConfig:
     model_setup_script: str
     """Model file whose loader builds the model."""
     eval_config: dict[str, Any]
-    """Name -> script and its keys, or for a name of default_eval_config.py only the keys that change."""
+    """Name -> `file`, a script, and its keys, or for a name of default_eval_config.py only the keys that change."""
     where: str
     """process: on this machine, while training goes on. inline: on this machine, while training waits. slurm: as a job.
     auto: slurm for a training that is a Slurm job, else process."""
@@ -581,10 +581,8 @@ class EvalConfig:
         require_one_of("evals.*.model_to_eval", self.model_to_eval, ("student", "student_ema"))
         require_one_of("evals.*.where", self.where, ("auto", "process", "inline", "slurm"))
         for name, entry in self.eval_config.items():
-            known = name in EVALS or (isinstance(entry, dict) and "script" in entry)
-            require(
-                known, f"evals.*.eval_config.{name}", entry, f"needs script, or a name of {', '.join(sorted(EVALS))}"
-            )
+            known = name in EVALS or (isinstance(entry, dict) and "file" in entry)
+            require(known, f"evals.*.eval_config.{name}", entry, f"needs file, or a name of {', '.join(sorted(EVALS))}")
 
 
 @dataclass(frozen=True)

@@ -5,24 +5,24 @@ The literal below is read, not executed; a YAML file of the same structure can t
 
 EVALS = {
     "in1k_classification": {
-        "script": "eval_classification.py",
-        "train_dataset": "hf://ILSVRC/imagenet-1k?split='train'&img_field='jpg'&tgt_field='label'",
-        "test_datasets": "hf://ILSVRC/imagenet-1k?split='validation'&img_field='jpg'&tgt_field='label'",
+        "file": "eval_classification.py",
+        "train_dataset_name": "hf://ILSVRC/imagenet-1k?split='train'&tgt_field='label'",
+        "test_dataset_names": "hf://ILSVRC/imagenet-1k?split='validation'&tgt_field='label'",
     },
     "ade20k_segmentation": {
-        "script": "eval_segmentation.py",
-        "train_dataset": "custom://ADE20K?split='training'",
-        "test_dataset": "custom://ADE20K?split='validation'",
+        "file": "eval_segmentation.py",
+        "train_dataset_name": "custom://ADE20K?split='training'",
+        "test_dataset_name": "custom://ADE20K?split='validation'",
         "resolution": 224,
     },
     "ade20k_pictures_224": {
-        "script": "eval_visualizations.py",
-        "dataset": "custom://ADE20K?split='training'",
+        "file": "eval_visualizations.py",
+        "dataset_name": "custom://ADE20K?split='training'",
         "resolution": 224,
     },
     "ade20k_pictures_448": {
-        "script": "eval_visualizations.py",
-        "dataset": "custom://ADE20K?split='training'",
+        "file": "eval_visualizations.py",
+        "dataset_name": "custom://ADE20K?split='training'",
         "resolution": 448,
     },
 }

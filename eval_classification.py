@@ -1,8 +1,8 @@
 """Classification with frozen features: trained linear and attentive classifiers, k-NN and logistic regression.
 
     python eval_classification.py model_loader_kwargs.pretrained_weights=weights.pth output_dir=runs/eval \\
-        train_dataset="torchvision://ImageFolder?root='/data/train'" \\
-        test_datasets="torchvision://ImageFolder?root='/data/val'"
+        train_dataset_name="torchvision://ImageFolder?root='/data/train'" \\
+        test_dataset_names="torchvision://ImageFolder?root='/data/val'"
 
 `methods` says which run. `classifiers` trains one classifier per representation, learning rate and weight decay, all
 at once on one forward pass, and continues after an interruption. `knn` needs no training. `logreg` fits mean patch
@@ -85,14 +85,14 @@ REPORTED_K = 20
 class ClassificationConfig(EvaluationConfig):
     """Keys of the classification evaluation."""
 
-    train_dataset: str = "hf://ILSVRC/imagenet-1k?split='train'&img_field='jpg'&tgt_field='label'"
+    train_dataset_name: str = "hf://ILSVRC/imagenet-1k?split='train'&tgt_field='label'"
     """Images that are learned from; data URL."""
-    val_dataset: str | None = None
+    val_dataset_name: str | None = None
     """Images on which hyper-parameters are chosen; null for a part of the training set."""
     val_proportion: float = 0.1
     """That part, a random one, which is then not trained on."""
-    test_datasets: Any = "hf://ILSVRC/imagenet-1k?split='validation'&img_field='jpg'&tgt_field='label'"
-    """A data URL, or several by name: `test_datasets.v2=...`."""
+    test_dataset_names: Any = "hf://ILSVRC/imagenet-1k?split='validation'&tgt_field='label'"
+    """A data URL, or several by name: `test_dataset_names.v2=...`."""
     num_classes: int | None = None
     """null: as many as the training set names, or its largest label + 1."""
     resolution: int = 224
@@ -112,11 +112,11 @@ class ClassificationConfig(EvaluationConfig):
     """Of AdamW; biases have none."""
     batch_size_per_gpu: int = 128
     """Training images of one step on one rank."""
-    total_iters: int = 12500
+    n_iters: int = 12500
     """Training steps."""
     warmup_iters: int = 1250
     """Steps of the linear warm-up, before a cosine to 0."""
-    checkpoint_period: int = 1250
+    save_checkpoint_period: int = 1250
     """Steps between checkpoints, each with a validation."""
     crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     """Area of a random training crop, as fractions of the image."""
@@ -151,16 +151,16 @@ class ClassificationConfig(EvaluationConfig):
             require(len(values) == len(set(values)), key, values, "must not have a value twice")
             above = "0 or more" if key == "weight_decays" else "above 0"
             require(min(values) >= lowest, key, values, f"must all be {above}")
-        for key in ("resolution", "batch_size_per_gpu", "total_iters", "checkpoint_period", "logreg_max_iter"):
+        for key in ("resolution", "batch_size_per_gpu", "n_iters", "save_checkpoint_period", "logreg_max_iter"):
             require(getattr(self, key) > 0, key, getattr(self, key), "must be at least 1")
         require(self.few_label_repeats > 0, "few_label_repeats", self.few_label_repeats, "must be at least 1")
         require(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "must be above 0")
         require_one_of("feature_scaling", self.feature_scaling, SCALINGS)
         require(
-            0 <= self.warmup_iters < self.total_iters,
+            0 <= self.warmup_iters < self.n_iters,
             "warmup_iters",
             self.warmup_iters,
-            f"must be 0 or more and below total_iters={self.total_iters}",
+            f"must be 0 or more and below n_iters={self.n_iters}",
         )
         require(0 < self.val_proportion < 1, "val_proportion", self.val_proportion, "must lie between 0 and 1")
         require(
@@ -184,9 +184,11 @@ class ClassificationConfig(EvaluationConfig):
             "must be a whole number from 1 on, or a fraction up to 1.0",
         )
         require(self.num_classes is None or self.num_classes > 1, "num_classes", self.num_classes, "must be 2 or more")
-        tests = self.test_datasets
+        tests = self.test_dataset_names
         named = isinstance(tests, dict) and tests and all(isinstance(url, str) for url in tests.values())
-        require(bool(named) or isinstance(tests, str), "test_datasets", tests, "must be a data URL, or name: URL pairs")
+        require(
+            bool(named) or isinstance(tests, str), "test_dataset_names", tests, "must be a data URL, or name: URL pairs"
+        )
 
     @property
     def test_resize(self) -> int:
@@ -354,7 +356,7 @@ def open_splits(cfg: ClassificationConfig) -> Splits:
 
     Raises: UserError for a single class, a label out of range, or a validation part that lacks a class.
     """
-    train = open_labelled(cfg.train_dataset, "train_dataset")
+    train = open_labelled(cfg.train_dataset_name, "train_dataset_name")
     num_classes = cfg.num_classes or max(len(train.class_names or ()), int(train.labels.max()) + 1)
     _check_range(train, num_classes)
     classes = train.labels[train.labels >= 0].unique()
@@ -363,8 +365,8 @@ def open_splits(cfg: ClassificationConfig) -> Splits:
             f"{train.where}: all images are of class {train.name_of(int(classes[0]))}; classification needs two or more"
         )
     val, fit, val_indices = train, train.labelled, None
-    if cfg.val_dataset is not None:
-        val = open_labelled(cfg.val_dataset, "val_dataset")
+    if cfg.val_dataset_name is not None:
+        val = open_labelled(cfg.val_dataset_name, "val_dataset_name")
         mapping = class_mapping(val, train)
         if mapping is not None:
             _check_range(val, len(mapping))
@@ -376,10 +378,10 @@ def open_splits(cfg: ClassificationConfig) -> Splits:
         fit, val_indices = fit[kept], fit[held_out]
     if set(cfg.methods) != {"knn"}:
         _check_classes(cfg, train, fit, val, val_indices, classes)
-    urls = cfg.test_datasets if isinstance(cfg.test_datasets, dict) else {"": cfg.test_datasets}
+    urls = cfg.test_dataset_names if isinstance(cfg.test_dataset_names, dict) else {"": cfg.test_dataset_names}
     tests = {}
     for name, url in urls.items():
-        data = open_labelled(url, f"test_datasets.{name}" if name else "test_datasets")
+        data = open_labelled(url, f"test_dataset_names.{name}" if name else "test_dataset_names")
         mapping = class_mapping(data, train)
         _check_range(data, num_classes if mapping is None else len(mapping))
         if mapping is not None and int(mapping.max()) >= num_classes:
@@ -407,7 +409,7 @@ def _check_classes(
     cfg: ClassificationConfig, train: Labelled, fit: Tensor, val: Labelled, val_indices: Tensor, classes: Tensor
 ) -> None:
     remedy = (
-        f"change val_proportion={cfg.val_proportion:g}, give more images, or give val_dataset"
+        f"change val_proportion={cfg.val_proportion:g}, give more images, or give val_dataset_name"
         if val is train
         else "use a validation set with the classes of the training set"
     )
@@ -811,16 +813,16 @@ def train_classifiers(
     cfg: ClassificationConfig, model: FrozenModel, splits: Splits, training: Training, checkpoint: CheckpointFile
 ) -> None:
     """Train all classifiers to the end."""
-    schedule = WarmupThenCosine(1.0, 0.0, cfg.total_iters, cfg.warmup_iters)
+    schedule = WarmupThenCosine(1.0, 0.0, cfg.n_iters, cfg.warmup_iters)
     pin = model.device.type == "cuda"
     batches = train_batches(cfg, splits.train, splits.fit, training.step, pin=pin)
     quiet = True if rank() > 0 else None
-    with tqdm(total=cfg.total_iters, initial=training.step, desc="classifiers", unit="step", disable=quiet) as bar:
-        while training.step < cfg.total_iters:
+    with tqdm(total=cfg.n_iters, initial=training.step, desc="classifiers", unit="step", disable=quiet) as bar:
+        while training.step < cfg.n_iters:
             images, labels = next(batches)
             losses = train_step(training, model, images, labels, schedule(training.step))
             bar.update()
-            if training.step == cfg.total_iters or due(training.step, cfg.checkpoint_period):
+            if training.step == cfg.n_iters or due(training.step, cfg.save_checkpoint_period):
                 images_of_val = image_batches(cfg, model, splits.val, splits.val_indices, "validation")
                 scores = score_classifiers(cfg, model, training.classifiers, images_of_val)
                 training.validations[training.step] = scores
@@ -863,7 +865,7 @@ def evaluate_classifiers(
     checkpoint = CheckpointFile(results.output_dir / "classifiers_checkpoint.pth", identity)
     checkpoint.restore_(training)
     train_classifiers(cfg, model, splits, training, checkpoint)
-    validation = training.validations[cfg.total_iters]
+    validation = training.validations[cfg.n_iters]
     chosen = {name: best_of(values) for name, values in validation.items()}
     best = nn.ModuleDict()
     for name, head in training.classifiers.items():
@@ -888,7 +890,7 @@ def evaluate_classifiers(
                     "learning_rate": learning_rate,
                     "weight_decay": weight_decay,
                     "global_batch_size": global_batch_size,
-                    "steps": cfg.total_iters,
+                    "steps": cfg.n_iters,
                     "resolution": cfg.resolution,
                 },
                 "grid": {

@@ -1,7 +1,7 @@
 """Semantic segmentation from frozen patch features: nearest neighbours and logistic regression.
 
     python eval_segmentation.py model_loader_kwargs.pretrained_weights=student_ema.pth output_dir=results/segmentation
-        train_dataset="custom://Segmentation?root='/data/train'" test_dataset="custom://Segmentation?root='/data/val'"
+        train_dataset_name="custom://Segmentation?root='/data/train'" test_dataset_name="custom://Segmentation?root='/data/val'"
 
 Hyper-parameters are chosen by mIoU on validation images, then the classifier is fitted on all training images and
 evaluated on the test images. Writes results_segmentation.json and pictures of predictions beside the truth.
@@ -63,10 +63,10 @@ ROWS = 65_536
 class SegmentationConfig(EvaluationConfig):
     """Keys of this evaluation; the defaults are those of the published ADE20K numbers."""
 
-    train_dataset: str = "custom://ADE20K?split='training'"
+    train_dataset_name: str = "custom://ADE20K?split='training'"
     """Data URL of images with label images."""
-    test_dataset: str = "custom://ADE20K?split='validation'"
-    val_dataset: str | None = None
+    test_dataset_name: str = "custom://ADE20K?split='validation'"
+    val_dataset_name: str | None = None
     """For the hyper-parameters; null holds out a part of the training images."""
     val_proportion: float = 0.1
     """Fraction of the training images that is held out, a random choice by `seed`."""
@@ -294,16 +294,16 @@ class TrainingPatches:
     """
 
     def __init__(self, cfg: SegmentationConfig, model: FrozenModel) -> None:
-        train = open_dataset(cfg.train_dataset, "train_dataset")
+        train = open_dataset(cfg.train_dataset_name, "train_dataset_name")
         self.class_names: list[str] = getattr(train, "class_names", [])
         chosen = torch.arange(len(train))
         if cfg.max_train_images is not None and cfg.max_train_images < len(train):
             chosen = torch.linspace(0, len(train) - 1, cfg.max_train_images).round().long()
-        if cfg.val_dataset is None:
+        if cfg.val_dataset_name is None:
             fit, held_out = split_off(len(chosen), cfg.val_proportion, cfg.seed)
             sources = [(train, chosen[fit]), (train, chosen[held_out])]
         else:
-            val = open_dataset(cfg.val_dataset, "val_dataset")
+            val = open_dataset(cfg.val_dataset_name, "val_dataset_name")
             sources = [(train, chosen), (val, torch.arange(len(val)))]
         self.num_images = sum(len(indices) for _, indices in sources)
         titles = ("training images", "validation images")
@@ -336,13 +336,17 @@ class TrainingPatches:
         present = set(self.labels[: self.num_fit].unique().tolist()) - set(cfg.ignore_labels)
         if len(present) < 2:
             raise UserError(
-                f"train_dataset={cfg.train_dataset}: patches have {len(present)} different labels ({sorted(present)}) "
-                f"beside ignore_labels={cfg.ignore_labels}; classification needs two: check the label images, and "
-                "whether ignore_labels names a class that counts"
+                f"train_dataset_name={cfg.train_dataset_name}: patches have {len(present)} different labels "
+                f"({sorted(present)}) beside ignore_labels={cfg.ignore_labels}; classification needs two: check the "
+                "label images, and whether ignore_labels names a class that counts"
             )
         counted = self.pixels[self.num_fit :]
         seen = set(counted.unique().tolist()) - set(cfg.ignore_labels)
-        key = f"val_proportion={cfg.val_proportion}" if cfg.val_dataset is None else f"val_dataset={cfg.val_dataset}"
+        key = (
+            f"val_proportion={cfg.val_proportion}"
+            if cfg.val_dataset_name is None
+            else f"val_dataset_name={cfg.val_dataset_name}"
+        )
         if not seen:
             raise UserError(f"{key}: no pixel of the validation images has a label that counts; give more images")
         if present - seen:
@@ -447,7 +451,7 @@ def evaluate(cfg: SegmentationConfig, model: FrozenModel, results: Results) -> N
         return
     if cfg.resolution % model.patch_size:
         raise UserError(f"resolution={cfg.resolution}: must be a multiple of the model's patch size {model.patch_size}")
-    test = open_dataset(cfg.test_dataset, "test_dataset")
+    test = open_dataset(cfg.test_dataset_name, "test_dataset_name")
     started = time.monotonic()
     data = TrainingPatches(cfg, model)
     seconds = {"features": time.monotonic() - started}
@@ -546,7 +550,7 @@ def run_test(
     for confusion in confusions.values():
         all_reduce_sum_(confusion)
         if not int(confusion.sum()):
-            raise UserError(f"test_dataset={cfg.test_dataset}: no pixel has a label beside ignore_labels")
+            raise UserError(f"test_dataset_name={cfg.test_dataset_name}: no pixel has a label beside ignore_labels")
     empty = torch.empty(0, cfg.resolution, cfg.resolution, dtype=torch.uint8)
     predictions = {
         name: all_gather_rows(torch.cat([empty, *parts])) for name, parts in dumped.items() if cfg.dump_predictions

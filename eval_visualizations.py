@@ -1,7 +1,7 @@
 """Pictures of frozen patch features: principal components, norms, nearest patches, clusters, dictionary atoms.
 
     python eval_visualizations.py model_loader_kwargs.pretrained_weights=student_ema.pth output_dir=results/pictures
-        dataset="custom://Images?root='/data/images'" num_images=64 clustering_checkpoint=runs/my_run
+        dataset_name="custom://Images?root='/data/images'" num_images=64 clustering_checkpoint=runs/my_run
 
 Writes results_visualizations.json, and into output_dir/artifacts: overview.png, and one PNG for each picture of each
 image, `<kind>/<number of the image in the data set>.png`, a square of the resolution with one colour per patch.
@@ -91,7 +91,7 @@ RED = "#D55E00"
 class VisualizationsConfig(EvaluationConfig):
     """Keys of this evaluation."""
 
-    dataset: str = "custom://ADE20K?split='training'"
+    dataset_name: str = "custom://ADE20K?split='training'"
     """Data URL of images; labels are not used."""
     num_images: int = 1024
     """Images that are drawn, evenly spaced over the data set from its first to its last; all if it has fewer."""
@@ -182,7 +182,7 @@ Measure = Callable[[Float[Tensor, "b n d"]], Tensor]
 def evaluate(cfg: VisualizationsConfig, model: FrozenModel, results: Results) -> None:
     """Draw the pictures that `results` do not have yet."""
     grid = grid_size(cfg, model)
-    dataset = open_dataset(cfg.dataset, "dataset")
+    dataset = open_dataset(cfg.dataset_name, "dataset_name")
     if len(dataset) < cfg.num_images:
         logger.info("num_images=%d: the data set has %d images, all are drawn", cfg.num_images, len(dataset))
     numbers = evenly_spaced(len(dataset), cfg.num_images)

@@ -312,7 +312,9 @@ def _score_line(row: Row) -> str:
 def _setting(config: Mapping[str, Any]) -> str:
     """The keys of an evaluation that tell it from others, in short."""
     words = [
-        str(config[key]) for key in ("test_dataset", "test_datasets", "dataset") if isinstance(config.get(key), str)
+        str(config[key])
+        for key in ("test_dataset_name", "test_dataset_names", "dataset_name")
+        if isinstance(config.get(key), str)
     ]
     if config.get("resolution") is not None:
         words.append(f"{config['resolution']} px")

@@ -707,8 +707,8 @@ def test_every_family_runs_through_the_benchmark_on_the_demo_data(family, tmp_pa
     keys = [
         f"evals.segmentation.{key}"
         for key in (
-            f"train_dataset=custom://Segmentation?root='{data}/train'",
-            f"test_dataset=custom://Segmentation?root='{data}/val'",
+            f"train_dataset_name=custom://Segmentation?root='{data}/train'",
+            f"test_dataset_name=custom://Segmentation?root='{data}/val'",
             "max_train_images=6",
             "classifiers=[knn]",
             "knn_ks=[1]",

@@ -32,7 +32,7 @@ results = {"knn": {"mIoU": cfg["score"]}}
 content = {"results": results, "config": cfg, "about": {"weights_sha256": "ab" * 32}}
 path.write_text(json.dumps(content))
 if cfg.get("fails"):
-    print("error: train_dataset=nowhere: there is no such folder", file=sys.stderr)
+    print("error: train_dataset_name=nowhere: there is no such folder", file=sys.stderr)
     sys.exit(2)
 if cfg.get("interrupts"):
     os.kill(os.getppid(), 2)
@@ -59,7 +59,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "student.pth").write_bytes(b"weights")
     (tmp_path / "runs" / "a" / "student.yaml").write_text("model: {}")
-    evals = {"one": {"script": "stub.py", "score": 0.25}, "two": {"script": "stub.py", "score": 0.5}}
+    evals = {"one": {"file": "stub.py", "score": 0.25}, "two": {"file": "stub.py", "score": 0.5}}
     (tmp_path / "evals.yaml").write_text(yaml.safe_dump(evals))
     return tmp_path
 
@@ -86,7 +86,7 @@ def starts(name: str) -> int:
 
 def test_the_default_evaluations_are_a_literal_of_scripts_that_know_their_keys():
     evals = benchmark.read_evals("default_eval_config.py", {})
-    assert [entry["script"] for entry in evals.values()] == [
+    assert [entry["file"] for entry in evals.values()] == [
         "eval_classification.py",
         "eval_segmentation.py",
         "eval_visualizations.py",
@@ -94,22 +94,22 @@ def test_the_default_evaluations_are_a_literal_of_scripts_that_know_their_keys()
     ]
     assert [entry.get("resolution") for entry in evals.values()] == [None, 224, 224, 448]
     for entry in evals.values():
-        text = (ROOT / entry["script"]).read_text()
-        assert all(re.search(rf"^    {key}: ", text, re.MULTILINE) for key in entry.keys() - {"script"})
+        text = (ROOT / entry["file"]).read_text()
+        assert all(re.search(rf"^    {key}: ", text, re.MULTILINE) for key in entry.keys() - {"file"})
 
 
 def test_a_python_file_of_evaluations_is_read_and_not_run(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nEVALS = {{'a': {{'script': 'eval_x.py', 'k': [1, 2]}}}}\n")
-    assert benchmark.read_evals(str(path), {}) == {"a": {"script": "eval_x.py", "k": [1, 2]}}
+    path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nEVALS = {{'a': {{'file': 'eval_x.py', 'k': [1, 2]}}}}\n")
+    assert benchmark.read_evals(str(path), {}) == {"a": {"file": "eval_x.py", "k": [1, 2]}}
     assert not (tmp_path / "ran").exists()
 
 
 def test_single_evaluations_can_be_changed_added_and_left_out(here):
-    changes = {"one": {"score": 0.75, "batch": {"x": 1}}, "two": None, "three": {"script": "s.py"}}
+    changes = {"one": {"score": 0.75, "batch": {"x": 1}}, "two": None, "three": {"file": "s.py"}}
     assert benchmark.read_evals("evals.yaml", changes) == {
-        "one": {"script": "stub.py", "score": 0.75, "batch": {"x": 1}},
-        "three": {"script": "s.py"},
+        "one": {"file": "stub.py", "score": 0.75, "batch": {"x": 1}},
+        "three": {"file": "s.py"},
     }
 
 
@@ -122,10 +122,10 @@ def test_single_evaluations_can_be_changed_added_and_left_out(here):
         ("e.py", "EVALS = {", "evals_config_path=e.py: is not Python"),
         ("e.yaml", "- a", "evals_config_path=e.yaml: must hold"),
         ("e.yaml", "a: [", "evals_config_path=e.yaml: cannot be read"),
-        ("e.yaml", "a: {resolution: 2}", "evals.a: needs script"),
-        ("e.yaml", "a/b: {script: s.py}", "evals.a/b: a name is also that of a folder"),
-        ("e.yaml", "random: {script: s.py}", "evals.random: a name is also that of a folder"),
-        ("e.yaml", "a: {script: s.py, output_dir: x}", "evals.a.output_dir: is the same for all evaluations"),
+        ("e.yaml", "a: {resolution: 2}", "evals.a: needs file"),
+        ("e.yaml", "a/b: {file: s.py}", "evals.a/b: a name is also that of a folder"),
+        ("e.yaml", "random: {file: s.py}", "evals.random: a name is also that of a folder"),
+        ("e.yaml", "a: {file: s.py, output_dir: x}", "evals.a.output_dir: is the same for all evaluations"),
         ("e.yaml", "{}", "no evaluation is left"),
     ],
 )
@@ -142,7 +142,7 @@ def test_a_bad_list_of_evaluations_is_explained(tmp_path, monkeypatch, name, tex
     [
         ("evals.on.score=1", "evals.on: there is no such evaluation in evals.yaml; did you mean one?"),
         ("evals_config_path=none.yaml", "evals_config_path=none.yaml: there is no such file"),
-        ("evals.one.script=none.py", "evals.one.script=none.py: there is no such file"),
+        ("evals.one.file=none.py", "evals.one.file=none.py: there is no such file"),
         ("pretrained_weights=none.pth", "pretrained_weights=none.pth: cannot be read: No such file or directory"),
         ("model_path=none.py", "model_path=none.py: there is no such file"),
         ("model_path=stub_model.py", "the file does not define __model_loader__"),
@@ -278,7 +278,7 @@ def test_results_of_another_origin_are_not_taken_for_ours(here, capsys):
 def test_a_failure_is_named_and_the_others_are_done_and_reported(here, capsys):
     assert benchmark.main([*NO_RANDOM, "evals.one.fails=true"]) == 1
     shown = capsys.readouterr().out
-    reason = "exit code 2: error: train_dataset=nowhere: there is no such folder (log: out/one/log.txt)"
+    reason = "exit code 2: error: train_dataset_name=nowhere: there is no such folder (log: out/one/log.txt)"
     assert f"one: failed. {reason}" in shown
     assert results()["evaluations"]["one"]["status"] == "failed"
     assert results()["evaluations"]["two"]["results"] == {"knn": {"mIoU": 0.5}}
@@ -422,7 +422,7 @@ def test_a_squeue_that_does_not_answer_is_not_taken_for_an_empty_queue(fake_slur
 def test_slurm_must_be_there_and_know_the_script(fake_slurm, monkeypatch, tmp_path_factory, capsys):
     other = tmp_path_factory.mktemp("other") / "stub.py"
     other.write_text(STUB)
-    assert benchmark.main([*fake_slurm, f"evals.one.script={other}"]) == 2
+    assert benchmark.main([*fake_slurm, f"evals.one.file={other}"]) == 2
     assert "a Slurm job runs scripts of" in capsys.readouterr().err
     assert benchmark.main([*fake_slurm, "nproc_per_node=2"]) == 2
     assert "nproc_per_node=2: is for launcher=local" in capsys.readouterr().err
@@ -436,9 +436,9 @@ def test_slurm_must_be_there_and_know_the_script(fake_slurm, monkeypatch, tmp_pa
 
 DEMO_EVALS = """
 segmentation:
-  script: eval_segmentation.py
-  train_dataset: custom://Segmentation?root='demo_data/emoji_on_scenes/train'
-  test_dataset: custom://Segmentation?root='demo_data/emoji_on_scenes/val'
+  file: eval_segmentation.py
+  train_dataset_name: custom://Segmentation?root='demo_data/emoji_on_scenes/train'
+  test_dataset_name: custom://Segmentation?root='demo_data/emoji_on_scenes/val'
   resolution: 32
   ignore_labels: [255]
   max_train_images: 20

@@ -84,8 +84,8 @@ def folder_url(path):
 
 def arguments(images, output_dir, *overrides):
     return [
-        f"train_dataset={folder_url(images / 'train')}",
-        f"test_datasets={folder_url(images / 'test')}",
+        f"train_dataset_name={folder_url(images / 'train')}",
+        f"test_dataset_names={folder_url(images / 'test')}",
         f"output_dir={output_dir}",
         f"model_path={images / 'tiny.py'}",
         "device=cpu",
@@ -96,9 +96,9 @@ def arguments(images, output_dir, *overrides):
         "representations=[cls,concat_objects,patch]",
         "methods=[classifiers,knn,logreg,few_label]",
         "batch_size_per_gpu=8",
-        "total_iters=6",
+        "n_iters=6",
         "warmup_iters=2",
-        "checkpoint_period=2",
+        "save_checkpoint_period=2",
         "knn_k=[1,5,20]",
         "c_values=[0.01,1.0]",
         "labels_per_class=3",
@@ -374,7 +374,7 @@ def frozen_tiny(images, registers=2):
 
 def test_augmentation_follows_from_seed_and_position(images):
     cfg = config(images)
-    data = open_labelled(cfg.train_dataset, "train_dataset")
+    data = open_labelled(cfg.train_dataset_name, "train_dataset_name")
     torch.manual_seed(1)
     first = list(itertools.islice(train_batches(cfg, data, data.labelled, 0, pin=False), 10))
     torch.manual_seed(2)
@@ -393,7 +393,7 @@ class Killed(Exception):  # noqa: N818
 
 @pytest.mark.parametrize("killed_after", [1, 5, 6])
 def test_interrupted_training_equals_uninterrupted_bit_for_bit(images, tmp_path, monkeypatch, killed_after):
-    options = "methods=[classifiers]", "total_iters=7"
+    options = "methods=[classifiers]", "n_iters=7"
     EVALUATION.run(config(images, tmp_path / "straight", *options), torch.device("cpu"))
     broken = config(images, tmp_path / "broken", *options)
 
@@ -428,8 +428,8 @@ def test_a_checkpoint_of_another_training_is_refused(images, tmp_path, monkeypat
         patch.setattr(eval_classification, "pick", die)
         EVALUATION.run(config(images, tmp_path, "methods=[classifiers]"), torch.device("cpu"))
     (tmp_path / "results_classification.json").unlink()
-    with pytest.raises(UserError, match=r"classifiers_checkpoint\.pth belongs to another training .*total_iters was 6"):
-        EVALUATION.run(config(images, tmp_path, "methods=[classifiers]", "total_iters=8"), torch.device("cpu"))
+    with pytest.raises(UserError, match=r"classifiers_checkpoint\.pth belongs to another training .*n_iters was 6"):
+        EVALUATION.run(config(images, tmp_path, "methods=[classifiers]", "n_iters=8"), torch.device("cpu"))
     (tmp_path / "results_classification.json").unlink()
     path = tmp_path / "classifiers_checkpoint.pth"
     state = torch.load(path, weights_only=True)
@@ -451,7 +451,7 @@ def evaluate_on_ranks(arguments):
 
 
 def test_two_ranks_give_the_results_of_one(images, tmp_path):
-    images_of_test = f"test_datasets={folder_url(images / 'test')}"
+    images_of_test = f"test_dataset_names={folder_url(images / 'test')}"
     one = arguments(images, tmp_path / "one", images_of_test)
     two = arguments(images, tmp_path / "two", images_of_test, "batch_size_per_gpu=4")
     evaluate_on_ranks(one)
@@ -499,7 +499,12 @@ def test_several_labels_and_none(images, tmp_path, listed):
     listed["test"] = Listed([0, 1, 2, [1, 0], None, -1])
     listed["v2"] = Listed([[1], [0]], mapping=[2, 0])
     cfg = config(
-        images, tmp_path, "train_dataset=train", "test_datasets.a=test", "test_datasets.b=v2", "methods=[knn,logreg]"
+        images,
+        tmp_path,
+        "train_dataset_name=train",
+        "test_dataset_names.a=test",
+        "test_dataset_names.b=v2",
+        "methods=[knn,logreg]",
     )
     EVALUATION.run(cfg, torch.device("cpu"))
     written = results_of(tmp_path)
@@ -516,10 +521,10 @@ def test_class_folders_are_matched_by_name(images, tmp_path):
     for name in ("red", "blue"):  # in a folder of their own, blue is 0 and red is 1
         (tmp_path / "some").mkdir(exist_ok=True)
         (tmp_path / "some" / name).symlink_to(images / "test" / name)
-    splits = open_splits(config(images, "out", f"test_datasets={folder_url(tmp_path / 'some')}"))
+    splits = open_splits(config(images, "out", f"test_dataset_names={folder_url(tmp_path / 'some')}"))
     assert splits.tests[""].mapping is not None
     assert splits.tests[""].mapping.tolist() == [0, 2]
-    splits = open_splits(config(images, "out", f"val_dataset={folder_url(images / 'test')}"))
+    splits = open_splits(config(images, "out", f"val_dataset_name={folder_url(images / 'test')}"))
     assert splits.val_indices.tolist() == list(range(15))
     assert len(splits.fit) == 60
 
@@ -530,14 +535,14 @@ def test_labels_of_hub_datasets_are_read_at_once(listed):
     features = datasets.Features({"jpg": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "dog"])})
     table = datasets.Dataset.from_dict({"jpg": ["missing"] * 3, "label": [1, -1, 0]}, features=features)
     listed["url"] = HubDataset(table, Fields("hf://pets", "jpg", "label"))
-    data = open_labelled("url", "train_dataset")
+    data = open_labelled("url", "train_dataset_name")
     assert data.labels.tolist() == [[1], [-1], [0]]
     assert data.class_names == ["cat", "dog"]
     assert data.labelled.tolist() == [0, 2]
 
 
 def test_few_labels_are_so_many_of_each_class_and_differ_by_seed(images):
-    data = open_labelled(folder_url(images / "train"), "train_dataset")
+    data = open_labelled(folder_url(images / "train"), "train_dataset_name")
     for per_class, expected in ((3, 3), (0.1, 2), (0.001, 1), (1.0, 20)):
         rows = choose_rows(data.labels, per_class, 0, data)
         assert Counter(data.labels[rows].flatten().tolist()) == dict.fromkeys(range(3), expected)
@@ -559,7 +564,7 @@ def test_the_command_as_typed(images, tmp_path):
     tower = {"embed_dim": 32, "block_kwargs": {"attn_kwargs": {"num_heads": 2}}}
     override = {"patch_size": 4, "transformers_kwargs": tower, "encoder_kwargs": {"depth": 1}}
     (tmp_path / "eval.yaml").write_text(
-        json.dumps({"total_iters": 20, "warmup_iters": 2, "checkpoint_period": 10, "batch_size_per_gpu": 16})
+        json.dumps({"n_iters": 20, "warmup_iters": 2, "save_checkpoint_period": 10, "batch_size_per_gpu": 16})
     )
     command = [
         "eval_classification.py",
@@ -568,7 +573,7 @@ def test_the_command_as_typed(images, tmp_path):
         "model_path=model.py",
         f"model_loader_kwargs.config_override.model={json.dumps(override)}",
         *arguments(images, tmp_path / "out")[15:],
-        "total_iters=30",
+        "n_iters=30",
     ]
     done = run_cli(*command)
     assert done.returncode == 0, done.stderr
@@ -606,18 +611,18 @@ def test_what_is_done_is_skipped(images, tmp_path, monkeypatch):
             ["representations=[objects]", "model_loader_kwargs.registers=0"],
             "objects is made of registers, and this model",
         ),
-        (["labels_per_class=30"], "labels_per_class=30: class 0 (blue) of train_dataset="),
+        (["labels_per_class=30"], "labels_per_class=30: class 0 (blue) of train_dataset_name="),
         (["labels_per_class=0"], "labels_per_class=0: must be a whole number from 1 on, or a fraction"),
         (["num_classes=2"], "train': label 2 is out of range: there are 2 classes, counted from 0; set num_classes"),
         (["val_proportion=0.02"], "the validation part of 1 images has none of class"),
         (["val_proportion=0.98"], "the training part of 1 images has none of class"),
         (["resize=8"], "resize=8: must be at least resolution=16"),
-        (["warmup_iters=6"], "warmup_iters=6: must be 0 or more and below total_iters=6"),
+        (["warmup_iters=6"], "warmup_iters=6: must be 0 or more and below n_iters=6"),
         (["knn_k=[1000]", "methods=[knn]"], "knn_k=[1000]: there are 60 training images"),
-        (["test_datasets=[a]"], "test_datasets=['a']: must be a data URL, or name: URL pairs"),
-        (["test_datasets={images}/test/red"], "no image has a label; give a data set with labels"),
-        (["train_dataset=torchvision://ImageFolder?root='{images}/one'"], "all images are of class 0 (red)"),
-        (["test_datasets.odd=torchvision://ImageFolder?root='{images}/odd'"], "its class pink is not a class of"),
+        (["test_dataset_names=[a]"], "test_dataset_names=['a']: must be a data URL, or name: URL pairs"),
+        (["test_dataset_names={images}/test/red"], "no image has a label; give a data set with labels"),
+        (["train_dataset_name=torchvision://ImageFolder?root='{images}/one'"], "all images are of class 0 (red)"),
+        (["test_dataset_names.odd=torchvision://ImageFolder?root='{images}/odd'"], "its class pink is not a class of"),
     ],
 )
 def test_mistakes_are_named_with_a_remedy(images, tmp_path, capsys, overrides, message):
@@ -641,8 +646,8 @@ def test_mistakes_are_named_with_a_remedy(images, tmp_path, capsys, overrides, m
 )
 def test_labels_that_are_no_classes_are_named(listed, target, message):
     listed["url"] = Listed([target])
-    with pytest.raises(UserError, match="train_dataset=url: ") as raised:
-        open_labelled("url", "train_dataset")
+    with pytest.raises(UserError, match="train_dataset_name=url: ") as raised:
+        open_labelled("url", "train_dataset_name")
     assert message in str(raised.value)
 
 
@@ -654,7 +659,7 @@ def test_a_damaged_training_image_is_named(images, tmp_path, capsys):
             (tmp_path / "train" / name / f"{i}.png").write_bytes(data)
     bad = tmp_path / "train" / "green" / "3.png"
     bad.write_bytes(bad.read_bytes()[:200])
-    url = f"train_dataset={folder_url(tmp_path / 'train')}"
-    found = error_of(capsys, *arguments(images, tmp_path / "out", url, "val_proportion=0.25", "total_iters=8"))
+    url = f"train_dataset_name={folder_url(tmp_path / 'train')}"
+    found = error_of(capsys, *arguments(images, tmp_path / "out", url, "val_proportion=0.25", "n_iters=8"))
     assert str(bad) in found
     assert "repair or remove the file" in found

@@ -180,8 +180,8 @@ def data(tmp_path_factory):
 def arguments(data, output_dir, *more):
     return [
         f"model_loader_kwargs={json.dumps(TINY)}",
-        f"train_dataset=custom://Segmentation?root='{data / 'train'}'",
-        f"test_dataset=custom://Segmentation?root='{data / 'val'}'",
+        f"train_dataset_name=custom://Segmentation?root='{data / 'train'}'",
+        f"test_dataset_name=custom://Segmentation?root='{data / 'val'}'",
         f"output_dir={output_dir}",
         "resolution=32",
         "ignore_labels=[255]",
@@ -272,7 +272,7 @@ def test_the_number_of_ranks_does_not_change_the_scores(finished, data, tmp_path
 
 
 def test_a_validation_set_and_fewer_images(data, tmp_path):
-    more = (f"val_dataset=custom://Segmentation?root='{data / 'val'}'", "max_train_images=5", "classifiers=[knn]")
+    more = (f"val_dataset_name=custom://Segmentation?root='{data / 'val'}'", "max_train_images=5", "classifiers=[knn]")
     assert eval_segmentation.main(arguments(data, tmp_path, *more)) == 0
     found = results_in(tmp_path)
     assert found["about"]["num_train_images"] == 5 + 7 and "logreg" not in found["results"]
@@ -310,7 +310,7 @@ def test_an_unreadable_image_is_named(data, tmp_path, capsys):
 
 
 def test_images_without_labels(data, tmp_path, capsys):
-    message = mistake(capsys, arguments(data, tmp_path, f"train_dataset={data}/train/images"))
+    message = mistake(capsys, arguments(data, tmp_path, f"train_dataset_name={data}/train/images"))
     assert "not a label image" in message
 
 
@@ -318,19 +318,19 @@ def test_one_class_alone(tmp_path, capsys):
     make_pairs(tmp_path / "data" / "train", 4, labels=(1,))
     make_pairs(tmp_path / "data" / "val", 2, labels=(1,))
     message = mistake(capsys, arguments(tmp_path / "data", tmp_path / "out"))
-    assert "train_dataset=" in message and "needs two" in message
+    assert "train_dataset_name=" in message and "needs two" in message
 
 
 def test_validation_images_without_a_label_that_counts(data, tmp_path, capsys):
     make_pairs(tmp_path / "empty", 3, labels=(255,))
-    message = mistake(capsys, arguments(data, tmp_path / "out",
-                                        f"val_dataset=custom://Segmentation?root='{tmp_path / 'empty'}'"))  # fmt: skip
-    assert "val_dataset=" in message and "no pixel" in message
+    empty = f"val_dataset_name=custom://Segmentation?root='{tmp_path / 'empty'}'"
+    message = mistake(capsys, arguments(data, tmp_path / "out", empty))
+    assert "val_dataset_name=" in message and "no pixel" in message
 
 
 def test_a_class_that_validation_lacks_is_named(data, tmp_path, capsys):
     make_pairs(tmp_path / "some", 3, labels=(0, 1))
-    more = (f"val_dataset=custom://Segmentation?root='{tmp_path / 'some'}'", "classifiers=[knn]")
+    more = (f"val_dataset_name=custom://Segmentation?root='{tmp_path / 'some'}'", "classifiers=[knn]")
     assert eval_segmentation.main(arguments(data, tmp_path / "out", *more)) == 0
     assert "without a say in the choices: blue" in capsys.readouterr().err
 
@@ -365,7 +365,7 @@ def test_results_of_another_model_are_not_mixed(finished, data, tmp_path, capsys
 
 def test_help_is_instant_and_shows_how(tmp_path):
     done = run_cli("eval_segmentation.py", "--help")
-    assert done.returncode == 0 and "train_dataset=" in done.stdout
+    assert done.returncode == 0 and "train_dataset_name=" in done.stdout
 
 
 def test_the_demo_data_has_names_for_its_labels():

@@ -56,7 +56,7 @@ def arguments(place, output_dir, *more):
     return [
         f"model_path={place / 'tiny.py'}",
         f"output_dir={output_dir}",
-        f"dataset=custom://Images?root='{place / 'images'}'",
+        f"dataset_name=custom://Images?root='{place / 'images'}'",
         "resolution=16",
         "image_components=3",
         "joint_components=4",
@@ -376,7 +376,7 @@ def test_command_as_typed(tmp_path):
     done = run_cli(
         "eval_visualizations.py",
         f"output_dir={tmp_path}",
-        f"dataset=custom://Images?root='{images}'",
+        f"dataset_name=custom://Images?root='{images}'",
         override,
         "resolution=96",
         "num_images=4",

@@ -27,7 +27,7 @@ def place(tmp_path_factory):
 def write_sets(place, path, **sets):
     """A config file whose evaluation sets run the fake script."""
     common = {"model_to_eval": "student_ema", "model_setup_script": "model.py", "period": 0, "final": False}
-    entry = {"script": str(place / "eval_fake.py")}
+    entry = {"file": str(place / "eval_fake.py")}
     content = {
         name: common
         | {"where": "process"}
@@ -129,7 +129,7 @@ def test_what_did_not_land_before_a_kill_starts_anew(finished, place, tmp_path, 
 
 
 def test_not_even_a_disk_that_takes_no_note_of_a_failure_stops_the_training(place, tmp_path, caplog):
-    script = {"script": "eval_fake.py"}
+    script = {"file": "eval_fake.py"}
     cfg = EvalConfig(1, False, "student", "model.py", {"fake": script}, "process")
     launcher = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, ["data.dataset=x"]).launcher
     runs = EvalRuns(tmp_path, {"mine": cfg}, launcher, device="cpu", kept_step=0)
@@ -144,9 +144,9 @@ def test_not_even_a_disk_that_takes_no_note_of_a_failure_stops_the_training(plac
 
 
 def test_a_set_may_name_evaluations_of_the_defaults_and_change_them():
-    chosen = chosen_evals({"ade20k_segmentation": {"resolution": 448}, "mine": {"script": "x.py"}})
+    chosen = chosen_evals({"ade20k_segmentation": {"resolution": 448}, "mine": {"file": "x.py"}})
     assert chosen["ade20k_segmentation"] == EVALS["ade20k_segmentation"] | {"resolution": 448}
-    assert chosen["mine"] == {"script": "x.py"}
+    assert chosen["mine"] == {"file": "x.py"}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_set_may_name_evaluations_of_the_defaults_and_change_them():
     [
         ("{where: somewhere}", ("where='somewhere'", "inline")),
         ("{model_to_eval: teacher}", ("model_to_eval='teacher'", "student_ema")),
-        ("{eval_config: {cifar: {}}}", ("eval_config.cifar", "script", "ade20k_segmentation")),
+        ("{eval_config: {cifar: {}}}", ("eval_config.cifar", "file", "ade20k_segmentation")),
         ("{perod: 3}", ("perod", "period")),
     ],
 )

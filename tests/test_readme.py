@@ -112,7 +112,7 @@ def test_export_extraction_and_benchmark_run_as_written(mine):
         "evals.in1k_classification=null",
         "evals.ade20k_segmentation=null",
         "evals.ade20k_pictures_448=null",
-        f"evals.ade20k_pictures_224.dataset={mine / 'images'}",
+        f"evals.ade20k_pictures_224.dataset_name={mine / 'images'}",
         "evals.ade20k_pictures_224.pictures=[image_pca]",
         "evals.ade20k_pictures_224.resolution=56",
     ]

@@ -37,7 +37,7 @@ def made_up_records() -> list[dict[str, Any]]:
 
 
 def entry(results: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    config = {"output_dir": "x", "test_dataset": "custom://ADE20K?split='validation'", "resolution": 224}
+    config = {"output_dir": "x", "test_dataset_name": "custom://ADE20K?split='validation'", "resolution": 224}
     about = {"weights": "runs/a/student_ema.pth", "weights_sha256": "ab" * 32, "num_parameters": 303_123_456}
     about |= {"commit": "0123abc", "seconds": 61.5}
     return {"script": "eval_x.py", "status": "done", "results": results, "config": config, "about": about} | changes

@@ -288,7 +288,7 @@ def test_evaluations_of_a_job_are_jobs_and_land_in_the_metrics_when_the_run_goes
     fake = tmp_path / "eval_fake.py"
     fake.write_text(textwrap.dedent(FAKE_EVALUATION.format(root=str(ROOT))))
     entry = {"period": 3, "final": False, "model_to_eval": "student_ema", "model_setup_script": "model.py"}
-    entry |= {"where": "auto", "eval_config": {"fake": {"script": str(fake)}}}
+    entry |= {"where": "auto", "eval_config": {"fake": {"file": str(fake)}}}
     sets.write_text(yaml.safe_dump({"evals": {"fast": None, "slow": None, "full": None, "mine": entry}}))
     arguments = [str(sets), *(each for each in tiny(images, out, *ON_CPUS) if each != "evals=null")]
     job = Submitted(cluster, arguments, out)
