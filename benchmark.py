@@ -1,12 +1,14 @@
 """All evaluations of one model, here or on Slurm, with a table, results.json and report.html at the end.
 
     python benchmark.py output_dir=results/mine pretrained_weights=runs/mine/student_ema.pth
+    python benchmark.py model_loader_kwargs.config_path=default_pretrain_config.yaml pretrained_weights=weights.pth
     python benchmark.py output_dir=results/dinov2 model_path=baselines/dinov2_loader.py
         model_loader_kwargs.model_name=dinov2_vits14 compare=[results/mine/results.json]
 
 Which evaluations these are is in default_eval_config.py; `evals.<name>.<key>=value` changes a key of one, and
-`evals.<name>=null` leaves one out. What is done is not done again: the same command goes on after an interruption, and
-with `launcher=slurm` collects what has finished. Exit code 1 if an evaluation failed; the others are done and reported.
+`evals.<name>=null` leaves one out. Without output_dir a folder is chosen, beside the weights or in runs/. What is done
+is not done again: the same command goes on after an interruption, and with `launcher=slurm` collects what has finished.
+Exit code 1 if an evaluation failed; the others are done and reported.
 """
 
 from utils import add_sources, command_line
@@ -26,15 +28,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 
-from config import LauncherConfig, changed_keys, load_config, require, require_one_of
-from evaluation import SPEED_KEYS, find_loader
+from config import (
+    LauncherConfig,
+    changed_keys,
+    check_evaluation,
+    find_file,
+    load_config,
+    require,
+    require_one_of,
+)
+from evaluation import SPEED_KEYS, choose_output_dir, find_loader, model_name
 from launch import ROOT, Job, job_state
 from report import check_run, text_table, write_report
 from sources import did_you_mean
@@ -83,8 +93,9 @@ class BenchmarkLauncher(LauncherConfig):
 class BenchmarkConfig:
     """Keys of the benchmark."""
 
-    output_dir: str = MISSING
-    """Each evaluation writes to output_dir/<its name>, that of random weights to output_dir/random/<its name>."""
+    output_dir: str = ""
+    """Each evaluation writes to output_dir/<its name>, that of random weights to output_dir/random/<its name>. Empty:
+    chosen, see `evaluation.choose_output_dir`."""
     model_path: str = "model.py"
     """Python file with `__model_loader__(**model_loader_kwargs)`, as for the evaluation scripts."""
     model_loader_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -218,10 +229,10 @@ def read_evals(path_name: str, changes: Mapping[str, Any]) -> dict[str, dict[str
 
     Raises: UserError naming file or key.
     """
-    path = _find(path_name, "evals_config_path")
+    path = find_file(path_name, "evals_config_path")
     evals = _read_literal(path) if path.suffix == ".py" else _read_evals_yaml(path)
     for name, entry in changes.items():
-        if name not in evals and not (isinstance(entry, dict) and "file" in entry):
+        if name not in evals and not (isinstance(entry, dict) and {"file", "script"} & entry.keys()):
             raise UserError(f"evals.{name}: there is no such evaluation in {path}{did_you_mean(name, list(evals))}")
     merged: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(evals), OmegaConf.create(dict(changes))))
     chosen = {str(name): entry for name, entry in merged.items() if entry is not None}
@@ -230,7 +241,7 @@ def read_evals(path_name: str, changes: Mapping[str, Any]) -> dict[str, dict[str
     for name, entry in chosen.items():
         if not re.fullmatch(r"\w[\w.-]*", name) or name in ("random", "jobs"):
             raise UserError(f"evals.{name}: a name is also that of a folder; use letters, digits, '-', '_' and '.'")
-        if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
+        if not isinstance(entry, dict) or not {"file", "script"} & entry.keys():
             raise UserError(f"evals.{name}: needs file, the name of an evaluation script; other keys are for it")
         for key in ("output_dir", "model_path", "model_loader_kwargs"):
             if key in entry:
@@ -267,20 +278,13 @@ def _read_evals_yaml(path: Path) -> dict[str, Any]:
     return evals
 
 
-def _find(path_name: str, key: str) -> Path:
-    """A file as seen from the current folder, else from that of this one."""
-    for path in (Path(path_name), ROOT / path_name):
-        if path.is_file():
-            return path
-    raise UserError(f"{key}={path_name}: there is no such file")
-
-
 def plan(cfg: BenchmarkConfig) -> list[Task]:
     """Everything to be done, the model before its random initialisation.
 
     Raises: UserError naming the key.
     """
     evals = read_evals(cfg.evals_config_path, cfg.evals)
+    scripts = {name: check_evaluation(f"evals.{name}", entry) for name, entry in evals.items()}
     models = [(False, dict(cfg.model_loader_kwargs))]
     parameters = list(inspect.signature(find_loader(cfg.model_path)).parameters)
     weights = cfg.model_loader_kwargs.get("pretrained_weights")
@@ -304,8 +308,7 @@ def plan(cfg: BenchmarkConfig) -> list[Task]:
             keys = {key: value for key, value in entry.items() if key != "file"}
             folder = Path(cfg.output_dir, "random", name) if is_random else Path(cfg.output_dir, name)
             config = {"model_path": cfg.model_path, "model_loader_kwargs": loader_kwargs, "output_dir": str(folder)}
-            script = _find(entry["file"], f"evals.{name}.file")
-            tasks.append(Task(name, is_random, script, passed_on | keys | config, None if is_random else sha256))
+            tasks.append(Task(name, is_random, scripts[name], passed_on | keys | config, None if is_random else sha256))
     return tasks
 
 
@@ -460,23 +463,14 @@ def differences(content: Mapping[str, Any]) -> list[str]:
     return sorted(told)
 
 
-def model_name(cfg: BenchmarkConfig) -> str:
-    """A short name for tables."""
-    weights = cfg.model_loader_kwargs.get("pretrained_weights")
-    if cfg.name is not None:
-        return cfg.name
-    if weights is None:
-        words = [str(value) for value in cfg.model_loader_kwargs.values() if isinstance(value, str)]
-        return " ".join([Path(cfg.model_path).stem, *words])
-    path = Path(weights)
-    return f"{path.parent.name}/{path.stem}" if path.parent.name and "://" not in str(weights) else path.stem
-
-
 def benchmark(cfg: BenchmarkConfig) -> int:
     """Do what is left to do, then write results.json and report.html. Returns the exit code.
 
     Raises: UserError for what can be seen before anything runs.
     """
+    if not cfg.output_dir:
+        request = {key: getattr(cfg, key) for key in ("model_path", "model_loader_kwargs", "evals_config_path")}
+        cfg = replace(cfg, output_dir=choose_output_dir("benchmark", request))
     base = Path(cfg.output_dir)
     tasks = plan(cfg)
     compared = read_compared(cfg.compare)
@@ -493,7 +487,8 @@ def benchmark(cfg: BenchmarkConfig) -> int:
     except OSError as error:
         raise UserError(f"output_dir={cfg.output_dir}: cannot be written: {error}") from error
 
-    content: dict[str, Any] = {"name": model_name(cfg), "evaluations": {}, "random": {}, "compared": compared}
+    name = cfg.name if cfg.name is not None else model_name(cfg.model_path, cfg.model_loader_kwargs)
+    content: dict[str, Any] = {"name": name, "evaluations": {}, "random": {}, "compared": compared}
     statuses = []
     for task in tasks:
         if task not in left:

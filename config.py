@@ -4,8 +4,10 @@ Values live in YAML, types and meanings here. Later sources win: `default_pretra
 command line. Unknown keys, wrong types and impossible combinations are `UserError`s before any device is touched.
 """
 
+import ast
 import dataclasses
 import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +19,38 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from default_eval_config import EVALS
 from utils import UserError
 
-DEFAULT_PRETRAIN_CONFIG = Path(__file__).parent / "default_pretrain_config.yaml"
+ROOT = Path(__file__).parent
+DEFAULT_PRETRAIN_CONFIG = ROOT / "default_pretrain_config.yaml"
+
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "autocast_dtype": ("dtype", "efficiency.param_dtype"),
+    "checkpoint_period": ("save_checkpoint_period", "train.checkpointing.period"),
+    "classifiers_kwargs": (
+        "what it held are keys of their own: knn_ks, knn_distances, knn_chunk, knn_dtype, logreg_cs, logreg_max_iter, "
+        "logreg_tol",
+    ),
+    "config_path": ("model_loader_kwargs.config_path",),
+    "dataset": ("dataset_name", "data.dataset", "train_dataset_name"),
+    "dataset_name": ("dataset", "data.dataset"),
+    "do_dict_learning": ("name dictionary in pictures=[...], and sizes in dictionary_atoms=[...]",),
+    "do_pca": ("name image_pca and joint_pca in pictures=[...]",),
+    "eval_period": ("save_checkpoint_period", "evals.<name>.period is the period of a set of evaluations"),
+    "n_images": ("num_images",),
+    "n_iters": ("optim.total_iters",),
+    "n_workers": ("num_workers", "efficiency.dataloader_num_workers"),
+    "pretrained_weights": ("model_loader_kwargs.pretrained_weights", "train.init_from"),
+    "script": ("file",),
+    "test_dataset": ("test_dataset_name", "test_dataset_names"),
+    "test_dataset_name": ("test_dataset_names",),
+    "test_dataset_names": ("test_dataset_name",),
+    "test_datasets": ("test_dataset_names", "test_dataset_name"),
+    "total_iters": ("n_iters",),
+    "train_dataset": ("train_dataset_name",),
+    "use_compile": ("efficiency.compilation", "evaluations do not compile the model; leave it out"),
+    "val_dataset": ("val_dataset_name",),
+}
+"""Keys of the published system and of earlier versions that are called otherwise: their names today, of which the first
+that a configuration has is told, or a sentence."""
 
 
 def require(condition: bool, key: str, value: object, remedy: str) -> None:
@@ -580,9 +613,71 @@ class EvalConfig:
         """Check the choices."""
         require_one_of("evals.*.model_to_eval", self.model_to_eval, ("student", "student_ema"))
         require_one_of("evals.*.where", self.where, ("auto", "process", "inline", "slurm"))
-        for name, entry in self.eval_config.items():
-            known = name in EVALS or (isinstance(entry, dict) and "file" in entry)
-            require(known, f"evals.*.eval_config.{name}", entry, f"needs file, or a name of {', '.join(sorted(EVALS))}")
+        for name, entry in chosen_evals(self.eval_config).items():
+            known = bool({"file", "script"} & entry.keys())
+            key = f"evals.*.eval_config.{name}"
+            require(known, key, entry, f"needs file, or a name of {', '.join(sorted(EVALS))}")
+            check_evaluation(key, entry)
+
+
+def chosen_evals(eval_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Evaluations of a set, written out: a name of default_eval_config.py stands for what that file has.
+
+    Raises: UserError if one is not made of keys.
+    """
+    for name, entry in eval_config.items():
+        is_keys = entry is None or isinstance(entry, dict)
+        require(is_keys, f"evals.*.eval_config.{name}", entry, "must be keys and their values, or {}")
+    return {name: EVALS.get(name, {}) | dict(entry or {}) for name, entry in eval_config.items()}
+
+
+def check_evaluation(key: str, entry: Mapping[str, Any]) -> Path:
+    """The script of an evaluation, once it is sure that it exists and has the keys that are given.
+
+    Args:
+        key: of the entry, for messages.
+        entry: `file`, and keys of that script.
+
+    Raises: UserError naming the key.
+    """
+    if "script" in entry:
+        raise UserError(f"{key}: {unknown_key('script', ('file',))}")
+    require(isinstance(entry.get("file"), str), f"{key}.file", entry.get("file"), "must name an evaluation script")
+    script = find_file(entry["file"], f"{key}.file")
+    known = script_keys(script)
+    for name in entry:
+        if known is not None and name not in known | {"file"}:
+            raise UserError(f"{key}: {unknown_key(name, sorted(known))}")
+    return script
+
+
+def find_file(path_name: str, key: str) -> Path:
+    """A file as seen from the current folder, else from that of this one."""
+    for path in (Path(path_name), ROOT / path_name):
+        if path.is_file():
+            return path
+    raise UserError(f"{key}={path_name}: there is no such file")
+
+
+def script_keys(script: Path) -> set[str] | None:
+    """Keys of an evaluation script, read from its source and not run; None where they cannot be told from that."""
+    keys: set[str] = set()
+    configs = {"EvaluationConfig"}
+    for path in (ROOT / "evaluation.py", script):
+        try:
+            tree = ast.parse(path.read_text())
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{path} cannot be read as Python: {error}") from error
+        for node in tree.body:
+            bases = {ast.unparse(base).rpartition(".")[2] for base in getattr(node, "bases", ())}
+            if not isinstance(node, ast.ClassDef) or not ({node.name} | bases) & configs:
+                continue
+            if bases - configs:
+                return None
+            configs.add(node.name)
+            fields = (field for field in node.body if isinstance(field, ast.AnnAssign))
+            keys |= {ast.unparse(f.target) for f in fields if not ast.unparse(f.annotation).startswith("ClassVar")}
+    return keys if len(configs) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -642,6 +737,8 @@ def load_config(schema: type[ConfigT], default_path: Path | None, sources: list[
             merged = _merge(merged, _read_override(source), source, schema)
         else:
             merged = _merge(merged, _read_yaml(Path(source)), source, schema)
+    if missing := sorted(OmegaConf.missing_keys(merged)):
+        raise UserError(f"{missing[0]}= must be given; --help shows a whole command")
     try:
         return OmegaConf.to_object(merged)  # pyright: ignore[reportReturnType]  # an instance of `schema`
     except OmegaConfBaseException as error:
@@ -721,14 +818,25 @@ def _explain(error: OmegaConfBaseException, source: str, schema: type) -> str:
     keys = list(_schema_keys(schema))
     if key in keys:
         return f"{source}: {key}: {first_line}"
+    return f"{source}: {unknown_key(key, keys)}"
+
+
+def unknown_key(key: str, keys: Sequence[str]) -> str:
+    """What to say of a key that is none of `keys`: what it is called, the nearest one, or which there are."""
+    for other in OTHER_NAMES.get(key.rpartition(".")[2], ()):
+        if " " in other:
+            return f"unknown key {key}: {other}"
+        if other in keys or other.rpartition(".")[0] in keys:  # arguments of a loader are no keys of ours
+            return f"unknown key {key}; it is called {other}"
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or _same_name(key, keys)
-    suggestion = (
-        f"; did you mean {close[0]}?" if close else f"; known sections: {', '.join(k for k in keys if '.' not in k)}"
-    )
-    return f"{source}: unknown key {key}{suggestion}"
+    if close:
+        return f"unknown key {key}; did you mean {close[0]}?"
+    if key in OTHER_NAMES and "evals" in keys:
+        return f"unknown key {key}; a key of one evaluation is given as evals.<name>.{OTHER_NAMES[key][0]}"
+    return f"unknown key {key}; known sections: {', '.join(k for k in keys if '.' not in k)}"
 
 
-def _same_name(key: str, keys: list[str]) -> list[str]:
+def _same_name(key: str, keys: Sequence[str]) -> list[str]:
     """Keys of other sections whose last part looks like that of `key`, for a right name in the wrong place."""
     by_name = {known.rsplit(".", 1)[-1]: known for known in reversed(keys)}
     return [by_name[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_name), n=1, cutoff=0.8)]

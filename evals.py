@@ -22,8 +22,7 @@ from typing import Any
 
 import yaml
 
-from config import EvalConfig, LauncherConfig
-from default_eval_config import EVALS
+from config import EvalConfig, LauncherConfig, chosen_evals
 from distributed import any_rank, broadcast_object, rank
 from launch import ROOT, Job, StopRequest, job_state
 from metrics import Metrics, read_metrics
@@ -266,8 +265,3 @@ class EvalRuns:
                 logger.info("evals.%s of step %d is ended; it starts anew with the run", launched.name, launched.step)
                 os.killpg(launched.process.pid, signal.SIGTERM)
                 launched.process.wait()
-
-
-def chosen_evals(eval_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Evaluations of a set, written out: a name of default_eval_config.py stands for what that file has."""
-    return {name: EVALS.get(name, {}) | dict(entry or {}) for name, entry in eval_config.items()}

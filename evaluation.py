@@ -12,16 +12,16 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int64, UInt8
-from omegaconf import MISSING
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -54,8 +54,8 @@ class Features(NamedTuple):
 class EvaluationConfig:
     """Keys of every evaluation."""
 
-    output_dir: str = MISSING
-    """Where results_<script>.json and everything else is written."""
+    output_dir: str = ""
+    """Where results_<script>.json and everything else is written. Empty: chosen, see `choose_output_dir`."""
     model_path: str = "model.py"
     """Python file with `__model_loader__(**model_loader_kwargs)`; relative to the current folder, or to this file's."""
     model_loader_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -461,6 +461,37 @@ class Results:
         return folder
 
 
+def choose_output_dir(what: str, request: Mapping[str, Any]) -> str:
+    """A folder for results, the same for the same request: beside the weights, or in runs/ if nothing can be there.
+
+    Args:
+        what: is done, a part of the name.
+        request: `model_path`, `model_loader_kwargs`, and whatever else tells one request from another.
+    """
+    digest = hashlib.sha256(json.dumps(request, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    weights = request["model_loader_kwargs"].get("pretrained_weights")
+    folder, name = Path("runs"), model_name(request["model_path"], request["model_loader_kwargs"])
+    if weights is not None and "://" not in str(weights):
+        beside = Path(str(weights)).parent
+        # An `=` marks overrides on the command lines of the scripts.
+        if beside.is_dir() and os.access(beside, os.W_OK) and "=" not in str(beside):
+            folder, name = beside, Path(str(weights)).stem
+    name = re.sub(r"[^\w.-]+", "_", name)[:80]
+    chosen = str(folder / f"{name}_{what}_{digest}")
+    logger.info("output_dir=%s, chosen since none is given; the same command finds it again", chosen)
+    return chosen
+
+
+def model_name(model_path: str, model_loader_kwargs: Mapping[str, Any]) -> str:
+    """A short name for a model."""
+    weights = model_loader_kwargs.get("pretrained_weights")
+    if weights is None:
+        words = [str(value) for value in model_loader_kwargs.values() if isinstance(value, str)]
+        return " ".join([Path(model_path).stem, *words])
+    path = Path(str(weights))
+    return f"{path.parent.name}/{path.stem}" if path.parent.name and "://" not in str(weights) else path.stem
+
+
 def describe(model: FrozenModel, cfg: EvaluationConfig) -> dict[str, Any]:
     """What was evaluated, on what, by which code."""
     weights = cfg.model_loader_kwargs.get("pretrained_weights")
@@ -506,6 +537,11 @@ class Evaluation(Generic[ConfigT]):
             cfg = load_config(self.schema, None, args.sources)
             with session(cfg.device) as device:
                 setup_logging(quiet=rank() != 0)
+                if not cfg.output_dir:
+                    free = (*SPEED_KEYS, *cfg.free_keys)
+                    request = {key: value for key, value in asdict(cfg).items() if key not in free}
+                    chosen = choose_output_dir(self.name, request) if rank() == 0 else None
+                    cfg = replace(cfg, output_dir=broadcast_object(chosen))
                 self.run(cfg, device)
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")

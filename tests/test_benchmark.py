@@ -1,8 +1,10 @@
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import yaml
 from conftest import ROOT, run_cli
 
 import benchmark
+import config
+from config import load_config
 from utils import UserError
 
 STUB = """
@@ -105,6 +109,33 @@ def test_a_python_file_of_evaluations_is_read_and_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_keys_of_a_script_are_read_from_its_source(tmp_path):
+    import eval_classification
+
+    fields = {field.name for field in dataclasses.fields(eval_classification.ClassificationConfig)}
+    assert config.script_keys(ROOT / "eval_classification.py") == fields
+    (tmp_path / "mine.py").write_text("raise SystemExit\nclass C(evaluation.EvaluationConfig):\n    width: int = 3\n")
+    assert {"width", "output_dir", "free_keys"} & config.script_keys(tmp_path / "mine.py") == {"width", "output_dir"}
+    for text in ("class C(Mixin, EvaluationConfig):\n    width: int = 3\n", "print()\n"):
+        (tmp_path / "mine.py").write_text(text)
+        assert config.script_keys(tmp_path / "mine.py") is None, "keys that cannot be known are taken for unknown ones"
+
+
+def test_a_list_of_evaluations_in_the_published_form_runs_as_it_stands(here):
+    published = """
+        seg: {file: eval_segmentation.py, train_dataset_name: a, test_dataset_name: b, resolution: 448}
+        cls: {file: eval_classification.py, train_dataset_name: a, test_dataset_names: b, n_iters: 10}
+        vis: {file: eval_visualizations.py, dataset_name: a}
+    """
+    (here / "evals.yaml").write_text(textwrap.dedent(published))
+    sources = [benchmark._written_out(each) for each in NO_RANDOM]
+    tasks = benchmark.plan(load_config(benchmark.BenchmarkConfig, None, sources))
+    assert [task.script.name for task in tasks] == [
+        f"eval_{x}.py" for x in ("segmentation", "classification", "visualizations")
+    ]
+    assert tasks[0].config["test_dataset_name"] == "b" and "file" not in tasks[0].config
+
+
 def test_single_evaluations_can_be_changed_added_and_left_out(here):
     changes = {"one": {"score": 0.75, "batch": {"x": 1}}, "two": None, "three": {"file": "s.py"}}
     assert benchmark.read_evals("evals.yaml", changes) == {
@@ -154,6 +185,14 @@ def test_a_bad_list_of_evaluations_is_explained(tmp_path, monkeypatch, name, tex
         ("nproc_per_node=0", "nproc_per_node=0: must be at least 1"),
         ("output_dir=a=b", "output_dir='a=b': must not contain '='"),
         ("modelpath=x", "unknown key modelpath; did you mean model_path?"),
+        ("train_dataset=x", "a key of one evaluation is given as evals.<name>.train_dataset_name"),
+        ("evals.one.script=stub.py", "evals.one: unknown key script; it is called file"),
+        ("evals.new={script: stub.py}", "evals.new: unknown key script; it is called file"),
+        (
+            "evals.new={file: eval_segmentation.py, test_datasets: x}",
+            "evals.new: unknown key test_datasets; it is called test_dataset_name",
+        ),
+        ("evals.new={file: eval_classification.py, resolutoin: 1}", "unknown key resolutoin; did you mean resolution?"),
     ],
 )
 def test_a_mistake_is_named_before_anything_runs(here, capsys, argument, says):
@@ -172,9 +211,34 @@ def test_help_shows_the_command(capsys):
     assert "python benchmark.py output_dir=results/mine pretrained_weights=" in capsys.readouterr().out
 
 
-def test_the_output_folder_must_be_given(capsys):
-    assert benchmark.main([]) == 2
-    assert "output_dir" in capsys.readouterr().err
+def test_without_an_output_folder_one_is_chosen_and_found_again(here, capsys):
+    assert benchmark.main(NO_RANDOM[1:]) == 0
+    shown = capsys.readouterr()
+    chosen = Path(shown.out.splitlines()[-2]).parent
+    assert chosen.parent == Path("runs/a"), "it is not beside the weights"
+    assert chosen.name.startswith("student_benchmark_")
+    assert f"output_dir={chosen}" in shown.err, "it is not said before the evaluations start"
+    assert benchmark.main(NO_RANDOM[1:]) == 0
+    assert [path.name for path in Path("runs/a").glob("student_benchmark_*")] == [chosen.name]
+    assert len((chosen / "one" / "starts").read_text()) == 1, "it was done again"
+    assert benchmark.main([*NO_RANDOM[1:], "model_loader_kwargs.model_name=huge"]) == 0
+    assert len(list(Path("runs/a").glob("student_benchmark_*"))) == 2, "another model has results in the same folder"
+
+
+@pytest.mark.parametrize("where", ["unwritable", "url", "none", "equals"])
+def test_what_cannot_be_beside_the_weights_is_in_runs(here, where, monkeypatch, capsys):
+    (here / "lr=1").mkdir()
+    (here / "lr=1" / "w.pth").write_bytes(b"weights")
+    if where == "unwritable":
+        monkeypatch.setattr("evaluation.os.access", lambda path, mode: Path(path) != Path("runs/a"))
+    weights = {"unwritable": "runs/a/student.pth", "url": "https://x.org/w.pth?a=b", "equals": "lr=1/w.pth"}.get(where)
+    given = [f"pretrained_weights={weights}"] if weights else ["model_loader_kwargs.model_name=data2vec2_vitb16"]
+    arguments = ["model_path=tiny_model.py", "evals_config_path=evals.yaml", "random_baseline=false", *given]
+    assert benchmark.main(arguments) == 0
+    folder = Path(capsys.readouterr().out.splitlines()[-2]).parent
+    assert folder.parent == Path("runs")
+    stem = {"none": "tiny_model_data2vec2_vitb16", "unwritable": "a_student", "url": "w", "equals": "lr_1_w"}[where]
+    assert folder.name.startswith(stem), folder
 
 
 # Random initialisation.

@@ -129,7 +129,7 @@ def test_what_did_not_land_before_a_kill_starts_anew(finished, place, tmp_path, 
 
 
 def test_not_even_a_disk_that_takes_no_note_of_a_failure_stops_the_training(place, tmp_path, caplog):
-    script = {"file": "eval_fake.py"}
+    script = {"file": str(place / "eval_fake.py")}
     cfg = EvalConfig(1, False, "student", "model.py", {"fake": script}, "process")
     launcher = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, ["data.dataset=x"]).launcher
     runs = EvalRuns(tmp_path, {"mine": cfg}, launcher, device="cpu", kept_step=0)
