@@ -16,6 +16,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import struct
 import tarfile
@@ -73,6 +74,11 @@ DECODE_ERRORS = (
 )
 
 
+MASK_FORMATS = ("PNG", "TIFF", "BMP", "GIF", "PPM")
+"""Formats of label images, as Pillow names them: those that keep every number."""
+LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
+
+
 def _no_target() -> None:
     return None
 
@@ -120,12 +126,15 @@ class Sample:
             raise _as_bad_image(self.name, error) from error
 
     def target(self) -> Any:
-        """The label.
+        """The label; one that is an image comes from `decode_mask`.
 
-        Raises: BadImageError if it is a mask that cannot be read.
+        Raises: BadImageError if it is a mask that cannot be read, UserError if one whose pixels are no label numbers.
         """
         try:
-            return self.read_target()
+            target = self.read_target()
+            return decode_mask(target, "its label image") if isinstance(target, Image.Image) else target
+        except UserError:
+            raise
         except DECODE_ERRORS as error:
             raise BadImageError(self.name, f"label: {type(error).__name__}: {error}") from error
 
@@ -216,7 +225,7 @@ def as_bytes_tensor(data: bytes) -> UInt8[Tensor, " bytes"]:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def turn_upright(pixels: UInt8[Tensor, "3 h w"], orientation: int) -> UInt8[Tensor, "3 h2 w2"]:
+def turn_upright(pixels: UInt8[Tensor, "c h w"], orientation: int) -> UInt8[Tensor, "c h2 w2"]:
     """Turn and mirror as the EXIF orientation says, like `PIL.ImageOps.exif_transpose`."""
     if orientation in {2, 4, 5, 7}:
         pixels = pixels.flip(-1)
@@ -263,12 +272,63 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def decode_mask(data: bytes) -> Image.Image:
-    """Decode an image whose pixels are label numbers to mode L; the palette, if any, is only for looking at it."""
-    labels = np.asarray(Image.open(io.BytesIO(data)))
-    if labels.ndim != 2 or labels.max(initial=0) > 255:
-        raise ValueError(f"a mask needs one channel of values up to 255, this one has shape {labels.shape}")
-    return Image.fromarray(labels.astype(np.uint8))
+def decode_mask(data: bytes | Image.Image, name: str) -> Image.Image:
+    """The label numbers of a label image as they are stored, in mode L.
+
+    A palette is only for looking at it: its indices count. Grey of 1, 2 or 4 bits is not stretched to 8. Channels that
+    are all equal count as one, whole numbers stored as floats as what they are. The file's own EXIF orientation is
+    followed, as that of an image is.
+
+    Args:
+        data: contents of the file, or an image.
+        name: of the file, for messages.
+
+    Raises: UserError if the format does not keep numbers, or they are not one label from 0 to 255 for each pixel.
+    """
+    image = _opened(data)
+    if image.format is None and image.mode == "L":
+        return image
+    remedy = "store one label number from 0 to 255 per pixel, for example as an 8-bit grey or palette PNG"
+    compression = image.info.get("compression") if image.format == "TIFF" else None
+    if image.format not in {None, *MASK_FORMATS} or compression in LOSSY_TIFF:
+        stored = image.format if compression is None else f"TIFF with {compression} compression"
+        raise UserError(f"{name} is stored as {stored}, which need not keep label numbers as they were; {remedy}")
+    codec, rawmode, *arguments = _stored_as(image)
+    scaled = (";16" in rawmode and len(image.getbands()) > 1) or (image.format == "PPM" and codec != "raw")
+    # Pillow reads 8 bits per pixel as 1 where the palette has two entries, black and white.
+    torn = image.format == "BMP" and rawmode == "1" and arguments[0] != (image.width + 31) // 32 * 4
+    if scaled or torn:
+        raise UserError(f"{name} has numbers of a depth that cannot be read as they are; {remedy}")
+    if re.fullmatch(r"[1L];\d?IR?", rawmode):  # programs differ in whether they turn the numbers as well
+        raise UserError(f"{name} says that 0 is white, so its numbers are ambiguous; {remedy}")
+    labels = np.asarray(image)
+    if bits := re.fullmatch(r"L;([24])R?", rawmode):
+        labels = labels // (255 // (2 ** int(bits[1]) - 1))
+    elif image.mode == "1":
+        labels = labels.astype(np.uint8)
+    if labels.ndim == 3:
+        if image.mode not in ("LA", "PA", "RGB", "RGBA"):
+            raise UserError(f"{name} has the channels {', '.join(image.getbands())}; {remedy}")
+        num_colors = 3 if image.mode.startswith("RGB") else 1
+        if (labels[..., :1] != labels[..., :num_colors]).any() or (labels[..., num_colors:] != 255).any():
+            raise UserError(f"{name} has colours or transparency instead of label numbers; {remedy}")
+        labels = labels[..., 0]
+    low, high = (labels.min(), labels.max()) if labels.size else (0, 0)
+    # Written so that NaN is refused.
+    if not (low >= 0 and high <= 255) or (labels != labels.astype(np.uint8)).any():
+        raise UserError(f"{name} has numbers from {low} to {high}, which are not all whole and from 0 to 255; {remedy}")
+    upright = turn_upright(torch.from_numpy(labels.astype(np.uint8)).unsqueeze(0), _orientation(image))
+    return Image.fromarray(upright[0].numpy())
+
+
+def _stored_as(image: Image.Image) -> tuple[Any, ...]:
+    """Of an image that is not decoded yet, Pillow's names of the decoder and of the numbers' layout, and what else."""
+    tiles = getattr(image, "tile", [])  # images that are no files have none
+    if not tiles:
+        return "raw", ""
+    arguments = tiles[0].args
+    layout, *more = (arguments,) if isinstance(arguments, str) else arguments or ("",)
+    return tiles[0].codec_name, layout if isinstance(layout, str) else "", *more
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -380,6 +440,15 @@ def cache_root() -> Path:
 class ImageDataset(Dataset[Sample]):
     """A dataset with a length, whose images can be asked for in any order."""
 
+    @property
+    def class_names(self) -> list[str]:
+        """Name of each label from 0 on, as far as they are known."""
+        return []
+
+    def fingerprint(self) -> str:
+        """A hash that is the same as long as the data are, as far as can be seen without reading all of them."""
+        return str(len(self))
+
     def __len__(self) -> int:
         raise NotImplementedError
 
@@ -395,6 +464,50 @@ class ImageStream:
     def read_shard(self, shard: int, start: int = 0) -> Iterator[Sample]:
         """The samples of one shard, from number `start` on."""
         raise NotImplementedError
+
+
+def match_classes(names: Sequence[str], where: str, known: Sequence[str], known_where: str) -> list[int] | None:
+    """The number that each class of a data set has in another one, by name; None if its own numbers are to be used.
+
+    That is so where the names are the same, where a set has none, and, with a warning, where none is the same.
+
+    Args:
+        names: of the classes of the set.
+        where: the set, for messages.
+        known: names of the classes of the other set, that of training.
+        known_where: the other set, for messages.
+
+    Raises: UserError if some names are known and others are not.
+    """
+    if not names or not known or list(names) == list(known):
+        return None
+    number_of = {name: number for number, name in enumerate(known)}
+    unknown = [name for name in names if name not in number_of]
+    if not unknown:
+        return [number_of[name] for name in names]
+    if len(unknown) < len(names):
+        raise UserError(f"{where}: its class {unknown[0]} is not a class of {known_where}; use matching data sets")
+    logger.warning("%s: its classes have other names than those of %s; they are matched by number", where, known_where)
+    return None
+
+
+HASHED_FILES = 1000
+"""Files whose content is hashed."""
+MEASURED_FILES = 50_000
+"""Files whose size is looked up, which on a network file system takes its time."""
+
+
+def files_fingerprint(files: Sequence[Path], names: bytes) -> str:
+    """SHA-256 over all names, the sizes of many files and the contents of some, evenly spaced: all of a small set."""
+    digest = hashlib.sha256(names)
+    for most in (MEASURED_FILES, HASHED_FILES):
+        for i in torch.linspace(0, len(files) - 1, min(most, len(files)), dtype=torch.float64).round().long().tolist():
+            try:
+                part = files[i].read_bytes() if most == HASHED_FILES else str(files[i].stat().st_size).encode()
+            except OSError as error:
+                part = f"unreadable: {error.strerror}".encode()
+            digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()
 
 
 def make_dataset(url: str, *, key: str = "data.dataset", listing_cache: Path | None = None) -> Any:
@@ -428,13 +541,13 @@ def _make_custom(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
         raise url.error(
             f"unknown name {url.name}{did_you_mean(url.name, [*SEGMENTATION_SETS, 'Images', 'Segmentation'])}"
         )
-    list_files, splits = SEGMENTATION_SETS[url.name]
+    list_files, splits, ignore_labels = SEGMENTATION_SETS[url.name]
     arguments = url.take(("split", "root"))
     split = arguments.get("split")
     if split not in splits:
         raise url.error(f"needs split= one of {', '.join(map(repr, splits))}")
     root = Path(arguments.get("root", cache_root() / "datasets" / url.name)).expanduser()
-    return SegmentationDataset(list_files(url, root, split))
+    return SegmentationDataset(list_files(url, root, split), ignore_labels)
 
 
 # ------------------------------------------------------------------------------------ folders of images
@@ -461,6 +574,17 @@ class PathList(Sequence[str]):
         return os.fsdecode(self.blob[start : int(self.ends[index])].numpy().tobytes())
 
 
+class _Below(Sequence[Path]):
+    def __init__(self, root: Path, paths: Sequence[str]) -> None:
+        self.root, self.paths = root, paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.root / self.paths[index]
+
+
 class ImageFolder(ImageDataset):
     """Every image file below a folder, in the order of the sorted paths. No labels.
 
@@ -485,6 +609,10 @@ class ImageFolder(ImageDataset):
     def __getitem__(self, index: int) -> Sample:
         path = self.root / self.paths[index]
         return Sample(str(path), functools.partial(_read_whole, path))
+
+    def fingerprint(self) -> str:
+        """Of the files below the folder."""
+        return files_fingerprint(_Below(self.root, self.paths), self.paths.blob.numpy().tobytes())
 
 
 def _read_whole(path: Path) -> bytes:
@@ -557,12 +685,27 @@ class SegmentationDataset(ImageDataset):
 
     Args:
         pairs: image file, label file.
+        ignore_labels: labels of pixels that do not count.
         class_names: name of each label from 0 on, as far as they are known.
     """
 
-    def __init__(self, pairs: list[tuple[Path, Path]], class_names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, pairs: list[tuple[Path, Path]], ignore_labels: Sequence[int], class_names: Sequence[str] = ()
+    ) -> None:
         self.pairs = pairs
-        self.class_names = list(class_names)
+        self.ignore_labels = list(ignore_labels)
+        self.names = list(class_names)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Name of each label from 0 on, as far as they are known."""
+        return self.names
+
+    def fingerprint(self) -> str:
+        """Of images and labels, and what the labels mean."""
+        files = [path for pair in self.pairs for path in pair]
+        meaning = json.dumps([self.ignore_labels, self.names, [str(path) for path in files]])
+        return files_fingerprint(files, meaning.encode())
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -572,32 +715,64 @@ class SegmentationDataset(ImageDataset):
         return Sample(str(image), image.read_bytes, functools.partial(_read_labels, labels))
 
 
+UNLABELLED = 255
+"""The label of pixels without one, where a data set does not say otherwise."""
+
+
 def _make_segmentation_folder(url: DataUrl) -> SegmentationDataset:
     """`custom://Segmentation?root='/data/train'`: images and masks of the same file names, but for the ending.
 
-    Class names come from classes.txt, a name a line, in that folder or the one above.
+    Class names come from classes.txt, a name a line, in that folder or the one above. Pixels do not count whose label's
+    name is in parentheses, such as `(void)`, nor those of label 255, unless it has a name.
     """
     arguments = url.take(("root", "images", "masks"))
     if not isinstance(arguments.get("root"), str):
         raise url.error("needs root='/path/of/a/folder' that has the folders images and masks")
     root = Path(arguments["root"]).expanduser()
-    images = ImageFolder(url, root / arguments.get("images", "images"))
-    masks = ImageFolder(url, root / arguments.get("masks", "masks"))
-    by_stem = {str(Path(path).with_suffix("")): masks.root / path for path in masks.paths}
-    pairs = [(images.root / path, by_stem.get(str(Path(path).with_suffix("")))) for path in images.paths]
-    alone = [image for image, mask in pairs if mask is None]
+    images = _by_stem(url, ImageFolder(url, root / arguments.get("images", "images")))
+    masks = _by_stem(url, ImageFolder(url, root / arguments.get("masks", "masks")))
+    alone = [path for stem, path in images.items() if stem not in masks]
     if alone:
-        raise url.error(f"{len(alone)} images have no mask of the same name in {masks.root}, such as {alone[0].name}")
-    names = next((p for p in (root / "classes.txt", root.parent / "classes.txt") if p.is_file()), None)
-    return SegmentationDataset(
-        [(image, mask) for image, mask in pairs if mask is not None],
-        names.read_text().splitlines() if names else (),
-    )
+        folder = root / arguments.get("masks", "masks")
+        raise url.error(f"{len(alone)} images have no mask of the same name in {folder}, such as {alone[0].name}")
+    if len(masks) > len(images):
+        unused = next(path for stem, path in masks.items() if stem not in images)
+        logger.warning("%s: %d masks have no image, such as %s", url.text, len(masks) - len(images), unused)
+    names = _read_class_names(url, root)
+    ignore_labels = [label for label, name in enumerate(names) if name.startswith("(") and name.endswith(")")]
+    if len(names) <= UNLABELLED:
+        ignore_labels.append(UNLABELLED)
+    return SegmentationDataset([(path, masks[stem]) for stem, path in images.items()], ignore_labels, names)
+
+
+def _by_stem(url: DataUrl, folder: ImageFolder) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in folder.paths:
+        stem = str(Path(path).with_suffix(""))
+        if stem in found:
+            raise url.error(f"{found[stem]} and {folder.root / path} have the same name but for the ending; remove one")
+        found[stem] = folder.root / path
+    return found
+
+
+def _read_class_names(url: DataUrl, root: Path) -> list[str]:
+    path = next((path for path in (root / "classes.txt", root.parent / "classes.txt") if path.is_file()), None)
+    if path is None:
+        return []
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise url.error(f"{path} cannot be read: {error}; it has a class name a line, as UTF-8") from error
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None or len(names) > 256:
+        wrong = f"the name {twice!r} twice" if twice is not None else f"{len(names)} names, and labels go up to 255"
+        raise url.error(f"{path} has {wrong}; it has a name a line, that of label 0 first")
+    return names
 
 
 def _read_labels(path: Path) -> Image.Image:
     if path.suffix != ".mat":
-        return decode_mask(path.read_bytes())
+        return decode_mask(path.read_bytes(), str(path))
     from scipy.io import loadmat
 
     return Image.fromarray(loadmat(str(path))["GTcls"]["Segmentation"][0, 0].astype(np.uint8))
@@ -672,10 +847,12 @@ def _existing(url: DataUrl, pairs: list[tuple[Path, Path]], folder: Path) -> lis
     return pairs
 
 
-SEGMENTATION_SETS: dict[str, tuple[Callable[[DataUrl, Path, str], list[tuple[Path, Path]]], tuple[str, ...]]] = {
-    "ADE20K": (_list_ade20k, ("training", "validation")),
-    "VOC2012": (_list_voc2012, ("train", "val", "trainaug")),
+SegmentationSet = tuple[Callable[[DataUrl, Path, str], list[tuple[Path, Path]]], tuple[str, ...], tuple[int, ...]]
+SEGMENTATION_SETS: dict[str, SegmentationSet] = {
+    "ADE20K": (_list_ade20k, ("training", "validation"), (0, UNLABELLED)),  # 0 is all that is none of the 150 classes
+    "VOC2012": (_list_voc2012, ("train", "val", "trainaug"), (UNLABELLED,)),  # 0 is background, a class that counts
 }
+"""What lists the files, the splits, and the labels that do not count."""
 
 
 def _unpacked(url: DataUrl, archive: Archive, root: Path) -> Path:
@@ -745,12 +922,28 @@ class TorchvisionDataset(ImageDataset):
         self.url = url
         self.dataset = dataset
 
+    @property
+    def class_names(self) -> list[str]:
+        """Name of each class, of those data sets that have `classes`; synonyms are joined by commas."""
+        names = getattr(self.dataset, "classes", None) or []
+        return [name if isinstance(name, str) else ", ".join(map(str, name)) for name in names]
+
+    def fingerprint(self) -> str:
+        """Of the files, where the data set lists them."""
+        files = [Path(sample[0]) for sample in self._samples() or ()]
+        return files_fingerprint(
+            files, json.dumps([len(self), self.class_names, [str(path) for path in files]]).encode()
+        )
+
+    def _samples(self) -> Any:
+        return getattr(self.dataset, "samples", None) or getattr(self.dataset, "imgs", None)
+
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Sample:
         item = functools.cache(functools.partial(self.dataset.__getitem__, index))
-        files = getattr(self.dataset, "samples", None) or getattr(self.dataset, "imgs", None)
+        files = self._samples()
         name = str(files[index][0]) if files else f"{self.url.source}://{self.url.name}[{index}]"
         return Sample(name, lambda: self._image(item()[0]), lambda: item()[1])
 
@@ -821,7 +1014,7 @@ def _read_cell(cell: Any) -> bytes:
 
 
 def _read_target_cell(cell: Any) -> Any:
-    return decode_mask(_read_cell(cell)) if isinstance(cell, dict) and "bytes" in cell else cell
+    return decode_mask(_read_cell(cell), "its label image") if isinstance(cell, dict) and "bytes" in cell else cell
 
 
 class HubDataset(ImageDataset):
@@ -830,6 +1023,16 @@ class HubDataset(ImageDataset):
     def __init__(self, dataset: Any, fields: Fields) -> None:
         self.dataset = dataset
         self.fields = fields
+
+    @property
+    def class_names(self) -> list[str]:
+        """Those of the target column, if it is one of class labels or of lists of them."""
+        feature = self.dataset.features[self.fields.target] if self.fields.target is not None else None
+        return list(getattr(getattr(feature, "feature", feature), "names", None) or [])
+
+    def fingerprint(self) -> str:
+        """That of the table, by which `datasets` caches what is made from it."""
+        return self.dataset._fingerprint
 
     def __len__(self) -> int:
         return len(self.dataset)

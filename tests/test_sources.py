@@ -4,9 +4,11 @@ import hashlib
 import io
 import json
 import os
+import struct
 import sys
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,10 @@ from sources import (
     BadImageError,
     Sample,
     decode_image,
+    decode_mask,
     decode_pixels,
     make_dataset,
+    match_classes,
     parse_data_url,
     silent_decoders,
     turn_upright,
@@ -434,7 +438,7 @@ def mask_png(seed, palette=False):
 @pytest.fixture
 def ade_zip(tmp_path):
     path = tmp_path / "served" / "ADEChallengeData2016.zip"
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
         for split, names in (("training", ["2", "1"]), ("validation", ["3"])):
             for name in names:
@@ -519,7 +523,7 @@ def voc_archives(tmp_path, monkeypatch):
     from scipy.io import savemat
 
     served = tmp_path / "served"
-    served.mkdir()
+    served.mkdir(exist_ok=True)
 
     def add(archive, name, content):
         info = tarfile.TarInfo(name)
@@ -564,3 +568,218 @@ def test_a_damaged_label_is_reported_with_the_name_of_the_image(voc_archives, tm
     next((tmp_path / "root").rglob("SegmentationClass/c.png")).write_bytes(b"damaged")
     with pytest.raises(BadImageError, match=r"c\.jpg: label: UnidentifiedImageError"):
         dataset[0].target()
+
+
+# --------------------------------------------------------------------------------------------------------- masks
+
+
+LABELS = np.array([[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]], dtype=np.uint8)
+
+
+def shallow_png(bits, labels, color_type=0):
+    """A grey (0) or palette (3) PNG of 1, 2 or 4 bits, which Pillow does not write."""
+    rows = b""
+    for row in labels:
+        digits = "".join(f"{value:0{bits}b}" for value in row)
+        digits = digits.ljust(-(-len(digits) // 8) * 8, "0")
+        rows += b"\0" + int(digits, 2).to_bytes(len(digits) // 8, "big")
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width = labels.shape
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0))
+    palette = chunk(b"PLTE", bytes(range(3 * 2**bits))) if color_type == 3 else b""
+    return b"\x89PNG\r\n\x1a\n" + header + palette + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def with_palette(labels):
+    image = Image.fromarray(labels).convert("P")
+    image.putpalette([i * 7 % 256 for i in range(768)])
+    return image
+
+
+def stacked(*channels):
+    return Image.fromarray(np.stack(channels, axis=-1))
+
+
+OPAQUE = np.full_like(LABELS, 255)
+SMALL = LABELS % 2
+
+
+@pytest.mark.parametrize(
+    ("mask", "labels"),
+    [
+        *((shallow_png(bits, LABELS % 2**bits, kind), LABELS % 2**bits) for bits in (1, 2, 4) for kind in (0, 3)),
+        *((encode(Image.fromarray(LABELS), kind), LABELS) for kind in ("PNG", "TIFF", "BMP", "GIF", "PPM")),
+        *((encode(with_palette(LABELS), kind), LABELS) for kind in ("PNG", "TIFF", "BMP")),
+        *((encode(Image.fromarray(SMALL > 0), kind), SMALL) for kind in ("PNG", "TIFF", "BMP")),
+        *((encode(Image.fromarray(LABELS), "TIFF", compression=c), LABELS) for c in ("tiff_lzw", "packbits")),
+        (encode(Image.fromarray(LABELS.astype(np.uint16))), LABELS),
+        (encode(Image.fromarray(LABELS.astype(np.uint16)), "TIFF"), LABELS),
+        (encode(Image.fromarray(LABELS.astype(np.int32)), "TIFF"), LABELS),
+        (encode(Image.fromarray(LABELS.astype(np.float32)), "TIFF"), LABELS),
+        (encode(stacked(LABELS, LABELS, LABELS)), LABELS),
+        (encode(stacked(LABELS, LABELS, LABELS, OPAQUE)), LABELS),
+        (encode(stacked(LABELS, OPAQUE)), LABELS),
+        (with_palette(LABELS), LABELS),
+        (Image.fromarray(SMALL > 0), SMALL),
+    ],
+)
+def test_labels_are_read_as_they_are_stored(mask, labels):
+    decoded = decode_mask(mask, "mask")
+    assert decoded.mode == "L"
+    np.testing.assert_array_equal(np.asarray(decoded), labels)
+
+
+def two_color_bmp():
+    """8 bits per pixel with a palette of black and white: Pillow takes it for 1 bit per pixel."""
+    rows = bytes([0, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0])
+    header = struct.pack("<IiiHHIIiiII", 40, 9, 1, 1, 8, 0, len(rows), 0, 0, 2, 0)
+    start = 14 + len(header) + 8
+    return (
+        b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + header + bytes([0] * 4 + [255] * 3 + [0]) + rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (encode(Image.fromarray(LABELS), "JPEG"), "stored as JPEG"),
+        (encode(Image.fromarray(LABELS), "WEBP", lossless=True), "stored as WEBP"),
+        (encode(Image.new("L", (16, 16)), "TIFF", compression="jpeg"), "TIFF with jpeg compression"),
+        (encode(Image.fromarray(LABELS), "TIFF", tiffinfo={262: 0}), "0 is white"),
+        (encode(Image.fromarray(SMALL > 0), "PPM"), "0 is white"),
+        (encode(Image.fromarray(LABELS.astype(np.uint16) * 100)), "numbers from 0 to 400"),
+        (encode(Image.fromarray(-LABELS.astype(np.int32)), "TIFF"), "numbers from -4 to 0"),
+        (encode(Image.fromarray(LABELS.astype(np.float32) / 2), "TIFF"), "not all whole"),
+        (encode(Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF"), "numbers from nan to nan"),
+        (encode(stacked(LABELS, LABELS, 0 * LABELS)), "colours or transparency"),
+        (encode(stacked(LABELS, LABELS, LABELS, LABELS)), "colours or transparency"),
+        (encode(Image.fromarray(LABELS).convert("CMYK"), "TIFF"), "channels C, M, Y, K"),
+        (b"P5 5 2 20\n" + LABELS.tobytes(), "a depth that cannot be read"),
+        (two_color_bmp(), "a depth that cannot be read"),
+    ],
+)  # fmt: skip
+def test_what_holds_no_label_numbers_is_refused_with_a_remedy(mask, reason):
+    with pytest.raises(UserError, match=r"^masks/7\.png .*; store one label number from 0 to 255 per pixel") as caught:
+        decode_mask(mask, "masks/7.png")
+    assert reason in str(caught.value)
+
+
+def test_a_mask_is_turned_by_its_own_orientation():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    decoded = decode_mask(encode(Image.fromarray(LABELS), exif=exif), "mask")
+    np.testing.assert_array_equal(np.asarray(decoded), np.rot90(LABELS, -1))
+
+
+def make_pair_folder(root, names=None, mask="a.png"):
+    for kind in ("images", "masks"):
+        (root / kind).mkdir(parents=True, exist_ok=True)
+    (root / "images" / "a.jpg").write_bytes(encode(photo(0, 5, 2), "JPEG"))
+    (root / "masks" / mask).write_bytes(encode(Image.fromarray(LABELS), "PNG" if mask.endswith("png") else "TIFF"))
+    if names is not None:
+        (root / "classes.txt").write_text(names, encoding="utf-8-sig")
+    return f"custom://Segmentation?root='{root}'"
+
+
+@pytest.mark.parametrize(
+    ("names", "class_names", "ignored"),
+    [
+        (None, [], [255]),
+        ("lawn\nbed\n", ["lawn", "bed"], [255]),
+        ("(void)\r\nroad \r\n(sky)\r\n\r\n", ["(void)", "road", "(sky)"], [0, 2, 255]),
+        ("\n".join(f"c{i}" for i in range(256)), [f"c{i}" for i in range(256)], []),
+    ],
+)
+def test_a_folder_says_which_labels_count(tmp_path, names, class_names, ignored):
+    dataset = make_dataset(make_pair_folder(tmp_path, names))
+    assert dataset.class_names == class_names and dataset.ignore_labels == ignored
+
+
+def test_ade20k_and_voc_have_the_published_conventions(ade_zip, voc_archives, monkeypatch, tmp_path):
+    serve(monkeypatch, "ADE20K", ade_zip)
+    assert make_dataset(f"custom://ADE20K?split='training'&root='{tmp_path}/ade'").ignore_labels == [0, 255]
+    assert make_dataset(f"custom://VOC2012?split='val'&root='{tmp_path}/voc'").ignore_labels == [255]
+
+
+def test_masks_may_have_another_ending(tmp_path):
+    dataset = make_dataset(make_pair_folder(tmp_path, mask="a.tif"))
+    np.testing.assert_array_equal(np.asarray(dataset[0].target()), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("masks/a.tif", encode(Image.fromarray(LABELS), "TIFF"), r"a\.png and .*a\.tif have the same name"),
+        ("images/a.png", encode(photo(1)), r"a\.jpg and .*a\.png have the same name"),
+        ("images/b.png", encode(photo(1)), r"1 images have no mask of the same name .*such as b\.png"),
+        ("classes.txt", b"road\nroad\n", r"classes\.txt has the name 'road' twice"),
+        ("classes.txt", b"\xff\xfe", r"classes\.txt cannot be read"),
+        ("classes.txt", "\n".join(map(str, range(257))).encode(), r"classes\.txt has 257 names"),
+    ],
+)
+def test_a_folder_of_pairs_that_is_ambiguous_is_refused(tmp_path, file, content, message):
+    url = make_pair_folder(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        make_dataset(url)
+
+
+def test_a_refused_mask_is_named(tmp_path):
+    url = make_pair_folder(tmp_path)
+    (tmp_path / "masks" / "a.png").write_bytes(encode(Image.fromarray(LABELS), "JPEG"))  # whatever its name says
+    with pytest.raises(UserError, match=r"masks/a\.png is stored as JPEG"):
+        make_dataset(url)[0].target()
+
+
+def test_masks_without_an_image_are_counted(tmp_path, caplog):
+    url = make_pair_folder(tmp_path)
+    (tmp_path / "masks" / "b.png").write_bytes(encode(Image.fromarray(LABELS)))
+    make_dataset(url)
+    assert "1 masks have no image, such as" in caplog.text
+
+
+# -------------------------------------------------------------------------------------- classes and fingerprints
+
+
+def test_classes_are_matched_by_name(caplog):
+    known = ["ant", "bee", "cat"]
+    assert match_classes(["cat", "ant"], "test", known, "train") == [2, 0]
+    assert match_classes(known, "test", known, "train") is None
+    assert match_classes([], "test", known, "train") is None
+    assert not caplog.records
+    assert match_classes(["x", "y"], "test", known, "train") is None
+    assert "matched by number" in caplog.text
+    with pytest.raises(UserError, match="test: its class dog is not a class of train"):
+        match_classes(["cat", "dog"], "test", known, "train")
+
+
+def hub_table(folder, values):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"image": values}).to_parquet(folder / "x.parquet")
+    return f"hf://parquet?data_files='{folder}/x.parquet'&split='train'&img_field='image'"
+
+
+@pytest.mark.parametrize("source", ["images", "pairs", "classes", "hub"])
+def test_a_fingerprint_is_that_of_the_content(tmp_path, monkeypatch, source):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    url = {
+        "images": str(tmp_path / "images"),
+        "pairs": make_pair_folder(tmp_path / "pairs"),
+        "classes": f"torchvision://ImageFolder?root='{tmp_path / 'classes'}'",
+        "hub": hub_table(tmp_path, ["a"]),
+    }[source]
+    for folder in (tmp_path / "images", tmp_path / "classes" / "one"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "a.png").write_bytes(encode(Image.new("L", (5, 2), 1)))
+    first = make_dataset(url).fingerprint()
+    assert make_dataset(url).fingerprint() == first
+    if source == "hub":
+        hub_table(tmp_path, ["b"])
+    else:
+        path = {"images": "images/a.png", "pairs": "pairs/masks/a.png", "classes": "classes/one/a.png"}[source]
+        data = (tmp_path / path).read_bytes()
+        (tmp_path / path).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # of the same size
+    assert make_dataset(url).fingerprint() != first
