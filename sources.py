@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import struct
 import tarfile
 import tempfile
@@ -26,11 +27,13 @@ import urllib.request
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
+from unittest import mock
 
 import numpy as np
 import torch
@@ -44,7 +47,47 @@ from utils import UserError
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
+NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+"""Formats that Pillow registers without a decoder of its own, or whose files hold programs, films or tables."""
+
+
+@functools.cache
+def image_endings() -> tuple[str, ...]:
+    """Endings of the files that count as images, in lower case: of every format of which this Pillow opens images."""
+    Image.init()
+    readable = Image.OPEN.keys() - NO_IMAGES | {"MPO"}  # an MPO is opened as the JPEG that it begins with
+    return tuple(sorted(ending for ending, kind in Image.registered_extensions().items() if kind in readable))
+
+
+class Endings:
+    """Which file names count as images, and how many did not, by their ending. Hidden files are no part of the data."""
+
+    def __init__(self, left_out: Mapping[str, int] | None = None) -> None:
+        self.left_out = Counter(left_out or {})
+
+    def is_image(self, name: str, is_file: Callable[[], bool]) -> bool:
+        """Whether a file of this name, without its folder, is an image; else it is counted, unless it is hidden."""
+        if name.startswith("."):  # .DS_Store, and the ._x.jpg that macOS writes beside every x.jpg
+            return False
+        ending = os.path.splitext(name)[1].lower()  # noqa: PTH122  # a Path for each of millions of names is slow
+        if ending not in image_endings():
+            self.left_out[ending or "without ending"] += 1
+        elif _follows_to(is_file):
+            return True
+        else:
+            self.left_out[f"{ending} that are links to nothing, pipes or devices"] += 1
+        return False
+
+    def describe(self) -> str:
+        """Counts by ending, the most frequent ones first; empty if nothing was left out."""
+        common = [f"{num:,} {ending}" for ending, num in self.left_out.most_common(10)]
+        others = len(self.left_out) - len(common)
+        return ", ".join(common + [f"{others} other endings"] * (others > 0))
+
+    def log(self, url: "DataUrl") -> None:
+        """Say what was left out, if anything was."""
+        if self.left_out:
+            logger.info("%s=%s: no images by their names, left out: %s", url.key, url.text, self.describe())
 
 
 # ------------------------------------------------------------------------------------------------ decoding
@@ -597,31 +640,55 @@ class ImageFolder(ImageDataset):
             raise url.error(f"the folder {root} {what}; give a folder of images, or source://name?key=value")
         self.root = root
         try:
-            self.paths = _list_images_cached(root, listing_cache) if listing_cache else _list_images(root)[0]
+            listing = _list_images_cached(root, listing_cache) if listing_cache else _list_images(root)
         except OSError as error:
-            raise url.error(f"cannot be listed: {error}") from error
+            raise url.error(f"cannot be listed: {error}; make it readable, or move it out of {root}") from error
+        self.paths, left_out = listing.paths, listing.endings.describe()
         if not self.paths:
-            raise url.error(f"no images below {root}; files count whose names end in {' '.join(IMAGE_EXTENSIONS)}")
+            others = f" (left out: {left_out})" if left_out else ""
+            raise url.error(
+                f"no images below {root}{others}; files count whose names end in .jpg .jpeg .png or as those of "
+                "another format that Pillow opens"
+            )
+        listing.endings.log(url)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
         path = self.root / self.paths[index]
-        return Sample(str(path), functools.partial(_read_whole, path))
+        return Sample(str(path), functools.partial(read_file, path))
 
     def fingerprint(self) -> str:
         """Of the files below the folder."""
         return files_fingerprint(_Below(self.root, self.paths), self.paths.blob.numpy().tobytes())
 
 
-def _read_whole(path: Path) -> bytes:
-    with path.open("rb", buffering=0) as file:  # a buffer, as Path.read_bytes has, doubles the time
+def read_file(path: str | Path) -> bytes:
+    """The contents of a regular file; of a pipe or a device, which might never end, an error.
+
+    Raises: OSError.
+    """
+    # Else opening a pipe waits for somebody who writes to it. A buffer, as Path.read_bytes has, doubles the time.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:  # noqa: PTH123
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"{path} is not a regular file")
         return file.read()
 
 
-def _list_images(root: Path) -> tuple[PathList, dict[str, int]]:
-    """Relative paths of the images below `root`, and the modification time of every folder, in nanoseconds."""
+@dataclass(frozen=True)
+class Listing:
+    """The images below a folder."""
+
+    paths: PathList
+    """Relative to the folder, sorted."""
+    endings: Endings
+    times: dict[str, int]
+    """Modification time of every folder, in nanoseconds."""
+
+
+def _list_images(root: Path) -> Listing:
+    endings = Endings()
     paths: list[bytes] = []
     times: dict[str, int] = {}
     visited: set[tuple[int, int]] = set()
@@ -637,15 +704,16 @@ def _list_images(root: Path) -> tuple[PathList, dict[str, int]]:
         with os.scandir(full) as entries:
             found = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
         prefix = folder + b"/" if folder else b""
-        visible = [entry for entry in found if not entry.name.startswith(b".")]
+        folders = [entry for entry in found if not entry.name.startswith(b".") and _follows_to(entry.is_dir)]
+        below = {entry.name for entry in folders}
         paths += [
             prefix + entry.name
-            for entry in visible
-            if os.fsdecode(entry.name).lower().endswith(IMAGE_EXTENSIONS) and _follows_to(entry.is_file)
+            for entry in found
+            if entry.name not in below and endings.is_image(os.fsdecode(entry.name), entry.is_file)
         ]
         # Reversed, since the last one is taken first: real folders come before links to them.
-        pending += [prefix + entry.name for entry in reversed(visible) if _follows_to(entry.is_dir)]
-    return PathList.of(sorted(paths)), times
+        pending += [prefix + entry.name for entry in reversed(folders)]
+    return Listing(PathList.of(sorted(paths)), endings, times)
 
 
 def _follows_to(is_kind: Callable[[], bool]) -> bool:
@@ -655,26 +723,30 @@ def _follows_to(is_kind: Callable[[], bool]) -> bool:
         return False
 
 
-def _list_images_cached(root: Path, cache_dir: Path) -> PathList:
-    """As `_list_images`, from a file that is valid until the modification time of any folder changes."""
+def _list_images_cached(root: Path, cache_dir: Path) -> Listing:
+    """As `_list_images`, from a file that is valid until a folder's modification time or `image_endings` changes."""
     resolved = str(root.resolve())
     cache = cache_dir / f"{hashlib.blake2b(os.fsencode(resolved), digest_size=16).hexdigest()}.npz"
     try:
         with cache.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            times = json.loads(stored["times"].tobytes())
-            if all((root / folder).stat().st_mtime_ns == time_ns for folder, time_ns in times.items()):
-                return PathList(torch.from_numpy(stored["blob"]), torch.from_numpy(stored["ends"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # no cache yet, a damaged one, or a folder is gone: list again
-    paths, times = _list_images(root)
+            about = json.loads(stored["about"].tobytes())
+            times, left_out = about["times"], about["left_out"]
+            unchanged = all((root / folder).stat().st_mtime_ns == time_ns for folder, time_ns in times.items())
+            if unchanged and about["image_endings"] == list(image_endings()):
+                paths = PathList(torch.from_numpy(stored["blob"]), torch.from_numpy(stored["ends"]))
+                return Listing(paths, Endings(left_out), times)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
+        pass  # no cache yet, a damaged one, one of another version, or a folder is gone: list again
+    listing = _list_images(root)
     # A folder that changes twice within the clock's resolution keeps its time, so recent changes are not cached.
-    if max(times.values()) < time.time_ns() - 2_000_000_000:
+    if max(listing.times.values()) < time.time_ns() - 2_000_000_000:
         cache_dir.mkdir(parents=True, exist_ok=True)
+        about = {"times": listing.times, "left_out": listing.endings.left_out, "image_endings": image_endings()}
         with tempfile.NamedTemporaryFile(dir=cache_dir, delete=False) as temporary:
-            header = np.frombuffer(json.dumps(times).encode(), dtype=np.uint8)
-            np.savez(temporary, times=header, blob=paths.blob.numpy(), ends=paths.ends.numpy())
+            header = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
+            np.savez(temporary, about=header, blob=listing.paths.blob.numpy(), ends=listing.paths.ends.numpy())
         Path(temporary.name).replace(cache)
-    return paths
+    return listing
 
 
 # ---------------------------------------------------------------------------------- segmentation datasets
@@ -712,7 +784,7 @@ class SegmentationDataset(ImageDataset):
 
     def __getitem__(self, index: int) -> Sample:
         image, labels = self.pairs[index]
-        return Sample(str(image), image.read_bytes, functools.partial(_read_labels, labels))
+        return Sample(str(image), functools.partial(read_file, image), functools.partial(_read_labels, labels))
 
 
 UNLABELLED = 255
@@ -772,7 +844,7 @@ def _read_class_names(url: DataUrl, root: Path) -> list[str]:
 
 def _read_labels(path: Path) -> Image.Image:
     if path.suffix != ".mat":
-        return decode_mask(path.read_bytes(), str(path))
+        return decode_mask(read_file(path), str(path))
     from scipy.io import loadmat
 
     return Image.fromarray(loadmat(str(path))["GTcls"]["Segmentation"][0, 0].astype(np.uint8))
@@ -916,7 +988,11 @@ def _extract(url: DataUrl, file: Path, target: Path) -> None:
 
 
 class TorchvisionDataset(ImageDataset):
-    """Any dataset of torchvision whose items are (image, target)."""
+    """Any dataset of torchvision whose items are (image, target).
+
+    Its files are read and decoded here, so that they give the pixels that they give from every other source. A dataset
+    that has arrays in memory, such as CIFAR10, or makes its images gives those.
+    """
 
     def __init__(self, url: DataUrl, dataset: Any) -> None:
         self.url = url
@@ -942,15 +1018,39 @@ class TorchvisionDataset(ImageDataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Sample:
-        item = functools.cache(functools.partial(self.dataset.__getitem__, index))
+        item = functools.cache(functools.partial(self._item, index))
         files = self._samples()
         name = str(files[index][0]) if files else f"{self.url.source}://{self.url.name}[{index}]"
-        return Sample(name, lambda: self._image(item()[0]), lambda: item()[1])
+        return Sample(name, lambda: self._encoded(item()[0]), lambda: item()[1])
 
-    def _image(self, image: Any) -> Image.Image:
-        if not isinstance(image, Image.Image):
+    def _item(self, index: int) -> Any:
+        # Datasets without the argument `loader` open their files themselves, and most convert them at once.
+        with (
+            mock.patch.object(Image, "open", _open_with_file),
+            mock.patch.object(Image.Image, "convert", _convert_but_to_rgb),
+        ):
+            return self.dataset[index]
+
+    def _encoded(self, image: Any) -> bytes | Image.Image:
+        if not isinstance(image, bytes | Image.Image):
             raise self.url.error(f"gives {type(image).__name__}, not images")
-        return image
+        return getattr(image, "encoded", image)
+
+
+_open, _convert = Image.open, Image.Image.convert
+
+
+def _open_with_file(file: Any, *args: Any, **kwargs: Any) -> Image.Image:
+    """`PIL.Image.open`, whose image also has the contents of its file, as `encoded`."""
+    encoded = file.read() if hasattr(file, "read") else read_file(file)
+    image = _open(io.BytesIO(encoded), *args, **kwargs)
+    image.encoded = encoded  # pyright: ignore[reportAttributeAccessIssue]
+    return image
+
+
+def _convert_but_to_rgb(image: Image.Image, mode: str | None = None, *args: Any, **kwargs: Any) -> Image.Image:
+    """`Image.convert`, which leaves an image that has its file as it is where RGB is wanted: `decode_image` will."""
+    return image if mode == "RGB" and hasattr(image, "encoded") else _convert(image, mode, *args, **kwargs)
 
 
 def _make_torchvision(url: DataUrl, _: Path | None) -> ImageDataset:
@@ -959,7 +1059,11 @@ def _make_torchvision(url: DataUrl, _: Path | None) -> ImageDataset:
         raise url.error(f"torchvision has no dataset {url.name}{did_you_mean(url.name, known)}")
     cls = getattr(torchvision.datasets, url.name)
     parameters = inspect.signature(cls).parameters
-    arguments = dict(url.take(parameters))
+    arguments, endings = dict(url.take(parameters)), Endings()
+    if "loader" in parameters:
+        arguments["loader"] = read_file
+    if "is_valid_file" in parameters and "extensions" not in arguments:
+        arguments["is_valid_file"] = functools.partial(_counts, endings)
     if "root" in parameters:
         arguments.setdefault("root", str(cache_root() / "datasets" / url.name))
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in arguments]
@@ -967,9 +1071,15 @@ def _make_torchvision(url: DataUrl, _: Path | None) -> ImageDataset:
     if missing:
         raise url.error(f"needs {', '.join(f'{name}=' for name in missing)}")
     try:
-        return TorchvisionDataset(url, cls(**arguments))
+        dataset = TorchvisionDataset(url, cls(**arguments))
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise url.error(str(error)) from error
+    endings.log(url)
+    return dataset
+
+
+def _counts(endings: Endings, path: str) -> bool:
+    return endings.is_image(os.path.basename(path), functools.partial(os.path.isfile, path))  # noqa: PTH119
 
 
 @dataclass(frozen=True)
@@ -1006,7 +1116,7 @@ def _read_cell(cell: Any) -> bytes:
     if not isinstance(path, str):
         raise ValueError(f"no image but {type(cell).__name__}")  # noqa: TRY004  # a bad image, not our mistake
     if "://" not in path:
-        return Path(path).read_bytes()
+        return read_file(path)
     import fsspec
 
     with fsspec.open(path) as file:

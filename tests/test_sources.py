@@ -12,6 +12,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torchvision
 from PIL import Image, features
@@ -20,6 +22,7 @@ from samples import age, encode, photo
 import sources
 from sources import (
     BadImageError,
+    Fields,
     Sample,
     decode_image,
     decode_mask,
@@ -139,13 +142,94 @@ def test_links_to_folders_are_followed_once_and_cycles_end(folder, tmp_path):
     assert sum(name.startswith("elsewhere/") for name in names) == 10
 
 
+def names_below(root, **kwargs):
+    found = make_dataset(str(root), **kwargs)
+    return [str(Path(found[index].name).relative_to(root)) for index in range(len(found))]
+
+
+def test_every_format_that_pillow_writes_and_reads_is_found_by_its_endings_and_read(tmp_path):
+    picture, expected = photo(3, 32, 32), set()
+    Image.init()
+    for ending, kind in Image.registered_extensions().items():
+        if kind in Image.SAVE and (kind in Image.OPEN or kind == "MPO") and kind not in sources.NO_IMAGES:
+            for mode in ("RGB", "L", "1"):
+                try:
+                    with silent_decoders():  # a format may be deprecated
+                        content = encode(picture.convert(mode), kind)
+                except (OSError, ValueError):  # not in this mode
+                    continue
+                for name in (f"a{ending}", f"B{ending.upper()}"):
+                    (tmp_path / name).write_bytes(content)
+                    expected.add(name)
+                break
+    assert {"a.avif", "a.jfif", "a.jp2", "B.TIFF", "a.qoi", "a.tga", "a.pgm"} <= expected, "too few formats were tried"
+    found = make_dataset(str(tmp_path))
+    assert {Path(found[index].name).name for index in range(len(found))} == expected
+    with silent_decoders():
+        assert {len(found[index].pixels()) for index in range(len(found))} == {3}
+
+
+def test_what_is_no_image_is_left_out_counted_and_named_once(tmp_path, caplog):
+    (tmp_path / "cat").mkdir()
+    for name in ("1.jpg", "a.HEIC", "b.heic", "clip.mpg", "paper.pdf", "table.h5", "README", "._1.jpg", ".DS_Store"):
+        (tmp_path / "cat" / name).write_bytes(encode(photo(0), "JPEG"))
+    os.mkfifo(tmp_path / "cat" / "pipe.jpg")
+    (tmp_path / "cat" / "null.png").symlink_to("/dev/null")
+    (tmp_path / "cat" / "gone.png").symlink_to("nowhere.png")
+    age(tmp_path)
+    urls = (str(tmp_path), f"torchvision://ImageFolder?root='{tmp_path}'", str(tmp_path))  # the last from the cache
+    for url in urls:
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            found = make_dataset(url, listing_cache=tmp_path.with_name("cache"))
+        assert [Path(found[index].name).name for index in range(len(found))] == ["1.jpg"], url
+        (line,) = [record.getMessage() for record in caplog.records]
+        for part in (
+            f"data.dataset={url}: ",
+            "2 .heic",
+            "1 .mpg",
+            "1 .pdf",
+            "1 .h5",
+            "1 without ending",
+            "2 .png that",
+        ):
+            assert part in line, line
+        assert "DS_Store" not in line
+
+
+def test_a_pipe_in_the_place_of_a_file_is_a_bad_image_and_blocks_nothing(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(encode(photo(0), "JPEG"))
+    sample = make_dataset(str(tmp_path))[0]
+    (tmp_path / "x.jpg").unlink()
+    os.mkfifo(tmp_path / "x.jpg")
+    with pytest.raises(BadImageError, match="not a regular file"):
+        sample.image()
+    with pytest.raises(BadImageError, match="not a regular file"):
+        Fields("hf://x", "image", None).sample({"image": str(tmp_path / "x.jpg")}, "row 0").image()
+
+
+def test_a_folder_that_cannot_be_read_is_named_with_a_remedy(folder, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fsdecode(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", os.fsdecode(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"deep.*make it readable, or move it out of"):
+        make_dataset(str(folder))
+
+
 def test_names_that_are_not_utf8_can_be_read(tmp_path):
     path = os.fsencode(tmp_path) + b"/\xff\xe9.png"
     with open(path, "wb") as file:  # noqa: PTH123  # pathlib takes no bytes
         file.write(encode(photo(0)))
-    sample = make_dataset(str(tmp_path))[0]
-    assert sample.image().size == (80, 60)
-    assert os.fsencode(json.loads(json.dumps(sample.name))) == path
+    age(tmp_path)
+    for _ in range(2):  # the second from the cache
+        sample = make_dataset(str(tmp_path), listing_cache=tmp_path.with_name("cache"))[0]
+        assert sample.image().size == (80, 60)
+        assert os.fsencode(json.loads(json.dumps(sample.name))) == path
 
 
 def test_a_folder_without_images_is_refused_with_the_extensions_that_count(tmp_path):
@@ -183,6 +267,15 @@ def test_the_listing_is_cached_until_a_folder_changes(tmp_path, monkeypatch):
     cached.write_bytes(cached.read_bytes()[:50])
     assert names() == ["2.png", "1.png", "3.png"]
     assert listings, "a damaged cache file was used"
+    age(root)
+    names()
+    (root / "4.new").touch()
+    age(root)
+    names()
+    known = sources.image_endings()
+    monkeypatch.setattr(sources, "image_endings", lambda: (*known, ".new"))
+    assert names() == ["2.png", "4.new", "1.png", "3.png"], "a listing of other endings was used"
+    (root / "4.new").unlink()
     (root / "sub" / "1.png").unlink()
     (root / "sub" / "3.png").unlink()
     (root / "sub").rmdir()
@@ -411,6 +504,85 @@ def test_torchvision_datasets_are_read(tmp_path):
     assert (found[0].name, found[0].target()) == (str(tmp_path / "a" / "x.png"), 0)
     with pytest.raises(BadImageError, match=r"x\.png"):
         found[1].image()
+
+
+PICTURES = {
+    "16-bit.png": grey16("PNG", "I;16"),
+    "rgba.png": encode(Image.merge("RGBA", (*photo(1, 40, 30).split(), photo(2, 40, 30).getchannel(0)))),
+    "palette.png": palette_png(transparent=True),
+    "turned.jpg": with_orientation(6, "JPEG"),
+    "cmyk.jpg": encode(photo(2, 61, 47).convert("CMYK"), "JPEG"),
+    "plain.jpg": encode(photo(4, 61, 47), "JPEG"),
+}
+"""Files that decoders treat differently."""
+
+
+def pictures_of(dataset):
+    if isinstance(dataset, sources.ImageStream):
+        return [sample for shard in range(dataset.num_shards) for sample in dataset.read_shard(shard)]
+    return [dataset[index] for index in range(len(dataset))]
+
+
+def parquet(path, name, column):
+    pq.write_table(pa.table({name: column}), path)
+    return f"hf://parquet?data_files='{path}'&split='train'&img_field='{name}'"
+
+
+@pytest.fixture(scope="module")
+def same_pictures(tmp_path_factory):
+    """Data URLs of `PICTURES`, sorted by name, as every kind of source holds them."""
+    root = tmp_path_factory.mktemp("sources")
+    names, contents = sorted(PICTURES), [PICTURES[name] for name in sorted(PICTURES)]
+    voc = root / "VOCdevkit" / "VOC2012"
+    for folder in (
+        root / "classes" / "one",
+        voc / "JPEGImages",
+        voc / "SegmentationClass",
+        voc / "ImageSets/Segmentation",
+    ):
+        folder.mkdir(parents=True)
+    (voc / "ImageSets" / "Segmentation" / "train.txt").write_text("\n".join(Path(name).stem for name in names))
+    with tarfile.open(root / "0.tar", "w") as tar:
+        for name, content in zip(names, contents, strict=True):
+            (root / "classes" / "one" / name).write_bytes(content)
+            (voc / "JPEGImages" / f"{Path(name).stem}.jpg").write_bytes(content)
+            (voc / "SegmentationClass" / f"{Path(name).stem}.png").write_bytes(palette_png(transparent=False))
+            member = tarfile.TarInfo(f"{Path(name).stem}.img")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    hub = [
+        parquet(root / "bytes.parquet", "image", pa.array(contents)),
+        parquet(root / "dicts.parquet", "image", pa.array([{"bytes": each, "path": None} for each in contents])),
+        parquet(root / "paths.parquet", "image", pa.array([str(root / "classes" / "one" / name) for name in names])),
+        f"hf://imagefolder?data_dir='{root}/classes/one'&split='train'&img_field='image'",
+        f"hf://webdataset?data_files='{root}/0.tar'&split='train'&img_field='img'",
+    ]
+    return [
+        str(root / "classes"),
+        f"torchvision://ImageFolder?root='{root}/classes'",
+        f"torchvision://VOCSegmentation?root='{root}'&image_set='train'",
+        *hub,
+        *(f"{url}&streaming=True" for url in hub),
+    ]
+
+
+def test_a_file_has_the_same_pixels_whatever_source_names_it(same_pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    for url in same_pictures:
+        found = make_dataset(url)
+        if isinstance(found, sources.ImageStream):
+            samples = [sample for shard in range(found.num_shards) for sample in found.read_shard(shard)]
+        else:
+            samples = [found[index] for index in range(len(found))]
+        assert len(samples) == len(PICTURES), url
+        for sample, name in zip(samples, sorted(PICTURES), strict=True):
+            expected = np.asarray(decode_image(PICTURES[name]))
+            np.testing.assert_array_equal(np.asarray(sample.image()), expected, err_msg=f"{name} from {url}")
+            with silent_decoders():
+                pixels = sample.pixels().permute(1, 2, 0)
+            np.testing.assert_array_equal(pixels, expected, err_msg=f"{name} from {url}")
+            if "VOC" in url:
+                assert np.asarray(sample.target()).max() == 1, "labels are no longer as stored"
 
 
 def test_the_default_root_is_below_the_torch_cache(monkeypatch, tmp_path):
