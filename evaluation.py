@@ -31,6 +31,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from config import changed_keys, load_config, require, require_one_of
 from data import IMAGENET_MEAN, IMAGENET_STD
 from distributed import all_gather_rows, barrier, broadcast_object, gather_objects, rank, session, world_size
+from pixels import log_pixels
 from sources import BadImageError, ImageDataset, ImageStream, make_dataset
 from utils import UserError, git_revision, import_from_path, setup_logging, write_text_atomically
 
@@ -217,6 +218,8 @@ def open_dataset(url: str, key: str) -> ImageDataset:
     dataset = make_dataset(url, key=key)
     if isinstance(dataset, ImageStream):
         raise UserError(f"{key}={url}: evaluations need random access; leave streaming=True out")
+    if rank() == 0:
+        log_pixels(dataset, key, only_warnings=True)
     return dataset
 
 

@@ -38,6 +38,7 @@ from tqdm import tqdm
 from config import require, require_one_of
 from distributed import barrier, rank, world_size
 from evaluation import Evaluation, EvaluationConfig, Features, FrozenModel, Results, reader_processes
+from pixels import log_pixels
 from sources import BadImageError, ImageDataset, ImageStream, Sample, make_dataset
 from utils import UserError, replacing
 from weights import save_safetensors
@@ -283,6 +284,8 @@ def extract_features(cfg: FeaturesConfig, model: FrozenModel, results: Results) 
             f"resolution={cfg.resolution}: must be a multiple of the patch size {model.patch_size}; try {near}"
         )
     dataset = make_dataset(cfg.dataset, key="dataset")
+    if rank() == 0:
+        log_pixels(dataset, "dataset", only_warnings=True)
     size = None if isinstance(dataset, ImageStream) else len(dataset)
     before = results.about.get("num_samples", size)
     if before != size:

@@ -157,6 +157,19 @@ class Sample:
         except DECODE_ERRORS as error:
             raise _as_bad_image(self.name, error) from error
 
+    def stored_and_seen(self) -> tuple[bytes | Image.Image, Image.Image, Image.Image]:
+        """What `read` gives, the image in the mode in which it is stored, and as `image` gives it.
+
+        Raises: BadImageError if the file cannot be read.
+        """
+        try:
+            with silent_decoders():
+                data = self.read()
+                stored = _opened(data)
+                return data, stored, _decoded(stored, 1)
+        except DECODE_ERRORS as error:
+            raise _as_bad_image(self.name, error) from error
+
     def jpeg_or_pixels(self, reduction: Callable[[int, int], int] | None = None) -> "JpegFile | UInt8[Tensor, '3 h w']":
         """The file itself if it is a JPEG that every decoder takes, with what its header says; else as `pixels`.
 
@@ -377,21 +390,30 @@ def _stored_as(image: Image.Image) -> tuple[Any, ...]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
-    if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
+    if has_transparency(image):
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def has_transparency(image: Image.Image) -> bool:
+    """Whether an image has a band, or a colour, that says how opaque it is."""
+    return image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info
 
 
 def _to_8_bit(grey: np.ndarray) -> np.ndarray:
     """Scale deep grey to 0..255: integers as 16 bit, floats as [0, 1]; values outside of that by their own range."""
     if not np.isfinite(grey).all():
         raise ValueError("pixels that are not finite")
-    full = 1.0 if np.issubdtype(grey.dtype, np.floating) else 65535.0
-    low, high = float(grey.min()), float(grey.max())
+    full, low, high = full_range(grey), float(grey.min()), float(grey.max())
     if low >= 0 and high <= full:
         low, high = 0.0, full
     return np.round((grey.astype(np.float64) - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+
+
+def full_range(grey: np.ndarray) -> float:
+    """What becomes 255: of deep grey, 16 bits are expected of integers, and at most 1 of floats."""
+    return 1.0 if np.issubdtype(grey.dtype, np.floating) else 65535.0
 
 
 # ---------------------------------------------------------------------------------------------- data URLs

@@ -73,6 +73,7 @@ from optim import (
     make_student_optimizer,
     set_hyper,
 )
+from pixels import log_pixels, sample_pixels
 from probe import Probe
 from utils import UserError, due, git_revision, setup_logging, write_text_atomically
 from weights import backbone_part, load_backbone_weights, read_state_dict
@@ -381,6 +382,8 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
                     bad_files_path=output_dir / "bad_files.jsonl",
                 )
             )
+            if rank() == 0:
+                log_pixels(loader.dataset, "data.dataset")
             batches = DevicePrefetcher(loader, device)
             advice = WorkerAdvice(batches, cores_of_this_rank())
             profile = stack.enter_context(
@@ -650,7 +653,7 @@ def dry_run(cfg: CapiConfig) -> str:
         backbone = EncoderDecoder(**cfg.model.kwargs())
     parameters = sum(p.numel() for p in backbone.parameters())
     with PretrainLoader(cfg, rank=0, world_size=1, position=None, pin_memory=False, bad_files_path=None) as loader:
-        images = loader.describe()
+        images, pixels = loader.describe(), sample_pixels(loader.dataset)
     memory = metrics.device_memory_estimate(
         step_shape(cfg),
         batch_size=optim.batch_size_per_gpu,
@@ -663,6 +666,7 @@ def dry_run(cfg: CapiConfig) -> str:
     )
     lines = [
         f"data         {images}",
+        *(f"pixels       {line}" for line in pixels.lines()),
         f"batch        {global_batch_size(cfg)} images = {optim.batch_size_per_gpu} per forward pass x "
         f"{optim.accumulation_steps} accumulation steps x {world_size()} process(es)",
         f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {plan.num_patches} patches of "
@@ -681,7 +685,8 @@ def dry_run(cfg: CapiConfig) -> str:
         hyper = hyper_at(step, cfg)
         lines.append(f"             {step:<12} {hyper.lr:<10.3g} {hyper.momentum:<10.6g} {hyper.clustering_lr:.3g}")
     warning = metrics.batch_warning(global_batch_size(cfg), cfg.capi.num_clusters)
-    return "\n".join([*lines, *([f"warning      {warning}"] if warning else [])]) + "\n"
+    warnings = [*pixels.warnings(), *([warning] if warning else [])]
+    return "\n".join([*lines, *(f"warning      {warning}" for warning in warnings)]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

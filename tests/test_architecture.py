@@ -12,7 +12,7 @@ LAYERS = [
     {"utils", "default_eval_config"},
     {"weights"},
     {"clustering_triton", "config", "distributed", "masking", "model", "sources"},
-    {"crops", "fused_clustering"},
+    {"crops", "fused_clustering", "pixels"},
     {"cae", "checkpoint", "clustering", "data", "fsdp", "ijepa", "launch", "logreg", "metrics", "neighbors",
      "optim"},
     {"evaluation", "probe", "report"},

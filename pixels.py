@@ -1,0 +1,222 @@
+"""What the pixels of a data set look like: a sample of the files as they are stored, and as a model sees them.
+
+Images are made 8-bit RGB when they are decoded, which loses what they have beyond that: the rest of a deep range, and
+further bands. Whoever reads a data set for the first time decodes some of it first, and says so.
+"""
+
+import itertools
+import logging
+import math
+import queue
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sources import BadImageError, ImageDataset, ImageStream, Sample, full_range, has_transparency
+from utils import UserError
+
+logger = logging.getLogger("pixels")
+
+NUM_IMAGES = 32
+TIME_LIMIT_S = 20.0
+"""For all of them; a disk that does not answer does not hold anybody up for longer."""
+
+BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277
+"""Tags of a TIFF."""
+
+MAX_PIXELS = 1_000_000
+"""About as many of an image are counted."""
+
+DEEP_LEVELS = 64
+"""Grey levels of 256. Files of more than 8 bits whose values span no more leave two bits or more of theirs unused, as
+12-bit data in 16-bit files does; a whole sample of photographs that are that dark is not expected."""
+
+SHALLOW_LEVELS = 16
+"""Likewise for files of 8 bits, whose range nobody chose for them: below the contrast of the darkest photographs, but
+not below that of label numbers, or of 12-bit values cut down to 8 bits."""
+
+
+@dataclass
+class Kind:
+    """Files of the sample that are stored alike."""
+
+    num: int = 0
+    low: float = float("inf")
+    """Stored values, where they are to be had."""
+    high: float = float("-inf")
+    levels: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), np.int64))
+    """How often each 8-bit value occurs in red, green and blue, after decoding."""
+
+
+@dataclass
+class PixelSample:
+    """What a sample of a data set showed so far."""
+
+    size: str
+    """Of the data set, for people."""
+    kinds: dict[tuple[str, int], Kind] = field(default_factory=lambda: defaultdict(Kind))
+    """By description and bits per value."""
+    problems: Counter[str] = field(default_factory=Counter)
+    """What else is lost, with the number of images."""
+    unreadable: list[str] = field(default_factory=list)
+
+    @property
+    def num(self) -> int:
+        """Images so far, unreadable ones included."""
+        return sum(kind.num for kind in self.kinds.values()) + len(self.unreadable)
+
+    def add(self, data: bytes | Image.Image, image: Image.Image, rgb: Image.Image) -> None:
+        """Count the values of one image: its file, what that stores, and what a model sees of it."""
+        bits = stored_bits(image, data)
+        kind = self.kinds[f"{bits}-bit {image.mode} {image.format or 'array'}", bits]
+        kind.num += 1
+        if bits > 8 and len(image.getbands()) == 1:  # of several bands, Pillow gives 8 bits alone
+            stored = np.asarray(image)
+            low, high = float(stored.min()), float(stored.max())
+            kind.low, kind.high = min(kind.low, low), max(kind.high, high)
+            if low < 0 or high > full_range(stored):
+                self.problems[
+                    "values outside of 0 to 65535 (integers) or 0 to 1 (floats): each is scaled by its own darkest and "
+                    "brightest value, so that brightness means nothing between images"
+                ] += 1
+        step = max(1, math.isqrt(rgb.width * rgb.height // MAX_PIXELS))
+        pixels = np.asarray(rgb)[::step, ::step]
+        kind.levels += np.stack([np.bincount(pixels[..., band].ravel(), minlength=256) for band in range(3)])
+        if problem := lost_bands(image):
+            self.problems[problem] += 1
+
+    def lines(self) -> list[str]:
+        """What was found, for people."""
+        if not self.kinds:
+            return []
+        files = "; ".join(
+            f"{kind.num} {text}" + (f" with values {kind.low:g} to {kind.high:g}" if kind.high >= kind.low else "")
+            for (text, _), kind in self.kinds.items()
+        )
+        bands = []
+        for name, levels in zip(
+            ("red", "green", "blue"), sum(kind.levels for kind in self.kinds.values()), strict=True
+        ):
+            values = np.arange(256)
+            mean = np.average(values, weights=levels)
+            deviation = np.sqrt(np.average((values - mean) ** 2, weights=levels))
+            low, high = np.flatnonzero(levels)[[0, -1]]
+            bands.append(f"{name} {low} to {high}, mean {mean:.1f}, deviation {deviation:.1f}")
+        return [f"{self.num} of {self.size} read: {files}", f"as the model sees them, in 0 to 255: {'; '.join(bands)}"]
+
+    def warnings(self) -> list[str]:
+        """What is lost, with the number of images, and what to do about it."""
+        found = [
+            f"{kind.num} of {self.num} images ({text}) {problem}"
+            for (text, bits), kind in self.kinds.items()
+            if (problem := _unused_range(kind, bits))
+        ]
+        found += [f"{num} of {self.num} images have {problem}" for problem, num in self.problems.items()]
+        if self.unreadable:
+            found.append(f"{len(self.unreadable)} of {self.num} images cannot be read, first {self.unreadable[0]}")
+        return found
+
+
+def _unused_range(kind: Kind, bits: int) -> str | None:
+    levels = kind.levels.sum(axis=0)
+    values = np.flatnonzero(levels)
+    if len(values) == 1:
+        return f"have the value {values[0]} of 255 everywhere: there is nothing to learn from"
+    # The ends of the range also stand for "no data" and "too bright", and a few single pixels are always defective.
+    inner = levels[1:255].cumsum()
+    if inner[-1] == 0:
+        return None
+    low, high = np.searchsorted(inner, [0.001 * inner[-1], 0.999 * inner[-1]])
+    span = int(high - low + 1)
+    if span > (DEEP_LEVELS if bits > 8 else SHALLOW_LEVELS):
+        return None
+    stored = f" (stored as {kind.low:g} to {kind.high:g})" if kind.high >= kind.low else ""
+    return (
+        f"use {span} of 256 grey levels{stored}, so that the model sees next to no contrast; stretch the values to the "
+        "whole range of the files, for example 12-bit values in 16-bit files by a factor of 16"
+    )
+
+
+def stored_bits(image: Image.Image, data: bytes | Image.Image) -> int:
+    """Bits per value in the file, of which Pillow may give the upper 8 alone."""
+    tags = getattr(image, "tag_v2", None)
+    if image.format == "TIFF" and tags is not None:
+        return max(tags.get(BITS_PER_SAMPLE, (1,)))
+    if image.format == "PNG" and isinstance(data, bytes):
+        return data[24]  # of the header chunk, which comes first
+    return {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if image.mode.startswith("I;16") else 8)
+
+
+def lost_bands(image: Image.Image) -> str | None:
+    """What of a decoded image does not reach the model."""
+    tags = getattr(image, "tag_v2", None)
+    if image.format == "TIFF" and tags is not None:
+        bands, read = tags.get(SAMPLES_PER_PIXEL, 1), len(image.getbands())
+        if bands > read:
+            return f"{bands} bands, {bands - read} of them left out; save the bands to train on as RGB"
+        pages = getattr(image, "n_frames", 1)
+        if pages > 1:
+            return f"{pages} pages, of which the first is read; save the others as files of their own"
+    if has_transparency(image) and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
+        return (
+            "a band that is taken for their opacity: they are put on white by it, and it is left out; if it means "
+            "something else, save the bands to train on as RGB"
+        )
+    return None
+
+
+def sample_pixels(dataset: ImageDataset | ImageStream) -> PixelSample:
+    """Decode up to `NUM_IMAGES` images, spread over a data set, or the first ones of a stream.
+
+    Neither the data set nor the order in which it is read changes. It takes no longer than `TIME_LIMIT_S`. What cannot
+    be read is noted; to stop for it is up to who needs it.
+    """
+    if isinstance(dataset, ImageStream):
+        size, samples = "the stream's first images", itertools.islice(dataset.read_shard(0), NUM_IMAGES)
+    else:
+        chosen = np.linspace(0, len(dataset) - 1, min(NUM_IMAGES, len(dataset))).round().astype(int).tolist()
+        size, samples = f"{len(dataset):,} images", (dataset[index] for index in chosen)
+    found, read, stop = PixelSample(size), queue.SimpleQueue(), threading.Event()
+    # A thread, since a read that never returns cannot be interrupted.
+    threading.Thread(target=_read_all, args=(samples, read, stop), daemon=True).start()
+    deadline = time.monotonic() + TIME_LIMIT_S
+    try:
+        while (each := read.get(timeout=max(0.0, deadline - time.monotonic()))) is not None:
+            if isinstance(each, BadImageError | UserError):
+                found.unreadable.append(str(each))
+            else:
+                found.add(*each)
+    except queue.Empty:
+        logger.warning("the images are read slowly: %d in %.0f s, not %d", found.num, TIME_LIMIT_S, NUM_IMAGES)
+    stop.set()
+    return found
+
+
+def _read_all(samples: Iterable[Sample], read: "queue.SimpleQueue[Any]", stop: threading.Event) -> None:
+    try:
+        for sample in samples:
+            if stop.is_set():
+                return
+            try:
+                read.put(sample.stored_and_seen())
+            except (BadImageError, UserError) as error:
+                read.put(error)
+    except UserError as error:
+        read.put(error)
+    finally:
+        read.put(None)
+
+
+def log_pixels(dataset: ImageDataset | ImageStream, key: str, *, only_warnings: bool = False) -> None:
+    """Log what a sample of the data set of a configuration key looks like, and warn of what is lost."""
+    found = sample_pixels(dataset)
+    for line in () if only_warnings else found.lines():
+        logger.info("%s: %s", key, line)
+    for line in found.warnings():
+        logger.warning("%s: %s", key, line)
