@@ -32,16 +32,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-
 from config import (
+    COUNT,
+    DEVICE,
+    DTYPE,
+    IMAGE_MEAN,
+    IMAGE_STD,
+    LOADER_KWARGS,
+    NAMES,
+    NOT_NEGATIVE,
+    SEED,
     LauncherConfig,
     changed_keys,
     check_evaluation,
+    dump_yaml,
     find_file,
     load_config,
+    merge,
+    read_yaml,
     require,
+    require_name,
     require_one_of,
 )
 from evaluation import SPEED_KEYS, choose_output_dir, find_loader, model_name
@@ -98,16 +108,16 @@ class BenchmarkConfig:
     chosen, see `evaluation.choose_output_dir`."""
     model_path: str = "model.py"
     """Python file with `__model_loader__(**model_loader_kwargs)`, as for the evaluation scripts."""
-    model_loader_kwargs: dict[str, Any] = field(default_factory=dict)
+    model_loader_kwargs: dict[str, Any] = field(default_factory=dict, metadata=LOADER_KWARGS)
     """Arguments of the loader; `pretrained_weights=` and `config_path=` at top level are short for two of them."""
     name: str | None = None
     """Name of the model in tables; null takes that of the weights."""
     evals_config_path: str = "default_eval_config.py"
     """Python file with one literal, EVALS, or YAML: name -> `file`, a script, and its keys."""
-    evals: dict[str, Any] = field(default_factory=dict)
+    evals: dict[str, dict[str, Any] | None] = field(default_factory=dict, metadata=NAMES)
     """Changes of single evaluations, or null to leave one out."""
     launcher: BenchmarkLauncher = field(default_factory=BenchmarkLauncher)
-    nproc_per_node: int = 1
+    nproc_per_node: int = field(default=1, metadata=COUNT)
     """Processes of each evaluation here; torchrun starts them if there are several."""
     retry: bool = False
     """Submit Slurm jobs again that ended without finishing."""
@@ -119,18 +129,17 @@ class BenchmarkConfig:
     """Sentences for the report."""
     run_dir: str | None = None
     """Folder of the training run, whose curves the report then shows."""
-    device: str | None = None
+    device: str | None = field(default=None, metadata=DEVICE)
     """This and the following keys are passed on to all evaluations; null leaves the choice to them."""
-    dtype: str | None = None
-    batch_size: int | None = None
-    num_workers: int | None = None
-    seed: int | None = None
-    image_mean: list[float] | None = None
-    image_std: list[float] | None = None
+    dtype: str | None = field(default=None, metadata=DTYPE)
+    batch_size: int | None = field(default=None, metadata=COUNT)
+    num_workers: int | None = field(default=None, metadata=NOT_NEGATIVE)
+    seed: int | None = field(default=None, metadata=SEED)
+    image_mean: list[float] | None = field(default=None, metadata=IMAGE_MEAN)
+    image_std: list[float] | None = field(default=None, metadata=IMAGE_STD)
 
     def __post_init__(self) -> None:
-        """Check single values."""
-        require(self.nproc_per_node >= 1, "nproc_per_node", self.nproc_per_node, "must be at least 1")
+        """Check rules between keys."""
         require(
             self.nproc_per_node == 1 or self.launcher.where == "local",
             "nproc_per_node",
@@ -234,13 +243,12 @@ def read_evals(path_name: str, changes: Mapping[str, Any]) -> dict[str, dict[str
     for name, entry in changes.items():
         if name not in evals and not (isinstance(entry, dict) and {"file", "script"} & entry.keys()):
             raise UserError(f"evals.{name}: there is no such evaluation in {path}{did_you_mean(name, list(evals))}")
-    merged: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(evals), OmegaConf.create(dict(changes))))
+    merged = merge(evals, dict(changes))
     chosen = {str(name): entry for name, entry in merged.items() if entry is not None}
     if not chosen:
         raise UserError(f"evals_config_path={path_name}: no evaluation is left")
     for name, entry in chosen.items():
-        if not re.fullmatch(r"\w[\w.-]*", name) or name in ("random", "jobs"):
-            raise UserError(f"evals.{name}: a name is also that of a folder; use letters, digits, '-', '_' and '.'")
+        require_name(f"evals.{name}", name, taken=("random", "jobs"))
         if not isinstance(entry, dict) or not {"file", "script"} & entry.keys():
             raise UserError(f"evals.{name}: needs file, the name of an evaluation script; other keys are for it")
         for key in ("output_dir", "model_path", "model_loader_kwargs"):
@@ -270,8 +278,8 @@ def _read_literal(path: Path) -> dict[str, Any]:
 
 def _read_evals_yaml(path: Path) -> dict[str, Any]:
     try:
-        evals = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        evals = read_yaml(path)
+    except UserError as error:
         raise UserError(f"evals_config_path={path}: cannot be read: {error}") from error
     if not isinstance(evals, dict):
         raise UserError(f"evals_config_path={path}: must hold `name: {{file: ..., key: value}}` pairs")
@@ -348,7 +356,7 @@ def run_here(task: Task, nproc_per_node: int) -> Status:
     """Run the script in processes of its own, so that its memory is free afterwards; output also goes to log.txt."""
     task.write_state(request=task.request())
     config, log = task.folder / "config.yaml", task.folder / "log.txt"
-    config.write_text(yaml.safe_dump(task.config, sort_keys=False))
+    config.write_text(dump_yaml(task.config))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}"]
     command = [*(launcher if nproc_per_node > 1 else []), str(task.script), str(config)]
     logger.info("%s: python %s", task.title, " ".join(command))
@@ -396,7 +404,7 @@ def run_on_slurm(task: Task, launcher: LauncherConfig, *, retry: bool) -> Status
             return Status("failed", f"{where}: ended without finishing; retry=true submits it again.", job["log"])
     request = task.request()
     task.write_state(request=request)
-    config_yaml = yaml.safe_dump(task.config, sort_keys=False)
+    config_yaml = dump_yaml(task.config)
     number, log = Job(task.script, config_yaml, task.folder, launcher).submit()
     task.write_state(request=request, job={"number": number, "log": str(log)})
     logger.info("%s: submitted job %s; its output: %s", task.title, number, log)

@@ -1,20 +1,26 @@
 """Typed configuration: what every key means, and how YAML files and `a.b=c` overrides become one checked object.
 
-Values live in YAML, types and meanings here. Later sources win: `default_pretrain_config.yaml`, your files, the
-command line. Unknown keys, wrong types and impossible combinations are `UserError`s before any device is touched.
+Values live in YAML, types, ranges and meanings here. Later sources win: `default_pretrain_config.yaml`, your files, the
+command line. Unknown keys, wrong types, values out of range and impossible combinations are `UserError`s before any
+device is touched. What a key holds is decided by its declared type, not by YAML's guesses: `2024_11_05` is a text for
+a key that is a text.
 """
 
 import ast
 import dataclasses
 import difflib
+import math
+import re
+import types
+import typing
+import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+from omegaconf import MISSING
 
 from default_eval_config import EVALS
 from utils import UserError
@@ -64,19 +70,130 @@ def require_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     require(value in choices, key, value, f"must be one of {', '.join(choices)}")
 
 
+def require_name(key: str, name: str, taken: tuple[str, ...] = ()) -> None:
+    """Raise unless `name`, which the user chose, can be that of a file or folder and is not `taken`."""
+    fits = re.fullmatch(r"\w[\w.-]*", name) is not None and len(name.encode()) <= MAX_NAME_BYTES
+    if not fits or name in taken:
+        but = f", and none of {', '.join(taken)}" if taken else ""
+        raise UserError(f"{key}: a name is also that of a folder; use letters, digits, '-', '_' and '.'{but}")
+
+
+MAX_NAME_BYTES = 200
+"""File systems take 255, and endings are added."""
+
+
+def is_one_line(text: str) -> bool:
+    """Whether `text` is without line breaks and control characters."""
+    return not any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text)
+
+
+# What a key may hold, beside its type: metadata of its field, checked by `load_config`.
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a key may hold; of a list, each element. Texts have one line and are not empty, numbers are finite."""
+
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+    choices: tuple[str, ...] = ()
+    size: int | None = None
+    """Length of a list; None for any."""
+    not_empty: bool = False
+    """Whether a list has at least one element."""
+    distinct: bool = False
+    """Whether no element of a list is there twice."""
+    ascending: bool = False
+    """Whether no element of a list is below the one before it."""
+    texts: tuple[str, ...] = ()
+    """Of a mapping without declared types, the keys that are texts."""
+    names: bool = False
+    """Whether the keys of a mapping become names of files or folders."""
+    remedy: str | None = None
+    """Instead of the sentence about the range."""
+
+    def check(self, key: str, value: Any) -> None:
+        """Raise a UserError that names `key` unless this allows `value`."""
+        elements = value if isinstance(value, list | tuple) else (value,)
+        if elements is value:
+            value = list(value)  # a tuple is written like a list
+            if self.size is not None:
+                remedy = self.remedy or f"must be {self.size} numbers"
+                require(len(value) == self.size, key, value, remedy)
+            must = f"must name at least one of {', '.join(self.choices)}" if self.choices else "must not be empty"
+            require(not self.not_empty or bool(value), key, value, must)
+            require(not self.distinct or len(value) == len(set(value)), key, value, "must not have a value twice")
+        for element in elements:
+            if isinstance(element, str):
+                self._check_text(key, element)
+            elif isinstance(element, int | float) and not isinstance(element, bool):
+                require(math.isfinite(element), key, value, "must be a finite number")
+                require(isinstance(element, float) or abs(element) < 2**63, key, value, "must be below 2**63")
+                require(self._has(element), key, value, self.remedy or self._range(value))
+        if self.ascending:
+            require(value == sorted(value), key, value, "must be ascending, the smallest first")
+
+    def _check_text(self, key: str, text: str) -> None:
+        if self.choices:
+            require_one_of(key, text, self.choices)
+        require(text.strip() != "", key, text, "must not be empty")
+        require(is_one_line(text), key, text, "must not contain line breaks or other control characters")
+
+    def _has(self, number: float) -> bool:
+        return self.at_least <= number <= self.at_most and self.above < number < self.below
+
+    def _range(self, value: Any) -> str:
+        with_low, with_high = self.at_least > self.above, self.at_most < self.below
+        low, high = max(self.at_least, self.above), min(self.at_most, self.below)
+        must = "must all" if isinstance(value, list) else "must"
+        if high == math.inf:
+            return f"{must} be {'at least' if with_low else 'above'} {low}"
+        return f"{must} lie in {'[' if with_low else '('}{low}, {high}{']' if with_high else ')'}"
+
+
+def within(**allowed: Any) -> dict[str, Any]:
+    """Metadata of a field that holds numbers; the arguments are those of `Allowed`."""
+    return {"allowed": Allowed(**allowed)}
+
+
+def one_of(*choices: str, **allowed: Any) -> dict[str, Any]:
+    """Metadata of a field that holds one or more of these texts."""
+    return {"allowed": Allowed(choices=choices, **allowed)}
+
+
+LOADER_KWARGS = {"allowed": Allowed(texts=("pretrained_weights", "config_path", "model_name"))}
+"""Metadata of the arguments of a model loader: beside these texts, each loader knows its own types."""
+NAMES = {"allowed": Allowed(names=True)}
+"""Metadata of a mapping whose keys become names of files or folders."""
+FRACTION = within(at_least=0, at_most=1)
+BETWEEN_0_AND_1 = within(above=0, below=1)
+CANDIDATES = within(above=0, not_empty=True, distinct=True)
+NOT_NEGATIVE = within(at_least=0)
+POSITIVE = within(above=0)
+COUNT = within(at_least=1)
+BETA = within(at_least=0, below=1)
+SEED = within(at_least=0, below=2**32)
+IMAGE_MEAN = within(at_least=0, at_most=1, size=3, remedy="must be three numbers in [0, 1]: red, green, blue")
+IMAGE_STD = within(above=0, size=3, remedy="must be three numbers above 0: red, green, blue")
+DEVICE = one_of("auto", "cuda", "mps", "cpu")
+DTYPE = one_of("float32", "bfloat16", "float16")
+
+
 @dataclass(frozen=True)
 class LauncherConfig:
     """Where a Slurm job of `train_distributed.py` runs. null leaves a choice to the cluster."""
 
-    num_nodes: int
+    num_nodes: int = field(metadata=COUNT)
     """Nodes of a job; 4 in the paper."""
-    gpus_per_node: int
+    gpus_per_node: int = field(metadata=NOT_NEGATIVE)
     """GPUs, and processes, per node; 8 in the paper. 0 for CPU nodes."""
-    tasks_per_node: int | None
+    tasks_per_node: int | None = field(metadata=COUNT)
     """Processes per node; null for one per GPU, or one without GPUs."""
-    cpus_per_task: int | None
+    cpus_per_task: int | None = field(metadata=COUNT)
     """Processor cores per process: the data workers need some."""
-    time_min: int | None
+    time_min: int | None = field(metadata=COUNT)
     """Time limit of one start of the job, in minutes. It is requeued when it gets there."""
     mem: str | None
     """Memory per node, such as 200G."""
@@ -86,7 +203,7 @@ class LauncherConfig:
     constraint: str | None
     exclude: str | None
     """Nodes to avoid."""
-    signal_delay_s: int
+    signal_delay_s: int = field(metadata=COUNT)
     """Seconds before the time limit at which the run saves and is requeued; longer than a step and a save.
     Slurm may ask up to a minute earlier."""
     setup: list[str]
@@ -95,13 +212,7 @@ class LauncherConfig:
     """Further `#SBATCH` options by name; `true` for one without a value."""
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        require(self.num_nodes >= 1, "launcher.num_nodes", self.num_nodes, "must be at least 1")
-        require(self.gpus_per_node >= 0, "launcher.gpus_per_node", self.gpus_per_node, "must be 0 or more")
-        for key in ("tasks_per_node", "cpus_per_task", "time_min"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"launcher.{key}", value, "must be at least 1, or null")
-        require(self.signal_delay_s >= 1, "launcher.signal_delay_s", self.signal_delay_s, "must be at least 1 second")
+        """Check that the job is not stopped when it starts."""
         require(
             self.time_min is None or self.signal_delay_s < 60 * self.time_min,
             "launcher.signal_delay_s",
@@ -119,46 +230,39 @@ class LauncherConfig:
 class CheckpointingConfig:
     """When the training state is saved."""
 
-    period: int
+    period: int = field(metadata=COUNT)
     """Steps between checkpoints; one is also saved at the end and when a signal asks the run to stop."""
-    max_to_keep: int
+    max_to_keep: int = field(metadata=COUNT)
     """How many of the newest checkpoints stay on disk."""
     async_save: bool
     """Write checkpoints while training goes on; needs host memory for one more copy of weights and optimizer state."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        require(self.period >= 1, "train.checkpointing.period", self.period, "must be at least 1 step")
-        require(self.max_to_keep >= 1, "train.checkpointing.max_to_keep", self.max_to_keep, "must be at least 1")
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
     """Scores of the teacher on a small labelled set, computed in between steps; see probe.py."""
 
-    every: int
+    every: int = field(metadata=NOT_NEGATIVE)
     """Steps between probes; 0 for none. Two sets of 1000 images took 1.7 % of the time at a period of 250 steps of 128
     images (configs/imagenette.yaml on a CPU)."""
     train_dataset: str | None
     """Data URL of images with class labels, to fit on."""
     test_dataset: str | None
     """Data URL of images with class labels, to score."""
-    max_images: int
+    max_images: int = field(metadata=within(at_least=2))
     """Images of each set, evenly spaced; they stay in memory."""
-    k: int
+    k: int = field(metadata=COUNT)
     """Neighbours that vote."""
 
     def __post_init__(self) -> None:
         """Check that there is something to probe with."""
         for key in ("train_dataset", "test_dataset"):
             require(
-                self.every <= 0 or getattr(self, key) is not None,
+                self.every == 0 or getattr(self, key) is not None,
                 f"train.probe.{key}",
                 None,
                 "is needed for train.probe.every > 0: a data URL of labelled images",
             )
-        require(self.max_images > 1, "train.probe.max_images", self.max_images, "must be at least 2")
-        require(self.k > 0, "train.probe.k", self.k, "must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -167,7 +271,7 @@ class TrainConfig:
 
     output_dir: str
     """Folder of the run: checkpoints, metrics, exports, logs. One run at a time."""
-    device: str
+    device: str = field(metadata=DEVICE)
     """auto (cuda, then mps, then cpu), or one of them."""
     auto_resume: bool
     """Continue from the newest checkpoint in output_dir if there is one."""
@@ -176,49 +280,37 @@ class TrainConfig:
     init_from: str | None
     """Path or URL of weights (an export, or a released model) from which student, average and teacher start; null for
     random ones. The two heads always start random. Without effect once the run has a checkpoint."""
-    seed: int
+    seed: int = field(metadata=SEED)
     """Seed of initial weights, data order, crops, masks and drop-path. All are functions of it and of the step."""
-    nan_check_period: int
+    nan_check_period: int = field(metadata=NOT_NEGATIVE)
     """Steps between looks at whether a loss was ever NaN or infinite; the run stops if so. 0 never looks."""
-    log_loss_every: int
+    log_loss_every: int = field(metadata=COUNT)
     """Steps between log lines and metric records, averaged over the steps since the last one."""
-    health_every: int
+    health_every: int = field(metadata=NOT_NEGATIVE)
     """Steps between the costlier health metrics (effective rank and norms of teacher features). 0 turns them off."""
-    loggers: list[str]
+    loggers: list[str] = field(metadata=one_of("tensorboard", "wandb", "mlflow", "trackio"))
     """Besides metrics.jsonl: any of tensorboard, wandb, mlflow, trackio."""
     profiling: bool
     """Write a profiler trace and a memory snapshot of a few early steps to output_dir/profile."""
     checkpointing: CheckpointingConfig
     probe: ProbeConfig
 
-    def __post_init__(self) -> None:
-        """Check ranges and choices."""
-        require_one_of("train.device", self.device, ("auto", "cuda", "mps", "cpu"))
-        require(self.log_loss_every >= 1, "train.log_loss_every", self.log_loss_every, "must be at least 1 step")
-        require(
-            self.nan_check_period >= 0, "train.nan_check_period", self.nan_check_period, "must be 0 (never) or more"
-        )
-        require(self.health_every >= 0, "train.health_every", self.health_every, "must be 0 (never) or more")
-        require(0 <= self.seed < 2**32, "train.seed", self.seed, "must be in [0, 2**32)")
-        for logger in self.loggers:
-            require_one_of("train.loggers", logger, ("tensorboard", "wandb", "mlflow", "trackio"))
-
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """One `optim.WarmupThenCosine` over `optim.total_iters` steps."""
 
-    start_warmup_value: float
+    start_warmup_value: float = field(metadata=NOT_NEGATIVE)
     """Value at the first warm-up step."""
-    base_value: float
+    base_value: float = field(metadata=NOT_NEGATIVE)
     """Value at the end of the warm-up, where the cosine starts."""
-    final_value: float
+    final_value: float = field(metadata=NOT_NEGATIVE)
     """Where a full cosine would end, and the value past the last step."""
-    warmup_iters: int | float
+    warmup_iters: int | float = field(metadata=NOT_NEGATIVE)
     """Steps of the linear warm-up, or, with a decimal point, a fraction of total_iters in [0, 1] (0.1 in the paper)."""
-    freeze_iters: int
+    freeze_iters: int = field(metadata=NOT_NEGATIVE)
     """Steps at 0 before the warm-up."""
-    truncate_cos: float
+    truncate_cos: float = field(metadata=FRACTION)
     """Fraction of the half cosine that is run through, 0.8 in the paper: the learning rate ends above final_value."""
 
     def warmup_steps(self, total_iters: int) -> int:
@@ -229,14 +321,14 @@ class ScheduleConfig:
         """Raise unless the schedule fits into `total_iters` steps."""
         if isinstance(self.warmup_iters, float):
             require(
-                0 <= self.warmup_iters <= 1,
+                self.warmup_iters <= 1,
                 f"{key}.warmup_iters",
                 self.warmup_iters,
                 "a number with a decimal point is a fraction of optim.total_iters and must lie in [0, 1]",
             )
         steps = self.warmup_steps(total_iters)
         require(
-            0 <= steps + self.freeze_iters <= total_iters and steps >= 0 and self.freeze_iters >= 0,
+            steps + self.freeze_iters <= total_iters,
             f"{key}.warmup_iters",
             self.warmup_iters,
             f"with freeze_iters={self.freeze_iters} it does not fit into optim.total_iters={total_iters}; "
@@ -248,98 +340,76 @@ class ScheduleConfig:
 class ClusteringHeadConfig:
     """Arguments of `clustering.OnlineClustering`."""
 
-    target_temp: float
+    target_temp: float = field(metadata=POSITIVE)
     """Temperature of the Sinkhorn targets, 0.06 in the paper."""
-    pred_temp: float
+    pred_temp: float = field(metadata=POSITIVE)
     """Temperature of the head's own prediction in the clustering loss, 0.12."""
-    n_sk_iter: int
+    n_sk_iter: int = field(metadata=COUNT)
     """Sinkhorn-Knopp rounds, 3."""
     bias: bool
     """Whether the head's linear layer has a bias."""
     positionwise_sk: bool
     """True: one Sinkhorn problem per patch position (paper, section 3.2). False: one over all tokens."""
 
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        for key in ("target_temp", "pred_temp"):
-            require(getattr(self, key) > 0, f"capi.clustering_kwargs.{key}", getattr(self, key), "must be above 0")
-        require(self.n_sk_iter >= 1, "capi.clustering_kwargs.n_sk_iter", self.n_sk_iter, "must be at least 1")
-
 
 @dataclass(frozen=True)
 class ClusteringOptimizerConfig:
     """The clustering head's own optimizer."""
 
-    optimizer: str
-    betas: tuple[float, float]
-    weight_decay: float
+    optimizer: str = field(metadata=one_of("AdamW"))
+    betas: tuple[float, float] = field(metadata=BETA)
+    weight_decay: float = field(metadata=NOT_NEGATIVE)
     lr_schedule: ScheduleConfig
-
-    def __post_init__(self) -> None:
-        """Check the choice of optimizer."""
-        require_one_of("capi.clustering_optimizer.optimizer", self.optimizer, ("AdamW",))
 
 
 @dataclass(frozen=True)
 class CapiMethodConfig:
     """The method: clustering and prediction."""
 
-    num_clusters: int
+    num_clusters: int = field(metadata=within(at_least=2))
     """Prototypes K, 16384 in the paper. Needs a global batch that is not far smaller."""
-    student_temp: float
+    student_temp: float = field(metadata=POSITIVE)
     """Temperature of the student's prediction, 0.12."""
-    clustering_chunk: int | None
+    clustering_chunk: int | None = field(metadata=COUNT)
     """Patch positions clustered at a time; only memory and speed depend on it. null: chosen by memory."""
-    clustering_kernel: str
+    clustering_kernel: str = field(metadata=one_of("auto", "torch", "triton"))
     """torch; triton, which has kernels of its own for GPUs; or auto: triton on a GPU where it is installed."""
     clustering_kwargs: ClusteringHeadConfig
     clustering_optimizer: ClusteringOptimizerConfig
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        require(self.num_clusters >= 2, "capi.num_clusters", self.num_clusters, "must be at least 2")
-        require(self.student_temp > 0, "capi.student_temp", self.student_temp, "must be above 0")
-        chunk = self.clustering_chunk
-        require(
-            chunk is None or chunk >= 1, "capi.clustering_chunk", chunk, "must be at least 1, or null for automatic"
-        )
-        require_one_of("capi.clustering_kernel", self.clustering_kernel, ("auto", "torch", "triton"))
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Length of training, batch, and the student's optimizer and schedules."""
 
-    total_iters: int
+    total_iters: int = field(metadata=COUNT)
     """Optimizer updates of the whole training."""
-    batch_size_per_gpu: int
+    batch_size_per_gpu: int = field(metadata=COUNT)
     """Images per forward pass on one rank; global batch = this x accumulation_steps x ranks."""
-    accumulation_steps: int
+    accumulation_steps: int = field(metadata=COUNT)
     """Forward passes per update. Sinkhorn balances over all of them: the same result as one large batch."""
-    clip_grad: float | None
+    clip_grad: float | None = field(metadata=POSITIVE)
     """Largest norm of the student's gradient, or null for no clipping (the paper's choice)."""
-    optimizer: str
-    betas: tuple[float, float]
-    weight_decay: float
+    optimizer: str = field(metadata=one_of("AdamW"))
+    betas: tuple[float, float] = field(metadata=BETA)
+    weight_decay: float = field(metadata=NOT_NEGATIVE)
     lr_schedule: ScheduleConfig
-    patch_embed_lr_mult: float
+    patch_embed_lr_mult: float = field(metadata=NOT_NEGATIVE)
     """Learning-rate multiplier of the patch embedding, 0.2."""
-    rope_lr_mult: float
+    rope_lr_mult: float = field(metadata=NOT_NEGATIVE)
     """Learning-rate multiplier of the rotary frequencies, 0: they stay as initialised."""
-    layernorm_wd_mult: float
+    layernorm_wd_mult: float = field(metadata=NOT_NEGATIVE)
     """Weight-decay multiplier of norm weights, 0.1."""
     momentum_schedule: ScheduleConfig
     """EMA momentum m in ema = m * ema + (1 - m) * student."""
 
     def __post_init__(self) -> None:
-        """Check ranges and that the schedules fit."""
-        require_one_of("optim.optimizer", self.optimizer, ("AdamW",))
-        for key in ("total_iters", "batch_size_per_gpu", "accumulation_steps"):
-            require(getattr(self, key) >= 1, f"optim.{key}", getattr(self, key), "must be at least 1")
-        clip = self.clip_grad
-        require(clip is None or clip > 0, "optim.clip_grad", clip, "must be above 0, or null for no clipping")
+        """Check that the schedules fit, and that momentum stays an average."""
         self.lr_schedule.check("optim.lr_schedule", self.total_iters)
         self.momentum_schedule.check("optim.momentum_schedule", self.total_iters)
+        for key in ("start_warmup_value", "base_value", "final_value"):
+            value = getattr(self.momentum_schedule, key)
+            require(value <= 1, f"optim.momentum_schedule.{key}", value, "must lie in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -348,62 +418,51 @@ class DataConfig:
 
     dataset: str
     """Data URL (README lists the sources), or the path of a folder of images."""
-    mask_ratio: float
+    mask_ratio: float = field(metadata=BETWEEN_0_AND_1)
     """Fraction of the patches that the student does not see, 0.65."""
-    prediction_subsampling: float
+    prediction_subsampling: float = field(metadata=within(above=0, at_most=1))
     """Fraction of the hidden patches that are predicted, 0.05 (the authors: about 0.2 is better)."""
-    crop_scale: tuple[float, float]
+    crop_scale: tuple[float, float] = field(metadata=within(above=0, at_most=1, ascending=True))
     """Area range of the random crop, as fractions of the image."""
-    images_size: int
+    images_size: int = field(metadata=COUNT)
     """Side of the square crop in pixels, a multiple of model.patch_size."""
     do_hflip: bool
     """Flip half of the images."""
-    masking_generator: str
+    masking_generator: str = field(metadata=one_of("InverseBlock", "Block", "Uniform"))
     """InverseBlock (a block stays visible), Block or Uniform; see masking.py."""
     masking_generator_kwargs: dict[str, Any]
     """Arguments of the generator, `roll` for the two block kinds."""
-    stream_shuffle_block: int
+    stream_shuffle_block: int = field(metadata=COUNT)
     """Streaming data: samples that are read ahead and shuffled together. 1 keeps the order of the stream."""
-    stream_partitions: int | None
+    stream_partitions: int | None = field(metadata=COUNT)
     """Streaming data: independent streams per rank, read by the loader's workers in turn. The order of the images
     depends on it. null: one per worker."""
-    max_bad_fraction: float
+    max_bad_fraction: float = field(metadata=FRACTION)
     """Largest fraction of unreadable images; the run stops beyond it, and beyond this fraction of the first 100."""
-    decode: str
+    decode: str = field(metadata=one_of("cpu", "gpu"))
     """cpu: the loader's workers decode. gpu: JPEG files go to the CUDA device, which decodes and crops them. The crops
     are the same boxes; colours differ by a few grey levels, since the decoders do."""
-
-    def __post_init__(self) -> None:
-        """Check ranges and choices."""
-        require(self.images_size >= 1, "data.images_size", self.images_size, "must be at least 1 pixel")
-        low, high = self.crop_scale
-        require(0 < low <= high <= 1, "data.crop_scale", list(self.crop_scale), "needs 0 < smallest <= largest <= 1")
-        require(0 < self.mask_ratio < 1, "data.mask_ratio", self.mask_ratio, "must lie between 0 and 1")
-        subsampling = self.prediction_subsampling
-        require(0 < subsampling <= 1, "data.prediction_subsampling", subsampling, "must be above 0 and at most 1")
-        require_one_of("data.masking_generator", self.masking_generator, ("InverseBlock", "Block", "Uniform"))
-        require(
-            self.stream_shuffle_block >= 1, "data.stream_shuffle_block", self.stream_shuffle_block, "must be at least 1"
-        )
-        parts = self.stream_partitions
-        require(parts is None or parts >= 1, "data.stream_partitions", parts, "must be at least 1, or null")
-        require_one_of("data.decode", self.decode, ("cpu", "gpu"))
-        require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "must lie in [0, 1]")
 
 
 @dataclass(frozen=True)
 class RopeConfig:
     """Arguments of `model.RotaryEmbedding`."""
 
-    max_freq: float
-    min_freq: float
+    max_freq: float = field(metadata=POSITIVE)
+    """Highest frequency, in turns over the image."""
+    min_freq: float = field(metadata=POSITIVE)
+
+    def __post_init__(self) -> None:
+        """Check the order."""
+        key = "model.transformers_kwargs.block_kwargs.attn_kwargs.rope_kwargs.min_freq"
+        require(self.min_freq <= self.max_freq, key, self.min_freq, f"must be at most max_freq={self.max_freq}")
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
     """Arguments of `model.Attention`."""
 
-    num_heads: int
+    num_heads: int = field(metadata=COUNT)
     qkv_bias: bool
     proj_bias: bool
     rope_kwargs: RopeConfig
@@ -413,7 +472,7 @@ class AttentionConfig:
 class BlockConfig:
     """Arguments of `model.Block`."""
 
-    drop_path_type: str
+    drop_path_type: str = field(metadata=one_of("efficient", "naive"))
     """efficient (the branch runs on a subset of the images) or naive (its result is masked)."""
     attn_kwargs: AttentionConfig
 
@@ -422,8 +481,8 @@ class BlockConfig:
 class TransformersConfig:
     """What encoder and predictor share."""
 
-    embed_dim: int
-    drop_path_rate: float
+    embed_dim: int = field(metadata=COUNT)
+    drop_path_rate: float = field(metadata=within(at_least=0, below=1))
     block_kwargs: BlockConfig
 
 
@@ -431,31 +490,47 @@ class TransformersConfig:
 class DepthConfig:
     """Depth of one tower."""
 
-    depth: int
+    depth: int = field(metadata=COUNT)
+
+
+NORM_SWITCHES = {"RMSNorm": ("elementwise_affine",), "LayerNorm": ("elementwise_affine", "bias")}
+"""Norms of torch.nn that work here, and which of their arguments are true or false."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Arguments of `model.EncoderDecoder`."""
 
-    patch_size: int
-    in_chans: int
-    norm_layer_type: str
-    """Name of a norm in torch.nn."""
+    patch_size: int = field(metadata=COUNT)
+    in_chans: int = field(metadata=COUNT)
+    norm_layer_type: str = field(metadata=one_of(*NORM_SWITCHES))
+    """Norm of torch.nn: RMSNorm or LayerNorm."""
     norm_layer_kwargs: dict[str, Any]
+    """Its arguments: eps and elementwise_affine, for LayerNorm also bias."""
     final_norm_kwargs: dict[str, Any]
-    n_registers: int
-    register_coordinates: str
+    """What is different for the norm after the last block."""
+    n_registers: int = field(metadata=NOT_NEGATIVE)
+    register_coordinates: str = field(metadata=one_of("edge", "zeros"))
     """edge (spread over the border of the image, so a multiple of 4) or zeros."""
     scale_reg_to_visible: bool
-    out_layer: int
+    out_layer: int = field(metadata=within())
     transformers_kwargs: TransformersConfig
     encoder_kwargs: DepthConfig
     decoder_kwargs: DepthConfig
 
     def __post_init__(self) -> None:
-        """Check the divisibility rules."""
-        require_one_of("model.register_coordinates", self.register_coordinates, ("edge", "zeros"))
+        """Check the norm, and rules between sizes."""
+        for key in ("norm_layer_kwargs", "final_norm_kwargs"):
+            for name, value in getattr(self, key).items():
+                if name == "eps":
+                    remedy = "must be a number above 0, such as 1e-5"
+                    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                    require(is_number and 0 < value < math.inf, f"model.{key}.eps", value, remedy)
+                else:
+                    known = NORM_SWITCHES[self.norm_layer_type]
+                    remedy = f"{self.norm_layer_type} takes eps, {' and '.join(known)}"
+                    require(name in known, f"model.{key}.{name}", value, remedy)
+                    require(isinstance(value, bool), f"model.{key}.{name}", value, "must be true or false")
         if self.register_coordinates == "edge":
             require(
                 self.n_registers % 4 == 0,
@@ -466,31 +541,19 @@ class ModelConfig:
             )
         towers = self.transformers_kwargs
         heads = towers.block_kwargs.attn_kwargs.num_heads
-        require(heads >= 1, "model.transformers_kwargs.block_kwargs.attn_kwargs.num_heads", heads, "must be at least 1")
         require(
             towers.embed_dim % (4 * heads) == 0,
             "model.transformers_kwargs.embed_dim",
             towers.embed_dim,
             f"must be a multiple of 4 x num_heads = {4 * heads}, so that rotary embedding can split each head in four",
         )
+        depth = self.encoder_kwargs.depth
         require(
-            0 <= towers.drop_path_rate < 1,
-            "model.transformers_kwargs.drop_path_rate",
-            towers.drop_path_rate,
-            "must lie in [0, 1)",
+            -depth - 1 <= self.out_layer <= depth,
+            "model.out_layer",
+            self.out_layer,
+            f"must lie in [{-depth - 1}, {depth}], as model.encoder_kwargs.depth={depth}",
         )
-        require_one_of(
-            "model.transformers_kwargs.block_kwargs.drop_path_type",
-            towers.block_kwargs.drop_path_type,
-            ("efficient", "naive"),
-        )
-        for tower in ("encoder_kwargs", "decoder_kwargs"):
-            require(
-                getattr(self, tower).depth >= 1,
-                f"model.{tower}.depth",
-                getattr(self, tower).depth,
-                "must be at least 1",
-            )
 
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `model.EncoderDecoder`."""
@@ -543,25 +606,25 @@ class RematerializationConfig:
 class EfficiencyConfig:
     """Speed, memory and precision. Nothing here but the precision changes what is computed."""
 
-    param_dtype: str
+    param_dtype: str = field(metadata=DTYPE)
     """Precision of matmuls and activations: bfloat16, float16 or float32. Weights and optimizer stay float32."""
     teacher_fp8: bool
     """Compute the linear layers of the teacher's blocks in 8-bit floats, on an NVIDIA GPU of compute capability 8.9 or
     newer. It changes the targets a little."""
-    reduce_dtype: str
+    reduce_dtype: str = field(metadata=DTYPE)
     """Precision in which gradients are averaged over ranks."""
-    fsdp: str
+    fsdp: str = field(metadata=one_of("simple", "fully_shard", "none"))
     """How weights are divided over ranks: simple (ours: each rank holds its part, gathered when used), fully_shard
     (torch's FSDP2) or none (whole weights everywhere, gradients averaged)."""
-    fsdp_bucket_mib: float
+    fsdp_bucket_mib: float = field(metadata=NOT_NEGATIVE)
     """simple, compiled: gathered weights per collective, in MiB. none: averaged gradients per collective."""
-    fsdp_prefetch: int
+    fsdp_prefetch: int = field(metadata=NOT_NEGATIVE)
     """simple, compiled: buckets of weights that are gathered ahead of the one in use."""
     grad_scaler: bool
     """Scale the loss and skip steps whose gradients overflow; for float16."""
-    grad_scaler_growth_interval: int
+    grad_scaler_growth_interval: int = field(metadata=COUNT)
     """Steps without overflow after which the scale doubles."""
-    dataloader_num_workers: int
+    dataloader_num_workers: int = field(metadata=NOT_NEGATIVE)
     """Processes that read and decode images, per rank. 0 decodes in the training process."""
     cache_dataset: bool
     """Keep the list of files of an image folder on disk, so that later starts need not read the whole tree."""
@@ -569,20 +632,13 @@ class EfficiencyConfig:
     rematerialization: RematerializationConfig
 
     def __post_init__(self) -> None:
-        """Check the choices."""
-        require_one_of("efficiency.param_dtype", self.param_dtype, ("bfloat16", "float16", "float32"))
+        """Check which precisions go together."""
         require(
             not self.teacher_fp8 or self.param_dtype == "bfloat16",
             "efficiency.teacher_fp8",
             self.teacher_fp8,
             f"results are bfloat16; set efficiency.param_dtype=bfloat16 (it is {self.param_dtype}), or this to false",
         )
-        require_one_of("efficiency.reduce_dtype", self.reduce_dtype, ("bfloat16", "float16", "float32"))
-        require_one_of("efficiency.fsdp", self.fsdp, ("simple", "fully_shard", "none"))
-        require(self.fsdp_bucket_mib >= 0, "efficiency.fsdp_bucket_mib", self.fsdp_bucket_mib, "must be 0 or more")
-        require(self.fsdp_prefetch >= 0, "efficiency.fsdp_prefetch", self.fsdp_prefetch, "must be 0 or more")
-        workers = self.dataloader_num_workers
-        require(workers >= 0, "efficiency.dataloader_num_workers", workers, "must be 0 or more")
         require(
             self.grad_scaler or self.param_dtype != "float16",
             "efficiency.grad_scaler",
@@ -595,24 +651,22 @@ class EfficiencyConfig:
 class EvalConfig:
     """One named set of evaluations of a run."""
 
-    period: int
+    period: int = field(metadata=NOT_NEGATIVE)
     """Steps between evaluations; 0 for none before the end."""
     final: bool
     """Whether it also runs after the last step."""
-    model_to_eval: str
+    model_to_eval: str = field(metadata=one_of("student", "student_ema"))
     """student or student_ema."""
     model_setup_script: str
     """Model file whose loader builds the model."""
-    eval_config: dict[str, Any]
+    eval_config: dict[str, dict[str, Any] | None] = field(metadata=NAMES)
     """Name -> `file`, a script, and its keys, or for a name of default_eval_config.py only the keys that change."""
-    where: str
+    where: str = field(metadata=one_of("auto", "process", "inline", "slurm"))
     """process: on this machine, while training goes on. inline: on this machine, while training waits. slurm: as a job.
     auto: slurm for a training that is a Slurm job, else process."""
 
     def __post_init__(self) -> None:
-        """Check the choices."""
-        require_one_of("evals.*.model_to_eval", self.model_to_eval, ("student", "student_ema"))
-        require_one_of("evals.*.where", self.where, ("auto", "process", "inline", "slurm"))
+        """Check the evaluations."""
         for name, entry in chosen_evals(self.eval_config).items():
             known = bool({"file", "script"} & entry.keys())
             key = f"evals.*.eval_config.{name}"
@@ -621,13 +675,7 @@ class EvalConfig:
 
 
 def chosen_evals(eval_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Evaluations of a set, written out: a name of default_eval_config.py stands for what that file has.
-
-    Raises: UserError if one is not made of keys.
-    """
-    for name, entry in eval_config.items():
-        is_keys = entry is None or isinstance(entry, dict)
-        require(is_keys, f"evals.*.eval_config.{name}", entry, "must be keys and their values, or {}")
+    """Evaluations of a set, written out: a name of default_eval_config.py stands for what that file has."""
     return {name: EVALS.get(name, {}) | dict(entry or {}) for name, entry in eval_config.items()}
 
 
@@ -691,7 +739,7 @@ class CapiConfig:
     data: DataConfig
     model: ModelConfig
     efficiency: EfficiencyConfig
-    evals: dict[str, EvalConfig | None] | None
+    evals: dict[str, EvalConfig | None] | None = field(metadata=NAMES)
     """Named sets of evaluations; null for none, evals.<name>=null to leave one out."""
 
     def __post_init__(self) -> None:
@@ -727,27 +775,75 @@ def load_config(schema: type[ConfigT], default_path: Path | None, sources: list[
 
     Raises: UserError naming the key or file, its value and what to do instead.
     """
-    merged = OmegaConf.structured(schema)
-    _make_writable(merged)
-    if default_path is not None:
-        merged = _merge(merged, _read_yaml(default_path), str(default_path), schema)
-    for source in sources:
+    merged: dict[str, Any] = {}
+    for source in ([] if default_path is None else [str(default_path)]) + sources:
         is_file = source.endswith((".yaml", ".yml")) and Path(source).is_file()
         if "=" in source and not is_file:
-            merged = _merge(merged, _read_override(source), source, schema)
+            reader, node = _Reader(schema, ""), _read_override(source, schema)
         else:
-            merged = _merge(merged, _read_yaml(Path(source)), source, schema)
-    if missing := sorted(OmegaConf.missing_keys(merged)):
-        raise UserError(f"{missing[0]}= must be given; --help shows a whole command")
-    try:
-        return OmegaConf.to_object(merged)  # pyright: ignore[reportReturnType]  # an instance of `schema`
-    except OmegaConfBaseException as error:
-        raise UserError(_explain(error, "the configuration", schema)) from error
+            reader, node = _Reader(schema, f"{source}: "), _read_yaml(Path(source))
+        merged = merge(merged, {} if node is None else reader.read(node, schema, ""))
+    return build(schema, merged)
+
+
+def merge(base: Any, top: Any) -> Any:
+    """`top`, and what `base` has beside it if both are mappings."""
+    if not (isinstance(base, dict) and isinstance(top, dict)):
+        return top
+    return base | {key: merge(base.get(key), value) for key, value in top.items()}
+
+
+def build(kind: Any, value: Any, key: str = "", allowed: Allowed | None = None) -> Any:
+    """A dataclass from nested dicts of values that have its types.
+
+    Args:
+        kind: the dataclass, or the declared type of what is below it.
+        value: dict, or what is below it.
+        key: dotted key of `value`.
+        allowed: what its field may hold.
+
+    Raises: UserError for a key that is missing or holds what it may not.
+    """
+    kinds = _members(kind)
+    if isinstance(value, dict) and dataclasses.is_dataclass(kinds[0]):
+        return _build_section(kinds[0], value, key)
+    if isinstance(value, dict) and typing.get_origin(kinds[0]) is dict:
+        element = typing.get_args(kinds[0])[1]
+        for name in value if allowed is not None and allowed.names else ():
+            require_name(f"{key}.{name}", name)
+        return {name: each if element is Any else build(element, each, f"{key}.{name}") for name, each in value.items()}
+    if kind is not Any or isinstance(value, str):
+        (allowed or Allowed()).check(key, value)
+    return tuple(value) if typing.get_origin(kinds[0]) is tuple else value
+
+
+def allowed_of(schema: Any, name: str) -> Allowed | None:
+    """What a field may hold, as stated by the class or by one that it inherits from; None if nothing is stated."""
+    stated = (base.__dict__.get("__dataclass_fields__", {}).get(name) for base in schema.__mro__)
+    return next((each.metadata["allowed"] for each in stated if each is not None and each.metadata), None)
+
+
+def _build_section(schema: Any, tree: dict[str, Any], prefix: str) -> Any:
+    values, kinds = {}, typing.get_type_hints(schema)
+    for each in dataclasses.fields(schema):
+        key = f"{prefix}.{each.name}" if prefix else each.name
+        is_given = tree.get(each.name, MISSING) != MISSING
+        has_default = each.default not in (dataclasses.MISSING, MISSING)
+        if is_given:
+            values[each.name] = build(kinds[each.name], tree[each.name], key, allowed_of(schema, each.name))
+        elif not has_default and each.default_factory is dataclasses.MISSING:
+            raise UserError(f"{key}= must be given; --help shows a whole command")
+    return schema(**values)
 
 
 def to_yaml(cfg: object) -> str:
     """The resolved configuration as YAML that `load_config` reads back to the same object."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg)))  # pyright: ignore[reportArgumentType]
+    return dump_yaml(dataclasses.asdict(cfg))  # pyright: ignore[reportArgumentType]  # an instance of a schema
+
+
+def dump_yaml(tree: Any) -> str:
+    """Nested dicts, lists and plain values as YAML in which every reader finds the same texts and numbers."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def changed_keys(old: object, new: object) -> dict[str, tuple[Any, Any]]:
@@ -769,56 +865,237 @@ def _flatten(tree: object, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _make_writable(node: DictConfig) -> None:
-    # Frozen dataclasses become read-only nodes, each for itself; only the merged object has to be frozen.
-    OmegaConf.set_readonly(node, None)
-    for key in node:
-        child = node._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_missing():
-            _make_writable(child)
+# From text to values. YAML's syntax is kept, its guesses about scalars are not: OmegaConf and PyYAML take `12:30` for
+# 750, `010` for 8 and `2024_11_05` for a number, and read `${...}` and `???` into texts.
+
+TEXT, NULL = "tag:yaml.org,2002:str", ("null", "Null", "NULL", "~", "")
+BOOLEANS = dict.fromkeys(("true", "yes", "on", "y", "1"), True) | dict.fromkeys(("false", "no", "off", "n", "0"), False)
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+REAL = re.compile(r"[-+]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][-+]?[0-9]+)?")
+WORDS = {int: "a whole number, such as 1000", float: "a number", bool: "true or false", str: "a text"}
 
 
-def _read_yaml(path: Path) -> DictConfig:
+class _Loader(yaml.SafeLoader):
+    """Composes nodes; values are made of them by the declared type of their key."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        node = super().compose_node(parent, index)
+        if isinstance(node, yaml.Node) and not re.fullmatch(r"tag:yaml\.org,2002:\w+", node.tag):
+            raise yaml.MarkedYAMLError(problem=f"the tag {node.tag} is not supported", problem_mark=node.start_mark)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        names = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or (key.value in names and key.value != "<<"):
+                raise yaml.MarkedYAMLError(problem="a key is no text or is there twice", problem_mark=key.start_mark)
+            names.add(key.value)
+        self.flatten_mapping(node)
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that some reader of YAML takes for a number; PyYAML itself would leave `1e3` bare."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"(?=.*[0-9]){REAL.pattern}$"), [*"-+.0123456789"])
+
+
+def _members(kind: Any) -> list[Any]:
+    """The types of a union, except None."""
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return [each for each in typing.get_args(kind) if each is not type(None)] if is_union else [kind]
+
+
+def _may_be_null(kind: Any) -> bool:
+    return kind is Any or type(None) in typing.get_args(kind)
+
+
+def _element_kind(kind: Any, name: str, allowed: Allowed) -> Any:
+    """The declared type of what is called `name` in a mapping."""
+    return str | None if name in allowed.texts else typing.get_args(kind)[1] if kind is not Any else Any
+
+
+class _Reader:
+    """Makes plain values of YAML nodes, each of the type that `schema` declares for its key."""
+
+    def __init__(self, schema: type, source: str) -> None:
+        self.schema, self.source = schema, source
+
+    def read(self, node: yaml.Node, kind: Any, key: str, allowed: Allowed | None = None) -> Any:
+        """The value of a node. A section becomes a dict of what the node has.
+
+        Args:
+            node: from a YAML file or the command line.
+            kind: declared type.
+            key: dotted key.
+            allowed: what its field may hold.
+
+        Raises: UserError if the node is of another type, or an unknown key.
+        """
+        allowed = allowed or Allowed()
+        if _is_null(node) and _may_be_null(kind):
+            return None
+        if kind is Any:
+            return _plain(node)
+        kinds = _members(kind)
+        if isinstance(node, yaml.ScalarNode):
+            if not _is_null(node):
+                for scalar in (bool, int, float, str):
+                    value = _scalar(node.value, scalar) if scalar in kinds else None
+                    if value is not None:
+                        return value
+            raise self._error(node, kind, key)
+        for each in kinds:
+            if isinstance(node, yaml.MappingNode) and dataclasses.is_dataclass(each):
+                return self._section(node, each, key)
+            if isinstance(node, yaml.MappingNode) and typing.get_origin(each) is dict:
+                return {
+                    name.value: self.read(value, _element_kind(each, name.value, allowed), f"{key}.{name.value}")
+                    for name, value in node.value
+                }
+            if isinstance(node, yaml.SequenceNode) and typing.get_origin(each) in (list, tuple):
+                elements = typing.get_args(each)
+                if typing.get_origin(each) is tuple and len(elements) != len(node.value):
+                    break
+                return [self.read(value, elements[0], f"{key}.{i}") for i, value in enumerate(node.value)]
+        raise self._error(node, kind, key)
+
+    def _section(self, node: yaml.MappingNode, schema: Any, prefix: str) -> dict[str, Any]:
+        kinds, tree = typing.get_type_hints(schema), {}
+        fields = {each.name for each in dataclasses.fields(schema)}
+        for name, value in node.value:
+            key = f"{prefix}.{name.value}" if prefix else name.value
+            if name.value not in fields:
+                raise UserError(self.source + unknown_key(key, list(_schema_keys(self.schema))))
+            tree[name.value] = self.read(value, kinds[name.value], key, allowed_of(schema, name.value))
+        return tree
+
+    def _error(self, node: yaml.Node, kind: Any, key: str) -> UserError:
+        shown = node.value if isinstance(node, yaml.ScalarNode) else _plain(node)
+        kinds = [each for each in _members(kind) if each is not int or float not in _members(kind)]
+        words = [_words(each) for each in kinds] + (["null"] if _may_be_null(kind) else [])
+        at = f"{key}={shown}" if key else str(shown)
+        return UserError(f"{self.source}{at}: must be {' or '.join(words)}")
+
+
+def _words(kind: Any) -> str:
+    """What a type is called in messages."""
+    elements = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {len(elements)} numbers, such as [0.9,0.95]"
+    if typing.get_origin(kind) is list:
+        return "a list of " + ("texts, such as [a,b]" if elements[0] is str else "numbers, such as [1,2]")
+    return WORDS.get(kind, "`key: value` pairs, such as {key: value}")
+
+
+def _scalar(text: str, kind: type) -> Any:
+    """The value of a text for a key of this type, None if it has none."""
+    if kind is bool:
+        return BOOLEANS.get(text.lower())
     try:
-        loaded = OmegaConf.load(path)
+        return kind(text)
+    except ValueError:
+        return None
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in NULL
+
+
+def _plain(node: yaml.Node) -> Any:
+    """The value of a node where no type is declared: bare words are texts unless they can be nothing else."""
+    if isinstance(node, yaml.MappingNode):
+        return {name.value: _plain(value) for name, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(value) for value in node.value]
+    text = node.value
+    if node.style is not None:  # pyright: ignore[reportAttributeAccessIssue]  # a ScalarNode
+        return text
+    if text in NULL:
+        return None
+    if text.lower() in ("true", "false"):
+        return BOOLEANS[text.lower()]
+    if INTEGER.fullmatch(text):
+        return int(text)
+    return float(text) if REAL.fullmatch(text) and any(digit.isdigit() for digit in text) else text
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds where no types are declared: bare words are texts unless they can be nothing else.
+
+    Raises: UserError if it cannot be read.
+    """
+    node = _read_yaml(path)
+    return None if node is None else _plain(node)
+
+
+def _read_yaml(path: Path) -> yaml.Node | None:
+    try:
+        node = _compose(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         hint = "; overrides are written key=value" if path.suffix not in {".yaml", ".yml"} else ""
         raise UserError(f"There is no configuration file {str(path)!r}{hint}") from error
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The configuration file {str(path)!r} cannot be read: {error}") from error
-    except (yaml.YAMLError, GrammarParseError) as error:
+    except yaml.YAMLError as error:
         raise UserError(f"The configuration file {str(path)!r} is not valid YAML: {error}") from error
-    if isinstance(loaded, ListConfig):
-        raise UserError(f"The configuration file {str(path)!r} holds a list; it must hold `key: value` pairs")
-    return loaded
+    return node
 
 
-def _read_override(text: str) -> DictConfig:
-    key = text.split("=", 1)[0]
-    if not key or any(not part for part in key.split(".")):
-        raise UserError(f"{text!r} is not an override; write key=value, for example optim.total_iters=1000")
-    try:
-        return OmegaConf.from_dotlist([text])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"The value of {text!r} is not valid YAML: {error}") from error
+def _compose(text: str) -> yaml.Node | None:
+    return _Loader(text).get_single_node()
 
 
-def _merge(base: DictConfig, top: DictConfig, source: str, schema: type) -> DictConfig:
-    try:
-        return OmegaConf.merge(base, top)  # pyright: ignore[reportReturnType]  # both are dicts
-    except OmegaConfBaseException as error:
-        raise UserError(_explain(error, source, schema)) from error
+def _read_override(source: str, schema: type) -> yaml.Node:
+    """A node that holds one key. Texts are taken letter for letter; the rest is YAML."""
+    key, _, text = source.partition("=")
+    parts = key.split(".")
+    if not all(parts):
+        raise UserError(f"{source!r} is not an override; write key=value, for example optim.total_iters=1000")
+    kind = _kind_at(schema, parts)
+    kinds = _members(kind)
+    is_collection = text.startswith(("[", "{"))
+    node: yaml.Node | None
+    if str in kinds and not (len(kinds) > 1 and is_collection):
+        if len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]:
+            raise UserError(
+                f"{source}: a text on the command line is taken letter for letter, and these quotes would be part of "
+                f"it; leave them out: {key}={text[1:-1]}"
+            )
+        is_null = _may_be_null(kind) and text in ("", "null")
+        node = yaml.ScalarNode(TEXT, text, style=None if is_null else "'")
+    elif kind is Any and not is_collection and not text.startswith(("'", '"')):
+        node = yaml.ScalarNode(TEXT, text)
+    else:
+        try:
+            node = _compose(text) or yaml.ScalarNode(TEXT, "")
+        except yaml.YAMLError as error:
+            remedy = "put texts with special characters in quotes, as in [a,'b #2']"
+            raise UserError(f"The value of {source!r} is not valid YAML ({error}); {remedy}") from error
+    for part in reversed(parts):
+        node = yaml.MappingNode("", [(yaml.ScalarNode(TEXT, part), node)])
+    return node
 
 
-def _explain(error: OmegaConfBaseException, source: str, schema: type) -> str:
-    key = error.full_key
-    first_line = str(error.msg or error).splitlines()[0]
-    if not key:
-        return f"{source}: {first_line}"
-    keys = list(_schema_keys(schema))
-    if key in keys:
-        return f"{source}: {key}: {first_line}"
-    return f"{source}: {unknown_key(key, keys)}"
+def _kind_at(schema: type, parts: list[str]) -> Any:
+    """The declared type of a dotted key, Any if there is none."""
+    kind, allowed = schema, Allowed()
+    for part in parts:
+        section = _members(kind)[0]
+        if dataclasses.is_dataclass(section):
+            if part not in {each.name for each in dataclasses.fields(section)}:
+                return Any
+            kind, allowed = typing.get_type_hints(section)[part], allowed_of(section, part) or Allowed()
+        elif typing.get_origin(section) is dict:
+            kind = _element_kind(section, part, allowed)
+        else:
+            return Any
+    return kind
 
 
 def unknown_key(key: str, keys: Sequence[str]) -> str:
@@ -844,9 +1121,9 @@ def _same_name(key: str, keys: Sequence[str]) -> list[str]:
 
 def _schema_keys(schema: type, prefix: str = "") -> dict[str, Any]:
     keys: dict[str, Any] = {}
-    for field in dataclasses.fields(schema):
-        name = prefix + field.name
-        keys[name] = field.type
-        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
-            keys |= _schema_keys(field.type, f"{name}.")
+    for each in dataclasses.fields(schema):
+        name = prefix + each.name
+        keys[name] = each.type
+        if isinstance(each.type, type) and dataclasses.is_dataclass(each.type):
+            keys |= _schema_keys(each.type, f"{name}.")
     return keys

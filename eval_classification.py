@@ -37,7 +37,17 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from checkpoint import save_atomically
-from config import changed_keys, require, require_one_of
+from config import (
+    BETWEEN_0_AND_1,
+    CANDIDATES,
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    changed_keys,
+    one_of,
+    require,
+    within,
+)
 from data import EpochOrder, derive_seed, largest_divisor, seeded
 from distributed import all_reduce_sum_, barrier, broadcast_object, gather_objects, rank, world_size
 from evaluation import (
@@ -89,101 +99,89 @@ class ClassificationConfig(EvaluationConfig):
     """Images that are learned from; data URL."""
     val_dataset_name: str | None = None
     """Images on which hyper-parameters are chosen; null for a part of the training set."""
-    val_proportion: float = 0.1
+    val_proportion: float = field(default=0.1, metadata=BETWEEN_0_AND_1)
     """That part, a random one, which is then not trained on."""
     test_dataset_names: Any = "hf://ILSVRC/imagenet-1k?split='validation'&tgt_field='label'"
     """A data URL, or several by name: `test_dataset_names.v2=...`."""
-    num_classes: int | None = None
+    num_classes: int | None = field(default=None, metadata=within(at_least=2))
     """null: as many as the training set names, or its largest label + 1."""
-    resolution: int = 224
+    resolution: int = field(default=224, metadata=COUNT)
     """Side of the square that the model sees, in pixels."""
-    resize: int | None = None
+    resize: int | None = field(default=None, metadata=COUNT)
     """Shorter side of a test image before its centre is cut out; null for 256/224 of the resolution."""
-    methods: list[str] = field(default_factory=lambda: ["classifiers", "knn", "few_label"])
+    methods: list[str] = field(
+        default_factory=lambda: ["classifiers", "knn", "few_label"],
+        metadata=one_of(*METHODS, not_empty=True, distinct=True),
+    )
     """Any of classifiers, knn, logreg, few_label."""
-    representations: list[str] = field(default_factory=lambda: ["cls", "avg_patch", "patch"])
+    representations: list[str] = field(
+        default_factory=lambda: ["cls", "avg_patch", "patch"],
+        metadata=one_of(*POOLED, *TOKENS, not_empty=True, distinct=True),
+    )
     """For `classifiers`. Linear: cls, avg_patch, cls_avg_patch, and of registers avg_objects and concat_objects.
     Attentive: patch, and of registers objects."""
     learning_rates: list[float] = field(
-        default_factory=lambda: [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2]
+        default_factory=lambda: [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2], metadata=CANDIDATES
     )
     """For a batch of 256 images over all ranks; scaled in proportion to it."""
-    weight_decays: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 5e-2])
+    weight_decays: list[float] = field(
+        default_factory=lambda: [5e-4, 1e-3, 5e-2], metadata=within(at_least=0, not_empty=True, distinct=True)
+    )
     """Of AdamW; biases have none."""
-    batch_size_per_gpu: int = 128
+    batch_size_per_gpu: int = field(default=128, metadata=COUNT)
     """Training images of one step on one rank."""
-    n_iters: int = 12500
+    n_iters: int = field(default=12500, metadata=COUNT)
     """Training steps."""
-    warmup_iters: int = 1250
+    warmup_iters: int = field(default=1250, metadata=NOT_NEGATIVE)
     """Steps of the linear warm-up, before a cosine to 0."""
-    save_checkpoint_period: int = 1250
+    save_checkpoint_period: int = field(default=1250, metadata=COUNT)
     """Steps between checkpoints, each with a validation."""
-    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    crop_scale: list[float] = field(
+        default_factory=lambda: [0.08, 1.0], metadata=within(above=0, at_most=1, size=2, ascending=True)
+    )
     """Area of a random training crop, as fractions of the image."""
-    knn_k: list[int] = field(default_factory=lambda: [10, 20, 50, 100, 200])
+    knn_k: list[int] = field(
+        default_factory=lambda: [10, 20, 50, 100, 200], metadata=within(at_least=1, not_empty=True, distinct=True)
+    )
     """Numbers of neighbours. top1 is that of 20 if it is among them, else of the first."""
-    knn_temperature: float = 0.07
+    knn_temperature: float = field(default=0.07, metadata=POSITIVE)
     """Neighbours vote with weight exp(cosine similarity / temperature)."""
-    feature_scaling: str = "standard"
+    feature_scaling: str = field(default="standard", metadata=one_of(*SCALINGS))
     """Of features for logistic regression: standard (mean 0, deviation 1 over the images fitted on), l2 or none."""
-    c_values: list[float] = field(default_factory=lambda: [float(c) for c in np.logspace(-6, 5, 8)])
+    c_values: list[float] = field(
+        default_factory=lambda: [float(c) for c in np.logspace(-6, 5, 8)], metadata=CANDIDATES
+    )
     """Inverse strengths of the L2 penalty of logistic regression to choose from."""
-    logreg_max_iter: int = 1000
+    logreg_max_iter: int = field(default=1000, metadata=COUNT)
     """L-BFGS iterations."""
-    labels_per_class: int | float = 0.01
+    labels_per_class: int | float = field(
+        default=0.01, metadata=within(above=0, remedy="must be a whole number from 1 on, or a fraction up to 1.0")
+    )
     """few_label: training images of each class, a number (`5`) or a fraction of them (`0.01`, at least one)."""
-    few_label_repeats: int = 3
+    few_label_repeats: int = field(default=3, metadata=COUNT)
     """few_label: random choices of images over which accuracies are averaged."""
 
     def __post_init__(self) -> None:
-        """Check single values and rules that span keys."""
-        super().__post_init__()
-        for key, known in (("methods", METHODS), ("representations", (*POOLED, *TOKENS))):
-            chosen = getattr(self, key)
-            require(
-                len(chosen) == len(set(chosen)) > 0, key, chosen, f"must name one or more of {', '.join(known)}, once"
-            )
-            for name in chosen:
-                require_one_of(key, name, known)
-        for key in ("learning_rates", "weight_decays", "knn_k", "c_values"):
-            values, lowest = getattr(self, key), 0 if key == "weight_decays" else 1 if key == "knn_k" else 1e-30
-            require(len(values) > 0, key, values, "must not be empty; leave it out for the default")
-            require(len(values) == len(set(values)), key, values, "must not have a value twice")
-            above = "0 or more" if key == "weight_decays" else "above 0"
-            require(min(values) >= lowest, key, values, f"must all be {above}")
-        for key in ("resolution", "batch_size_per_gpu", "n_iters", "save_checkpoint_period", "logreg_max_iter"):
-            require(getattr(self, key) > 0, key, getattr(self, key), "must be at least 1")
-        require(self.few_label_repeats > 0, "few_label_repeats", self.few_label_repeats, "must be at least 1")
-        require(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "must be above 0")
-        require_one_of("feature_scaling", self.feature_scaling, SCALINGS)
+        """Check rules that span keys."""
         require(
-            0 <= self.warmup_iters < self.n_iters,
+            self.warmup_iters < self.n_iters,
             "warmup_iters",
             self.warmup_iters,
             f"must be 0 or more and below n_iters={self.n_iters}",
         )
-        require(0 < self.val_proportion < 1, "val_proportion", self.val_proportion, "must lie between 0 and 1")
         require(
             self.test_resize >= self.resolution,
             "resize",
             self.resize,
             f"must be at least resolution={self.resolution}, which is cut out of it",
         )
-        low_high = self.crop_scale
-        require(
-            len(low_high) == 2 and 0 < low_high[0] <= low_high[1] <= 1,
-            "crop_scale",
-            low_high,
-            "must be two fractions, the smaller one first, such as [0.08,1.0]",
-        )
         number = self.labels_per_class
         require(
-            number >= 1 if isinstance(number, int) else 0 < number <= 1,
+            isinstance(number, int) or number <= 1,
             "labels_per_class",
             number,
             "must be a whole number from 1 on, or a fraction up to 1.0",
         )
-        require(self.num_classes is None or self.num_classes > 1, "num_classes", self.num_classes, "must be 2 or more")
         tests = self.test_dataset_names
         named = isinstance(tests, dict) and tests and all(isinstance(url, str) for url in tests.values())
         require(

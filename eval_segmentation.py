@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from config import require, require_one_of
+from config import BETWEEN_0_AND_1, COUNT, NOT_NEGATIVE, one_of, within
 from distributed import all_gather_rows, all_reduce_sum_, gather_objects, rank, world_size
 from evaluation import (
     Evaluation,
@@ -68,27 +68,33 @@ class SegmentationConfig(EvaluationConfig):
     test_dataset_name: str = "custom://ADE20K?split='validation'"
     val_dataset_name: str | None = None
     """For the hyper-parameters; null holds out a part of the training images."""
-    val_proportion: float = 0.1
+    val_proportion: float = field(default=0.1, metadata=BETWEEN_0_AND_1)
     """Fraction of the training images that is held out, a random choice by `seed`."""
-    max_train_images: int | None = None
+    max_train_images: int | None = field(default=None, metadata=COUNT)
     """Use so many training images, evenly spaced; null for all."""
-    classifiers: list[str] = field(default_factory=lambda: list(CLASSIFIERS))
-    standardization: str = "StandardScaler"
+    classifiers: list[str] = field(
+        default_factory=lambda: list(CLASSIFIERS), metadata=one_of(*CLASSIFIERS, not_empty=True)
+    )
+    standardization: str = field(default="StandardScaler", metadata=one_of(*STANDARDIZATIONS))
     """What is done to the features, as fitted on the training images: one of `STANDARDIZATIONS`."""
-    resolution: int = 224
+    resolution: int = field(default=224, metadata=COUNT)
     """Images are resized to squares of this many pixels (bicubic), label images too (nearest)."""
-    ignore_labels: list[int] = field(default_factory=lambda: [0, 255])
+    ignore_labels: list[int] = field(default_factory=lambda: [0, 255], metadata=within(at_least=0, below=NUM_LABELS))
     """Labels of pixels that do not count."""
-    knn_ks: list[int] = field(default_factory=lambda: [1, 3, 10, 30])
-    knn_distances: list[str] = field(default_factory=lambda: ["cosine", "L2"])
-    knn_chunk: int = TRAIN_CHUNK
+    knn_ks: list[int] = field(default_factory=lambda: [1, 3, 10, 30], metadata=within(at_least=1, not_empty=True))
+    knn_distances: list[str] = field(
+        default_factory=lambda: ["cosine", "L2"], metadata=one_of(*DISTANCES, not_empty=True)
+    )
+    knn_chunk: int = field(default=TRAIN_CHUNK, metadata=COUNT)
     """Training patches that are compared at a time."""
-    knn_dtype: str = "float32"
+    knn_dtype: str = field(default="float32", metadata=one_of("float32", "bfloat16"))
     """Precision of the comparison: float32 or bfloat16."""
-    logreg_cs: list[float] = field(default_factory=lambda: np.logspace(-6, 5, 8).tolist())
-    logreg_max_iter: int = 1000
-    logreg_tol: float = 1e-12
-    num_pictures: int = 8
+    logreg_cs: list[float] = field(
+        default_factory=lambda: np.logspace(-6, 5, 8).tolist(), metadata=within(above=0, not_empty=True)
+    )
+    logreg_max_iter: int = field(default=1000, metadata=COUNT)
+    logreg_tol: float = field(default=1e-12, metadata=NOT_NEGATIVE)
+    num_pictures: int = field(default=8, metadata=NOT_NEGATIVE)
     """Test images, evenly spaced, whose predictions are drawn; 0 for none."""
     dump_features: bool = False
     """Write the training features and labels to output_dir/dumps."""
@@ -96,26 +102,6 @@ class SegmentationConfig(EvaluationConfig):
     """Write the predicted label images of all test images to output_dir/dumps."""
     dump_classifier: bool = False
     """Write the weights of the logistic regression to output_dir/dumps."""
-
-    def __post_init__(self) -> None:
-        """Check single values."""
-        super().__post_init__()
-        require_one_of("standardization", self.standardization, STANDARDIZATIONS)
-        require_one_of("knn_dtype", self.knn_dtype, ("float32", "bfloat16"))
-        for key, choices in (("classifiers", CLASSIFIERS), ("knn_distances", DISTANCES)):
-            require(len(getattr(self, key)) > 0, key, getattr(self, key), "must name at least one")
-            for value in getattr(self, key):
-                require_one_of(key, value, choices)
-        for key in ("knn_ks", "logreg_cs"):
-            values = getattr(self, key)
-            require(len(values) > 0 and min(values) > 0, key, values, "must be positive numbers, at least one")
-        require(0 < self.val_proportion < 1, "val_proportion", self.val_proportion, "must lie between 0 and 1")
-        require(
-            all(0 <= label < NUM_LABELS for label in self.ignore_labels),
-            "ignore_labels",
-            self.ignore_labels,
-            "must lie in [0, 255]",
-        )
 
 
 # ------------------------------------------------------------------------------------------------------ labels

@@ -48,7 +48,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
 from checkpoint import Checkpoints
-from config import require, require_one_of
+from config import COUNT, POSITIVE, one_of, require, within
 from distributed import all_reduce_sum_, barrier, broadcast_object, rank
 from evaluation import (
     Evaluation,
@@ -93,57 +93,54 @@ class VisualizationsConfig(EvaluationConfig):
 
     dataset_name: str = "custom://ADE20K?split='training'"
     """Data URL of images; labels are not used."""
-    num_images: int = 1024
+    num_images: int = field(default=1024, metadata=COUNT)
     """Images that are drawn, evenly spaced over the data set from its first to its last; all if it has fewer."""
-    resolution: int = 224
+    resolution: int = field(default=224, metadata=COUNT)
     """Images are resized to squares of this many pixels (bicubic)."""
-    pictures: list[str] = field(default_factory=lambda: [name for name in PICTURES if name != "dictionary"])
+    pictures: list[str] = field(
+        default_factory=lambda: [name for name in PICTURES if name != "dictionary"],
+        metadata=one_of(*PICTURES, not_empty=True),
+    )
     """What is drawn, of `PICTURES`. Naming more in a later run adds them."""
-    image_components: int = 6
+    image_components: int = field(default=6, metadata=within(at_least=3, remedy="must be at least 3: red, green, blue"))
     """Principal components of each image's own patches."""
-    joint_components: int = 10
+    joint_components: int = field(
+        default=10, metadata=within(at_least=3, remedy="must be at least 3: red, green, blue")
+    )
     """Principal components of the patches of all images."""
     whiten: bool = True
     """Whether each component is divided by its own standard deviation, which makes faint ones as colourful as strong
     ones. Otherwise all are divided by the standard deviation of the first."""
-    outlier_norm: float | None = None
+    outlier_norm: float | None = field(default=None, metadata=POSITIVE)
     """Patches whose features are longer are outliers, such as 150 for DINOv2 (arXiv:2309.16588). null: longer than
     the median plus 5 robust deviations, see `outlier_cutoff`."""
     norms_of_output: bool = False
     """Measure the feature map itself. Otherwise, if the model ends in a normalisation layer, what goes into it is
     measured: after it all norms are nearly the same, and exactly so in CAPI, whose layer has no parameters."""
-    query: list[int] | None = None
+    query: list[int] | None = field(
+        default=None,
+        metadata=within(at_least=0, size=3, remedy="must be [number of the image, row, column], counted from 0"),
+    )
     """[number of an image in the data set, row, column] of the patch whose nearest ones are looked for; null for the
     middle of the first image drawn."""
     clustering_checkpoint: str | None = None
     """Where the teacher's clustering head is: a training checkpoint or the folder of a run, whose origin must be
     trusted as torch reads an index that can run code; or a weights file with the keys `clustering.layer.weight` and
     `.bias`. null draws no clusters."""
-    dictionary_atoms: list[int] = field(default_factory=lambda: [3, 6, 10])
+    dictionary_atoms: list[int] = field(
+        default_factory=lambda: [3, 6, 10],
+        metadata=within(
+            at_least=2,
+            at_most=len(PALETTE),
+            not_empty=True,
+            remedy=f"must be numbers from 2 to {len(PALETTE)}, the colours there are",
+        ),
+    )
     """Sizes of the dictionaries."""
-    num_overview: int = 6
+    num_overview: int = field(default=6, metadata=COUNT)
     """Images, the first ones drawn, in overview.png, norms.png and nearest.png."""
 
     free_keys: ClassVar[tuple[str, ...]] = ("pictures", "query", "clustering_checkpoint")
-
-    def __post_init__(self) -> None:
-        """Check single values."""
-        super().__post_init__()
-        for key in ("num_images", "resolution", "num_overview"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
-        for key in ("image_components", "joint_components"):
-            require(getattr(self, key) >= 3, key, getattr(self, key), "must be at least 3: red, green, blue")
-        require(len(self.pictures) > 0, "pictures", self.pictures, f"must name some of {', '.join(PICTURES)}")
-        for name in self.pictures:
-            require_one_of("pictures", name, PICTURES)
-        require(
-            self.outlier_norm is None or self.outlier_norm > 0, "outlier_norm", self.outlier_norm, "must be above 0"
-        )
-        is_place = self.query is None or (len(self.query) == 3 and min(self.query) >= 0)
-        require(is_place, "query", self.query, "must be [number of the image, row, column], counted from 0")
-        fits = len(self.dictionary_atoms) > 0 and all(2 <= k <= len(PALETTE) for k in self.dictionary_atoms)
-        remedy = f"must be numbers from 2 to {len(PALETTE)}, the colours there are"
-        require(fits, "dictionary_atoms", self.dictionary_atoms, remedy)
 
 
 # ------------------------------------------------------------------------------------------------ the evaluation

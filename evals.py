@@ -20,9 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from config import EvalConfig, LauncherConfig, chosen_evals
+from config import EvalConfig, LauncherConfig, chosen_evals, dump_yaml
 from distributed import any_rank, broadcast_object, rank
 from launch import ROOT, Job, StopRequest, job_state
 from metrics import Metrics, read_metrics
@@ -164,16 +162,16 @@ class EvalRuns:
         cfg = self.evals[launched.name]
         try:
             (launched.folder / "failed").unlink(missing_ok=True)
-            (launched.folder / "evals.yaml").write_text(yaml.safe_dump(chosen_evals(cfg.eval_config), sort_keys=False))
+            (launched.folder / "evals.yaml").write_text(dump_yaml(chosen_evals(cfg.eval_config)))
             if self._where(cfg) == "slurm":
                 request = self._request(launched, cfg, device="auto")
-                job = Job(ROOT / "benchmark.py", yaml.safe_dump(request), launched.folder, self.launcher)
+                job = Job(ROOT / "benchmark.py", dump_yaml(request), launched.folder, self.launcher)
                 number, log = job.submit()
                 launched.job_file.write_text(number)
                 logger.info("evals.%s of step %d is Slurm job %s, log %s", launched.name, launched.step, number, log)
             else:
                 request = self._request(launched, cfg, device=self.device)
-                write_text_atomically(launched.folder / "config.yaml", yaml.safe_dump(request))
+                write_text_atomically(launched.folder / "config.yaml", dump_yaml(request))
                 command = [sys.executable, str(ROOT / "benchmark.py"), str(launched.folder / "config.yaml")]
                 environment = {key: value for key, value in os.environ.items() if not OF_RANKS.search(key)}
                 with launched.log.open("ab") as log:

@@ -28,7 +28,18 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from config import changed_keys, load_config, require, require_one_of
+from config import (
+    COUNT,
+    DEVICE,
+    DTYPE,
+    IMAGE_MEAN,
+    IMAGE_STD,
+    LOADER_KWARGS,
+    NOT_NEGATIVE,
+    SEED,
+    changed_keys,
+    load_config,
+)
 from data import IMAGENET_MEAN, IMAGENET_STD
 from distributed import all_gather_rows, barrier, broadcast_object, gather_objects, rank, session, world_size
 from pixels import log_pixels
@@ -38,7 +49,6 @@ from utils import UserError, git_revision, import_from_path, setup_logging, writ
 logger = logging.getLogger("evaluation")
 
 ROOT = Path(__file__).parent
-DTYPES = ("float32", "bfloat16", "float16")
 SPEED_KEYS = ("device", "num_workers", "batch_size", "output_dir")
 """Keys that change where and how fast an evaluation runs, not what it computes."""
 
@@ -59,32 +69,24 @@ class EvaluationConfig:
     """Where results_<script>.json and everything else is written. Empty: chosen, see `choose_output_dir`."""
     model_path: str = "model.py"
     """Python file with `__model_loader__(**model_loader_kwargs)`; relative to the current folder, or to this file's."""
-    model_loader_kwargs: dict[str, Any] = field(default_factory=dict)
+    model_loader_kwargs: dict[str, Any] = field(default_factory=dict, metadata=LOADER_KWARGS)
     """Arguments of the loader, such as `pretrained_weights`."""
-    device: str = "auto"
+    device: str = field(default="auto", metadata=DEVICE)
     """auto, cuda, mps or cpu."""
-    dtype: str = "float32"
+    dtype: str = field(default="float32", metadata=DTYPE)
     """Precision of the model's forward pass: float32, or autocast to bfloat16 or float16."""
-    batch_size: int = 128
+    batch_size: int = field(default=128, metadata=COUNT)
     """Images per forward pass of one rank."""
-    num_workers: int | None = None
+    num_workers: int | None = field(default=None, metadata=NOT_NEGATIVE)
     """Processes per rank that read images; null for one per core, up to 8."""
-    image_mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
+    image_mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN), metadata=IMAGE_MEAN)
     """Mean and deviation of the RGB channels, in [0, 1], by which images are normalised."""
-    image_std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
-    seed: int = 0
+    image_std: list[float] = field(default_factory=lambda: list(IMAGENET_STD), metadata=IMAGE_STD)
+    seed: int = field(default=0, metadata=SEED)
     """Of random weights, splits and initialisations."""
 
     free_keys: ClassVar[tuple[str, ...]] = ()
     """Keys that may change between runs into one folder, besides `SPEED_KEYS`: the evaluation sees to it by itself."""
-
-    def __post_init__(self) -> None:
-        """Check single values."""
-        require_one_of("dtype", self.dtype, DTYPES)
-        require_one_of("device", self.device, ("auto", "cuda", "mps", "cpu"))
-        require(self.batch_size > 0, "batch_size", self.batch_size, "must be at least 1")
-        for key in ("image_mean", "image_std"):
-            require(len(getattr(self, key)) == 3, key, getattr(self, key), "must be three numbers: red, green, blue")
 
 
 # ------------------------------------------------------------------------------------------------ the model

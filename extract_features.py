@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from config import require, require_one_of
+from config import COUNT, DTYPE, one_of, require
 from distributed import barrier, rank, world_size
 from evaluation import Evaluation, EvaluationConfig, Features, FrozenModel, Results, reader_processes
 from pixels import log_pixels
@@ -59,36 +59,29 @@ class FeaturesConfig(EvaluationConfig):
 
     dataset: str = MISSING
     """Folder of images, or data URL; `streaming=True` too."""
-    features: list[str] = field(default_factory=lambda: ["global", "mean_patch"])
+    features: list[str] = field(
+        default_factory=lambda: ["global", "mean_patch"], metadata=one_of(*KINDS, not_empty=True)
+    )
     """Any of global [d], mean_patch [d], patches [rows, columns, d] and registers [registers, d]."""
-    resolution: int = 224
+    resolution: int = field(default=224, metadata=COUNT)
     """Side of the square images that the model sees, in pixels, a multiple of its patch size."""
-    fit: str = "crop"
+    fit: str = field(default="crop", metadata=one_of("crop", "squash"))
     """How an image becomes a square: crop (its central square) or squash (all of it, distorted)."""
-    format: str = "safetensors"
+    format: str = field(default="safetensors", metadata=one_of("safetensors", "parquet"))
     """safetensors or parquet."""
-    feature_dtype: str = "float32"
+    feature_dtype: str = field(default="float32", metadata=DTYPE)
     """Of what is written: float32, float16 or (safetensors only) bfloat16."""
-    shard_size: int = 1000
+    shard_size: int = field(default=1000, metadata=COUNT)
     """Images per file. One process holds the features of so many in memory."""
 
     def __post_init__(self) -> None:
-        """Check the choices."""
-        super().__post_init__()
-        require(bool(self.features), "features", self.features, f"name at least one of {', '.join(KINDS)}")
-        for kind in self.features:
-            require_one_of("features", kind, tuple(KINDS))
-        require_one_of("fit", self.fit, ("crop", "squash"))
-        require_one_of("format", self.format, ("safetensors", "parquet"))
-        require_one_of("feature_dtype", self.feature_dtype, ("float32", "float16", "bfloat16"))
+        """Check that the format has the type."""
         require(
             self.format != "parquet" or self.feature_dtype != "bfloat16",
             "feature_dtype",
             self.feature_dtype,
             "parquet has no such type; use float16, or format=safetensors",
         )
-        require(self.resolution >= 1, "resolution", self.resolution, "must be at least 1 pixel")
-        require(self.shard_size >= 1, "shard_size", self.shard_size, "must be at least 1")
 
 
 class Skipped(NamedTuple):

@@ -409,7 +409,7 @@ def test_command_as_typed(tmp_path):
         (["joint_components=17"], "joint_components=17: must be at most 16, the width of the features"),
         (["image_components=2"], "image_components=2: must be at least 3"),
         (["pictures=[pca]"], "pictures='pca': must be one of image_pca, joint_pca"),
-        (["pictures=[]"], r"pictures=\[\]: must name some of"),
+        (["pictures=[]"], r"pictures=\[\]: must name at least one of"),
         (["dictionary_atoms=[11]"], r"dictionary_atoms=\[11\]: must be numbers from 2 to 10"),
         (["outlier_norm=0"], "outlier_norm=0.0: must be above 0"),
         (["num_images=0"], "num_images=0: must be at least 1"),
