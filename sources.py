@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import logging
+import lzma
 import os
 import re
 import shutil
@@ -1141,8 +1142,11 @@ def _read_cell(cell: Any) -> bytes:
         return read_file(path)
     import fsspec
 
-    with fsspec.open(path) as file:
-        return file.read()  # pyright: ignore[reportAttributeAccessIssue]  # one file, not a list of them
+    try:
+        with fsspec.open(path) as file:
+            return file.read()  # pyright: ignore[reportAttributeAccessIssue]  # one file, not a list of them
+    except ImportError as error:
+        raise UserError(f"images such as {path} need a library: {error} (pip install)") from error
 
 
 def _read_target_cell(cell: Any) -> Any:
@@ -1173,6 +1177,10 @@ class HubDataset(ImageDataset):
         return self.fields.sample(self.dataset[index], f"row {index}")
 
 
+class DamagedShard(Sample):
+    """Stands for the samples of a shard that cannot be read any more: a sample that cannot be read either."""
+
+
 class HubStream(ImageStream):
     """A streaming Hugging Face dataset."""
 
@@ -1182,11 +1190,41 @@ class HubStream(ImageStream):
         self.num_shards = dataset.num_shards
 
     def read_shard(self, shard: int, start: int = 0) -> Iterator[Sample]:
-        """The samples of one shard, from number `start` on."""
-        # Unlike iter(), iter(batch_size=1) does not divide the samples among the workers of a DataLoader once more.
-        rows = self.dataset.shard(num_shards=self.num_shards, index=shard).iter(batch_size=1)
-        for number, row in itertools.islice(enumerate(rows), start, None):
-            yield self.fields.sample({name: cells[0] for name, cells in row.items()}, f"shard {shard}, row {number}")
+        """The samples of one shard, from number `start` on; the rest of a damaged one is a sample that is unreadable.
+
+        So training counts and names it like a bad image, at the same place whenever it comes by, and goes on.
+        """
+        return itertools.islice(self._samples(shard), start, None)
+
+    def _samples(self, shard: int) -> Iterator[Sample]:
+        number = 0
+        try:
+            # Unlike iter(), iter(batch_size=1) does not divide the samples among the workers of a DataLoader once more.
+            for row in self.dataset.shard(num_shards=self.num_shards, index=shard).iter(batch_size=1):
+                cells = {name: cells[0] for name, cells in row.items()}
+                yield self.fields.sample(cells, f"shard {shard}, row {number}")
+                number += 1
+        except SHARD_ERRORS as error:
+            reason = f"cannot be read from sample {number} on: {type(error).__name__}: {error}"
+            yield DamagedShard(self._name(shard), functools.partial(_raise, OSError(reason)))
+
+    def _name(self, shard: int) -> str:
+        """The file of a shard, where the private parts of `datasets` say it."""
+        source = getattr(self.dataset, "_ex_iterable", None)
+        while hasattr(source, "ex_iterable"):
+            source = source.ex_iterable
+        for files in getattr(source, "kwargs", {}).values():
+            if isinstance(files, list) and len(files) == self.num_shards and isinstance(files[shard], str):
+                return files[shard]
+        return f"{self.fields.dataset}, shard {shard}"
+
+
+SHARD_ERRORS = (*DECODE_ERRORS, tarfile.TarError, lzma.LZMAError, RuntimeError)
+"""What reading a damaged shard raises: Arrow's errors are among them, as OSError and ValueError."""
+
+
+def _raise(error: Exception) -> bytes:
+    raise error
 
 
 def _make_hub(url: DataUrl, _: Path | None) -> ImageDataset | ImageStream:
@@ -1200,12 +1238,15 @@ def _make_hub(url: DataUrl, _: Path | None) -> ImageDataset | ImageStream:
         raise url.error(f"needs split={_hub_splits(url.name, arguments)}")
     try:
         dataset = datasets.load_dataset(url.name, **arguments)
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise url.error(f"{type(error).__name__}: {error}") from error
+    except (*SHARD_ERRORS, ImportError, datasets.exceptions.DatasetsError) as error:
+        raise url.error(_why_not_loaded(error)) from error
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         raise url.error("split must name one split, for example split='train'")
     features = dataset.features
-    columns = list(features) if features else list(next(iter(dataset), {}))
+    try:
+        columns = list(features) if features else list(next(iter(dataset), {}))
+    except SHARD_ERRORS as error:
+        raise url.error(_why_not_loaded(error)) from error
     images = [name for name in columns if features and isinstance(features[name], datasets.Image)]
     if image_field is None and len(images) == 1:
         image_field = images[0]
@@ -1215,7 +1256,42 @@ def _make_hub(url: DataUrl, _: Path | None) -> ImageDataset | ImageStream:
     for name in images:
         dataset = dataset.cast_column(name, datasets.Image(decode=False))
     fields = Fields(f"hf://{url.name}", str(image_field), target_field)
-    return HubDataset(dataset, fields) if isinstance(dataset, datasets.Dataset) else HubStream(dataset, fields)
+    found = HubDataset(dataset, fields) if isinstance(dataset, datasets.Dataset) else HubStream(dataset, fields)
+    _check_first(url, found)
+    return found
+
+
+def _why_not_loaded(error: Exception) -> str:
+    """An error of `datasets` in words; it logs which file it is about itself."""
+    if isinstance(error, LookupError):  # of webdataset, whose list of files is empty
+        return "no file matches data_files"
+    reasons = "; ".join(f"{type(each).__name__}: {each}" for each in (error, error.__cause__) if each is not None)
+    whole = "; check that its files are there, whole and not empty"
+    return reasons if isinstance(error, OSError | ImportError) else reasons + whole
+
+
+def _check_first(url: DataUrl, found: "HubDataset | HubStream") -> None:
+    """Refuse a dataset without samples, or whose first image needs a library that is not there.
+
+    Raises: UserError.
+    """
+    if isinstance(found, HubDataset):
+        samples = (found[index] for index in range(min(1, len(found))))
+    else:
+        samples = (sample for shard in range(found.num_shards) for sample in found.read_shard(shard))
+    damaged = ""
+    for first in samples:
+        if not isinstance(first, DamagedShard):
+            break
+        damaged = f": {first.name} is damaged or empty"
+    else:
+        raise url.error(f"has no samples{damaged}; check the split, and that the files are whole and not empty")
+    try:
+        first.read()
+    except UserError as error:
+        raise url.error(str(error)) from error
+    except DECODE_ERRORS:
+        pass  # a bad image, which training counts
 
 
 def _hub_splits(name: str, arguments: dict[str, Any]) -> str:

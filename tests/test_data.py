@@ -17,6 +17,8 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, run_cli
@@ -651,9 +653,6 @@ def test_workers_are_reduced_to_a_divisor_of_the_partitions_and_it_is_logged(cap
 
 
 def write_parquet(path, images, labels):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rows = pa.table(
         {
             "img": [{"bytes": content, "path": f"{index}.png"} for index, content in enumerate(images)],
@@ -733,6 +732,74 @@ def test_a_local_stream_resumes_exactly_past_the_end_of_an_epoch(shards, kind, f
     if files == "*":
         (record,) = [json.loads(line) for line in path.read_text().splitlines()]
         assert "shard" in record["file"] or "0009" in record["file"]
+
+
+@pytest.fixture(scope="module")
+def damaged_shards(tmp_path_factory):
+    """As `shards`, but that the second file of each kind breaks off, and no single image is damaged."""
+    root = tmp_path_factory.mktemp("damaged")
+    images = [encode(photo(index)) for index in range(18)]
+    for shard, (first, last) in enumerate([(0, 7), (7, 12), (12, 18)]):
+        write_parquet(root / f"{shard}.parquet", images[first:last], list(range(first, last)))
+        write_tar(root / f"{shard}.tar", images[first:last], first)
+    for name in ("1.parquet", "1.tar"):
+        whole = (root / name).read_bytes()
+        (root / name).write_bytes(whole[: len(whole) // 3])
+    return root
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_a_damaged_shard_is_named_counted_once_an_epoch_and_training_goes_on_also_when_resumed(
+    damaged_shards, kind, tmp_path
+):
+    path = tmp_path / "bad.jsonl"
+    config = make_config(
+        f"data.dataset={hub_url(damaged_shards, kind)}", "data.max_bad_fraction=1.0", "data.stream_shuffle_block=4",
+        batch_size=3,
+    )  # fmt: skip
+    with PretrainLoader(config, bad_files_path=path) as loader:
+        batches = [next(loader) for _ in range(10)]
+    straight = [fingerprint(batch) for batch in batches]
+    ending = {"webdataset": "tar"}.get(kind, kind)
+    named = [name for batch in batches for name, _ in batch.bad]
+    assert set(named) == {str(damaged_shards / f"1.{ending}")}
+    # 13 images of whole shards in an epoch, and of the damaged one those before the damage.
+    assert len(named) == batches[-1].position["bad"] == 2
+    (record,) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert record["file"] == named[0]
+    assert "cannot be read from sample" in record["reason"]
+    for stop_at in range(1, 10):
+        position = through_json(batches[stop_at - 1].position)
+        with PretrainLoader(config, position=position) as loader:
+            rest = [next(loader) for _ in range(10 - stop_at)]
+        assert [fingerprint(batch) for batch in rest] == straight[stop_at:]
+        assert rest[-1].position["bad"] == 2, "a damaged shard was counted twice after a restart"
+
+
+def test_data_of_the_hub_that_cannot_be_read_at_all_is_refused_at_the_start(damaged_shards, tmp_path):
+    write_parquet(tmp_path / "empty.parquet", [], [])
+    pq.write_table(pa.table({"img": ["s3://bucket/1.png"], "label": [0]}), tmp_path / "far.parquet")
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    (tmp_path / "none.tar").write_bytes(b"")
+    cases = [
+        (hub_url(tmp_path, "webdataset", "empty"), "empty"),
+        (hub_url(tmp_path, "webdataset", "none"), "ReadError: empty file; check that its files are there, whole"),
+        (hub_url(tmp_path, "webdataset", "missing*"), "no file matches data_files"),
+        (hub_url(tmp_path, "parquet", "missing*"), "files are invalid"),
+        (hub_url(tmp_path, "parquet", "empty"), "has no samples"),
+        (hub_url(damaged_shards, "parquet", "1"), "check that its files are there, whole"),
+        (hub_url(tmp_path, "parquet", "empty", streaming=False), "check that its files are there, whole and not empty"),
+        (hub_url(damaged_shards, "parquet", streaming=False), "check that its files are there, whole and not empty"),
+        (hub_url(tmp_path, "parquet", "far"), "images such as s3://bucket/1.png need a library: Install s3fs"),
+        (hub_url(tmp_path, "parquet", "far", streaming=False), "images such as s3://bucket/1.png need a library"),
+        ("hf://parquet?data_files='s3://bucket/x.parquet'&split='train'&streaming=True", "Install s3fs"),
+    ]
+    for url, message in cases:
+        with pytest.raises(UserError) as error:
+            make_dataset(url)
+        assert str(error.value).startswith(f"data.dataset={url}: "), url
+        assert message in str(error.value).removeprefix(f"data.dataset={url}"), str(error.value)
 
 
 def test_a_map_style_parquet_dataset_reads_and_counts_bad_images(shards):

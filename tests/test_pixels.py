@@ -59,7 +59,7 @@ LOST = [
     ("10 bits of 16", tiff(noise(1023, 1)), ".tif", "use 4 of 256"),
     ("8 bits of 16", tiff(noise(255, 1)), ".tif", "use 1 of 256"),
     ("12 bits around the middle", tiff(noise(34000, 1, low=32000)), ".tif", "of 256 grey levels"),
-    ("12 bits of 16, no data as 65535", tiff(np.where(noise(4095, 1) > 3000, np.uint16(65535), noise(4095, 1))), ".tif", "of 256"),
+    ("12 bits, no data", tiff(np.where(noise(4095, 1) > 3000, 65535, noise(4095, 1)).astype("u2")), ".tif", "grey"),
     ("float of small values", tiff(noise(0.1, 1, dtype=np.float32)), ".tif", "of 256 grey levels"),
     ("float outside of [0, 1]", tiff(noise(900, 1, dtype=np.float32)), ".tif", "scaled by its own darkest"),
     ("negative integers", tiff(noise(900, 1, dtype=np.int16, low=-900)), ".tif", "scaled by its own darkest"),
