@@ -14,8 +14,10 @@ import logging
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from config import CapiConfig
 from crops import CROP_RATIO, Crop, EncodedCrop, EncodedCrops, cut, draw_crop
-from distributed import gather_objects
+from distributed import gather_objects, ranks_of_this_machine
 from masking import MaskingGenerator, MaskPlan, draw_positions, make_masking_generator
 from sources import (
     BadImageError,
@@ -52,6 +54,10 @@ MAX_REPLACEMENTS = 20
 MAX_BAD_IN_A_ROW = 200
 MAX_EMPTY_EPOCHS = 10
 MIN_SEEN_FOR_BAD_FRACTION = 100
+BATCH_TIMEOUT_S = 600.0
+"""After so long without any batch, reading is given up. A stream over a slow network may need minutes for its first."""
+CLOSE_TIMEOUT_S = 5.0
+"""After so long, workers that are asked to end are killed: one may hang in a read."""
 MAX_WAIT_FRACTION = 0.1
 """Of the time between two log lines; beyond it, training is told to use more workers."""
 
@@ -431,6 +437,107 @@ class StreamBatches(IterableDataset[Any]):
         return replace(batch, stream_state=part.state(), make_s=time.perf_counter() - start)
 
 
+# ------------------------------------------------------------------------------------------------ workers
+
+PREFETCH = 2
+"""Batches per worker that are made ahead, as `DataLoader` does."""
+
+
+def wait_for_batch(batches: Iterator[Any], key: str, num_workers: int) -> Any:
+    """The next batch of a `DataLoader` whose `timeout` is `worker_poll_s`; None at the end.
+
+    Args:
+        batches: an iterator over it.
+        key: configuration key of the number of workers.
+        num_workers: its value.
+
+    Raises: UserError if a worker was killed, or none has given a batch for `BATCH_TIMEOUT_S`.
+    """
+    deadline = time.monotonic() + BATCH_TIMEOUT_S
+    with dead_workers_explained(key):
+        while True:
+            try:
+                return next(batches, None)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                if time.monotonic() > deadline:
+                    break
+            except (ConnectionError, EOFError) as error:
+                if num_workers == 0 or " in DataLoader worker process" in str(error):
+                    raise
+                raise _killed(key) from error  # in the middle of handing a batch over
+    raise UserError(
+        f"{key}={num_workers}: no batch came for {BATCH_TIMEOUT_S:.0f} s; does the disk or network with the images "
+        f"answer, and has {SHARED_MEMORY} free space ({shared_memory_free() / 2**20:.0f} MiB)?"
+    )
+
+
+def worker_poll_s(num_workers: int) -> float:
+    """`DataLoader(timeout=)` with which it looks for dead workers while it waits."""
+    return 1.0 if num_workers else 0.0
+
+
+@contextmanager
+def dead_workers_explained(key: str) -> Iterator[None]:
+    """Explain the death of a worker of a `DataLoader`; one that was forked shows it anywhere in the main thread.
+
+    Raises: UserError naming `key`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise _killed(key) from error
+
+
+def _killed(key: str) -> UserError:
+    return UserError(
+        f"{key}: a process that reads images was killed, most likely because memory ran out; use fewer of them, or "
+        "give more memory to this machine, container or job (launcher.mem)"
+    )
+
+
+SHARED_MEMORY = Path("/dev/shm")  # where batches travel from workers, not a temporary file
+
+
+def shared_memory_free() -> float:
+    """Bytes that are free in `SHARED_MEMORY`; infinity where there is none, as on macOS."""
+    try:
+        return shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return math.inf
+
+
+def workers_that_fit(batch_bytes: int) -> int:
+    """Workers per rank whose batches fit into the free shared memory, beside one in use and one on its way."""
+    free = shared_memory_free() / ranks_of_this_machine()
+    return sys.maxsize if free == math.inf else max(0, int(free / max(1, batch_bytes) - 2) // PREFETCH)
+
+
+def check_shared_memory(key: str, num_workers: int, batch_bytes: int, batch_key: str) -> None:
+    """Check that the batches that workers make ahead fit: without space, one would be waited for in vain.
+
+    Args:
+        key: configuration key of the number of workers.
+        num_workers: its value.
+        batch_bytes: size of a batch.
+        batch_key: configuration key of the number of images in it.
+
+    Raises: UserError if they do not.
+    """
+    fit, ranks, mib = workers_that_fit(batch_bytes), ranks_of_this_machine(), 2**20
+    if num_workers > fit:
+        needed = ranks * batch_bytes * (PREFETCH * num_workers + 2)
+        raise UserError(
+            f"{key}={num_workers}: {SHARED_MEMORY} has {shared_memory_free() / mib:.0f} MiB free; {ranks} rank(s) of "
+            f"this machine need {needed / mib:.0f}, as each worker makes {PREFETCH} batches of "
+            f"{batch_bytes / mib:.1f} MiB ahead. Use {key}={fit}, or a smaller {batch_key}, or give a container more "
+            f"(docker run --shm-size={-(-needed // 2**30)}g)"
+        )
+
+
 # ------------------------------------------------------------------------------------------------- loader
 
 
@@ -505,7 +612,7 @@ class PretrainLoader:
             self._batches = iter(self._make_loader())
             if self.num_workers:  # at exit, before multiprocessing's own clean-up, which would wait for them
                 atexit.register(self.close)
-        batch = next(self._batches)
+        batch = wait_for_batch(self._batches, "efficiency.dataloader_num_workers", self.num_workers)
         if isinstance(batch, _Failure):
             self.close()
             raise UserError(batch.message)
@@ -527,11 +634,30 @@ class PretrainLoader:
         atexit.unregister(self.close)
         batches, self._batches = self._batches, None
         if batches is not None and self.num_workers:
+            workers = batches._workers  # pyright: ignore[reportAttributeAccessIssue]
+            # They ignore SIGTERM, so one that hangs in a read would outlive us, and each would be waited for.
+            killer = threading.Timer(CLOSE_TIMEOUT_S, lambda: [worker.kill() for worker in workers])
+            killer.start()
             # Private, but else the workers would stop only when the garbage collector comes by.
             batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
-            for worker in batches._workers:  # pyright: ignore[reportAttributeAccessIssue]
-                if worker.is_alive():  # they ignore SIGTERM, so one that hangs in a read would outlive us
+            killer.cancel()
+            for worker in workers:
+                if worker.is_alive():
                     worker.kill()
+
+    def check_shared_memory(self) -> None:
+        """Check that the batches of all workers fit into the shared memory of this machine.
+
+        Raises: UserError if they do not.
+        """
+        plan, cfg = self.maker.plan, self.cfg
+        bytes_per_image = 3 * self.maker.image_size**2 + 8 * (plan.num_visible + plan.num_predict + 1)
+        check_shared_memory(
+            "efficiency.dataloader_num_workers",
+            self.num_workers,
+            cfg.optim.batch_size_per_gpu * bytes_per_image,
+            "optim.batch_size_per_gpu",
+        )
 
     def describe(self) -> str:
         """What is read and how, for people."""
@@ -647,6 +773,7 @@ class PretrainLoader:
             pin_memory=self.pin_memory,
             worker_init_fn=_start_worker,
             multiprocessing_context=context,
+            timeout=worker_poll_s(self.num_workers),
             generator=torch.Generator(),  # else it would draw from the global random numbers
         )
 

@@ -113,6 +113,15 @@ def first_host(node_list: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
+def ranks_of_this_machine(environ: Mapping[str, str] = os.environ) -> int:
+    """How many processes of the job share this machine; at most, where only Slurm says how they are spread."""
+    if "LOCAL_WORLD_SIZE" in environ:
+        return _number(environ, "LOCAL_WORLD_SIZE")
+    if find_place(environ).launcher == "slurm" and "SLURM_STEP_TASKS_PER_NODE" in environ:  # such as 8(x3),4
+        return max(map(int, re.findall(r"(?:^|,)(\d+)", environ["SLURM_STEP_TASKS_PER_NODE"])))
+    return world_size()
+
+
 def _text(environ: Mapping[str, str], name: str) -> str:
     value = environ.get(name)
     if not value:

@@ -48,7 +48,7 @@ from config import (
     require,
     within,
 )
-from data import EpochOrder, derive_seed, largest_divisor, seeded
+from data import EpochOrder, derive_seed, largest_divisor, seeded, wait_for_batch, worker_poll_s
 from distributed import all_reduce_sum_, barrier, broadcast_object, gather_objects, rank, world_size
 from evaluation import (
     Evaluation,
@@ -510,14 +510,17 @@ def train_batches(
     """For ever, this rank's batches from `step` on; all ranks together see the same whatever their number is."""
     order = EpochOrder(len(indices), derive_seed(cfg.seed, "classification order"))
     start = step * cfg.batch_size_per_gpu * world_size()
+    num_workers = reader_processes(cfg.num_workers, cfg.batch_size_per_gpu * 3 * cfg.resolution**2)
     loader = DataLoader(
         TrainBatches(cfg, data, indices),
         batch_size=None,
         sampler=_Pairs(order, start, rank(), world_size(), cfg.batch_size_per_gpu),
-        num_workers=reader_processes(cfg.num_workers),
+        num_workers=num_workers,
         pin_memory=pin,
+        timeout=worker_poll_s(num_workers),
     )
-    for batch in loader:
+    batches = iter(loader)
+    while (batch := wait_for_batch(batches, "num_workers", num_workers)) is not None:
         if isinstance(batch, UserError):
             raise batch
         yield batch

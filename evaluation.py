@@ -40,7 +40,15 @@ from config import (
     changed_keys,
     load_config,
 )
-from data import IMAGENET_MEAN, IMAGENET_STD
+from data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    check_shared_memory,
+    dead_workers_explained,
+    wait_for_batch,
+    worker_poll_s,
+    workers_that_fit,
+)
 from distributed import all_gather_rows, barrier, broadcast_object, gather_objects, rank, session, world_size
 from pixels import log_pixels
 from sources import BadImageError, ImageDataset, ImageStream, make_dataset
@@ -294,13 +302,19 @@ class ImageBatches:
         self.num_images = len(chosen)
         share = my_share(len(chosen))
         self.share, self.title, self.batch_size = share, title, batch_size
-        workers = reader_processes(num_workers)
+        prepared = _Prepared(dataset, prepare, [int(chosen[i]) for i in share])
+        first = prepared[0] if num_workers != 0 and len(share) > 0 else ()
+        image_bytes = 0 if isinstance(first, UserError) else sum(tensor.nbytes for tensor in first)
+        self.num_workers = reader_processes(
+            num_workers, min(batch_size, len(share)) * image_bytes, -(-len(share) // batch_size)
+        )
         self.loader = DataLoader(
-            _Prepared(dataset, prepare, [int(chosen[i]) for i in share]),
+            prepared,
             batch_size=batch_size,
-            num_workers=min(workers, -(-len(share) // batch_size)),
+            num_workers=self.num_workers,
             collate_fn=_stack,
             pin_memory=pin,
+            timeout=worker_poll_s(self.num_workers),
         )
 
     def __iter__(self) -> Any:
@@ -308,16 +322,23 @@ class ImageBatches:
         with tqdm(
             total=len(self.share), desc=self.title, unit="img", disable=True if quiet else None, leave=False
         ) as bar:
-            for batch in self.loader:
+            batches = iter(self.loader)
+            while (batch := wait_for_batch(batches, "num_workers", self.num_workers)) is not None:
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
                 bar.update(len(batch[0]))
 
 
-def reader_processes(num_workers: int | None) -> int:
-    """What the key num_workers stands for."""
-    return min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+def reader_processes(num_workers: int | None, batch_bytes: int, num_batches: int = sys.maxsize) -> int:
+    """What the key num_workers stands for: no more than there are batches; if null, than fit into the shared memory.
+
+    Raises: UserError if it was given, and they do not fit.
+    """
+    if num_workers is None:
+        return min(8, os.cpu_count() or 1, num_batches, workers_that_fit(batch_bytes))
+    check_shared_memory("num_workers", min(num_workers, num_batches), batch_bytes, "batch_size")
+    return min(num_workers, num_batches)
 
 
 def my_share(num: int, place: int | None = None) -> range:
@@ -540,7 +561,7 @@ class Evaluation(Generic[ConfigT]):
         setup_logging()
         try:
             cfg = load_config(self.schema, None, args.sources)
-            with session(cfg.device) as device:
+            with session(cfg.device) as device, dead_workers_explained("num_workers"):
                 setup_logging(quiet=rank() != 0)
                 if not cfg.output_dir:
                     free = (*SPEED_KEYS, *cfg.free_keys)

@@ -36,6 +36,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from config import COUNT, DTYPE, one_of, require
+from data import wait_for_batch, worker_poll_s
 from distributed import barrier, rank, world_size
 from evaluation import Evaluation, EvaluationConfig, Features, FrozenModel, Results, reader_processes
 from pixels import log_pixels
@@ -299,8 +300,8 @@ def extract_features(cfg: FeaturesConfig, model: FrozenModel, results: Results) 
 
 
 def _loader(cfg: FeaturesConfig, data: Any, most_workers: int, **how: Any) -> DataLoader[Any]:
-    workers = min(reader_processes(cfg.num_workers), most_workers)
-    return DataLoader(data, num_workers=workers, collate_fn=_as_list, **how)
+    workers = reader_processes(cfg.num_workers, cfg.batch_size * 3 * cfg.resolution**2, most_workers)
+    return DataLoader(data, num_workers=workers, collate_fn=_as_list, timeout=worker_poll_s(workers), **how)
 
 
 def _reader(cfg: FeaturesConfig) -> Callable[[int, Sample], Read]:
@@ -319,13 +320,14 @@ def _extract_dataset(cfg: FeaturesConfig, model: FrozenModel, dataset: ImageData
     missing = [(path, images) for path, images in missing if not path.exists()]
     if len(missing) < len(mine):
         logger.info("%d of %d shards of this process are there already", len(mine) - len(missing), len(mine))
-    batches = [images[i : i + cfg.batch_size] for _, images in missing for i in range(0, len(images), cfg.batch_size)]
-    loader = iter(_loader(cfg, _ByNumber(dataset, _reader(cfg)), len(batches), batch_sampler=batches))
+    numbers = [images[i : i + cfg.batch_size] for _, images in missing for i in range(0, len(images), cfg.batch_size)]
+    loader = _loader(cfg, _ByNumber(dataset, _reader(cfg)), len(numbers), batch_sampler=numbers)
+    batches = iter(loader)
     with _bar(sum(len(images) for _, images in missing)) as bar:
         for path, images in missing:
             writer = Writer(cfg, len(images))
             while writer.num_seen < len(images):
-                batch = next(loader)
+                batch = wait_for_batch(batches, "num_workers", loader.num_workers)
                 writer.add(batch, model)
                 bar.update(len(batch))
             writer.write(path, is_last=True)
@@ -342,7 +344,9 @@ def _extract_stream(cfg: FeaturesConfig, model: FrozenModel, stream: ImageStream
                 continue
             data = _InOrder(stream, part, number * cfg.shard_size, _reader(cfg), cfg)
             writer = Writer(cfg, cfg.shard_size)
-            for batch in _loader(cfg, data, 1, batch_size=None):
+            loader = _loader(cfg, data, 1, batch_size=None)
+            batches = iter(loader)
+            while (batch := wait_for_batch(batches, "num_workers", loader.num_workers)) is not None:
                 if writer.num_seen == cfg.shard_size:
                     writer.write(_path(cfg, part, number), is_last=False)
                     number += 1

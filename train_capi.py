@@ -382,6 +382,7 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
                     bad_files_path=output_dir / "bad_files.jsonl",
                 )
             )
+            loader.check_shared_memory()
             if rank() == 0:
                 log_pixels(loader.dataset, "data.dataset")
             batches = DevicePrefetcher(loader, device)
@@ -653,6 +654,7 @@ def dry_run(cfg: CapiConfig) -> str:
         backbone = EncoderDecoder(**cfg.model.kwargs())
     parameters = sum(p.numel() for p in backbone.parameters())
     with PretrainLoader(cfg, rank=0, world_size=1, position=None, pin_memory=False, bad_files_path=None) as loader:
+        loader.check_shared_memory()
         images, pixels = loader.describe(), sample_pixels(loader.dataset)
     memory = metrics.device_memory_estimate(
         step_shape(cfg),

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tarfile
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -929,6 +931,68 @@ def test_workers_outlive_the_signals_of_a_launcher(folder):
                 os.kill(worker.pid, number)
         assert start + [fingerprint(next(loader)) for _ in range(10)] == expected
     assert not any(worker.is_alive() for worker in workers), "workers were left behind"
+
+
+def workers_of(loader):
+    return getattr(loader._batches, "_workers")  # noqa: B009  # not known to the type checker
+
+
+def test_a_worker_that_was_killed_is_explained_in_one_line_with_key_and_remedy(folder):
+    with pytest.raises(UserError) as error, PretrainLoader(make_config(f"data.dataset={folder}", workers=2)) as loader:
+        next(loader)
+        os.kill(workers_of(loader)[0].pid, signal.SIGKILL)
+        for _ in range(20):
+            next(loader)
+    assert str(error.value) == (
+        "efficiency.dataloader_num_workers: a process that reads images was killed, most likely because memory ran "
+        "out; use fewer of them, or give more memory to this machine, container or job (launcher.mem)"
+    )
+
+
+class Stuck(ImageDataset):
+    """Images in a pipe into which nobody writes."""
+
+    def __init__(self, pipe):
+        os.mkfifo(pipe)
+        self.pipe = pipe
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        return Sample(str(index), self.pipe.read_bytes)
+
+
+def test_a_batch_that_never_comes_is_an_error_and_its_workers_are_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BATCH_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(data, "CLOSE_TIMEOUT_S", 0.1)
+    loader = PretrainLoader(make_config(workers=2), dataset=Stuck(tmp_path / "pipe"))
+    with pytest.raises(UserError) as error:
+        next(loader)
+    assert str(error.value).startswith("efficiency.dataloader_num_workers=2: no batch came for 0 s; does the disk")
+    workers = workers_of(loader)
+    loader.close()
+    for worker in workers:
+        worker.join(10)
+    assert not any(worker.is_alive() for worker in workers), "a worker that hangs was left behind"
+
+
+def test_batches_that_do_not_fit_into_the_shared_memory_are_refused_before_the_start(folder, monkeypatch):
+    with PretrainLoader(make_config(f"data.dataset={folder}")) as loader:
+        size = sum(tensor.nbytes for tensor in next(loader).tensors().values())
+    loader.num_workers = 3
+    for batches, fits in ((8, True), (7, False)):  # 2 per worker, one in use and one on its way
+        free = SimpleNamespace(free=batches * size)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: free)
+        if fits:
+            loader.check_shared_memory()
+            continue
+        with pytest.raises(UserError) as error:
+            loader.check_shared_memory()
+    for part in ("efficiency.dataloader_num_workers=3: /dev/shm", "num_workers=2, or a smaller", "--shm-size=1g"):
+        assert part in str(error.value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert data.workers_that_fit(size) == 0, "two ranks share it"
 
 
 @pytest.mark.slow

@@ -1,7 +1,12 @@
 """evaluation.py: the contract of models, shares of ranks, what is kept of an earlier run, and mistakes of a user."""
 
+import functools
 import json
+import os
+import shutil
+import signal
 import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +14,11 @@ import torch
 from conftest import ROOT, run_cli, seeded
 from ranks import run_on_ranks
 from runs import FAKE_EVALUATION, make_images
+from samples import encode, photo
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data import dead_workers_explained
 from evaluation import (
     EvaluationConfig,
     FrozenModel,
@@ -24,6 +31,7 @@ from evaluation import (
     open_dataset,
     split_off,
 )
+from sources import ImageDataset, Sample
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -255,3 +263,44 @@ def test_an_evaluation_runs_under_torchrun_as_typed(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "out" / "results_fake.json").read_text())
     assert found["about"]["num_ranks"] == 2 and "top1" in found["results"]["sum"]
+
+
+class EightImages(ImageDataset):
+    """The worker that reads the last one is killed if it is told to."""
+
+    def __init__(self, killed):
+        self.killed = killed
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return Sample(str(index), functools.partial(self._read, index))
+
+    def _read(self, index):
+        if self.killed and index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(photo(index))
+
+
+def as_tensor(image, _):
+    return (torch.from_numpy(np.asarray(image).copy()).movedim(-1, 0),)
+
+
+def test_a_killed_worker_of_an_evaluation_is_explained_with_its_key():
+    with pytest.raises(UserError, match="num_workers: a process that reads images was killed, most likely because"), \
+         dead_workers_explained("num_workers"):  # fmt: skip
+        for _ in ImageBatches(EightImages(killed=True), as_tensor, batch_size=2, num_workers=2):
+            pass
+
+
+def test_an_evaluation_uses_no_more_workers_than_its_batches_fit_into_the_shared_memory(monkeypatch):
+    batch = 2 * 3 * 60 * 80
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for free, workers in ((100, 2), (5, 1), (3, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free * batch))
+        batches = ImageBatches(EightImages(killed=False), as_tensor, batch_size=2, num_workers=None)
+        assert batches.num_workers == workers
+    assert sum(len(images) for (images,) in batches) == 8
+    with pytest.raises(UserError, match=r"num_workers=2: /dev/shm has .* Use num_workers=0, or a smaller batch_size"):
+        ImageBatches(EightImages(killed=False), as_tensor, batch_size=2, num_workers=2)
