@@ -66,7 +66,7 @@ from evaluation import (
 from logreg import fit_logistic
 from neighbors import nearest, weighted_vote
 from optim import WarmupThenCosine
-from sources import BadImageError, HubDataset, ImageDataset, TorchvisionDataset
+from sources import BadImageError, HubDataset, ImageDataset, TorchvisionDataset, match_classes
 from utils import UserError, due
 
 logger = logging.getLogger("eval_classification")
@@ -100,7 +100,7 @@ class ClassificationConfig(EvaluationConfig):
     val_dataset_name: str | None = None
     """Images on which hyper-parameters are chosen; null for a part of the training set."""
     val_proportion: float = field(default=0.1, metadata=BETWEEN_0_AND_1)
-    """That part, a random one, which is then not trained on."""
+    """That part, which is then not trained on: a random one, or, if a class were missing in it, one drawn by class."""
     test_dataset_names: Any = "hf://ILSVRC/imagenet-1k?split='validation'&tgt_field='label'"
     """A data URL, or several by name: `test_dataset_names.v2=...`."""
     num_classes: int | None = field(default=None, metadata=within(at_least=2))
@@ -211,7 +211,7 @@ class Labelled:
     dataset: ImageDataset
     labels: Int64[Tensor, "n l"]
     """Each image's labels, padded with -1; only -1 if it has none."""
-    class_names: list[str] | None
+    class_names: list[str]
 
     @property
     def labelled(self) -> Int64[Tensor, " labelled"]:
@@ -221,7 +221,7 @@ class Labelled:
     def name_of(self, label: int) -> str:
         """A class, for messages."""
         names = self.class_names
-        return f"{label} ({names[label]})" if names and label < len(names) else str(label)
+        return f"{label} ({names[label]})" if label < len(names) else str(label)
 
 
 def open_labelled(url: str, key: str) -> Labelled:
@@ -236,7 +236,7 @@ def open_labelled(url: str, key: str) -> Labelled:
         raise UserError(
             f"{where}: no image has a label; give a data set with labels, such as torchvision://ImageFolder"
         )
-    return Labelled(where, dataset, labels, _class_names(dataset))
+    return Labelled(where, dataset, labels, dataset.class_names)
 
 
 def pad(rows: list[list[int]], width: int = 1) -> Int64[Tensor, "n l"]:
@@ -288,39 +288,17 @@ def _targets_at_once(dataset: ImageDataset, where: str) -> Sequence[Any] | None:
     return None
 
 
-def _class_names(dataset: ImageDataset) -> list[str] | None:
-    names = None
-    if isinstance(dataset, TorchvisionDataset):
-        names = getattr(dataset.dataset, "classes", None)
-    elif isinstance(dataset, HubDataset) and dataset.fields.target is not None:
-        feature = dataset.dataset.features[dataset.fields.target]
-        names = getattr(getattr(feature, "feature", feature), "names", None)
-    return [name if isinstance(name, str) else ", ".join(map(str, name)) for name in names] if names else None
-
-
 def class_mapping(other: Labelled, train: Labelled) -> Int64[Tensor, " c"] | None:
     """The training class of each class of another set, or None if they are the same.
 
-    A set may have `get_imagenet_class_mapping()`; else classes are matched by name where both sets name them.
+    A set may have `get_imagenet_class_mapping()`; else see `sources.match_classes`.
     """
     for holder in (other.dataset, getattr(other.dataset, "dataset", None)):
         own_mapping = getattr(holder, "get_imagenet_class_mapping", None)
         if own_mapping is not None:
             return torch.as_tensor(np.asarray(own_mapping()), dtype=torch.int64)
-    if not other.class_names or not train.class_names or other.class_names == train.class_names:
-        return None
-    number_of = {name: number for number, name in enumerate(train.class_names)}
-    unknown = [name for name in other.class_names if name not in number_of]
-    if not unknown:
-        return torch.tensor([number_of[name] for name in other.class_names])
-    if len(unknown) < len(other.class_names):
-        raise UserError(
-            f"{other.where}: its class {unknown[0]} is not a class of {train.where}; use matching data sets"
-        )
-    logger.warning(
-        "%s: its classes have other names than those of %s; they are matched by number", other.where, train.where
-    )
-    return None
+    numbers = match_classes(other.class_names, other.where, train.class_names, train.where)
+    return None if numbers is None else torch.tensor(numbers)
 
 
 @dataclass(frozen=True)
@@ -355,7 +333,7 @@ def open_splits(cfg: ClassificationConfig) -> Splits:
     Raises: UserError for a single class, a label out of range, or a validation part that lacks a class.
     """
     train = open_labelled(cfg.train_dataset_name, "train_dataset_name")
-    num_classes = cfg.num_classes or max(len(train.class_names or ()), int(train.labels.max()) + 1)
+    num_classes = cfg.num_classes or max(len(train.class_names), int(train.labels.max()) + 1)
     _check_range(train, num_classes)
     classes = train.labels[train.labels >= 0].unique()
     if len(classes) < 2:
@@ -372,8 +350,7 @@ def open_splits(cfg: ClassificationConfig) -> Splits:
         _check_range(val, num_classes)
         val_indices = val.labelled
     else:
-        kept, held_out = split_off(len(fit), cfg.val_proportion, SPLIT_SEED)
-        fit, val_indices = fit[kept], fit[held_out]
+        fit, val_indices = (fit[part] for part in _split(cfg, train, fit))
     if set(cfg.methods) != {"knn"}:
         _check_classes(cfg, train, fit, val, val_indices, classes)
     urls = cfg.test_dataset_names if isinstance(cfg.test_dataset_names, dict) else {"": cfg.test_dataset_names}
@@ -388,6 +365,22 @@ def open_splits(cfg: ClassificationConfig) -> Splits:
             )
         tests[f"/{name}" if name else ""] = TestSet(data, mapping)
     return Splits(train, fit, val, val_indices, tests, num_classes)
+
+
+def _split(cfg: ClassificationConfig, train: Labelled, labelled: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of `labelled` to fit on and for validation: a random part, or one drawn by class if that lacks a class."""
+    labels = train.labels[labelled]
+    classes, columns = labels.unique(return_inverse=True)
+    has_class = torch.zeros(len(labels), len(classes), dtype=torch.bool).scatter_(1, columns, value=True)
+    parts = split_off(len(labels), cfg.val_proportion, SPLIT_SEED, has_class[:, classes >= 0])
+    alone = classes[has_class.sum(dim=0) == 1]
+    alone = [train.name_of(label) for label in alone[alone >= 0].tolist()]
+    if alone:
+        logger.warning(
+            "%s: %d classes have one image, which is trained on and not validated: %s",
+            *(train.where, len(alone), ", ".join(alone[:5])),
+        )
+    return parts
 
 
 def _through(mapping: Int64[Tensor, " c"], labels: Int64[Tensor, "n l"]) -> Int64[Tensor, "n l"]:
@@ -413,6 +406,8 @@ def _check_classes(
     )
     for what, data, indices in (("validation", val, val_indices), ("training", train, fit)):
         missing = classes[~torch.isin(classes, data.labels[indices])].tolist()
+        if val is train:  # a class of one image is on one side
+            missing = [label for label in missing if (train.labels == label).any(dim=1).sum() > 1]
         if missing:
             named = ", ".join(train.name_of(label) for label in missing[:5])
             raise UserError(

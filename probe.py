@@ -1,12 +1,15 @@
 """A probe: what the teacher's features say about a small labelled set, in between training steps.
 
 Scores on mean patch features: `probe_knn`, the weighted vote of DINO (arXiv:2104.14294), and `probe_linear`, a ridge
-regression on one-hot labels, which needs no search and no iterations. Both are top-1 accuracies. They tell whether a
-run is getting better; numbers to report come from eval_classification.py.
+regression on one-hot labels, which needs no search and no iterations. Both are top-1 accuracies; the classes of the two
+sets are matched by name where both have names. They tell whether a run is getting better; numbers to report come from
+eval_classification.py.
 """
 
+import logging
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +22,10 @@ from config import ProbeConfig
 from data import normalize
 from distributed import all_gather_rows, rank, world_size
 from neighbors import nearest, weighted_vote
-from sources import BadImageError, ImageStream, make_dataset
+from sources import BadImageError, ImageStream, make_dataset, match_classes
 from utils import UserError
+
+logger = logging.getLogger("probe")
 
 TEMPERATURE = 0.07
 RIDGE = 1e-2
@@ -36,14 +41,28 @@ class Probe:
         batch_size: images per forward pass of a rank.
         device: where features are computed.
 
-    Raises: UserError if a set cannot be read or has no class labels, or both have but one class.
+    Raises: UserError if a set cannot be read or has no class labels, both have but one class, or the test set has some
+        classes of the training set and others.
     """
 
     def __init__(self, cfg: ProbeConfig, *, images_size: int, batch_size: int, device: torch.device) -> None:
         self.cfg, self.batch_size, self.device = cfg, batch_size, device
-        self.train = _read(cfg.train_dataset, "train.probe.train_dataset", cfg.max_images, images_size)
-        self.test = _read(cfg.test_dataset, "train.probe.test_dataset", cfg.max_images, images_size)
-        self.num_classes = int(max(labels.max() for _, labels in (self.train, self.test))) + 1
+        train, test = (
+            _read(getattr(cfg, key), f"train.probe.{key}", cfg.max_images, images_size)
+            for key in ("train_dataset", "test_dataset")
+        )
+        mapping = match_classes(test.class_names, test.where, train.class_names, train.where)
+        if mapping is not None:
+            test = test._replace(labels=torch.tensor(mapping)[test.labels])
+        unseen = sorted({*test.labels.tolist()} - {*train.labels.tolist()})
+        if unseen:
+            names = ", ".join(train.class_names[label] if train.class_names else str(label) for label in unseen[:5])
+            logger.warning(
+                "%s: %d of its classes, such as %s, are not among the %d training images, so they cannot be found",
+                *(test.where, len(unseen), names, len(train.labels)),
+            )
+        self.train, self.test = train, test
+        self.num_classes = int(max(train.labels.max(), test.labels.max())) + 1
         if self.num_classes < 2:
             raise UserError(f"train.probe.train_dataset={cfg.train_dataset}: has one class; a probe needs two")
 
@@ -51,7 +70,7 @@ class Probe:
         """Score the patch features [b, n, d] that `encode` computes from normalised images [b, 3, h, w]."""
         started = time.monotonic()
         (train_x, train_y), (test_x, test_y) = (
-            (self._features(images, encode), labels.to(self.device)) for images, labels in (self.train, self.test)
+            (self._features(each.images, encode), each.labels.to(self.device)) for each in (self.train, self.test)
         )
         similarity, rows = nearest(test_x, train_x, min(self.cfg.k, len(train_x)), "cosine")
         votes = weighted_vote(similarity, train_y[rows].unsqueeze(2), self.num_classes, TEMPERATURE)
@@ -73,9 +92,15 @@ class Probe:
         return all_gather_rows(torch.cat(parts))[: len(images)]
 
 
-def _read(
-    url: str | None, key: str, max_images: int, size: int
-) -> tuple[UInt8[Tensor, "b 3 h w"], Int64[Tensor, " b"]]:
+class _Labelled(NamedTuple):
+    images: UInt8[Tensor, "b 3 h w"]
+    labels: Int64[Tensor, " b"]
+    class_names: list[str]
+    where: str
+    """`key=url`, for messages."""
+
+
+def _read(url: str | None, key: str, max_images: int, size: int) -> _Labelled:
     assert url is not None
     dataset = make_dataset(url, key=key)
     if isinstance(dataset, ImageStream):
@@ -92,7 +117,10 @@ def _read(
         square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
         images.append(torch.from_numpy(np.asarray(square).copy()).movedim(-1, 0))
         labels.append(label)
-    return torch.stack(images), torch.tensor(labels)
+    names = dataset.class_names
+    if names and max(labels) >= len(names):
+        raise UserError(f"{key}={url}: has the label {max(labels)} and names {len(names)} classes, counted from 0")
+    return _Labelled(torch.stack(images), torch.tensor(labels), names, f"{key}={url}")
 
 
 def _ridge(

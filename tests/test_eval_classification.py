@@ -557,6 +557,37 @@ def test_split_is_a_fixed_permutation(images):
     assert len(first.val_indices) == 18
 
 
+@pytest.mark.parametrize(("proportion", "num_val"), [(0.02, 1), (0.1, 2), (0.98, 19)])
+def test_the_split_is_by_class_where_a_random_one_would_miss_a_class(listed, proportion, num_val, tmp_path, caplog):
+    caplog.set_level("INFO")
+    listed["train"] = listed["test"] = Listed([0] * 20 + [1] * 20 + [2] * 20 + ([] if proportion == 0.02 else [3] * 2))
+    keys = ("train_dataset_name=train", "test_dataset_names=test", f"val_proportion={proportion}")
+    cfg = config(tmp_path, "out", *keys)
+    splits = open_splits(cfg)
+    labels = splits.train.labels.squeeze(1)
+    counted = Counter(labels[splits.val_indices].tolist())
+    assert all(counted[label] == num_val for label in range(3)), counted
+    assert {*labels[splits.fit].tolist()} == {*labels[splits.val_indices].tolist()} == {*labels.tolist()}
+    assert sorted([*splits.fit.tolist(), *splits.val_indices.tolist()]) == list(range(len(labels)))
+    assert torch.equal(open_splits(cfg).val_indices, splits.val_indices)
+    assert "drawn by class" in caplog.text
+
+
+def test_the_only_image_of_a_class_is_trained_on(listed, tmp_path, caplog):
+    listed["train"] = listed["test"] = Listed([0] * 9 + [1] * 9 + [2])
+    splits = open_splits(config(tmp_path, "out", "train_dataset_name=train", "test_dataset_names=test"))
+    assert 18 in splits.fit.tolist()
+    assert "1 classes have one image, which is trained on and not validated: 2" in caplog.text
+
+
+def test_images_of_several_classes_are_split_so_that_each_class_is_on_both_sides(listed, tmp_path):
+    listed["train"] = listed["test"] = Listed([[0, 1]] * 20 + [[1, 2]] * 2 + [[0, 2]] + [1] * 10)
+    keys = ("train_dataset_name=train", "test_dataset_names=test", "val_proportion=0.1")
+    splits = open_splits(config(tmp_path, "out", *keys))
+    for part in (splits.fit, splits.val_indices):
+        assert {*splits.train.labels[part].flatten().tolist()} >= {0, 1, 2}
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 
@@ -614,8 +645,7 @@ def test_what_is_done_is_skipped(images, tmp_path, monkeypatch):
         (["labels_per_class=30"], "labels_per_class=30: class 0 (blue) of train_dataset_name="),
         (["labels_per_class=0"], "labels_per_class=0: must be a whole number from 1 on, or a fraction"),
         (["num_classes=2"], "train': label 2 is out of range: there are 2 classes, counted from 0; set num_classes"),
-        (["val_proportion=0.02"], "the validation part of 1 images has none of class"),
-        (["val_proportion=0.98"], "the training part of 1 images has none of class"),
+        (["val_proportion=0.995"], "of 60 training images, 100% for validation leave none"),
         (["resize=8"], "resize=8: must be at least resolution=16"),
         (["warmup_iters=6"], "warmup_iters=6: must be 0 or more and below n_iters=6"),
         (["knn_k=[1000]", "methods=[knn]"], "knn_k=[1000]: there are 60 training images"),

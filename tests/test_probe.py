@@ -1,5 +1,7 @@
 """probe.py: what it finds out, on how many ranks, and what it does to a training."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,51 @@ def make_probe(urls, **changes):
 
 def colors(images):
     return images.flatten(2).transpose(1, 2)  # every pixel is a patch whose features are its colour
+
+
+def linked(root, source, names):
+    """A folder with some of the classes of another one, under other names."""
+    root.mkdir()
+    for name, old in names.items():
+        (root / name).symlink_to(source / old)
+    return f"torchvision://ImageFolder?root='{root}'"
+
+
+def folder_of(url):
+    return Path(url.split("'")[1])
+
+
+@pytest.mark.parametrize("lacking", ["test", "train"])
+def test_classes_are_matched_by_name_where_a_set_lacks_one(urls, tmp_path, lacking, caplog):
+    # Sorted, they are blue, grey, red: without blue, grey is class 0 and red is class 1.
+    some = linked(tmp_path / "some", folder_of(urls[lacking == "test"]), {"grey": "grey", "red": "red"})
+    if lacking == "train":
+        with pytest.raises(UserError, match=r"its class blue is not a class of train\.probe\.train_dataset="):
+            make_probe((some, urls[1]))
+        return
+    scores = make_probe((urls[0], some))(colors)
+    assert scores["probe_knn"] == 1.0 and scores["probe_linear"] == 1.0
+    assert not caplog.records
+
+
+def test_classes_with_other_names_are_matched_by_number_and_that_is_said(urls, tmp_path, caplog):
+    renamed = linked(tmp_path / "test", folder_of(urls[1]), {"a": "blue", "b": "grey", "c": "red"})
+    assert make_probe((urls[0], renamed))(colors)["probe_knn"] == 1.0
+    assert "matched by number" in caplog.text
+
+
+def test_labels_of_a_table_are_matched_by_name(urls, monkeypatch, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    names = ["red", "grey", "blue"]
+    rows = [
+        {"image": {"bytes": path.read_bytes(), "path": None}, "label": names.index(path.parent.name)}
+        for path in sorted(folder_of(urls[1]).rglob("*.png"))
+    ]
+    columns = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    datasets.Dataset.from_list(rows, features=datasets.Features(columns)).to_parquet(tmp_path / "test.parquet")
+    table = f"hf://parquet?data_files='{tmp_path}/test.parquet'&split='train'&tgt_field='label'"
+    assert make_probe((urls[0], table))(colors)["probe_knn"] == 1.0
 
 
 def one_number(images):
