@@ -298,7 +298,7 @@ def class_mapping(other: Labelled, train: Labelled) -> Int64[Tensor, " c"] | Non
         if own_mapping is not None:
             return torch.as_tensor(np.asarray(own_mapping()), dtype=torch.int64)
     numbers = match_classes(other.class_names, other.where, train.class_names, train.where)
-    return None if numbers is None else torch.tensor(numbers)
+    return None if numbers in (None, list(range(len(train.class_names)))) else torch.tensor(numbers)
 
 
 @dataclass(frozen=True)

@@ -195,17 +195,25 @@ def load_model_file(model_path: str, model_loader_kwargs: dict[str, Any]) -> nn.
 
 
 def find_loader(model_path: str) -> Callable[..., nn.Module]:
-    """`__model_loader__` of a model file, which is looked for from the current folder, then from that of this file.
+    """`__model_loader__` of a model file, see `find_model_file`.
 
     Raises: UserError if there is no such file, or it does not define it.
+    """
+    loader = getattr(import_from_path(find_model_file(model_path)), "__model_loader__", None)
+    if loader is None:
+        raise UserError(f"model_path={model_path}: the file does not define __model_loader__(**model_loader_kwargs)")
+    return loader
+
+
+def find_model_file(model_path: str) -> Path:
+    """A model file, which is looked for from the current folder, then from that of this file.
+
+    Raises: UserError if there is none.
     """
     path = next((each for each in (Path(model_path), ROOT / model_path) if each.is_file()), None)
     if path is None:
         raise UserError(f"model_path={model_path}: there is no such file; give a Python file with __model_loader__")
-    loader = getattr(import_from_path(path), "__model_loader__", None)
-    if loader is None:
-        raise UserError(f"model_path={model_path}: the file does not define __model_loader__(**model_loader_kwargs)")
-    return loader
+    return path
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -483,6 +491,13 @@ class Results:
                 f"output_dir={self.config['output_dir']} has results of another model (weights "
                 f"{old['about']['weights_sha256'][:12]}, these are {self.about['weights_sha256'][:12]}); {remedy}"
             )
+        before, now = old["about"].get("loader_sha256"), self.about.get("loader_sha256")
+        if before is not None and before != now:
+            raise UserError(
+                f"output_dir={self.config['output_dir']} has results of another model: the weights are the same, but "
+                f"{self.config['model_path']}, its model_loader_kwargs or the configuration beside the weights have "
+                f"changed; {remedy}"
+            )
         changed = changed_keys(self._computed_by(old["config"]), self._computed_by(json.loads(json.dumps(self.config))))
         if changed:
             what = "; ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())
@@ -511,10 +526,26 @@ class Results:
             content = {"results": self.values, "config": self.config, "about": self.about}
             write_text_atomically(self.path, json.dumps(content, indent=2) + "\n")
 
+    def note_data(self, **datasets: ImageDataset | ImageStream) -> None:
+        """Store what the data under each key are; all ranks call this before they compute anything.
+
+        Raises: UserError, on all ranks, if there are results of other data, though the keys are the same.
+        """
+        data = {
+            key: {"url": _value_at(self.config, key), "fingerprint": dataset.fingerprint() if rank() == 0 else ""}
+            for key, dataset in datasets.items()
+        }
+        data = broadcast_object(data)
+        if self.values:
+            check_same_data(data, self.about.get("data", {}), self.path)
+        self.note(data=data)
+
     def identity(self) -> dict[str, Any]:
         """What the results depend on: two evaluations with the same identity compute the same."""
         config = self._computed_by(json.loads(json.dumps(self.config)))
-        return {"weights_sha256": self.about["weights_sha256"], **config}
+        made_of = {key: self.about.get(key) for key in ("weights_sha256", "loader_sha256")}
+        data = {f"data of {key}": entry["fingerprint"] for key, entry in self.about.get("data", {}).items()}
+        return made_of | data | config
 
     def artifacts(self) -> Path:
         """Folder for pictures."""
@@ -554,6 +585,50 @@ def model_name(model_path: str, model_loader_kwargs: Mapping[str, Any]) -> str:
     return f"{path.parent.name}/{path.stem}" if path.parent.name and "://" not in str(weights) else path.stem
 
 
+def _value_at(config: Mapping[str, Any], key: str) -> str:
+    """`test_dataset_names/v2` is an entry of a key that has several."""
+    first, _, rest = key.partition("/")
+    return config[first][rest] if rest else config[first]
+
+
+def check_same_data(now: Mapping[str, Mapping[str, str]], before: Mapping[str, Mapping[str, str]], path: Path) -> None:
+    """Raise UserError if data that results are made of have changed where they are.
+
+    Args:
+        now: URL and fingerprint by key, as `Results.note_data` stores them.
+        before: those that the results in `path` are of.
+        path: the result file.
+    """
+    for key in now.keys() & before.keys():
+        if now[key]["url"] == before[key]["url"] and now[key]["fingerprint"] != before[key]["fingerprint"]:
+            raise UserError(
+                f"{path} has results of other data: what is at {key}={now[key]['url']} has changed since; choose "
+                "another output_dir, or delete that file to evaluate anew"
+            )
+
+
+CONFIG_ENDINGS = (".yaml", ".yml", ".json", ".toml", ".py")
+
+
+def hash_loader(model_path: str, loader_kwargs: Mapping[str, Any]) -> str:
+    """SHA-256 over what makes a model beside its weights: the model file, arguments, and configuration files.
+
+    Where files are does not count, nor do paths of weights, whose values have a hash of their own.
+    """
+    arguments = {key: value for key, value in loader_kwargs.items() if key != "device" and value is not None}
+    weights = arguments.pop("pretrained_weights", None)
+    if weights is not None:
+        arguments.setdefault("config_path", str(Path(weights).with_suffix(".yaml")))
+    digest = hashlib.sha256(find_model_file(model_path).read_bytes())
+    for key, value in sorted(arguments.items()):
+        path = Path(value) if isinstance(value, str) else None
+        if path is None or not (path.is_file() or key == "config_path"):
+            digest.update(f"{key}={json.dumps(value, default=str)}".encode())
+        elif path.is_file() and path.suffix in CONFIG_ENDINGS:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def describe(model: FrozenModel, cfg: EvaluationConfig) -> dict[str, Any]:
     """What was evaluated, on what, by which code."""
     weights = cfg.model_loader_kwargs.get("pretrained_weights")
@@ -561,6 +636,7 @@ def describe(model: FrozenModel, cfg: EvaluationConfig) -> dict[str, Any]:
         "model_path": cfg.model_path,
         "weights": None if weights is None else str(weights),
         "weights_sha256": model.sha256,
+        "loader_sha256": hash_loader(cfg.model_path, cfg.model_loader_kwargs),
         "num_parameters": model.num_parameters,
         "patch_size": model.patch_size,
         "image_mean": cfg.image_mean,

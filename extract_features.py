@@ -4,8 +4,9 @@
         model_loader_kwargs.pretrained_weights=runs/mine/student_ema.pth [features=[global,patches]] [format=parquet]
 
 Under torchrun or Slurm, shards are dealt out to the processes. A shard appears once it is complete; started again, on
-any number of processes, the command continues with those that are missing. Images that cannot be read are left out and
-listed. `FeaturesConfig` and `evaluation.EvaluationConfig` have all keys.
+any number of processes, the command continues with those that are missing. Each says which model, data and keys it was
+made of, and what is there of others is refused. Images that cannot be read are left out and listed. `FeaturesConfig`
+and `evaluation.EvaluationConfig` have all keys.
 
 A `.safetensors` shard in `output_dir/shards` holds one tensor per kind of features, with a row per image, and `index`,
 the image's number in the data; its metadata `images` has the names, as JSON. A `.parquet` shard has the same as
@@ -35,9 +36,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from config import COUNT, DTYPE, one_of, require
+from config import COUNT, DTYPE, changed_keys, one_of, require
 from data import wait_for_batch, worker_poll_s
-from distributed import barrier, rank, world_size
+from distributed import barrier, broadcast_object, rank, world_size
 from evaluation import Evaluation, EvaluationConfig, Features, FrozenModel, Results, reader_processes
 from pixels import log_pixels
 from sources import BadImageError, ImageDataset, ImageStream, Sample, make_dataset
@@ -101,6 +102,8 @@ class Shard(NamedTuple):
     skipped: list[Skipped]
     is_last: bool
     """Whether its part of a stream ends here."""
+    made_of: dict[str, Any]
+    """Model, data and keys that its features follow from: see `evaluation.Results.identity`."""
 
 
 # ------------------------------------------------------------------------------------------------------ images
@@ -160,10 +163,10 @@ def _as_list(items: list[Read]) -> list[Read]:
 
 
 class Writer:
-    """Collects the features of up to `capacity` images and writes them as one file."""
+    """Collects the features of up to `capacity` images and writes them as one file, which says what it is made of."""
 
-    def __init__(self, cfg: FeaturesConfig, capacity: int) -> None:
-        self.cfg, self.capacity = cfg, capacity
+    def __init__(self, cfg: FeaturesConfig, capacity: int, made_of: dict[str, Any]) -> None:
+        self.cfg, self.capacity, self.made_of = cfg, capacity, made_of
         self.dtype: torch.dtype = getattr(torch, cfg.feature_dtype)
         self._clear()
 
@@ -196,7 +199,8 @@ class Writer:
     def write(self, path: Path, *, is_last: bool) -> None:
         """Write the file in one step and begin the next."""
         features = {kind: rows[: len(self.names)] for kind, rows in self.features.items()}
-        shard = Shard(self.names, features, torch.tensor(self.index, dtype=torch.int64), self.skipped, is_last)
+        index = torch.tensor(self.index, dtype=torch.int64)
+        shard = Shard(self.names, features, index, self.skipped, is_last, self.made_of)
         try:
             with replacing(path) as temporary:
                 (_write_parquet if path.suffix == ".parquet" else _write_safetensors)(temporary, shard)
@@ -206,7 +210,12 @@ class Writer:
 
 
 def _write_safetensors(path: Path, shard: Shard) -> None:
-    notes = {"names": shard.names, "skipped": [s._asdict() for s in shard.skipped], "is_last": shard.is_last}
+    notes = {
+        "names": shard.names,
+        "skipped": [s._asdict() for s in shard.skipped],
+        "is_last": shard.is_last,
+        "made_of": shard.made_of,
+    }
     # One entry, as several come in a random order and the same features would make different files.
     save_safetensors(shard.features | {"index": shard.indices}, path, {"images": json.dumps(notes)})
 
@@ -223,6 +232,7 @@ def _write_parquet(path: Path, shard: Shard) -> None:
         "shapes": {kind: list(rows.shape[1:]) for kind, rows in shard.features.items()},
         "skipped": [s._asdict() for s in shard.skipped],
         "is_last": shard.is_last,
+        "made_of": shard.made_of,
     }
     table = pa.table(columns).replace_schema_metadata({key: json.dumps(v) for key, v in metadata.items()})
     pq.write_table(table, path)
@@ -250,7 +260,12 @@ def _read_safetensors(path: Path, only_notes: bool) -> Shard:
             index = file.get_tensor("index")
     except SafetensorError as error:
         raise ValueError(error) from error
-    return Shard(notes["names"], features, index, [Skipped(**each) for each in notes["skipped"]], notes["is_last"])
+    return _noted(notes, notes["names"], features, index)
+
+
+def _noted(notes: dict[str, Any], names: list[str], features: dict[str, Tensor], index: Tensor) -> Shard:
+    skipped = [Skipped(**each) for each in notes["skipped"]]
+    return Shard(names, features, index, skipped, notes["is_last"], notes.get("made_of", {}))
 
 
 def _read_parquet(path: Path, only_notes: bool) -> Shard:
@@ -264,7 +279,7 @@ def _read_parquet(path: Path, only_notes: bool) -> Shard:
         if not only_notes
     }
     names, index = table["name"].to_pylist(), torch.tensor(table["index"].to_pylist(), dtype=torch.int64)
-    return Shard(names, features, index, [Skipped(**each) for each in notes["skipped"]], notes["is_last"])
+    return _noted(notes, names, features, index)
 
 
 # ------------------------------------------------------------------------------------------------- the command
@@ -288,15 +303,37 @@ def extract_features(cfg: FeaturesConfig, model: FrozenModel, results: Results) 
             "choose another output_dir"
         )
     results.note(num_samples=size)
-    if rank() == 0:
-        _folder(cfg).mkdir(exist_ok=True)
-    barrier()
+    results.note_data(dataset=dataset)
+    made_of = results.identity()
+    mistake = broadcast_object(_check_shards(cfg, made_of) if rank() == 0 else None)
+    if mistake is not None:
+        raise mistake
     if isinstance(dataset, ImageStream):
-        _extract_stream(cfg, model, dataset)
+        _extract_stream(cfg, model, dataset, made_of)
     else:
-        _extract_dataset(cfg, model, dataset)
+        _extract_dataset(cfg, model, dataset, made_of)
     barrier()
     _summarise(cfg, results)
+
+
+def _check_shards(cfg: FeaturesConfig, made_of: dict[str, Any]) -> UserError | None:
+    """Make the folder. If it has shards of another model, other data or keys, the mistake, for all ranks to raise."""
+    _folder(cfg).mkdir(exist_ok=True)
+    for path in sorted(_folder(cfg).iterdir()):
+        if path.name.startswith(".") or path.suffix not in (".safetensors", ".parquet"):
+            continue
+        try:
+            before = read_shard(path, only_notes=True).made_of
+        except UserError as error:
+            return error
+        changed = changed_keys(before, made_of)
+        if changed:
+            what = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
+            return UserError(
+                f"{path} has features of something else ({what if before else 'it does not say of what'}); choose "
+                f"another output_dir, or delete {_folder(cfg)} to extract them anew"
+            )
+    return None
 
 
 def _loader(cfg: FeaturesConfig, data: Any, most_workers: int, **how: Any) -> DataLoader[Any]:
@@ -312,7 +349,7 @@ def _bar(total: int | None) -> Any:
     return tqdm(total=total, unit="img", dynamic_ncols=True, disable=None if rank() == 0 else True)
 
 
-def _extract_dataset(cfg: FeaturesConfig, model: FrozenModel, dataset: ImageDataset) -> None:
+def _extract_dataset(cfg: FeaturesConfig, model: FrozenModel, dataset: ImageDataset, made_of: dict[str, Any]) -> None:
     """Shard k has the images from k * shard_size on, whatever the number of processes."""
     starts = range(0, len(dataset), cfg.shard_size)
     mine = list(enumerate(starts))[rank() :: world_size()]
@@ -325,7 +362,7 @@ def _extract_dataset(cfg: FeaturesConfig, model: FrozenModel, dataset: ImageData
     batches = iter(loader)
     with _bar(sum(len(images) for _, images in missing)) as bar:
         for path, images in missing:
-            writer = Writer(cfg, len(images))
+            writer = Writer(cfg, len(images), made_of)
             while writer.num_seen < len(images):
                 batch = wait_for_batch(batches, "num_workers", loader.num_workers)
                 writer.add(batch, model)
@@ -333,7 +370,7 @@ def _extract_dataset(cfg: FeaturesConfig, model: FrozenModel, dataset: ImageData
             writer.write(path, is_last=True)
 
 
-def _extract_stream(cfg: FeaturesConfig, model: FrozenModel, stream: ImageStream) -> None:
+def _extract_stream(cfg: FeaturesConfig, model: FrozenModel, stream: ImageStream, made_of: dict[str, Any]) -> None:
     """Each part of the stream is read by one process from start to end, and becomes as many files as it needs."""
     with _bar(None) as bar:
         for part in range(stream.num_shards)[rank() :: world_size()]:
@@ -343,7 +380,7 @@ def _extract_stream(cfg: FeaturesConfig, model: FrozenModel, stream: ImageStream
             if number and read_shard(_path(cfg, part, number - 1), only_notes=True).is_last:
                 continue
             data = _InOrder(stream, part, number * cfg.shard_size, _reader(cfg), cfg)
-            writer = Writer(cfg, cfg.shard_size)
+            writer = Writer(cfg, cfg.shard_size, made_of)
             loader = _loader(cfg, data, 1, batch_size=None)
             batches = iter(loader)
             while (batch := wait_for_batch(batches, "num_workers", loader.num_workers)) is not None:

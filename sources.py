@@ -503,8 +503,15 @@ def cache_root() -> Path:
     return Path(torch.hub.get_dir()).parent
 
 
+UNLABELLED = 255
+"""The label of pixels without one, where a data set does not say otherwise."""
+
+
 class ImageDataset(Dataset[Sample]):
     """A dataset with a length, whose images can be asked for in any order."""
+
+    ignore_labels: Sequence[int] = (UNLABELLED,)
+    """If labels are images: those of pixels that do not count."""
 
     @property
     def class_names(self) -> list[str]:
@@ -527,6 +534,10 @@ class ImageStream:
 
     num_shards: int
 
+    def fingerprint(self) -> str:
+        """As that of an `ImageDataset`, of which a stream shows hardly anything."""
+        return f"{self.num_shards} parts"
+
     def read_shard(self, shard: int, start: int = 0) -> Iterator[Sample]:
         """The samples of one shard, from number `start` on."""
         raise NotImplementedError
@@ -535,7 +546,7 @@ class ImageStream:
 def match_classes(names: Sequence[str], where: str, known: Sequence[str], known_where: str) -> list[int] | None:
     """The number that each class of a data set has in another one, by name; None if its own numbers are to be used.
 
-    That is so where the names are the same, where a set has none, and, with a warning, where none is the same.
+    That is so where a set has no names, and, with a warning, where none is the same.
 
     Args:
         names: of the classes of the set.
@@ -545,7 +556,7 @@ def match_classes(names: Sequence[str], where: str, known: Sequence[str], known_
 
     Raises: UserError if some names are known and others are not.
     """
-    if not names or not known or list(names) == list(known):
+    if not names or not known:
         return None
     number_of = {name: number for number, name in enumerate(known)}
     unknown = [name for name in names if name not in number_of]
@@ -749,7 +760,8 @@ def _follows_to(is_kind: Callable[[], bool]) -> bool:
 def _list_images_cached(root: Path, cache_dir: Path) -> Listing:
     """As `_list_images`, from a file that is valid until a folder's modification time or `image_endings` changes."""
     resolved = str(root.resolve())
-    cache = cache_dir / f"{hashlib.blake2b(os.fsencode(resolved), digest_size=16).hexdigest()}.npz"
+    what = os.fsencode(" ".join([resolved, *IMAGE_EXTENSIONS]))
+    cache = cache_dir / f"{hashlib.blake2b(what, digest_size=16).hexdigest()}.npz"
     try:
         with cache.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             about = json.loads(stored["about"].tobytes())
@@ -808,10 +820,6 @@ class SegmentationDataset(ImageDataset):
     def __getitem__(self, index: int) -> Sample:
         image, labels = self.pairs[index]
         return Sample(str(image), functools.partial(read_file, image), functools.partial(_read_labels, labels))
-
-
-UNLABELLED = 255
-"""The label of pixels without one, where a data set does not say otherwise."""
 
 
 def _make_segmentation_folder(url: DataUrl) -> SegmentationDataset:
@@ -1167,8 +1175,9 @@ class HubDataset(ImageDataset):
         return list(getattr(getattr(feature, "feature", feature), "names", None) or [])
 
     def fingerprint(self) -> str:
-        """That of the table, by which `datasets` caches what is made from it."""
-        return self.dataset._fingerprint
+        """Of the columns, and of the names that `datasets` gives its copy, by origin and version of the data."""
+        copies = [Path(file["filename"]).parts[-5:] for file in self.dataset.cache_files]
+        return hashlib.sha256(repr([len(self), self.dataset.features, copies]).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -1,6 +1,7 @@
 """extract_features.py: every image once, in files that survive interruptions, on any number of processes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from ranks import run_on_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from samples import encode, photo
 
 import extract_features
@@ -246,6 +247,53 @@ def test_other_weights_or_other_data_do_not_mix_with_what_is_there(images, weigh
     assert "fit was 'crop', is 'squash'" in capsys.readouterr().err
     for batch_size in (1, 7):
         assert extract(images, weights, out, f"batch_size={batch_size}") == 0
+
+
+@pytest.mark.parametrize("change", ["weights", "model", "resolution", "format", "shard_size", "data", "old", "nothing"])
+def test_shards_say_what_they_were_made_of_also_when_the_results_are_deleted(images, tmp_path, capsys, change):
+    weights, data, out = tmp_path / "tiny.pth", tmp_path / "images", tmp_path / "out"
+    shutil.copytree(images, data)
+
+    def save(seed, **model):
+        torch.manual_seed(seed)
+        torch.save(load_model(config_override={"model": TINY}).state_dict(), weights)
+        weights.with_suffix(".yaml").write_text(json.dumps({"model": TINY | model}))
+
+    save(1)
+    assert extract(data, weights, out) == 0
+    (out / "results_features.json").unlink()
+    more = {"resolution": ["resolution=12"], "format": ["format=parquet"], "shard_size": ["shard_size=5"]}.get(
+        change, []
+    )
+    if change == "weights":
+        save(2)
+    elif change == "model":  # other features of the same weights
+        save(1, norm_layer_kwargs={"eps": 0.1})
+    elif change == "data":
+        (data / "0.png").write_bytes(encode(photo(77).resize((20, 16))))
+    elif change == "old":
+        path = out / "shards" / "000000.safetensors"
+        save_file(load_file(path), path, {"images": json.dumps({"names": [], "skipped": [], "is_last": True})})
+    before = contents(out)
+    assert extract(data, weights, out, *more) == (0 if change == "nothing" else 2)
+    if change != "nothing":
+        message = capsys.readouterr().err
+        key = {
+            "weights": "weights_sha256 was",
+            "model": "loader_sha256 was",
+            "data": "data of dataset was",
+            "old": "it does not say of what",
+        }.get(change, f"{change} was")
+        assert key in message and f"or delete {out}/shards to extract them anew" in message
+    assert contents(out) == before
+
+
+def test_a_folder_whose_images_were_replaced_is_not_called_done(images, weights, tmp_path, capsys):
+    shutil.copytree(images, tmp_path / "images")
+    assert extract(tmp_path / "images", weights, tmp_path / "out") == 0
+    (tmp_path / "images" / "0.png").write_bytes(encode(photo(77).resize((20, 16))))
+    assert extract(tmp_path / "images", weights, tmp_path / "out") == 2
+    assert f"what is at dataset={tmp_path}/images has changed since" in capsys.readouterr().err
 
 
 def test_a_folder_that_has_changed_is_not_mixed_with_what_it_was(weights, tmp_path, capsys):

@@ -919,7 +919,7 @@ def test_masks_without_an_image_are_counted(tmp_path, caplog):
 def test_classes_are_matched_by_name(caplog):
     known = ["ant", "bee", "cat"]
     assert match_classes(["cat", "ant"], "test", known, "train") == [2, 0]
-    assert match_classes(known, "test", known, "train") is None
+    assert match_classes(known, "test", known, "train") == [0, 1, 2]
     assert match_classes([], "test", known, "train") is None
     assert not caplog.records
     assert match_classes(["x", "y"], "test", known, "train") is None
