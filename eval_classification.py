@@ -1218,6 +1218,11 @@ def evaluate(cfg: ClassificationConfig, model: FrozenModel, results: Results) ->
     """Run the chosen methods; those whose results are there are skipped."""
     shapes = representation_shapes(cfg, model)
     splits = open_splits(cfg)
+    results.note_data(
+        train_dataset_name=splits.train.dataset,
+        **({} if splits.val_is_part_of_train else {"val_dataset_name": splits.val.dataset}),
+        **{f"test_dataset_names{suffix}": test.data.dataset for suffix, test in splits.tests.items()},
+    )
     results.note(
         num_classes=splits.num_classes,
         num_images={

@@ -13,22 +13,24 @@ with command_line(__doc__, __name__) as parser:
     add_sources(parser)
 
 import functools
+import itertools
+import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
-from config import BETWEEN_0_AND_1, COUNT, NOT_NEGATIVE, one_of, within
+from config import BETWEEN_0_AND_1, COUNT, NOT_NEGATIVE, one_of, require, within
+from data import derive_seed
 from distributed import all_gather_rows, all_reduce_sum_, gather_objects, rank, world_size
 from evaluation import (
     Evaluation,
@@ -44,8 +46,9 @@ from evaluation import (
 )
 from logreg import fit_logistic
 from neighbors import DISTANCES, TRAIN_CHUNK, majority_votes, nearest
-from sources import ImageDataset
+from sources import UNLABELLED, ImageDataset, SegmentationDataset, match_classes
 from utils import UserError
+from weights import save_safetensors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,6 +60,9 @@ STANDARDIZATIONS = ("StandardScaler", "center", "center_div", "RobustScaler", "p
 CLASSIFIERS = ("knn", "logreg")
 ROWS = 65_536
 """Rows that are standardised at a time."""
+FEW_K = 5
+FEW_PENALTY = 1e-3
+"""Of the classifiers with few labelled images, see `fit_on_few`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +85,9 @@ class SegmentationConfig(EvaluationConfig):
     """What is done to the features, as fitted on the training images: one of `STANDARDIZATIONS`."""
     resolution: int = field(default=224, metadata=COUNT)
     """Images are resized to squares of this many pixels (bicubic), label images too (nearest)."""
-    ignore_labels: list[int] = field(default_factory=lambda: [0, 255], metadata=within(at_least=0, below=NUM_LABELS))
-    """Labels of pixels that do not count."""
+    ignore_labels: list[int] | None = field(default=None, metadata=within(at_least=0, below=NUM_LABELS))
+    """Labels of pixels that do not count. null: those that the data sets leave out, which are 0 and 255 for ADE20K,
+    what classes.txt says for custom://Segmentation, else 255; what one of the sets leaves out counts in none."""
     knn_ks: list[int] = field(default_factory=lambda: [1, 3, 10, 30], metadata=within(at_least=1, not_empty=True))
     knn_distances: list[str] = field(
         default_factory=lambda: ["cosine", "L2"], metadata=one_of(*DISTANCES, not_empty=True)
@@ -94,6 +101,11 @@ class SegmentationConfig(EvaluationConfig):
     )
     logreg_max_iter: int = field(default=1000, metadata=COUNT)
     logreg_tol: float = field(default=1e-12, metadata=NOT_NEGATIVE)
+    labelled_images: list[int] = field(default_factory=list, metadata=within(at_least=1, distinct=True))
+    """Also score classifiers that have so many labelled images, each number giving results of its own: `[10]` adds
+    knn_10_images and logreg_10_images. The training images are chosen such that classes occur equally often."""
+    labelled_repeats: int = field(default=3, metadata=COUNT)
+    """Choices of labelled images over which those scores are averaged."""
     num_pictures: int = field(default=8, metadata=NOT_NEGATIVE)
     """Test images, evenly spaced, whose predictions are drawn; 0 for none."""
     dump_features: bool = False
@@ -107,22 +119,147 @@ class SegmentationConfig(EvaluationConfig):
 # ------------------------------------------------------------------------------------------------------ labels
 
 
-def prepare_pair(image: Image.Image, target: Any, resolution: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class LabelSet:
+    """A data set of label images."""
+
+    key: str
+    """Of the configuration, for messages."""
+    url: str
+    dataset: ImageDataset
+    own_ignore_labels: list[int]
+    """What the data set itself leaves out, in its own numbers."""
+    class_names: list[str]
+    """Name of each label from 0 on, in its own numbers; empty if there are none."""
+    numbers: UInt8[Tensor, "256"] | None = None
+    """The training set's number of each label, if that has other ones."""
+
+    @property
+    def where(self) -> str:
+        """`key=url`, for messages."""
+        return f"{self.key}={self.url}"
+
+
+class LabelSets(NamedTuple):
+    """All data sets of an evaluation, whose labels mean the same once `LabelSet.numbers` is applied."""
+
+    train: LabelSet
+    val: LabelSet | None
+    test: LabelSet
+    ignore_labels: list[int]
+    """Labels of pixels that do not count, in the numbers of the training set."""
+
+
+def open_label_sets(cfg: SegmentationConfig) -> LabelSets:
+    """Open the data sets, match their classes by name, and say which labels do not count.
+
+    Raises: UserError if a data set cannot be opened, or has some classes of the training set and others.
+    """
+
+    def open_one(key: str) -> LabelSet | None:
+        url = getattr(cfg, key)
+        if url is None:
+            return None
+        dataset = open_dataset(url, key)
+        # Names that other sources have may be those of whole images.
+        names = dataset.class_names if isinstance(dataset, SegmentationDataset) else []
+        return LabelSet(key, url, dataset, list(dataset.ignore_labels), names)
+
+    train, val, test = map(open_one, ("train_dataset_name", "val_dataset_name", "test_dataset_name"))
+    assert train is not None
+    assert test is not None
+    val, test = (None if each is None else _with_numbers_of(train, each, cfg) for each in (val, test))
+    assert test is not None
+    if cfg.ignore_labels is not None:
+        logger.info("labels that do not count: %s, as ignore_labels says", cfg.ignore_labels or "none")
+        return LabelSets(train, val, test, cfg.ignore_labels)
+    left_out = [set(each.own_ignore_labels) for each in (train, val, test) if each is not None and each.numbers is None]
+    ignore_labels = sorted(
+        set().union(*left_out) | {UNLABELLED for each in (val, test) if each is not None and each.numbers is not None}
+    )
+    logger.info("labels that do not count: %s, as the data sets say; ignore_labels=[...] overrides", ignore_labels)
+    differing = set().union(*left_out) - set.intersection(*left_out)
+    if differing:
+        names = (train.class_names[label] if label < len(train.class_names) else str(label) for label in differing)
+        logger.warning(
+            "labels %s are left out by one of the data sets and not by another, so they count in none; "
+            "ignore_labels=[...] overrides",
+            ", ".join(sorted(names)),
+        )
+    return LabelSets(train, val, test, ignore_labels)
+
+
+def _with_numbers_of(train: LabelSet, other: LabelSet, cfg: SegmentationConfig) -> LabelSet:
+    if other.class_names == train.class_names:
+        return other
+    left_out = other.own_ignore_labels if cfg.ignore_labels is None else ()
+    counting = [label for label in range(len(other.class_names)) if label not in left_out]
+    names = [other.class_names[label] for label in counting]
+    found = match_classes(names, other.where, train.class_names, train.where)
+    if found is None:
+        return other
+    numbers = torch.arange(NUM_LABELS, dtype=torch.uint8)
+    numbers[counting] = torch.tensor(found, dtype=torch.uint8)
+    numbers[list(left_out)] = UNLABELLED
+    return replace(other, numbers=numbers)
+
+
+def warn_of_labels(
+    labels: LabelSet, pixels: Int64[Tensor, "256"], ignore_labels: Sequence[int], class_names: Sequence[str]
+) -> None:
+    """Warn where most pixels do not count, or a label has no name though others have.
+
+    Args:
+        labels: the data set.
+        pixels: how many have each label, in the numbers of the training set.
+        ignore_labels: labels that do not count, in these numbers.
+        class_names: of the training set.
+    """
+    total = max(1, int(pixels.sum()))
+    for label in ignore_labels:
+        if 2 * int(pixels[label]) > total:
+            logger.warning(
+                "%s: label %d covers %.0f%% of the pixels and does not count; if it is a class, give ignore_labels "
+                "without it",
+                *(labels.where, label, 100 * int(pixels[label]) / total),
+            )
+    nameless = [label for label in pixels.nonzero().flatten().tolist() if label >= len(class_names) > 0]
+    nameless = [str(label) for label in nameless if label not in ignore_labels]
+    if nameless:
+        logger.warning(
+            "%s: labels without a name count as classes: %s; %d classes have a name, counted from 0",
+            *(labels.where, ", ".join(nameless[:10]), len(class_names)),
+        )
+
+
+def prepare_pair(
+    image: Image.Image, target: Any, resolution: int, numbers: UInt8[Tensor, "256"] | None = None
+) -> tuple[Tensor, Tensor]:
     """Image and label image as squares of `resolution` pixels: uint8 [3, h, w] and [h, w].
+
+    Args:
+        image: upright.
+        target: its label image, which fits the upright image.
+        resolution: see above.
+        numbers: what each label becomes, if not itself.
 
     Raises: UserError if the label image is none, or of another size than the image.
     """
     if not isinstance(target, Image.Image):
         raise UserError(f"the label is {type(target).__name__}, not a label image; give a data set for segmentation")
     if target.size != image.size:
+        turned = target.size == image.size[::-1]
+        remedy = "the image is turned by its EXIF orientation, perhaps; turn its label image too" if turned else ""
         raise UserError(
             f"the image has {image.width}x{image.height} pixels and its label image {target.width}x{target.height}; "
-            "make them the same size"
+            f"{remedy or 'make them the same size'}"
         )
     size = (resolution, resolution)
     pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
     labels = np.asarray(target.resize(size, Image.Resampling.NEAREST))
-    return torch.from_numpy(pixels.copy()).movedim(-1, 0).contiguous(), torch.from_numpy(labels.copy())
+    labels = torch.from_numpy(labels.copy())
+    labels = labels if numbers is None else numbers[labels.long()]
+    return torch.from_numpy(pixels.copy()).movedim(-1, 0).contiguous(), labels
 
 
 def to_patches(labels: UInt8[Tensor, "b h w"], patch_size: int) -> UInt8[Tensor, "patches pixels"]:
@@ -276,31 +413,59 @@ class TrainingPatches:
     """Standardised features of the training patches and the labels of their pixels, the same on every rank.
 
     Rows: patches to fit on; then those of held-out images; of these, the ones whose majority label is ignored come last
-    and are evaluated, but never fitted on. So each part is a view. Memory: the features, twice while they are read.
+    and are evaluated, but never fitted on. So each part is a view. `images` has the training image of each row, as a
+    place in `chosen`, or -1 if it is of the validation set. Memory: the features, twice while they are read.
     """
 
-    def __init__(self, cfg: SegmentationConfig, model: FrozenModel) -> None:
-        train = open_dataset(cfg.train_dataset_name, "train_dataset_name")
-        self.class_names: list[str] = getattr(train, "class_names", [])
-        chosen = torch.arange(len(train))
-        if cfg.max_train_images is not None and cfg.max_train_images < len(train):
-            chosen = torch.linspace(0, len(train) - 1, cfg.max_train_images).round().long()
-        if cfg.val_dataset_name is None:
-            fit, held_out = split_off(len(chosen), cfg.val_proportion, cfg.seed)
-            sources = [(train, chosen[fit]), (train, chosen[held_out])]
+    def __init__(self, cfg: SegmentationConfig, model: FrozenModel, sets: LabelSets) -> None:
+        train, val = sets.train, sets.val
+        self.ignore_labels, self.class_names = sets.ignore_labels, train.class_names
+        self.chosen = torch.arange(len(train.dataset))
+        if cfg.max_train_images is not None and cfg.max_train_images < len(self.chosen):
+            self.chosen = torch.linspace(0, len(self.chosen) - 1, cfg.max_train_images).round().long()
+        num = len(self.chosen)
+        most = max(cfg.labelled_images, default=0)
+        require(most <= num, "labelled_images", most, f"there are {num} training images; give smaller numbers")
+        if val is None:
+            fit, held_out = split_off(num, cfg.val_proportion, cfg.seed)
+            of_val = self.chosen[held_out]
         else:
-            val = open_dataset(cfg.val_dataset_name, "val_dataset_name")
-            sources = [(train, chosen), (val, torch.arange(len(val)))]
-        self.num_images = sum(len(indices) for _, indices in sources)
-        titles = ("training images", "validation images")
-        (fit_x, fit_y), (val_x, val_y) = (
-            self._read(cfg, model, *source, title) for source, title in zip(sources, titles, strict=True)
-        )
-        fit_x, fit_y = (column[~is_ignored(majority_label(fit_y), cfg.ignore_labels)] for column in (fit_x, fit_y))
-        dropped = is_ignored(majority_label(val_y), cfg.ignore_labels)
+            fit, held_out = torch.arange(num), torch.full((len(val.dataset),), -1)
+            of_val = torch.arange(len(val.dataset))
+        fit_x, fit_y = self._read(cfg, model, train, self.chosen[fit], "training images")
+        val_x, val_y = self._read(cfg, model, val or train, of_val, "validation images")
+        self.num_images, num_patches = len(fit) + len(held_out), len(fit_y) // len(fit)
+        counts, val_counts = (_count_labels(y, num_patches) for y in (fit_y, val_y))
+        if val is not None:
+            warn_of_labels(val, val_counts.sum(dim=0), self.ignore_labels, self.class_names)
+        else:
+            order, counts = torch.cat([fit, held_out]), torch.cat([counts, val_counts])
+            # Only once they are read it is known which classes the images have.
+            has_class = (counts[order.argsort()] > 0) & ~is_ignored(
+                torch.arange(NUM_LABELS, dtype=torch.uint8), self.ignore_labels
+            )
+            fit, again = split_off(num, cfg.val_proportion, cfg.seed, has_class)
+            if not torch.equal(again, held_out):
+                held_out, place = again, order.argsort()
+                fit_x, val_x, fit_y, val_y = (
+                    column[(place[part].unsqueeze(1) * num_patches + torch.arange(num_patches)).flatten()]
+                    for column in (torch.cat([fit_x, val_x]), torch.cat([fit_y, val_y]))
+                    for part in (fit, held_out)
+                )
+        warn_of_labels(train, counts.sum(dim=0), self.ignore_labels, self.class_names)
+        counts_in_fit = ~is_ignored(majority_label(fit_y), self.ignore_labels)
+        dropped = is_ignored(majority_label(val_y), self.ignore_labels)
         order = dropped.int().argsort(stable=True)
-        self.num_fit, self.num_refit = len(fit_x), len(fit_x) + int((~dropped).sum())
-        self.features, self.pixels = torch.cat([fit_x, val_x[order]]), torch.cat([fit_y, val_y[order]])
+        self.num_fit = int(counts_in_fit.sum())
+        self.num_refit = self.num_fit + int((~dropped).sum())
+        self.features, self.pixels, self.images = (
+            torch.cat([of_fit[counts_in_fit], of_val[order]])
+            for of_fit, of_val in (
+                (fit_x, val_x),
+                (fit_y, val_y),
+                (fit.repeat_interleave(num_patches), held_out.repeat_interleave(num_patches)),
+            )
+        )
         del fit_x, val_x
         self.labels = majority_label(self.pixels)
         self._check(cfg)
@@ -311,23 +476,23 @@ class TrainingPatches:
 
     @staticmethod
     def _read(
-        cfg: SegmentationConfig, model: FrozenModel, dataset: ImageDataset, indices: Tensor, title: str
+        cfg: SegmentationConfig, model: FrozenModel, labels: LabelSet, indices: Tensor, title: str
     ) -> tuple[Tensor, ...]:
-        def compute(features: Features, labels: Tensor) -> tuple[Tensor, Tensor]:
-            return features.feature_map.flatten(0, 2), to_patches(labels, model.patch_size)
+        def compute(features: Features, pixels: Tensor) -> tuple[Tensor, Tensor]:
+            return features.feature_map.flatten(0, 2), to_patches(pixels, model.patch_size)
 
-        return extract(model, _batches(cfg, dataset, model, title, indices.tolist()), compute)
+        return extract(model, _batches(cfg, labels, model, title, indices.tolist()), compute)
 
     def _check(self, cfg: SegmentationConfig) -> None:
-        present = set(self.labels[: self.num_fit].unique().tolist()) - set(cfg.ignore_labels)
+        present = set(self.labels[: self.num_fit].unique().tolist()) - set(self.ignore_labels)
         if len(present) < 2:
             raise UserError(
                 f"train_dataset_name={cfg.train_dataset_name}: patches have {len(present)} different labels "
-                f"({sorted(present)}) beside ignore_labels={cfg.ignore_labels}; classification needs two: check the "
+                f"({sorted(present)}) beside ignore_labels={self.ignore_labels}; classification needs two: check the "
                 "label images, and whether ignore_labels names a class that counts"
             )
         counted = self.pixels[self.num_fit :]
-        seen = set(counted.unique().tolist()) - set(cfg.ignore_labels)
+        seen = set(counted.unique().tolist()) - set(self.ignore_labels)
         key = (
             f"val_proportion={cfg.val_proportion}"
             if cfg.val_dataset_name is None
@@ -347,12 +512,18 @@ class TrainingPatches:
         return self.class_names[label] if label < len(self.class_names) else str(label)
 
 
+def _count_labels(pixels: UInt8[Tensor, "patches pixels"], num_patches: int) -> Int64[Tensor, "images 256"]:
+    """How many pixels of each image have each label."""
+    counts = [image.flatten().bincount(minlength=NUM_LABELS) for image in pixels.split(num_patches)]
+    return torch.stack(counts)
+
+
 def _batches(
-    cfg: SegmentationConfig, dataset: ImageDataset, model: FrozenModel, title: str, indices: list[int] | None = None
+    cfg: SegmentationConfig, labels: LabelSet, model: FrozenModel, title: str, indices: list[int] | None = None
 ) -> ImageBatches:
     return ImageBatches(
-        dataset,
-        functools.partial(prepare_pair, resolution=cfg.resolution),
+        labels.dataset,
+        functools.partial(prepare_pair, resolution=cfg.resolution, numbers=labels.numbers),
         batch_size=cfg.batch_size,
         num_workers=cfg.num_workers,
         indices=indices,
@@ -363,6 +534,28 @@ def _batches(
 
 Predict = Callable[[Float[Tensor, "q d"]], UInt8[Tensor, "q pixels"]]
 """From standardised features on the device to labels of the patches' pixels."""
+
+
+def knn_classifier(cfg: SegmentationConfig, features: Tensor, pixels: Tensor, k: int, distance: str) -> Predict:
+    """The most frequent label of the k nearest patches, pixel by pixel."""
+
+    def predict(some: Tensor) -> Tensor:
+        dtype = getattr(torch, cfg.knn_dtype)
+        _, found = nearest(some, features, k, distance, train_chunk=cfg.knn_chunk, dtype=dtype)
+        ((_, predicted),) = majority_votes(found, pixels, [k])
+        return predicted
+
+    return predict
+
+
+def linear_classifier(weight: Tensor, bias: Tensor, num_pixels: int) -> Predict:
+    """The most likely label of a patch, for all of its pixels."""
+
+    def predict(some: Tensor) -> Tensor:
+        labels = [torch.addmm(bias, rows.to(bias.device), weight.T).argmax(dim=1) for rows in some.split(ROWS)]
+        return torch.cat(labels).to(torch.uint8).unsqueeze(1).expand(-1, num_pixels)
+
+    return predict
 
 
 def choose_knn(cfg: SegmentationConfig, data: TrainingPatches, device: torch.device) -> tuple[dict[str, Any], Predict]:
@@ -377,18 +570,12 @@ def choose_knn(cfg: SegmentationConfig, data: TrainingPatches, device: torch.dev
     for distance in cfg.knn_distances:
         _, found = nearest(queries, fit, max(cfg.knn_ks), distance, train_chunk=cfg.knn_chunk, dtype=dtype)
         for k, predicted in majority_votes(found, data.pixels[: data.num_fit], cfg.knn_ks):
-            confusion = all_reduce_sum_(confusion_matrix(truth, predicted, cfg.ignore_labels))
-            scores[f"{distance}, k={k}"] = segmentation_metrics(confusion, cfg.ignore_labels)["mIoU"]
+            confusion = all_reduce_sum_(confusion_matrix(truth, predicted, data.ignore_labels))
+            scores[f"{distance}, k={k}"] = segmentation_metrics(confusion, data.ignore_labels)["mIoU"]
             logger.info("k-NN, %s, k=%d: %.4f validation mIoU", distance, k, scores[f"{distance}, k={k}"])
     best = max(scores, key=lambda name: scores[name])
     distance, k = best.split(", k=")
-    features, pixels = data.features[: data.num_refit], data.pixels[: data.num_refit]
-
-    def predict(some: Tensor) -> Tensor:
-        _, found = nearest(some, features, int(k), distance, train_chunk=cfg.knn_chunk, dtype=dtype)
-        ((_, predicted),) = majority_votes(found, pixels, [int(k)])
-        return predicted
-
+    predict = knn_classifier(cfg, data.features[: data.num_refit], data.pixels[: data.num_refit], int(k), distance)
     return {"k": int(k), "distance": distance, "val_mIoU": scores[best], "search": scores}, predict
 
 
@@ -405,16 +592,12 @@ def choose_logreg(
         labels = data.labels[:num_rows].long().to(device)
         return fit_logistic(features, labels, num_classes, c, max_iter=cfg.logreg_max_iter, tol=cfg.logreg_tol)
 
-    def classify(some: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        labels = [torch.addmm(bias, rows.to(device), weight.T).argmax(dim=1) for rows in some.split(ROWS)]
-        return torch.cat(labels).to(torch.uint8).unsqueeze(1).expand(-1, pixels_per_patch)
-
     mine = {}
     for c in cfg.logreg_cs[rank() :: world_size()]:
-        predicted = classify(data.features[data.num_fit :], *fit(data.num_fit, c))
+        predicted = linear_classifier(*fit(data.num_fit, c), pixels_per_patch)(data.features[data.num_fit :])
         truth = data.pixels[data.num_fit :].to(device)
-        confusion = confusion_matrix(truth, predicted, cfg.ignore_labels)
-        mine[c] = segmentation_metrics(confusion, cfg.ignore_labels)["mIoU"]
+        confusion = confusion_matrix(truth, predicted, data.ignore_labels)
+        mine[c] = segmentation_metrics(confusion, data.ignore_labels)["mIoU"]
         logger.info("logistic regression, C=%.3g: %.4f validation mIoU", c, mine[c])
     found: dict[float, float] = {}
     for part in gather_objects(mine):
@@ -423,7 +606,68 @@ def choose_logreg(
     best = max(scores, key=lambda c: scores[c])
     weight, bias = fit(data.num_refit, best)
     settings = {"C": best, "val_mIoU": scores[best], "search": {f"C={c:.3g}": score for c, score in scores.items()}}
-    return settings, lambda some: classify(some, weight, bias), {"weight": weight.cpu(), "bias": bias.cpu()}
+    return settings, linear_classifier(weight, bias, pixels_per_patch), {"weight": weight.cpu(), "bias": bias.cpu()}
+
+
+# ------------------------------------------------------------------------------------------- few labelled images
+
+
+def choose_images(has_class: Bool[Tensor, "n c"], num: int, seed: int) -> list[int]:
+    """Images in which classes occur equally often, as far as that goes; all of them as soon as `num` allows.
+
+    One after the other: the image with the most of those classes that have occurred least so far; among equals, the
+    first in a random order.
+    """
+    order = torch.randperm(len(has_class), generator=torch.Generator().manual_seed(seed))
+    has_class = has_class[order]
+    is_free = torch.ones(len(order), dtype=torch.bool)
+    times = torch.zeros(has_class.shape[1], dtype=torch.int64)
+    chosen = []
+    for _ in range(num):
+        is_left = has_class[is_free].any(dim=0)
+        least = times[is_left].min() if is_left.any() else 0
+        gains = (has_class & is_left & (times == least)).sum(dim=1).where(is_free, -1)
+        best = int(gains.argmax())
+        is_free[best] = False
+        times += has_class[best]
+        chosen.append(int(order[best]))
+    return chosen
+
+
+def fit_on_few(
+    cfg: SegmentationConfig, data: TrainingPatches, classifier: str, num: int, device: torch.device
+) -> tuple[dict[str, Any], list[Predict]]:
+    """Classifiers that have the labels of `num` training images, one for each of `labelled_repeats` choices.
+
+    No labels are left to choose hyper-parameters by, so these are fixed: `FEW_K` neighbours by cosine similarity, and a
+    penalty of `FEW_PENALTY` * |weight|^2 beside the mean cross-entropy. Features are standardised as all training
+    images are, which needs no labels.
+
+    Raises: UserError if the images of a choice have a single class.
+    """
+    rows = (data.images[: data.num_refit] >= 0).nonzero().squeeze(1)
+    has_class = torch.zeros(len(data.chosen), NUM_LABELS, dtype=torch.bool)
+    has_class[data.images[rows], data.labels[rows].long()] = True
+    choices, predictors = [], []
+    for repeat in range(cfg.labelled_repeats):
+        images = sorted(choose_images(has_class, num, derive_seed(cfg.seed, "labelled images", repeat)))
+        mine = rows[torch.isin(data.images[rows], torch.tensor(images))]
+        features, labels = data.features[mine.to(data.features.device)], data.labels[mine].long()
+        present, all_present = len(labels.unique()), int(has_class.any(dim=0).sum())
+        require(present > 1, "labelled_images", num, "so many images have one class alone; classifiers need two")
+        if present < all_present:
+            logger.warning("labelled_images=%d: choice %d has %d of %d classes", num, repeat, present, all_present)
+        if classifier == "knn":
+            predictors.append(knn_classifier(cfg, features, data.pixels[mine], min(FEW_K, len(mine)), "cosine"))
+        else:
+            c = 1 / (2 * FEW_PENALTY * len(mine))
+            fitted = fit_logistic(
+                features.to(device), labels.to(device), int(labels.max()) + 1, c, max_iter=cfg.logreg_max_iter
+            )
+            predictors.append(linear_classifier(*fitted, data.pixels.shape[1]))
+        choices.append(data.chosen[images].tolist())
+    fixed = {"k": FEW_K, "distance": "cosine"} if classifier == "knn" else {"penalty": FEW_PENALTY}
+    return {"images": choices, **fixed}, predictors
 
 
 # --------------------------------------------------------------------------------------------------- evaluation
@@ -431,15 +675,18 @@ def choose_logreg(
 
 def evaluate(cfg: SegmentationConfig, model: FrozenModel, results: Results) -> None:
     """Fit and test every classifier that has no result yet."""
+    with_few = {f"{name}_{num}_images": (name, num) for num in cfg.labelled_images for name in cfg.classifiers}
     wanted = [name for name in cfg.classifiers if name not in results]
-    if not wanted:
-        logger.info("nothing to do: %s has %s", results.path, ", ".join(cfg.classifiers))
+    few_wanted = [name for name in with_few if name not in results]
+    sets = open_label_sets(cfg)
+    results.note_data(**{each.key: each.dataset for each in (sets.train, sets.val, sets.test) if each is not None})
+    if not wanted and not few_wanted:
+        logger.info("nothing to do: %s has %s", results.path, ", ".join([*cfg.classifiers, *with_few]))
         return
     if cfg.resolution % model.patch_size:
         raise UserError(f"resolution={cfg.resolution}: must be a multiple of the model's patch size {model.patch_size}")
-    test = open_dataset(cfg.test_dataset_name, "test_dataset_name")
     started = time.monotonic()
-    data = TrainingPatches(cfg, model)
+    data = TrainingPatches(cfg, model, sets)
     seconds = {"features": time.monotonic() - started}
     grid = cfg.resolution // model.patch_size
     results.note(
@@ -447,16 +694,17 @@ def evaluate(cfg: SegmentationConfig, model: FrozenModel, results: Results) -> N
         resolution=cfg.resolution,
         grid=[grid, grid],
         standardization=cfg.standardization,
-        ignore_labels=cfg.ignore_labels,
+        ignore_labels=sets.ignore_labels,
+        own_ignore_labels={each.key: each.own_ignore_labels for each in sets[:3] if each is not None},
         num_train_images=data.num_images,
         num_train_patches=data.num_refit,
-        num_test_images=len(test),
+        num_test_images=len(sets.test.dataset),
         feature_dim=data.features.shape[1],
     )
     dumps = results.output_dir / "dumps"
     if cfg.dump_features:
         patches = {"features": data.features[: data.num_refit], "pixel_labels": data.pixels[: data.num_refit]}
-        _dump(dumps / "train_patches.safetensors", patches)
+        _dump(dumps / "train_patches.safetensors", patches, results)
     predictors: dict[str, Predict] = {}
     settings: dict[str, dict[str, Any]] = {}
     for name in wanted:
@@ -467,14 +715,17 @@ def evaluate(cfg: SegmentationConfig, model: FrozenModel, results: Results) -> N
             settings[name], predictors[name], weights = choose_logreg(cfg, data, model.device)
             if cfg.dump_classifier:
                 shift, scale = data.standardizer.shift, data.standardizer.scale
-                _dump(dumps / "logreg.safetensors", weights | {"shift": shift, "scale": scale})
+                _dump(dumps / "logreg.safetensors", weights | {"shift": shift, "scale": scale}, results)
         seconds[name] = time.monotonic() - started
+    few: dict[str, list[Predict]] = {}
+    for name in few_wanted:
+        settings[name], few[name] = fit_on_few(cfg, data, *with_few[name], model.device)
 
     started = time.monotonic()
-    outcome = run_test(cfg, model, test, data, predictors)
+    outcome = run_test(cfg, model, sets.test, data, predictors, few)
     seconds["test"] = time.monotonic() - started
     for name in wanted:
-        scores = segmentation_metrics(outcome.confusions[name], cfg.ignore_labels, data.class_names)
+        scores = segmentation_metrics(outcome.confusions[name], data.ignore_labels, data.class_names)
         results.add(name, scores | {"settings": settings[name]})
         logger.info(
             "%s: mIoU %.4f, without ignored classes %.4f, pixel accuracy %.4f, mean accuracy %.4f",
@@ -485,10 +736,20 @@ def evaluate(cfg: SegmentationConfig, model: FrozenModel, results: Results) -> N
             scores["mean_acc"],
         )
         if cfg.dump_predictions:
-            _dump(dumps / f"predictions_{name}.safetensors", {"labels": outcome.predictions[name]})
+            _dump(dumps / f"predictions_{name}.safetensors", {"labels": outcome.predictions[name]}, results)
+    for name in few_wanted:
+        scores = [segmentation_metrics(each, data.ignore_labels) for each in outcome.few_confusions[name]]
+        each_repeat = {key: [each[key] for each in scores] for key in ("mIoU", "mIoU_valid", "acc", "mean_acc")}
+        means = {key: float(np.mean(values)) for key, values in each_repeat.items()}
+        spread = {f"std_{key}": float(np.std(values)) for key, values in each_repeat.items()}
+        results.add(name, means | spread | {"each_repeat": each_repeat, "settings": settings[name]})
+        logger.info(
+            "%s: mIoU %.4f, standard deviation %.4f over %d choices of images",
+            *(name, means["mIoU"], spread["std_mIoU"], len(scores)),
+        )
     results.note(parts_s={part: round(value, 1) for part, value in seconds.items()})
     if outcome.pictures and rank() == 0:
-        draw_predictions(outcome.pictures, data.class_names, cfg.ignore_labels).savefig(
+        draw_predictions(outcome.pictures, data.class_names, data.ignore_labels).savefig(
             results.artifacts() / "segmentation.png"
         )
 
@@ -498,6 +759,8 @@ class Outcome:
     """What came of the test images, on every rank."""
 
     confusions: dict[str, Int64[Tensor, "256 256"]]
+    few_confusions: dict[str, list[Int64[Tensor, "256 256"]]]
+    """Of the classifiers with few labelled images, one for each choice of them."""
     predictions: dict[str, Tensor]
     """Label images [n, h, w] of each classifier, if they are dumped."""
     pictures: list[dict[str, np.ndarray]]
@@ -507,25 +770,36 @@ class Outcome:
 def run_test(
     cfg: SegmentationConfig,
     model: FrozenModel,
-    test: ImageDataset,
+    test: LabelSet,
     data: TrainingPatches,
     predictors: dict[str, Predict],
+    few: dict[str, list[Predict]],
 ) -> Outcome:
     """One pass over the test images for all classifiers. Memory: one batch, and what is dumped."""
     batches = _batches(cfg, test, model, "test images")
-    drawn = set(torch.linspace(0, len(test) - 1, min(cfg.num_pictures, len(test))).round().long().tolist())
+    num_test = len(test.dataset)
+    drawn = set(torch.linspace(0, num_test - 1, min(cfg.num_pictures, num_test)).round().long().tolist())
     confusions = {name: torch.zeros(NUM_LABELS, NUM_LABELS, dtype=torch.int64) for name in predictors}
+    few_confusions = {
+        name: [torch.zeros(NUM_LABELS, NUM_LABELS, dtype=torch.int64) for _ in choices] for name, choices in few.items()
+    }
+    counts = torch.zeros(NUM_LABELS, dtype=torch.int64)
     dumped: dict[str, list[Tensor]] = {name: [] for name in predictors}
     pictures: list[dict[str, np.ndarray]] = []
     position = batches.share.start
     for images, truth in batches:
         features = data.standardizer.apply_(model(images).feature_map.flatten(0, 2))
-        predicted = {
-            name: from_patches(predict(features).cpu(), cfg.resolution, cfg.resolution, model.patch_size)
-            for name, predict in predictors.items()
-        }
+        counts += truth.flatten().bincount(minlength=NUM_LABELS)
+
+        def label_images(predict: Predict, features: Tensor = features) -> Tensor:
+            return from_patches(predict(features).cpu(), cfg.resolution, cfg.resolution, model.patch_size)
+
+        predicted = {name: label_images(predict) for name, predict in predictors.items()}
+        for name, choices in few.items():
+            for number, predict in enumerate(choices):
+                few_confusions[name][number] += confusion_matrix(truth, label_images(predict), data.ignore_labels)
         for name, labels in predicted.items():
-            confusions[name] += confusion_matrix(truth, labels, cfg.ignore_labels)
+            confusions[name] += confusion_matrix(truth, labels, data.ignore_labels)
             if cfg.dump_predictions:
                 dumped[name].append(labels)
         for i in range(len(images)):
@@ -533,22 +807,25 @@ def run_test(
                 shown = {"image": images[i].movedim(0, -1).numpy(), "truth": truth[i].numpy()}
                 pictures.append(shown | {name: labels[i].numpy() for name, labels in predicted.items()})
         position += len(images)
-    for confusion in confusions.values():
+    for confusion in itertools.chain([counts], confusions.values(), *few_confusions.values()):
         all_reduce_sum_(confusion)
-        if not int(confusion.sum()):
-            raise UserError(f"test_dataset_name={cfg.test_dataset_name}: no pixel has a label beside ignore_labels")
+    if is_ignored(counts.nonzero().to(torch.uint8), data.ignore_labels).all():
+        raise UserError(f"{test.where}: no pixel has a label beside ignore_labels={data.ignore_labels}")
+    warn_of_labels(test, counts, data.ignore_labels, data.class_names)
     empty = torch.empty(0, cfg.resolution, cfg.resolution, dtype=torch.uint8)
     predictions = {
         name: all_gather_rows(torch.cat([empty, *parts])) for name, parts in dumped.items() if cfg.dump_predictions
     }
     gathered = [picture for part in gather_objects(pictures) for picture in part]
-    return Outcome(confusions, predictions, gathered)
+    return Outcome(confusions, few_confusions, predictions, gathered)
 
 
-def _dump(path: Path, tensors: dict[str, Tensor]) -> None:
+def _dump(path: Path, tensors: dict[str, Tensor], results: Results) -> None:
+    """Write a file that says what it was made of, as an older one may lie beside it."""
     if rank() == 0:
         path.parent.mkdir(exist_ok=True)
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+        on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+        save_safetensors(on_cpu, path, {"made_of": json.dumps(results.identity())})
         logger.info("wrote %s", path)
 
 

@@ -180,6 +180,7 @@ def evaluate(cfg: VisualizationsConfig, model: FrozenModel, results: Results) ->
     """Draw the pictures that `results` do not have yet."""
     grid = grid_size(cfg, model)
     dataset = open_dataset(cfg.dataset_name, "dataset_name")
+    results.note_data(dataset_name=dataset)
     if len(dataset) < cfg.num_images:
         logger.info("num_images=%d: the data set has %d images, all are drawn", cfg.num_images, len(dataset))
     numbers = evenly_spaced(len(dataset), cfg.num_images)

@@ -760,8 +760,7 @@ def _follows_to(is_kind: Callable[[], bool]) -> bool:
 def _list_images_cached(root: Path, cache_dir: Path) -> Listing:
     """As `_list_images`, from a file that is valid until a folder's modification time or `image_endings` changes."""
     resolved = str(root.resolve())
-    what = os.fsencode(" ".join([resolved, *IMAGE_EXTENSIONS]))
-    cache = cache_dir / f"{hashlib.blake2b(what, digest_size=16).hexdigest()}.npz"
+    cache = cache_dir / f"{hashlib.blake2b(os.fsencode(resolved), digest_size=16).hexdigest()}.npz"
     try:
         with cache.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             about = json.loads(stored["about"].tobytes())

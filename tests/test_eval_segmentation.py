@@ -21,6 +21,7 @@ from config import load_config
 from eval_segmentation import (
     STANDARDIZATIONS,
     Standardizer,
+    choose_images,
     confusion_matrix,
     from_patches,
     is_ignored,
@@ -29,6 +30,7 @@ from eval_segmentation import (
     to_patches,
 )
 from neighbors import majority_votes, nearest
+from utils import UserError
 
 IGNORED = (0, 255)
 
@@ -373,3 +375,191 @@ def test_the_demo_data_has_names_for_its_labels():
 
     dataset = make_dataset(f"custom://Segmentation?root='{ROOT}/demo_data/emoji_on_scenes/val'")
     assert dataset.class_names[0] == "background" and len(dataset.class_names) == 7
+    assert dataset.ignore_labels == [255], "background counts"
+
+
+# ------------------------------------------------------------------------------------ which labels count, and as what
+
+
+def evaluate(data, output_dir, *more):
+    assert eval_segmentation.main(arguments(data, output_dir, "classifiers=[knn]", "num_pictures=0", *more)) == 0
+    return results_in(output_dir)
+
+
+@pytest.fixture
+def own(data, tmp_path):
+    """A copy of the data, to change."""
+    shutil.copytree(data, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def relabel(folder, numbers, names=None):
+    """Give labels other numbers, and classes names of their own."""
+    for path in folder.glob("masks/*.png"):
+        Image.fromarray(np.asarray(numbers, dtype=np.uint8)[np.array(Image.open(path))]).save(path)
+    if names is not None:
+        (folder / "classes.txt").write_text("\n".join(names))
+
+
+def test_background_counts_where_the_data_set_does_not_leave_it_out(finished, data, tmp_path, capsys):
+    found = evaluate(data, tmp_path, "ignore_labels=null")
+    assert found["results"]["knn"]["mIoU"] == results_in(finished)["results"]["knn"]["mIoU"]
+    assert found["config"]["ignore_labels"] is None and found["about"]["ignore_labels"] == [255]
+    assert found["about"]["own_ignore_labels"] == {"train_dataset_name": [255], "test_dataset_name": [255]}
+    err = capsys.readouterr().err
+    assert "labels that do not count: [255], as the data sets say" in err
+
+
+def test_a_class_in_parentheses_does_not_count(own, tmp_path):
+    (own / "classes.txt").write_text("(red)\ngreen\nblue\n")
+    found = evaluate(own, tmp_path / "out", "ignore_labels=null")
+    assert set(found["results"]["knn"]["per_class"]) == {"green", "blue"}
+    assert found["about"]["ignore_labels"] == [0, 255]
+
+
+def test_what_one_data_set_leaves_out_counts_in_none_and_that_is_said(own, tmp_path, capsys):
+    (own / "classes.txt").unlink()
+    (own / "val" / "classes.txt").write_text("(red)\ngreen\nblue\n")
+    found = evaluate(own, tmp_path / "out", "ignore_labels=null")
+    assert found["about"]["ignore_labels"] == [0, 255]
+    assert found["about"]["own_ignore_labels"] == {"train_dataset_name": [255], "test_dataset_name": [0, 255]}
+    err = capsys.readouterr().err
+    assert "labels 0 are left out by one of the data sets and not by another" in err
+
+
+@pytest.mark.parametrize("void", [False, True])
+@pytest.mark.parametrize("key", ["test_dataset_name", "val_dataset_name"])
+def test_classes_in_another_order_are_matched_by_name(own, data, tmp_path, key, void):
+    names = ["blue", "(nothing)", "red", "green"] if void else ["blue", "red", "green"]
+    relabel(own / "val", [names.index(name) for name in ("red", "green", "blue")], names)
+    url = f"{key}=custom://Segmentation?root='{{}}'"
+    same, changed = (
+        evaluate(data, tmp_path / root.parent.name, url.format(root), "ignore_labels=null")
+        for root in (data / "val", own / "val")
+    )
+    assert changed["results"] == same["results"]
+
+
+def test_a_class_that_training_does_not_know_is_refused(own, tmp_path, capsys):
+    (own / "val" / "classes.txt").write_text("red\ngreen\nviolet\n")
+    message = mistake(capsys, arguments(own, tmp_path / "out"))
+    assert "test_dataset_name=" in message and "its class violet is not a class of train_dataset_name=" in message
+
+
+def test_labels_that_are_likely_a_mistake_are_pointed_out(own, tmp_path, capsys):
+    relabel(own / "train", [0, 0, 2])
+    relabel(own / "val", [0, 1, 9])
+    for i, path in enumerate(sorted(own.glob("train/masks/*.png"))[:4]):
+        Image.fromarray(np.full((32, 32), 1 + i % 2, dtype=np.uint8)).save(path)
+    evaluate(own, tmp_path / "out", "ignore_labels=[0]")
+    err = capsys.readouterr().err
+    assert "label 0 covers" in err and "of the pixels and does not count" in err
+    assert "labels without a name count as classes: 9; 3 classes have a name" in err
+
+
+def test_names_of_whole_images_are_not_names_of_pixels(monkeypatch):
+    from sources import ImageDataset
+
+    class Pets(ImageDataset):
+        class_names = ("cat", "dog")
+
+        def __len__(self):
+            return 1
+
+    monkeypatch.setattr(eval_segmentation, "open_dataset", lambda url, key: Pets())
+    sets = eval_segmentation.open_label_sets(eval_segmentation.SegmentationConfig(output_dir="x"))
+    assert sets.train.class_names == [] and sets.ignore_labels == [255]
+
+
+def test_a_turned_image_with_a_mask_that_is_not_is_explained(tmp_path):
+    with pytest.raises(UserError, match="turned by its EXIF orientation, perhaps; turn its label image too"):
+        eval_segmentation.prepare_pair(Image.new("RGB", (4, 6)), Image.new("L", (6, 4)), 8)
+
+
+def test_a_rare_class_is_held_out_too(own, tmp_path, capsys):
+    for i, path in enumerate(sorted(own.glob("train/masks/*.png"))):
+        mask = np.full((32, 32), 2 if i in (4, 11) else 1, dtype=np.uint8)
+        mask[:16] = 0
+        Image.fromarray(mask).save(path)
+    evaluate(own, tmp_path / "out")
+    err = capsys.readouterr().err
+    assert "so it is drawn by class" in err
+    assert "not in the validation images" not in err
+
+
+# ------------------------------------------------------------------------------------------- few labelled images
+
+
+def test_chosen_images_have_all_classes_equally_often():
+    one_each = torch.zeros(30, 4, dtype=torch.bool)
+    one_each[:, 0] = True  # a background
+    one_each[torch.arange(30), 1 + torch.tensor([0] * 26 + [1, 1, 2, 2])] = True
+    for seed in range(5):
+        chosen = choose_images(one_each, 3, seed)
+        assert one_each[chosen].sum(0).tolist() == [3, 1, 1, 1], "one image of each, however rare a class is"
+        assert one_each[choose_images(one_each, 6, seed)].sum(0).tolist() == [6, 2, 2, 2]
+        assert choose_images(one_each, 3, seed) == chosen
+    assert len({tuple(choose_images(one_each, 3, seed)) for seed in range(9)}) > 3, "seeds choose alike"
+    scenes = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.bool)
+    assert {*choose_images(scenes, 2, 0)} == {0, 1}, "two scenes have all four classes"
+    assert sorted(choose_images(torch.zeros(4, 2, dtype=torch.bool), 4, 0)) == [0, 1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def with_few(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("few")
+    more = ("labelled_images=[4,20]", "labelled_repeats=2", "num_pictures=0", "knn_ks=[5]", "knn_distances=[cosine]")
+    assert eval_segmentation.main(arguments(data, folder, *more)) == 0
+    return folder
+
+
+def test_scores_with_few_labelled_images_stand_beside_the_others(with_few):
+    found = results_in(with_few)["results"]
+    assert list(found) == ["knn", "logreg", *(f"{name}_{num}_images" for num in (4, 20) for name in ("knn", "logreg"))]
+    for name, result in found.items():
+        if name.endswith("images"):
+            values = result["each_repeat"]["mIoU"]
+            assert len(values) == 2 and result["mIoU"] == pytest.approx(np.mean(values))
+            assert result["std_mIoU"] == pytest.approx(np.std(values))
+            assert [len(images) for images in result["settings"]["images"]] == [int(name.split("_")[1])] * 2
+            assert result["mIoU"] > 0.5, "colours are easy"
+    # All images, and the hyper-parameters that k-NN has by default there.
+    assert found["knn_20_images"]["mIoU"] == pytest.approx(found["knn"]["mIoU"], rel=1e-6)
+    assert found["knn_20_images"]["std_mIoU"] == 0
+
+
+def test_they_show_in_the_table(with_few):
+    from report import text_table
+
+    entry = {"script": "eval_segmentation.py", "status": "done", "folder": "x", **results_in(with_few)}
+    table = text_table({"name": "mine", "evaluations": {"flowers": entry}, "random": {}, "compared": {}})
+    rows = [line.split() for line in table.splitlines() if "knn_4_images" in line]
+    assert [row[2] for row in rows] == ["mIoU", "mIoU_valid", "acc", "mean_acc"]
+
+
+def test_ranks_share_the_scores_with_few_images(with_few, data, tmp_path):
+    more = ("labelled_images=[4]", "labelled_repeats=2", "num_pictures=0", "classifiers=[knn]", "knn_ks=[5]")
+    run_on_ranks(evaluate_on_rank, 2, arguments(data, tmp_path, *more))
+    assert results_in(tmp_path)["results"]["knn_4_images"] == results_in(with_few)["results"]["knn_4_images"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("labelled_images=[21]", "labelled_images=21: there are 20 training images"),
+        ("labelled_images=[0]", "labelled_images=[0]"),
+        ("labelled_repeats=0", "labelled_repeats=0"),
+    ],
+)
+def test_mistakes_about_few_images_are_explained(data, tmp_path, capsys, override, words):
+    assert words in mistake(capsys, arguments(data, tmp_path, override))
+
+
+# ------------------------------------------------------------------------------------------------------- reuse
+
+
+def test_results_of_data_that_have_changed_are_not_called_done(finished, own, tmp_path, capsys):
+    assert eval_segmentation.main(arguments(own, tmp_path / "out", "classifiers=[knn]")) == 0
+    relabel(own / "val", [1, 0, 2])
+    message = mistake(capsys, arguments(own, tmp_path / "out", "classifiers=[knn]"))
+    assert "results of other data: what is at test_dataset_name=custom" in message and "has changed since" in message
