@@ -14,10 +14,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from config import LauncherConfig
 from utils import UserError, git_revision
@@ -43,18 +44,26 @@ LARGEST_UNTRACKED_MIB = 10
 """An untracked file above this size is data, not code, and stays out of a job's copy of the code."""
 
 
+T = TypeVar("T")
+
+
+class _CutShortError(BaseException):
+    """Raised by the handler of a signal during `StopRequest.wait_for`; nothing in between may take it for a failure."""
+
+
 class StopRequest:
     """Set by SIGTERM, SIGINT and SIGUSR2 (Slurm's warning before its time limit); read at a step boundary.
 
     The handler does nothing but set a flag: a save inside it could run in the middle of an update. A signal that comes
     again changes nothing, because Slurm may send SIGTERM twice within a second. Only a second Ctrl-C acts as if there
-    were no handler, to end a run that hangs.
+    were no handler, to end a run that hangs. A wait that may never end is cut short: see `wait_for`.
     """
 
     def __init__(self) -> None:
         # 1 + index in STOP_SIGNALS of the strongest signal, 0 without any
         self._received = 0
         self._agreed = 0
+        self._waiting = False
         self._interrupted_at: float | None = None
         self._previous: dict[int, object] = {}
 
@@ -78,6 +87,23 @@ class StopRequest:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             self._interrupted_at = self._interrupted_at or now
+        if self._waiting:
+            self._waiting = False
+            raise _CutShortError
+
+    def wait_for(self, get: Callable[[], T]) -> T | None:
+        """What `get` gives; None if a signal comes first, or came before, and then at once.
+
+        `get` is left wherever it is, so that what it works on is of no use any more.
+        """
+        try:
+            try:
+                self._waiting = True
+                return None if self._received else get()
+            finally:
+                self._waiting = False
+        except _CutShortError:  # also from within `finally`
+            return None
 
     @property
     def is_set(self) -> bool:

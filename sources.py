@@ -445,6 +445,19 @@ class DataUrl:
                 raise self.error(f"unknown argument {name}{did_you_mean(name, allowed)}")
         return self.kwargs
 
+    def folder(self, name: str, default: str | None = None) -> Path:
+        """The argument `name`, which is the path of a folder.
+
+        Raises: UserError if it is no text, or missing without a default.
+        """
+        value = self.kwargs.get(name, default)
+        if not isinstance(value, str) or not value.strip():  # empty, it would be the current folder
+            raise self.error(f"needs {name}='/path/of/a/folder'")
+        try:
+            return Path(value).expanduser()
+        except RuntimeError as error:
+            raise self.error(f"{value}: {error}") from error
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the closest known one, or all of them."""
@@ -461,6 +474,8 @@ def parse_data_url(text: str, key: str = "data.dataset") -> DataUrl:
 
     Raises: UserError if a value is not a literal, or a key is missing or given twice.
     """
+    if not text.strip():
+        raise UserError(f"{key}={text!r}: is empty; give a folder of images, or source://name?key=value")
     if "://" not in text:
         return DataUrl(text, key, "custom", "Images", {"root": text})
     source, rest = text.split("://", 1)
@@ -608,10 +623,8 @@ def make_dataset(url: str, *, key: str = "data.dataset", listing_cache: Path | N
 
 def _make_custom(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
     if url.name == "Images":
-        arguments = url.take(("root",))
-        if not isinstance(arguments.get("root"), str):
-            raise url.error("needs root='/path/of/a/folder'")
-        return ImageFolder(url, Path(arguments["root"]).expanduser(), listing_cache)
+        url.take(("root",))
+        return ImageFolder(url, url.folder("root"), listing_cache)
     if url.name == "Segmentation":
         return _make_segmentation_folder(url)
     if url.name not in SEGMENTATION_SETS:
@@ -623,7 +636,7 @@ def _make_custom(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
     split = arguments.get("split")
     if split not in splits:
         raise url.error(f"needs split= one of {', '.join(map(repr, splits))}")
-    root = Path(arguments.get("root", cache_root() / "datasets" / url.name)).expanduser()
+    root = url.folder("root", str(cache_root() / "datasets" / url.name))
     return SegmentationDataset(list_files(url, root, split), ignore_labels)
 
 
@@ -827,15 +840,13 @@ def _make_segmentation_folder(url: DataUrl) -> SegmentationDataset:
     Class names come from classes.txt, a name a line, in that folder or the one above. Pixels do not count whose label's
     name is in parentheses, such as `(void)`, nor those of label 255, unless it has a name.
     """
-    arguments = url.take(("root", "images", "masks"))
-    if not isinstance(arguments.get("root"), str):
-        raise url.error("needs root='/path/of/a/folder' that has the folders images and masks")
-    root = Path(arguments["root"]).expanduser()
-    images = _by_stem(url, ImageFolder(url, root / arguments.get("images", "images")))
-    masks = _by_stem(url, ImageFolder(url, root / arguments.get("masks", "masks")))
+    url.take(("root", "images", "masks"))
+    root = url.folder("root")
+    images = _by_stem(url, ImageFolder(url, root / url.folder("images", "images")))
+    masks = _by_stem(url, ImageFolder(url, root / url.folder("masks", "masks")))
     alone = [path for stem, path in images.items() if stem not in masks]
     if alone:
-        folder = root / arguments.get("masks", "masks")
+        folder = root / url.folder("masks", "masks")
         raise url.error(f"{len(alone)} images have no mask of the same name in {folder}, such as {alone[0].name}")
     if len(masks) > len(images):
         unused = next(path for stem, path in masks.items() if stem not in images)
@@ -1089,21 +1100,25 @@ def _make_torchvision(url: DataUrl, _: Path | None) -> ImageDataset:
         raise url.error(f"torchvision has no dataset {url.name}{did_you_mean(url.name, known)}")
     cls = getattr(torchvision.datasets, url.name)
     parameters = inspect.signature(cls).parameters
-    arguments, endings = dict(url.take(parameters)), Endings()
+    functions = {"loader", "is_valid_file", "transform", "target_transform", "transforms"}  # no URL can give one
+    arguments, endings = dict(url.take(name for name in parameters if name not in functions)), Endings()
     if "loader" in parameters:
         arguments["loader"] = read_file
     if "is_valid_file" in parameters and "extensions" not in arguments:
         arguments["is_valid_file"] = functools.partial(_counts, endings)
     if "root" in parameters:
-        arguments.setdefault("root", str(cache_root() / "datasets" / url.name))
+        arguments["root"] = str(url.folder("root", str(cache_root() / "datasets" / url.name)))
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in arguments]
     missing = [name for name in missing if parameters[name].kind is not inspect.Parameter.VAR_KEYWORD]
     if missing:
         raise url.error(f"needs {', '.join(f'{name}=' for name in missing)}")
     try:
         dataset = TorchvisionDataset(url, cls(**arguments))
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise url.error(str(error)) from error
+        size = len(dataset)
+    except (*SHARD_ERRORS, ImportError) as error:
+        raise url.error(f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)) from error
+    if size == 0:
+        raise url.error("has no images")
     endings.log(url)
     return dataset
 
@@ -1227,6 +1242,9 @@ class HubStream(ImageStream):
         return f"{self.fields.dataset}, shard {shard}"
 
 
+PACKAGED = {"arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "sql", "text", "webdataset"}
+"""Names that stand for a format of the user's own files, and for no data set."""
+
 SHARD_ERRORS = (*DECODE_ERRORS, tarfile.TarError, lzma.LZMAError, RuntimeError)
 """What reading a damaged shard raises: Arrow's errors are among them, as OSError and ValueError."""
 
@@ -1242,6 +1260,10 @@ def _make_hub(url: DataUrl, _: Path | None) -> ImageDataset | ImageStream:
     image_field, target_field = arguments.pop("img_field", None), arguments.pop("tgt_field", None)
     if "trust_remote_code" in arguments:
         raise url.error("trust_remote_code is not accepted: code that comes with a dataset is never run")
+    if not url.name:
+        raise url.error("needs the name of a data set, as in hf://organisation/name?split='train'")
+    if url.name in PACKAGED and not {"data_files", "data_dir"} & arguments.keys():
+        raise url.error("needs data_files='...' or data_dir='...'; else all files of the current folder would be read")
     if "split" not in arguments:
         raise url.error(f"needs split={_hub_splits(url.name, arguments)}")
     try:
@@ -1308,7 +1330,7 @@ def _hub_splits(name: str, arguments: dict[str, Any]) -> str:
     passed = {key: value for key, value in arguments.items() if key in {"data_files", "data_dir", "revision", "token"}}
     try:
         splits = datasets.get_dataset_split_names(name, arguments.get("name"), **passed)
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError):
+    except (*SHARD_ERRORS, ImportError, datasets.exceptions.DatasetsError):
         return "'train', for example"
     return " or ".join(map(repr, splits))
 

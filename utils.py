@@ -71,7 +71,7 @@ def setup_logging(log_path: Path | None = None, *, quiet: bool = False) -> None:
     console.setLevel(logging.WARNING if quiet else logging.INFO)
     handlers: list[logging.Handler] = [console]
     if log_path is not None:
-        handlers.append(logging.FileHandler(log_path))
+        handlers.append(logging.FileHandler(log_path, errors="backslashreplace"))
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     for old in list(root.handlers):

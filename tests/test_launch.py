@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import distributed
 import launch
 from fsdp import kept_compilations
 from launch import HOLD_SIGNALS, StopRequest, copy_code, requeue, was_requeued
+from utils import UserError
 
 
 def send(number: signal.Signals) -> None:
@@ -34,6 +36,29 @@ def test_the_stronger_signal_counts():
         send(signal.SIGUSR2)
         send(signal.SIGTERM)
         assert stop.name == "SIGUSR2"
+
+
+def test_a_wait_that_never_ends_gives_way_to_a_signal_and_no_other_moment_does():
+    read, write = os.pipe()
+    with StopRequest() as stop:
+        assert stop.wait_for(lambda: 7) == 7
+        timer = threading.Timer(0.05, send, [signal.SIGTERM])
+        timer.start()
+        assert stop.wait_for(lambda: os.read(read, 1)) is None
+        assert stop.name == "SIGTERM"
+        assert stop.wait_for(lambda: os.read(read, 1)) is None, "it waits although a signal came before"
+        send(signal.SIGTERM)
+    with StopRequest() as stop:
+        with pytest.raises(UserError):
+            stop.wait_for(fail)
+        send(signal.SIGTERM)
+        assert stop.is_set
+    for end in (read, write):
+        os.close(end)
+
+
+def fail():
+    raise UserError("as asked")
 
 
 def test_handlers_are_restored():

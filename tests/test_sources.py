@@ -80,6 +80,17 @@ def test_a_data_url_is_split_into_source_name_and_literals(text, source, name, k
         ("torchvision://VisionDataset", "no dataset VisionDataset"),
         ("torchvision://FakeData?sizes=3", "unknown argument sizes; did you mean size?"),
         ("torchvision://ImageFolder?root='/no/such/folder'", "/no/such/folder"),
+        ("custom://Images?root=''", "needs root='/path/of/a/folder'"),
+        ("custom://Images?root='~nobody-of-this-name/x'", "~nobody-of-this-name/x: Could not determine home directory"),
+        ("custom://ADE20K?split='training'&root=5", "needs root='/path/of/a/folder'"),
+        ("custom://Segmentation?root='/x'&images=5", "needs images='/path/of/a/folder'"),
+        ("torchvision://ImageFolder?root=5", "needs root='/path/of/a/folder'"),
+        ("torchvision://ImageFolder?root='/x'&loader='x'", "unknown argument loader"),
+        ("torchvision://FakeData?size='x'", "cannot be interpreted as an integer"),
+        ("torchvision://FakeData?size=0", "has no images"),
+        ("torchvision://PhotoTour?root='/no/such/folder'&name='x'", "KeyError: 'x'"),
+        ("hf://?split='train'", "needs the name of a data set"),
+        ("hf://imagefolder?split='train'", "needs data_files='...' or data_dir='...'"),
         ("hf://parquet?data_files='x.parquet'&split='train'&trust_remote_code=True", "never run"),
         ("/no/such/folder", "the folder /no/such/folder does not exist"),
         (str(Path(__file__)), "is not a folder"),
@@ -91,6 +102,12 @@ def test_a_wrong_data_url_is_refused_with_key_value_and_remedy(text, message, mo
         make_dataset(text)
     assert str(error.value).startswith(f"data.dataset={text}: "), error.value
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_an_empty_name_is_not_the_current_folder(text):
+    with pytest.raises(UserError, match=r"^data.dataset='.*': is empty; give a folder of images"):
+        make_dataset(text)
 
 
 def test_the_message_names_the_key_it_is_given():
