@@ -209,7 +209,7 @@ class LauncherConfig:
     setup: list[str]
     """Shell lines before the run, such as `module load cuda`."""
     sbatch: dict[str, Any]
-    """Further `#SBATCH` options by name; `true` for one without a value."""
+    """Further `#SBATCH` options by name; `true` for one without a value, `false` to leave one of ours out."""
 
     def __post_init__(self) -> None:
         """Check that the job is not stopped when it starts."""
@@ -438,7 +438,8 @@ class DataConfig:
     """Streaming data: independent streams per rank, read by the loader's workers in turn. The order of the images
     depends on it. null: one per worker."""
     max_bad_fraction: float = field(metadata=FRACTION)
-    """Largest fraction of unreadable images; the run stops beyond it, and beyond this fraction of the first 100."""
+    """Largest fraction of unreadable images. The run stops once it is beyond doubt that more are: with 0.05, after 120
+    images or so if 20 % cannot be read."""
     decode: str = field(metadata=one_of("cpu", "gpu"))
     """cpu: the loader's workers decode. gpu: JPEG files go to the CUDA device, which decodes and crops them. The crops
     are the same boxes; colours differ by a few grey levels, since the decoders do."""

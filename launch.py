@@ -7,6 +7,7 @@ steps, save together, and rank 0 puts the job back into the queue; its next star
 
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -15,12 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from config import LauncherConfig
+from config import LauncherConfig, is_one_line, require
 from utils import UserError, git_revision
 
 logger = logging.getLogger("launch")
@@ -230,6 +231,23 @@ class Job:
     output_dir: Path
     launcher: LauncherConfig
 
+    def __post_init__(self) -> None:
+        """Check everything that becomes a line of the job script: a line break in it would begin another one."""
+        given = {f"launcher.{field.name}": getattr(self.launcher, field.name) for field in fields(self.launcher)}
+        lines = {key: value for key, value in given.items() if isinstance(value, str)}
+        lines |= {f"launcher.setup[{number}]": line for number, line in enumerate(self.launcher.setup)}
+        for name, value in self.launcher.sbatch.items():
+            known = re.fullmatch(r"[A-Za-z][\w-]*", name, re.ASCII) is not None
+            require(known, "launcher.sbatch", name, "must be names of sbatch's long options, such as mail-type")
+            is_one = value is None or isinstance(value, str | int | float)
+            require(is_one, f"launcher.sbatch.{name}", value, "must be one text or number, or true")
+            lines[f"launcher.sbatch.{name}"] = str(value)
+        for key, line in (lines | {"output_dir": str(self.output_dir.absolute())}).items():
+            require(is_one_line(line), key, line, "must not contain line breaks or other control characters")
+        folder = str(self.output_dir.absolute())
+        remedy = "Slurm replaces % and \\ in the paths of logs; choose a folder without them"
+        require(not set("%\\") & set(folder), "output_dir", folder, remedy)
+
     def sbatch_script(self, folder: Path) -> str:
         """What sbatch would be given if the job's folder were `folder`. Works without Slurm."""
         return self._executor(folder)._make_submission_file_text(self._command(folder), "")
@@ -305,7 +323,11 @@ class Job:
             stderr_to_stdout=True,
             setup=list(cfg.setup) or None,
             srun_args=["--kill-on-bad-exit=1", "--open-mode=append", *cpus],
-            additional_parameters={"requeue": True, **cfg.sbatch},
+            additional_parameters={
+                key: value
+                for key, value in ({"requeue": True} | cfg.sbatch).items()
+                if value is not None and value is not False
+            },
         )
         return executor
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -11,8 +12,9 @@ from ranks import run_on_ranks
 
 import distributed
 import launch
+from config import LauncherConfig
 from fsdp import kept_compilations
-from launch import HOLD_SIGNALS, StopRequest, copy_code, requeue, was_requeued
+from launch import HOLD_SIGNALS, Job, StopRequest, copy_code, requeue, was_requeued
 from utils import UserError
 
 
@@ -210,6 +212,84 @@ def test_outside_slurm_nothing_happens(slurm_job, monkeypatch, tmp_path):
     assert not (tmp_path / "calls").exists()
     assert signal.getsignal(signal.SIGTERM) == handler
     assert not was_requeued()
+
+
+def job(output_dir: str = "run", **launcher: Any) -> Job:
+    none = dict.fromkeys(
+        ("tasks_per_node", "cpus_per_task", "time_min", "mem", "partition", "account", "qos", "constraint", "exclude")
+    )
+    given: dict[str, Any] = {"num_nodes": 1, "gpus_per_node": 0, "signal_delay_s": 60, "setup": [], "sbatch": {}}
+    return Job(ROOT / "train_capi.py", "", Path(output_dir), LauncherConfig(**(none | given | launcher)))
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\x00", "\x1b", "\u2028", "\x85"])
+@pytest.mark.parametrize(
+    "where",
+    ["mem", "partition", "account", "qos", "constraint", "exclude", "setup", "sbatch value", "sbatch name", "folder"],
+)
+def test_nothing_can_begin_a_line_of_its_own_in_the_job_script(where, character):
+    text = f"a{character}touch pwned"
+    given: dict[str, Any] = {where: text}
+    if where == "setup":
+        given = {"setup": ["module load cuda", text]}
+    elif where.startswith("sbatch"):
+        given = {"sbatch": {"mail-type": text} if where.endswith("value") else {text: "x"}}
+    elif where == "folder":
+        given = {"output_dir": f"{text}/run"}
+    with pytest.raises(UserError, match="must"):
+        job(**given)
+
+
+def test_the_folder_in_which_a_job_is_submitted_counts_too(tmp_path, monkeypatch):
+    (tmp_path / "a\nb").mkdir()
+    monkeypatch.chdir(tmp_path / "a\nb")
+    with pytest.raises(UserError, match=r"output_dir=.*must not contain line breaks"):
+        job()
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a=b", "-x", "--mail-type", "a;b", "ü", "#x"])
+def test_names_of_sbatch_options_are_names(name):
+    with pytest.raises(UserError, match=r"launcher\.sbatch=.*names of sbatch's long options"):
+        job(sbatch={name: "x"})
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": 1}])
+def test_an_sbatch_option_has_one_value(value):
+    with pytest.raises(UserError, match=r"launcher\.sbatch\.mail-type=.*must be one text or number, or true"):
+        job(sbatch={"mail-type": value})
+
+
+@pytest.mark.parametrize("name", ["100%j", "50%", "a\\b"])
+def test_what_slurm_replaces_in_paths_is_refused(name):
+    with pytest.raises(UserError, match=r"output_dir=.*Slurm replaces"):
+        job(name)
+
+
+def test_sbatch_options_that_are_false_or_null_are_left_out(tmp_path):
+    script = job(sbatch={"requeue": False, "comment": None, "nice": 0, "exclusive": True}).sbatch_script(tmp_path)
+    options = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert "#SBATCH --nice=0" in options
+    assert "#SBATCH --exclusive" in options
+    assert not any("requeue" in option or "comment" in option for option in options)
+
+
+def test_whatever_a_folder_is_called_the_script_runs_as_meant_and_nothing_else(tmp_path):
+    name = """it's a "run" $HOME `touch pwned` $(touch pwned) # 1; touch pwned & | > pwned * ~ !x {a,b} 'é"""
+    (tmp_path / "bin").mkdir()
+    srun = tmp_path / "bin" / "srun"
+    srun.write_text("#!/bin/bash\nprintf '%s\\n' \"$@\"\n")
+    srun.chmod(0o755)
+    folder = tmp_path / name / "jobs" / "001"
+    script = job(str(tmp_path / name), partition=" a b'; touch pwned #").sbatch_script(folder)
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-s"], input=script, env={"PATH": path}, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    arguments = done.stdout.splitlines()
+    assert str(folder / "config.yaml") in arguments
+    assert arguments[arguments.index("--output") + 1] == str(folder / "%j_%t_log.out")
+    assert done.stderr == ""
+    assert not (tmp_path / "pwned").exists()
 
 
 @pytest.fixture
