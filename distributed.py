@@ -141,7 +141,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 @contextlib.contextmanager
-def session(device_name: str, *, timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
+def session(device_name: str, *, key: str = "train.device", timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
     """Join the other processes of the job, if there are any, until the block ends; yields this process's device.
 
     Sharded tensors must not outlive the block. If it raises, this rank leaves without waiting, because the others may
@@ -149,12 +149,13 @@ def session(device_name: str, *, timeout: timedelta = TIMEOUT) -> Iterator[torch
 
     Args:
         device_name: `auto`, `cuda`, `mps` or `cpu`.
+        key: of the configuration, under which it was given.
         timeout: how long a rank waits for another, in the start and in every collective.
 
     Raises: UserError if the launcher's variables are wrong, there is no device for this rank, or peers do not answer.
     """
     place = find_place()
-    device = pick_device(device_name, place)
+    device = pick_device(device_name, place, key=key)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     if place.launcher == "alone":
@@ -293,16 +294,20 @@ def broadcast_object(value: T) -> T:
     return values[0]
 
 
-def pick_device(name: str, place: Place = ALONE) -> torch.device:
+def pick_device(name: str, place: Place = ALONE, *, key: str = "train.device") -> torch.device:
     """The device that `auto`, `cuda`, `mps` or `cpu` stands for in this process.
 
-    Raises: UserError if this rank has no GPU of its own, or if several processes would share an Apple GPU.
+    Raises: UserError, with `key`, if there is no such device, if this rank has no GPU of its own, or if several
+        processes would share an Apple GPU.
     """
     if name == "auto":
         alone = place.world_size == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
+    is_there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if name in is_there and not is_there[name]():
+        raise UserError(f"{key}={name}: torch {torch.__version__} finds none on this machine; use {key}=cpu or auto")
     if name == "mps" and place.world_size > 1:
-        raise UserError(f"train.device=mps: one process only, not {place.world_size}; run without a launcher")
+        raise UserError(f"{key}=mps: one process only, not {place.world_size}; run without a launcher")
     if name != "cuda" or place.launcher == "alone":
         return torch.device(name)
     gpus = torch.cuda.device_count()
@@ -311,6 +316,6 @@ def pick_device(name: str, place: Place = ALONE) -> torch.device:
     if index >= gpus:
         raise UserError(
             f"LOCAL_RANK={place.local_rank}: this machine shows {gpus} GPU(s) to the process; start at most that many "
-            "per machine (torchrun --nproc-per-node, launcher.gpus_per_node), or use train.device=cpu"
+            f"per machine (torchrun --nproc-per-node, launcher.gpus_per_node), or use {key}=cpu"
         )
     return torch.device("cuda", index)

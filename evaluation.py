@@ -673,7 +673,7 @@ class Evaluation(Generic[ConfigT]):
         setup_logging()
         try:
             cfg = load_config(self.schema, None, args.sources)
-            with session(cfg.device) as device, dead_workers_explained("num_workers"):
+            with session(cfg.device, key="device") as device, dead_workers_explained("num_workers"):
                 setup_logging(quiet=rank() != 0)
                 if not cfg.output_dir:
                     free = (*SPEED_KEYS, *cfg.free_keys)

@@ -126,6 +126,7 @@ def test_one_process_leaves_the_choice_among_its_gpus_to_torch(monkeypatch):
         assert _get_device_index(device) >= 0
 
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(distributed, "find_place", lambda: ALONE)
     with session("cuda") as device:
         assert device == torch.device("cuda")
@@ -138,6 +139,17 @@ def test_an_apple_gpu_is_for_one_process(monkeypatch):
     assert pick_device("auto", place()) == torch.device("cpu")
     with pytest.raises(UserError, match="one process only, not 2"):
         pick_device("mps", place())
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+@pytest.mark.parametrize("where", [ALONE, Place("torchrun", 0, 0, 2, "host0", 1)])
+def test_a_device_that_is_not_there_is_an_error(monkeypatch, name, where):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=rf"^device={name}: .*finds none on this machine; use device=cpu or auto"):
+        pick_device(name, where, key="device")
+    with pytest.raises(UserError, match=rf"^train\.device={name}: .*use train\.device=cpu"):
+        pick_device(name, where)
 
 
 def reduce_everything():
