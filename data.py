@@ -53,7 +53,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_REPLACEMENTS = 20
 MAX_BAD_IN_A_ROW = 200
 MAX_EMPTY_EPOCHS = 10
-MIN_SEEN_FOR_BAD_FRACTION = 100
+BAD_ODDS = (1.05, 1.2, 1.5, 2.0, 4.0, 16.0, 256.0)
+"""How many times higher than allowed the odds of an unreadable image may be: alternatives that are tested together."""
+BAD_DOUBT = 1e-6
+"""Probability that a rank ever stops a run in which the fraction of unreadable images is as large as allowed."""
 BATCH_TIMEOUT_S = 600.0
 """After so long without any batch, reading is given up. A stream over a slow network may need minutes for its first."""
 CLOSE_TIMEOUT_S = 5.0
@@ -778,6 +781,19 @@ class PretrainLoader:
         )
 
 
+def is_above(limit: float, bad: int, seen: int) -> bool:
+    """Whether more than a fraction `limit` of all images is bad beyond doubt; it may be asked after every batch.
+
+    Let one image be bad with probability p <= limit. For odds o times those of `limit`, the likelihood ratio
+    o^bad / (1 + (o - 1) limit)^seen is then a non-negative supermartingale that begins at 1. By Ville's inequality it
+    ever reaches 1/a with probability a at most, over a run of any length; `BAD_DOUBT` is dealt out to all odds.
+    """
+    if limit == 0:
+        return bad > 0
+    evidence = max(bad * math.log(odds) - seen * math.log1p((odds - 1) * limit) for odds in BAD_ODDS)
+    return evidence >= math.log(len(BAD_ODDS) / BAD_DOUBT)
+
+
 class BadFiles:
     """Counts the images that could not be read, names each in a file, and stops the run when there are too many."""
 
@@ -797,7 +813,7 @@ class BadFiles:
         self.bad += len(bad)
         for name, reason in bad:
             self._record(name, reason)
-        if self.bad > self.max_fraction * max(self.seen, MIN_SEEN_FOR_BAD_FRACTION):
+        if is_above(self.max_fraction, self.bad, self.seen):
             listed = f"; they are listed in {self.path}" if self.path else ""
             raise UserError(
                 f"data.max_bad_fraction={self.max_fraction}: {self.bad} of {self.seen} images cannot be read, "

@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -38,6 +40,7 @@ from data import (
     PretrainLoader,
     WorkerAdvice,
     derive_seed,
+    is_above,
     largest_divisor,
     merge_positions,
     normalize,
@@ -481,7 +484,42 @@ def test_too_many_bad_images_stop_the_run(tmp_path):
     assert re.search(r"data\.max_bad_fraction=0\.05: \d+ of \d+ images cannot be read", str(error.value))
     assert str(path) in str(error.value)
     assert loader.bad_files.bad > 5
-    assert loader.bad_files.seen < 100, "the limit of five in the first hundred was not applied"
+    assert loader.bad_files.seen < 100, "30 % of bad images went on for long"
+
+
+def images_until_stop(fraction: float, limit: float, *, images: int, runs: int) -> list[float]:
+    """For runs in which images are bad by chance, how many are seen in batches of 8 until one stops; inf if none."""
+    draw = random.Random(0)
+    stops = []
+    for _ in range(runs):
+        bad, stop = 0, math.inf
+        for seen in range(8, images + 1, 8):
+            bad += sum(draw.random() < fraction for _ in range(8))
+            if is_above(limit, bad, seen):
+                stop = seen
+                break
+        stops.append(stop)
+    return sorted(stops)
+
+
+@pytest.mark.parametrize("fraction", [0.04, 0.05])
+def test_a_fraction_of_bad_images_that_is_allowed_stops_no_run_by_chance(fraction):
+    stops = images_until_stop(fraction, 0.05, images=4000, runs=200)
+    assert sum(stop < math.inf for stop in stops) < 2, "1 % of the runs or more"
+
+
+@pytest.mark.parametrize(("fraction", "median", "latest"), [(0.1, 1000, 2500), (0.2, 160, 400), (0.5, 40, 80)])
+def test_a_larger_fraction_of_bad_images_stops_the_run_soon(fraction, median, latest):
+    stops = images_until_stop(fraction, 0.05, images=3000, runs=100)
+    assert stops[50] <= median
+    assert stops[-1] <= latest
+
+
+def test_the_limits_of_bad_images_zero_and_one_mean_what_they_say():
+    assert not is_above(0.0, 0, 1000)
+    assert is_above(0.0, 1, 1000)
+    assert not any(is_above(1.0, seen, seen) for seen in (1, 100, 10**6))
+    assert not is_above(0.05, 0, 0)
 
 
 def test_a_few_bad_images_do_not_stop_a_short_run():
