@@ -665,6 +665,9 @@ class EvalConfig:
     where: str = field(metadata=one_of("auto", "process", "inline", "slurm"))
     """process: on this machine, while training goes on. inline: on this machine, while training waits. slurm: as a job.
     auto: slurm for a training that is a Slurm job, else process."""
+    download: bool
+    """Whether evaluations run whose data is not on this machine when the training starts. true for each set that your
+    files or the command line name, unless they say otherwise."""
 
     def __post_init__(self) -> None:
         """Check the evaluations."""
@@ -777,13 +780,19 @@ def load_config(schema: type[ConfigT], default_path: Path | None, sources: list[
     Raises: UserError naming the key or file, its value and what to do instead.
     """
     merged: dict[str, Any] = {}
+    typed: dict[str, Any] = {}  # the same without the default file, which may be given as a source as well
     for source in ([] if default_path is None else [str(default_path)]) + sources:
         is_file = source.endswith((".yaml", ".yml")) and Path(source).is_file()
         if "=" in source and not is_file:
             reader, node = _Reader(schema, ""), _read_override(source, schema)
         else:
             reader, node = _Reader(schema, f"{source}: "), _read_yaml(Path(source))
-        merged = merge(merged, {} if node is None else reader.read(node, schema, ""))
+        values = {} if node is None else reader.read(node, schema, "")
+        merged = merge(merged, values)
+        if default_path is None or not is_file or not Path(source).samefile(default_path):
+            typed = merge(typed, values)
+    if issubclass(schema, CapiConfig):
+        _allow_downloads(merged, typed)
     return build(schema, merged)
 
 
@@ -835,6 +844,13 @@ def _build_section(schema: Any, tree: dict[str, Any], prefix: str) -> Any:
         elif not has_default and each.default_factory is dataclasses.MISSING:
             raise UserError(f"{key}= must be given; --help shows a whole command")
     return schema(**values)
+
+
+def _allow_downloads(merged: dict[str, Any], typed: dict[str, Any]) -> None:
+    """Let the sets of evaluations in `typed` download their data, unless that says otherwise."""
+    for name, keys in (typed.get("evals") or {}).items():
+        if isinstance(keys, dict) and "download" not in keys:
+            merged["evals"][name]["download"] = True
 
 
 def to_yaml(cfg: object) -> str:

@@ -276,7 +276,10 @@ def _targets_at_once(dataset: ImageDataset, where: str) -> Sequence[Any] | None:
     """All targets without reading an image, or None if there is no such list."""
     if isinstance(dataset, HubDataset):
         name = dataset.fields.target
-        return [None] * len(dataset) if name is None else dataset.dataset.select_columns([name])[:][name]
+        if name is None:
+            columns = ", ".join(map(repr, dataset.dataset.column_names))
+            raise UserError(f"{where}: needs tgt_field=, the column with the labels; there are: {columns}")
+        return dataset.dataset.select_columns([name])[:][name]
     if isinstance(dataset, TorchvisionDataset):
         for name in ("targets", "labels", "_labels"):
             column = getattr(dataset.dataset, name, None)

@@ -25,6 +25,7 @@ from distributed import any_rank, broadcast_object, rank
 from launch import ROOT, Job, StopRequest, job_state
 from metrics import Metrics, read_metrics
 from report import score_rows
+from sources import is_on_disk
 from utils import UserError, due, write_text_atomically
 
 logger = logging.getLogger("evals")
@@ -73,12 +74,54 @@ class _Launched:
         return self.process is not None and self.process.poll() is None
 
 
+def plan_evals(
+    evals: Mapping[str, EvalConfig | None] | None,
+) -> tuple[dict[str, EvalConfig], list[str]] | UserError:
+    """The sets that are evaluated, without what would have to download data and may not, and a line for people on each.
+
+    A mistake in the URL of a data set is returned, for all ranks to raise.
+    """
+    kept: dict[str, EvalConfig] = {}
+    lines = []
+    for name, cfg in (evals or {}).items():
+        if cfg is None:
+            continue
+        entries = chosen_evals(cfg.eval_config)
+        try:
+            missing = {} if cfg.download else {each: urls for each in entries if (urls := _not_here(entries[each]))}
+        except UserError as error:
+            return error
+        chosen = {each: keys for each, keys in cfg.eval_config.items() if each not in missing}
+        if chosen or not entries:
+            kept[name] = replace(cfg, eval_config=chosen)
+            when = [f"every {cfg.period} steps"] if cfg.period > 0 else []
+            when += ["at the end"] if cfg.final else []
+            lines.append(f"evals.{name}: {', '.join(chosen)}, {' and '.join(when) or 'never'}")
+        if missing:
+            urls = ", ".join(dict.fromkeys(url for each in missing.values() for url in each))
+            lines.append(
+                f"evals.{name}: {', '.join(missing)} left out, since data is not on this machine: {urls}. "
+                f"evals.{name}.download=true downloads it at the first evaluation; evals.{name}=null ends this message"
+            )
+    return kept, lines
+
+
+def _not_here(entry: Mapping[str, Any]) -> list[str]:
+    """Data URLs of an evaluation that would be downloaded."""
+    found = []
+    for key, value in entry.items():
+        if key.endswith(("dataset_name", "dataset_names")) and value is not None:
+            urls = value.values() if isinstance(value, dict) else [value]
+            found += [url for url in map(str, urls) if not is_on_disk(url, key)]
+    return found
+
+
 class EvalRuns:
     """The evaluations of one run. Every rank calls the methods together; rank 0 launches and reads.
 
     Args:
         output_dir: of the run.
-        evals: the sets of the configuration.
+        evals: the sets of the configuration; those whose data is missing are left out, see `plan_evals`.
         launcher: where Slurm jobs run; an evaluation takes one node and at most one of its GPUs.
         device: `train.device`, for evaluations on this machine.
         kept_step: the step from which the run continues; folders of later steps belong to what was undone.
@@ -94,7 +137,13 @@ class EvalRuns:
         kept_step: int,
     ) -> None:
         self.output_dir, self.device = output_dir, device
-        self.evals = {name: cfg for name, cfg in (evals or {}).items() if cfg is not None}
+        planned = broadcast_object(plan_evals(evals) if rank() == 0 else None)
+        if isinstance(planned, UserError):
+            raise planned
+        self.evals, lines = planned
+        """What is evaluated, the same on all ranks: by the data that rank 0 sees."""
+        for line in lines:
+            logger.info(line)
         self.launcher = replace(
             launcher, num_nodes=1, tasks_per_node=1, gpus_per_node=min(1, launcher.gpus_per_node), signal_delay_s=60
         )

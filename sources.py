@@ -8,6 +8,7 @@ import ast
 import difflib
 import fcntl
 import functools
+import glob
 import hashlib
 import importlib
 import inspect
@@ -1269,20 +1270,29 @@ def _make_hub(url: DataUrl, _: Path | None) -> ImageDataset | ImageStream:
     try:
         dataset = datasets.load_dataset(url.name, **arguments)
     except (*SHARD_ERRORS, ImportError, datasets.exceptions.DatasetsError) as error:
-        raise url.error(_why_not_loaded(error)) from error
+        raise url.error(_why_not_loaded(error) + _how_to_log_in(url.name, error)) from error
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         raise url.error("split must name one split, for example split='train'")
     features = dataset.features
-    try:
-        columns = list(features) if features else list(next(iter(dataset), {}))
-    except SHARD_ERRORS as error:
-        raise url.error(_why_not_loaded(error)) from error
-    images = [name for name in columns if features and isinstance(features[name], datasets.Image)]
+    if features is None:  # a stream that does not say: as its first row has it
+        try:
+            features = datasets.Dataset.from_list(list(itertools.islice(dataset, 1))).features
+        except SHARD_ERRORS as error:
+            raise url.error(_why_not_loaded(error)) from error
+    columns = list(features)
+    images = [name for name in columns if isinstance(features[name], datasets.Image)]
+    labels = [name for name in columns if isinstance(features[name], datasets.ClassLabel)]
     if image_field is None and len(images) == 1:
         image_field = images[0]
+    if image_field is None:
+        raise url.error(f"needs img_field=, the column with the images; there are: {', '.join(map(repr, columns))}")
+    if target_field is None and len(labels) == 1:
+        target_field = labels[0]
     for key, column in (("img_field", image_field), ("tgt_field", target_field)):
         if column not in (columns if key == "img_field" else [*columns, None]):
             raise url.error(f"{key}={column!r} is not a column; there are: {', '.join(map(repr, columns))}")
+    if images and dataset.features is None:
+        dataset = dataset.cast(features)
     for name in images:
         dataset = dataset.cast_column(name, datasets.Image(decode=False))
     fields = Fields(f"hf://{url.name}", str(image_field), target_field)
@@ -1324,6 +1334,22 @@ def _check_first(url: DataUrl, found: "HubDataset | HubStream") -> None:
         pass  # a bad image, which training counts
 
 
+def _how_to_log_in(name: str, error: BaseException) -> str:
+    """What to do about a download that was refused, empty for another error."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    codes = {getattr(getattr(each, "response", None), "status_code", None) for each in chain}
+    if not codes & {401, 403} and not any("gated" in f"{type(each).__name__} {each}".lower() for each in chain):
+        return ""
+    return (
+        f". If access is restricted, accept the terms at https://huggingface.co/datasets/{name} and log in with "
+        "`hf auth login`, or set HF_TOKEN"
+    )
+
+
 def _hub_splits(name: str, arguments: dict[str, Any]) -> str:
     import datasets
 
@@ -1340,3 +1366,50 @@ SOURCES: dict[str, Callable[[DataUrl, Path | None], ImageDataset | ImageStream]]
     "hf": _make_hub,
     "torchvision": _make_torchvision,
 }
+
+
+# --------------------------------------------------------------------------------------------- what is there already
+
+
+def is_on_disk(url: str, key: str) -> bool:
+    """Whether a data set is on this machine, as far as its place tells; nothing is read or downloaded.
+
+    Raises: UserError for text that is no data URL.
+    """
+    parsed = parse_data_url(url, key)
+    if parsed.source == "hf":
+        return _hub_is_on_disk(parsed)
+    root = Path(parsed.kwargs.get("root", cache_root() / "datasets" / parsed.name)).expanduser()
+    if parsed.source == "custom" and parsed.name in SEGMENTATION_SETS:
+        names = [name for name in ARCHIVES if name.startswith(parsed.name)]
+        needed = [ARCHIVES[name] for name in names if name == parsed.name or parsed.kwargs.get("split") == "trainaug"]
+        return all((root / a.folder).is_dir() or (root / PurePosixPath(a.address).name).is_file() for a in needed)
+    return root.exists()
+
+
+DATA_FILES = (".parquet", ".arrow", ".tar", ".zip", ".gz", ".jsonl", ".csv", *IMAGE_EXTENSIONS)
+
+
+def _hub_is_on_disk(url: DataUrl) -> bool:
+    """Files of the user's, a table that `datasets` has prepared, or a complete download in the cache of the hub."""
+    from huggingface_hub import constants
+
+    if "/" not in url.name:  # a format, such as parquet, of files that are named
+        given = url.kwargs.get("data_files", url.kwargs.get("data_dir", ()))
+        lists = given.values() if isinstance(given, dict) else [given]
+        patterns = [each for some in lists for each in ([some] if isinstance(some, str) else some)]
+        return bool(patterns) and all(any(glob.iglob(pattern, recursive=True)) for pattern in patterns)  # noqa: PTH207  # they may be absolute
+    splits = {part.split("[")[0] for part in str(url.kwargs.get("split")).split("+")}
+    home = Path(constants.HF_HOME).expanduser()
+    tables = Path(url.kwargs.get("cache_dir") or os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
+    squeezed = url.name.replace("/", "").replace("_", "").lower()  # datasets writes ImageNet as image_net
+    for folder in tables.glob("*___*"):
+        if folder.name.replace("_", "").lower() == squeezed:
+            files = [str(path) for path in folder.rglob("*.arrow") if ".incomplete" not in str(path)]
+            if all(any(f"-{split}" in file for file in files) for split in splits):
+                return True
+    downloaded = Path(constants.HF_HUB_CACHE) / f"datasets--{url.name.replace('/', '--')}"
+    if any(downloaded.glob("blobs/*.incomplete")):
+        return False
+    files = [str(path) for path in downloaded.glob("snapshots/*/**/*") if path.name.lower().endswith(DATA_FILES)]
+    return all(any(split in file.rpartition("/snapshots/")[2] for file in files) for split in splits)

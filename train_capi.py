@@ -48,7 +48,7 @@ from data import (
     normalize,
 )
 from distributed import all_reduce_sum_, pick_device, rank, session, world_size
-from evals import EvalRuns
+from evals import EvalRuns, plan_evals
 from fsdp import (
     Sharding,
     average_gradients_,
@@ -597,12 +597,6 @@ def log_start(cfg: CapiConfig, state: TrainState, saved: SavedState | None) -> N
     warning = metrics.batch_warning(global_batch_size(cfg), cfg.capi.num_clusters)
     if warning:
         logger.warning(warning)
-    for name, evaluation in (cfg.evals or {}).items():
-        if evaluation is None:
-            continue
-        when = [f"every {evaluation.period} steps"] if evaluation.period > 0 else []
-        when += ["at the end"] if evaluation.final else []
-        logger.info("evals.%s: %s, %s", name, ", ".join(evaluation.eval_config), " and ".join(when) or "never")
     if saved is None:
         logger.info("starting at step 0 of %d", cfg.optim.total_iters)
     else:
@@ -686,6 +680,10 @@ def dry_run(cfg: CapiConfig) -> str:
     for step in milestones:
         hyper = hyper_at(step, cfg)
         lines.append(f"             {step:<12} {hyper.lr:<10.3g} {hyper.momentum:<10.6g} {hyper.clustering_lr:.3g}")
+    planned = plan_evals(cfg.evals)
+    if isinstance(planned, UserError):
+        raise planned
+    lines += [f"evaluation   {line}" for line in planned[1]]
     warning = metrics.batch_warning(global_batch_size(cfg), cfg.capi.num_clusters)
     warnings = [*pixels.warnings(), *([warning] if warning else [])]
     return "\n".join([*lines, *(f"warning      {warning}" for warning in warnings)]) + "\n"

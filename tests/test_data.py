@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import types
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -859,6 +860,66 @@ def test_the_only_image_column_is_found_without_img_field(shards):
     stream = make_dataset(hub_url(shards, "parquet", fields=False))
     assert next(stream.read_shard(0)).image().size == (80, 60)
     assert next(stream.read_shard(0)).target() is None
+
+
+class RefusedError(OSError):
+    def __init__(self, status):
+        super().__init__("Cannot access the repository")
+        self.response = types.SimpleNamespace(status_code=status)
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (RefusedError(401), True),
+        (RefusedError(403), True),
+        (RefusedError(500), False),
+        (FileNotFoundError("Dataset 'o/n' is a gated dataset on the Hub. Visit the page to ask for access."), True),
+        (ConnectionError("no route"), False),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_refused_download_says_how_to_log_in(monkeypatch, error, refused, wrapped):
+    def refuse(*_, **__):
+        if wrapped:
+            raise FileNotFoundError("Dataset 'o/n' cannot be loaded") from error
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(UserError) as caught:
+        make_dataset("hf://o/n?split='train'")
+    said = str(caught.value)
+    assert ("`hf auth login`, or set HF_TOKEN" in said) == refused, said
+    assert ("https://huggingface.co/datasets/o/n" in said) == refused
+
+
+def test_the_only_column_of_classes_is_the_target_and_a_stream_without_types_is_read(tmp_path, monkeypatch):
+    import datasets
+
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"]), "x": datasets.Value("int64")}
+    )
+    rows = {"image": [photo(0), photo(1)], "label": [1, 0], "x": [5, 6]}
+    typed = datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: typed)
+    found = make_dataset("hf://o/n?split='train'")
+    assert (found.fields.image, found.fields.target) == ("image", "label")
+    assert [found[i].target() for i in range(2)] == [1, 0]
+    two = typed.add_column("fine", [0, 1]).cast_column("fine", datasets.ClassLabel(names=["a", "b"]))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: two)
+    assert make_dataset("hf://o/n?split='train'").fields.target is None, "one of two columns of classes was guessed"
+
+    def untyped():
+        yield from ({"image": photo(i), "x": i} for i in range(2))
+
+    stream = datasets.IterableDataset.from_generator(untyped)
+    assert stream.features is None
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: stream)
+    samples = list(make_dataset("hf://o/n?split='train'&streaming=True").read_shard(0))
+    np.testing.assert_array_equal(np.asarray(samples[1].image()), np.asarray(photo(1)))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: stream.remove_columns("image"))
+    with pytest.raises(UserError, match="needs img_field=, the column with the images; there are: 'x'"):
+        make_dataset("hf://o/n?split='train'&streaming=True")
 
 
 def test_a_local_imagefolder_is_read(tmp_path):

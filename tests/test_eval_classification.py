@@ -541,6 +541,15 @@ def test_labels_of_hub_datasets_are_read_at_once(listed):
     assert data.labelled.tolist() == [0, 2]
 
 
+def test_the_column_of_labels_is_asked_for_where_none_is_known(listed):
+    import datasets
+
+    table = datasets.Dataset.from_dict({"jpg": ["missing"], "species": [1]})
+    listed["url"] = HubDataset(table, Fields("hf://pets", "jpg", None))
+    with pytest.raises(UserError, match="train_dataset_name=url: needs tgt_field=.* there are: 'jpg', 'species'"):
+        open_labelled("url", "train_dataset_name")
+
+
 def test_few_labels_are_so_many_of_each_class_and_differ_by_seed(images):
     data = open_labelled(folder_url(images / "train"), "train_dataset_name")
     for per_class, expected in ((3, 3), (0.1, 2), (0.001, 1), (1.0, 20)):

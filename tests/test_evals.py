@@ -9,10 +9,11 @@ import yaml
 from conftest import ROOT, run_cli
 from runs import FAKE_EVALUATION, make_images, metrics_of, run_main, tiny
 
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, EvalConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, EvalConfig, chosen_evals, load_config, to_yaml
 from default_eval_config import EVALS
-from evals import OF_RANKS, EvalRuns, chosen_evals
+from evals import OF_RANKS, EvalRuns, plan_evals
 from launch import StopRequest
+from sources import is_on_disk
 from utils import UserError
 
 
@@ -130,7 +131,7 @@ def test_what_did_not_land_before_a_kill_starts_anew(finished, place, tmp_path, 
 
 def test_not_even_a_disk_that_takes_no_note_of_a_failure_stops_the_training(place, tmp_path, caplog):
     script = {"file": str(place / "eval_fake.py")}
-    cfg = EvalConfig(1, False, "student", "model.py", {"fake": script}, "process")
+    cfg = EvalConfig(1, False, "student", "model.py", {"fake": script}, "process", True)
     launcher = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, ["data.dataset=x"]).launcher
     runs = EvalRuns(tmp_path, {"mine": cfg}, launcher, device="cpu", kept_step=0)
 
@@ -149,6 +150,131 @@ def test_a_set_may_name_evaluations_of_the_defaults_and_change_them():
     assert chosen["mine"] == {"file": "x.py"}
 
 
+def evals_of(*sources):
+    return load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, ["data.dataset=x", *map(str, sources)]).evals
+
+
+def may_download(*sources):
+    return sorted(name for name, cfg in (evals_of(*sources) or {}).items() if cfg is not None and cfg.download)
+
+
+def test_a_set_downloads_its_data_if_the_user_named_it(tmp_path):
+    (tmp_path / "mine.yaml").write_text("evals: {slow: {where: inline}}\n")
+    (tmp_path / "evals_off.yaml").write_text("evals: {slow: null}\noptim: {total_iters: 7}\n")
+    (tmp_path / "copy.yaml").write_text(DEFAULT_PRETRAIN_CONFIG.read_text())
+    assert may_download() == []
+    assert may_download(DEFAULT_PRETRAIN_CONFIG) == [], "the default file, given as a source, is nobody's wish"
+    assert may_download("evals.fast.period=10000") == ["fast"], "the same value as the default, but typed"
+    assert may_download(tmp_path / "mine.yaml") == ["slow"]
+    assert may_download(tmp_path / "evals_off.yaml") == []
+    assert may_download(tmp_path / "copy.yaml") == [], "the copy says download: false"
+    assert may_download(DEFAULT_PRETRAIN_CONFIG, "evals.full.final=false", "evals.fast.download=true") == [
+        "fast",
+        "full",
+    ]
+    assert may_download("evals.fast.download=false", "evals.fast.period=3") == []
+    assert may_download("evals=null", "evals.fast=null") == []
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(to_yaml(load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, ["evals.fast.period=3"])))
+    assert may_download(resolved) == ["fast"], "a job that is given the resolved file would decide differently"
+
+
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """Empty places for data, and no network."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    return tmp_path
+
+
+def test_default_evaluations_run_only_where_their_data_is(caches):
+    kept, lines = plan_evals(evals_of())
+    assert kept == {}, "ADE20K or ImageNet would be downloaded"
+    said = "\n".join(lines)
+    assert "evals.slow: in1k_classification left out" in said and "hf://ILSVRC/imagenet-1k" in said
+    assert "evals.fast.download=true" in said
+    (caches / "torch/datasets/ADE20K/ADEChallengeData2016").mkdir(parents=True)
+    kept, lines = plan_evals(evals_of())
+    assert {name: list(cfg.eval_config) for name, cfg in kept.items()} == {
+        "fast": ["ade20k_segmentation", "ade20k_pictures_224"],
+        "full": ["ade20k_segmentation", "ade20k_pictures_224", "ade20k_pictures_448"],
+    }
+    assert any(line.startswith("evals.full: in1k_classification left out") for line in lines)
+    for split in ("train", "validation"):
+        assert "slow" not in kept
+        table = (
+            caches / f"hf/datasets/ILSVRC___imagenet-1k/default/0.0.0/49e2ee/imagenet-1k-{split}-00000-of-00257.arrow"
+        )
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_bytes(b"")
+        kept, _ = plan_evals(evals_of())
+    assert list(kept) == ["fast", "slow", "full"]
+
+
+def test_a_named_set_runs_wherever_its_data_is(caches):
+    kept, lines = plan_evals(evals_of("evals.fast.period=3"))
+    assert list(kept) == ["fast"]
+    assert "evals.fast: ade20k_segmentation, ade20k_pictures_224, every 3 steps" in lines
+
+
+@pytest.mark.parametrize(
+    ("url", "file"),
+    [
+        ("custom://ADE20K?split='training'", "torch/datasets/ADE20K/ADEChallengeData2016.zip"),
+        ("custom://ADE20K?split='training'&root='{root}/ade'", "ade/ADEChallengeData2016/x"),
+        ("custom://VOC2012?split='val'", "torch/datasets/VOC2012/VOCdevkit/x"),
+        (
+            "hf://ILSVRC/imagenet-1k?split='train[:10%]'",
+            "hf/hub/datasets--ILSVRC--imagenet-1k/snapshots/1/data/train-0.parquet",
+        ),
+        ("hf://o/n?split='train'&cache_dir='{root}/c'", "c/o___n/default/0.0.0/1/n-train.arrow"),
+        ("hf://parquet?data_files='{root}/*.parquet'&split='train'", "x.parquet"),
+        ("hf://imagefolder?data_dir='{root}/images'&split='train'", "images/x.png"),
+        ("torchvision://ImageFolder?root='{root}/images'", "images/x.png"),
+        ("custom://Segmentation?root='{root}/pairs'", "pairs/images/x.png"),
+        ("{root}/plain", "plain/x.png"),
+    ],
+)
+def test_what_is_on_disk_is_seen_without_network(caches, url, file):
+    url = url.format(root=caches)
+    assert not is_on_disk(url, "dataset_name"), "nothing is there yet"
+    (caches / file).parent.mkdir(parents=True, exist_ok=True)
+    (caches / file).write_bytes(b"")
+    assert is_on_disk(url, "dataset_name")
+
+
+@pytest.mark.parametrize(
+    ("url", "files"),
+    [
+        ("hf://o/n?split='train'", ["hf/hub/datasets--o--n/snapshots/1/README.md"]),
+        (
+            "hf://o/n?split='train'",
+            ["hf/hub/datasets--o--n/snapshots/1/train.parquet", "hf/hub/datasets--o--n/blobs/a.incomplete"],
+        ),
+        ("hf://o/n?split='test'", ["hf/datasets/o___n/default/0.0.0/1/n-train.arrow"]),
+        ("hf://o/n?split='train'", ["hf/datasets/o___n/default/0.0.0/1.incomplete/n-train.arrow"]),
+        ("custom://VOC2012?split='trainaug'", ["torch/datasets/VOC2012/VOCdevkit/x"]),
+    ],
+)
+def test_half_of_the_data_is_not_the_data(caches, url, files):
+    for file in files:
+        (caches / file).parent.mkdir(parents=True, exist_ok=True)
+        (caches / file).write_bytes(b"")
+    assert not is_on_disk(url, "dataset_name")
+
+
+def test_a_run_on_a_folder_says_what_is_left_out_and_starts_nothing(caches, place, capsys):
+    arguments = [each for each in tiny(place / "images", caches / "run", "optim.total_iters=1") if each != "evals=null"]
+    assert run_main([*arguments, "--dry-run"]) == 0
+    assert "evals.full: in1k_classification, ade20k_segmentation" in capsys.readouterr().out
+    assert run_main(arguments) == 0
+    assert "evals.full.download=true" in (caches / "run" / "log.txt").read_text()
+    assert not (caches / "run" / "evals").exists(), "an evaluation was started whose data is not there"
+
+
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
@@ -156,6 +282,10 @@ def test_a_set_may_name_evaluations_of_the_defaults_and_change_them():
         ("{model_to_eval: teacher}", ("model_to_eval='teacher'", "student_ema")),
         ("{eval_config: {cifar: {}}}", ("eval_config.cifar", "file", "ade20k_segmentation")),
         ("{perod: 3}", ("perod", "period")),
+        ("{eval_config: {ade20k_segmentation: {train_dataset: x}}}", ("train_dataset", "called train_dataset_name")),
+        ("{eval_config: {mine: {script: x.py}}}", ("eval_config.mine", "unknown key script; it is called file")),
+        ("{eval_config: {mine: {file: x.py}}}", ("eval_config.mine.file=x.py", "no such file")),
+        ("{eval_config: {mine: 3}}", ("eval_config.mine=3", "keys")),
     ],
 )
 def test_mistakes_in_a_set_are_found_before_training(entry, words):
