@@ -1387,9 +1387,6 @@ def is_on_disk(url: str, key: str) -> bool:
     return root.exists()
 
 
-DATA_FILES = (".parquet", ".arrow", ".tar", ".zip", ".gz", ".jsonl", ".csv", *IMAGE_EXTENSIONS)
-
-
 def _hub_is_on_disk(url: DataUrl) -> bool:
     """Files of the user's, a table that `datasets` has prepared, or a complete download in the cache of the hub."""
     from huggingface_hub import constants
@@ -1411,5 +1408,6 @@ def _hub_is_on_disk(url: DataUrl) -> bool:
     downloaded = Path(constants.HF_HUB_CACHE) / f"datasets--{url.name.replace('/', '--')}"
     if any(downloaded.glob("blobs/*.incomplete")):
         return False
-    files = [str(path) for path in downloaded.glob("snapshots/*/**/*") if path.name.lower().endswith(DATA_FILES)]
+    about = (".md", ".json", ".yaml", ".yml", ".py", ".txt", ".gitattributes")
+    files = [str(path) for path in downloaded.glob("snapshots/*/**/*") if path.is_file() and path.suffix not in about]
     return all(any(split in file.rpartition("/snapshots/")[2] for file in files) for split in splits)

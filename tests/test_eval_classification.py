@@ -546,7 +546,7 @@ def test_the_column_of_labels_is_asked_for_where_none_is_known(listed):
 
     table = datasets.Dataset.from_dict({"jpg": ["missing"], "species": [1]})
     listed["url"] = HubDataset(table, Fields("hf://pets", "jpg", None))
-    with pytest.raises(UserError, match="train_dataset_name=url: needs tgt_field=.* there are: 'jpg', 'species'"):
+    with pytest.raises(UserError, match=r"train_dataset_name=url: needs tgt_field=.* there are: 'jpg', 'species'"):
         open_labelled("url", "train_dataset_name")
 
 
