@@ -17,6 +17,7 @@ with command_line(__doc__, __name__) as parser:
     add_sources(parser)
 
 import ast
+import contextlib
 import hashlib
 import inspect
 import json
@@ -27,7 +28,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ from config import (
 )
 from evaluation import SPEED_KEYS, choose_output_dir, find_loader, model_name
 from launch import ROOT, Job, job_state
-from report import check_run, text_table, write_report
+from report import check_entry, check_run, read_results, text_table, write_report
 from sources import did_you_mean
 from utils import UserError, setup_logging, write_text_atomically
 
@@ -182,16 +183,32 @@ class Task:
 
     def state(self) -> dict[str, Any] | None:
         """What an earlier run asked for in this folder: `request`, and `job` if that was given to Slurm."""
-        return _read_json(self.folder / STATE)
+        path = self.folder / STATE
+        state = _read_json(path)
+        if state is not None:
+            request, job = state.get("request"), state.get("job", {"number": "", "log": ""})
+            whole = isinstance(request, dict) and "weights_file_sha256" in request and isinstance(job, dict)
+            if not whole or not all(isinstance(job.get(key), str) for key in ("number", "log")):
+                raise UserError(f"{path} was not written by benchmark.py; delete it to evaluate anew")
+        return state
 
     def write_state(self, **state: Any) -> None:
         """Replace it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(self.folder / STATE, json.dumps(state, indent=2) + "\n")
+        with writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(self.folder / STATE, json.dumps(state, indent=2) + "\n")
 
     def outcome(self) -> dict[str, Any] | None:
         """The script's result file, which may be incomplete."""
-        return next((_read_json(path) for path in sorted(self.folder.glob("results_*.json"))), None)
+        path = next(iter(sorted(self.folder.glob("results_*.json"))), None)
+        if path is None:
+            return None
+        outcome = _read_json(path)
+        try:
+            check_entry(outcome, path.stem)
+        except UserError as error:
+            raise UserError(f"{path} {error}; delete it to evaluate anew") from error
+        return outcome
 
     def is_done(self) -> bool:
         """Whether the script ran to its end, where it notes its time, for this very request."""
@@ -226,11 +243,23 @@ def _without_file(loader_kwargs: Mapping[str, Any], sha256: str | None) -> dict[
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete it to evaluate anew") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} cannot be read (it is no JSON object); delete it to evaluate anew")
+    return content
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Explain what cannot be written: a file is where a folder should be, or the disk is full, for example."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or 'the output'} cannot be written: {error.strerror or error}") from error
 
 
 def read_evals(path_name: str, changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -356,7 +385,9 @@ def run_here(task: Task, nproc_per_node: int) -> Status:
     """Run the script in processes of its own, so that its memory is free afterwards; output also goes to log.txt."""
     task.write_state(request=task.request())
     config, log = task.folder / "config.yaml", task.folder / "log.txt"
-    config.write_text(dump_yaml(task.config))
+    with writing():
+        config.write_text(dump_yaml(task.config))
+        log.write_text("")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}"]
     command = [*(launcher if nproc_per_node > 1 else []), str(task.script), str(config)]
     logger.info("%s: python %s", task.title, " ".join(command))
@@ -431,11 +462,9 @@ def read_compared(paths: Sequence[str]) -> dict[str, Any]:
     compared: dict[str, Any] = {}
     for path in map(Path, paths):
         try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"compare={path}: cannot be read: {error}") from error
-        if not isinstance(content, dict) or not {"name", "evaluations"} <= content.keys():
-            raise UserError(f"compare={path}: is not a results.json that benchmark.py wrote")
+            content = read_results(path)
+        except UserError as error:
+            raise UserError(f"compare={path}: {error}") from error
         name = content["name"]
         compared[f"{name} ({path.parent})" if name in compared else name] = content["evaluations"]
     return compared
@@ -512,14 +541,15 @@ def benchmark(cfg: BenchmarkConfig) -> int:
         content["random" if task.is_random else "evaluations"][task.name] = describe(task, status, base)
         content["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         content["notes"] = [*cfg.notes, *differences(content)]
-        write_text_atomically(base / "results.json", json.dumps(content, indent=2) + "\n")
-    write_report(base / "report.html", content, run_dir)
+        with writing():
+            write_text_atomically(base / "results.json", json.dumps(content, indent=2) + "\n")
+    with writing():
+        write_report(base / "report.html", content, run_dir)
 
-    sys.stdout.write(f"\n{text_table(content)}\n\n")
-    for task, status in statuses:
-        if status.word != "done":
-            sys.stdout.write(f"{task.title}: {status.word}. {status.message}\n")
-    sys.stdout.write(f"{base / 'results.json'}\n{base / 'report.html'}\n")
+    lines = ["", text_table(content), ""]
+    lines += [f"{task.title}: {status.word}. {status.message}" for task, status in statuses if status.word != "done"]
+    lines += [str(base / "results.json"), str(base / "report.html"), ""]
+    sys.stdout.write("\n".join(lines).encode(errors="backslashreplace").decode())
     return 1 if any(status.word == "failed" for _, status in statuses) else 0
 
 

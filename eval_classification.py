@@ -18,6 +18,7 @@ with command_line(__doc__, __name__) as parser:
 import contextlib
 import itertools
 import logging
+import pickle
 import resource
 import sys
 import time
@@ -788,8 +789,10 @@ class CheckpointFile:
         try:
             # Memory-mapped: the ranks of a machine need not hold a copy of it each.
             state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, EOFError) as error:
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{self.path} cannot be read ({error}); delete it to train anew") from error
+        if not isinstance(state, dict) or "identity" not in state:
+            raise UserError(f"{self.path} was not written by an evaluation; {remedy}")
         changed = changed_keys(state["identity"], self.identity)
         if changed:
             what = "; ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())

@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -701,10 +700,9 @@ def evaluate(cfg: SegmentationConfig, model: FrozenModel, results: Results) -> N
         num_test_images=len(sets.test.dataset),
         feature_dim=data.features.shape[1],
     )
-    dumps = results.output_dir / "dumps"
     if cfg.dump_features:
         patches = {"features": data.features[: data.num_refit], "pixel_labels": data.pixels[: data.num_refit]}
-        _dump(dumps / "train_patches.safetensors", patches, results)
+        _dump(results, "train_patches", patches)
     predictors: dict[str, Predict] = {}
     settings: dict[str, dict[str, Any]] = {}
     for name in wanted:
@@ -715,7 +713,7 @@ def evaluate(cfg: SegmentationConfig, model: FrozenModel, results: Results) -> N
             settings[name], predictors[name], weights = choose_logreg(cfg, data, model.device)
             if cfg.dump_classifier:
                 shift, scale = data.standardizer.shift, data.standardizer.scale
-                _dump(dumps / "logreg.safetensors", weights | {"shift": shift, "scale": scale}, results)
+                _dump(results, "logreg", weights | {"shift": shift, "scale": scale})
         seconds[name] = time.monotonic() - started
     few: dict[str, list[Predict]] = {}
     for name in few_wanted:
@@ -736,7 +734,7 @@ def evaluate(cfg: SegmentationConfig, model: FrozenModel, results: Results) -> N
             scores["mean_acc"],
         )
         if cfg.dump_predictions:
-            _dump(dumps / f"predictions_{name}.safetensors", {"labels": outcome.predictions[name]}, results)
+            _dump(results, f"predictions_{name}", {"labels": outcome.predictions[name]})
     for name in few_wanted:
         scores = [segmentation_metrics(each, data.ignore_labels) for each in outcome.few_confusions[name]]
         each_repeat = {key: [each[key] for each in scores] for key in ("mIoU", "mIoU_valid", "acc", "mean_acc")}
@@ -820,11 +818,11 @@ def run_test(
     return Outcome(confusions, few_confusions, predictions, gathered)
 
 
-def _dump(path: Path, tensors: dict[str, Tensor], results: Results) -> None:
+def _dump(results: Results, name: str, tensors: dict[str, Tensor]) -> None:
     """Write a file that says what it was made of, as an older one may lie beside it."""
     if rank() == 0:
-        path.parent.mkdir(exist_ok=True)
-        on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+        path = results.folder("dumps") / f"{name}.safetensors"
+        on_cpu = {key: tensor.cpu() for key, tensor in tensors.items()}
         save_safetensors(on_cpu, path, {"made_of": json.dumps(results.identity())})
         logger.info("wrote %s", path)
 

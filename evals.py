@@ -6,7 +6,6 @@ these folders and from metrics.jsonl, so a run that is killed picks its evaluati
 goes wrong here stops the training: it is logged, with the place of the log.
 """
 
-import json
 import logging
 import os
 import re
@@ -24,7 +23,7 @@ from config import EvalConfig, LauncherConfig, chosen_evals, dump_yaml
 from distributed import any_rank, broadcast_object, rank
 from launch import ROOT, Job, StopRequest, job_state
 from metrics import Metrics, read_metrics
-from report import score_rows
+from report import read_results, score_rows
 from sources import is_on_disk
 from utils import UserError, due, write_text_atomically
 
@@ -169,10 +168,10 @@ class EvalRuns:
             (key.split("/")[1], record["eval_step"])
             for record in (read_metrics(path) if path.is_file() else [])
             for key in record
-            if key.startswith("eval/")
+            if key.startswith("eval/") and "eval_step" in record
         }
         for name in self.evals:
-            for folder in sorted((self.output_dir / "evals" / name).glob("step_*")):
+            for folder in sorted((self.output_dir / "evals" / name).glob("step_" + "[0-9]" * 9)):
                 launched = _Launched(name, int(folder.name.removeprefix("step_")), folder)
                 is_over = (name, launched.step) in recorded or (folder / "failed").exists()
                 if launched.step <= kept_step and (is_over or launched.weights.is_file()):
@@ -276,8 +275,8 @@ class EvalRuns:
 
     def _read(self, launched: _Launched, results: Path) -> dict[str, float]:
         try:
-            rows = score_rows(json.loads(results.read_text()))
-        except (OSError, ValueError):
+            rows = score_rows(read_results(results))
+        except UserError:
             return {}
         scores = {
             f"eval/{launched.name}/{row.evaluation}/{row.method}/{row.metric}": row.values[0]

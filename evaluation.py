@@ -108,14 +108,14 @@ class FrozenModel:
     """
 
     def __init__(self, model: nn.Module, cfg: EvaluationConfig, device: torch.device, name: str) -> None:
-        self.module = model.to(device).eval().requires_grad_(False)
         self.device, self.name = device, name
+        self.module = model.to(device).eval().requires_grad_(False)
         self.dtype: torch.dtype = getattr(torch, cfg.dtype)
         self.mean = torch.tensor(cfg.image_mean, device=device).view(3, 1, 1)
         self.std = torch.tensor(cfg.image_std, device=device).view(3, 1, 1)
         patch_size = getattr(model, "patch_size", None)
-        if not isinstance(patch_size, int):
-            raise self._broken(f"its attribute patch_size is {patch_size!r} and must be a whole number")
+        if not isinstance(patch_size, int) or isinstance(patch_size, bool) or patch_size < 1:
+            raise self._broken(f"its attribute patch_size is {patch_size!r} and must be a whole number from 1 on")
         self.patch_size: int = patch_size
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.sha256 = hash_weights(model)
@@ -183,7 +183,7 @@ class FrozenModel:
 def load_model_file(model_path: str, model_loader_kwargs: dict[str, Any]) -> nn.Module:
     """Call the loader of a model file.
 
-    Raises: UserError if there is no such file or loader, or the loader does not take these arguments.
+    Raises: UserError if there is no such file or loader, or the loader does not take these arguments or gives no model.
     """
     loader = find_loader(model_path)
     try:
@@ -191,7 +191,10 @@ def load_model_file(model_path: str, model_loader_kwargs: dict[str, Any]) -> nn.
     except TypeError as error:
         name = f"{Path(model_path).name}{inspect.signature(loader)}"
         raise UserError(f"model_loader_kwargs={model_loader_kwargs}: {error}; the loader is {name}") from error
-    return loader(**model_loader_kwargs)
+    model = loader(**model_loader_kwargs)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model_path={model_path}: the loader returned {type(model).__name__}, not a torch.nn.Module")
+    return model
 
 
 def find_loader(model_path: str) -> Callable[..., nn.Module]:
@@ -200,7 +203,7 @@ def find_loader(model_path: str) -> Callable[..., nn.Module]:
     Raises: UserError if there is no such file, or it does not define it.
     """
     loader = getattr(import_from_path(find_model_file(model_path)), "__model_loader__", None)
-    if loader is None:
+    if not callable(loader):
         raise UserError(f"model_path={model_path}: the file does not define __model_loader__(**model_loader_kwargs)")
     return loader
 
@@ -524,7 +527,10 @@ class Results:
     def _write(self) -> None:
         if rank() == 0:
             content = {"results": self.values, "config": self.config, "about": self.about}
-            write_text_atomically(self.path, json.dumps(content, indent=2) + "\n")
+            try:
+                write_text_atomically(self.path, json.dumps(content, indent=2) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
     def note_data(self, **datasets: ImageDataset | ImageStream) -> None:
         """Store what the data under each key are; all ranks call this before they compute anything.
@@ -549,8 +555,15 @@ class Results:
 
     def artifacts(self) -> Path:
         """Folder for pictures."""
-        folder = self.output_dir / "artifacts"
-        folder.mkdir(exist_ok=True)
+        return self.folder("artifacts")
+
+    def folder(self, name: str) -> Path:
+        """A folder beside the results, which is made."""
+        folder = self.output_dir / name
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made: {error.strerror or error}; move away what is there") from error
         return folder
 
 

@@ -224,7 +224,8 @@ def _write_parquet(path: Path, shard: Shard) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns: dict[str, Any] = {"name": pa.array(shard.names, pa.string()), "index": pa.array(shard.indices.numpy())}
+    names = [name.encode(errors="backslashreplace").decode() for name in shard.names]  # a file's name may be any bytes
+    columns: dict[str, Any] = {"name": pa.array(names, pa.string()), "index": pa.array(shard.indices.numpy())}
     for kind, rows in shard.features.items():
         flat = rows.flatten(1)
         columns[kind] = pa.FixedSizeListArray.from_arrays(pa.array(flat.flatten().numpy()), flat.shape[1])
@@ -318,7 +319,10 @@ def extract_features(cfg: FeaturesConfig, model: FrozenModel, results: Results) 
 
 def _check_shards(cfg: FeaturesConfig, made_of: dict[str, Any]) -> UserError | None:
     """Make the folder. If it has shards of another model, other data or keys, the mistake, for all ranks to raise."""
-    _folder(cfg).mkdir(exist_ok=True)
+    try:
+        _folder(cfg).mkdir(exist_ok=True)
+    except OSError as error:
+        return UserError(f"{_folder(cfg)} cannot be made: {error.strerror or error}; move away what is there")
     for path in sorted(_folder(cfg).iterdir()):
         if path.name.startswith(".") or path.suffix not in (".safetensors", ".parquet"):
             continue

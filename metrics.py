@@ -44,12 +44,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError as error:
             if number < len(lines):
                 raise UserError(
                     f"{path}, line {number} is not valid JSON; delete that line or move the file away"
                 ) from error
+            break
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number} is no JSON object; delete that line or move the file away")
+        records.append(record)
     return records
 
 

@@ -53,6 +53,39 @@ PICTURE_SIZE = 1600
 #   notes        sentences to show beside the scores
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """A results.json.
+
+    Raises: UserError without the file's name, for the caller to put before it, if it is none.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read: {error}") from error
+    if not isinstance(content, dict) or not {"name", "evaluations"} <= content.keys():
+        raise UserError("is not a results.json that benchmark.py wrote")
+    if not isinstance(content["name"], str):
+        raise UserError(f"is damaged: name is {content['name']!r}, not text")
+    for part in ("evaluations", "random", "compared"):
+        if not isinstance(content.get(part, {}), dict):
+            raise UserError(f"is damaged: {part} is {type(content[part]).__name__}, not name: evaluation")
+    for name, entry in content["evaluations"].items():
+        check_entry(entry, f"evaluations.{name}")
+    return content
+
+
+def check_entry(entry: Any, where: str) -> None:
+    """Raise UserError unless results, config and about of an evaluation are there and its scores are numbers."""
+    for part in ("results", "config", "about"):
+        if not isinstance(entry, dict) or not isinstance(entry.get(part), dict):
+            raise UserError(f"is damaged: {where} lacks {part}, or it is no JSON object")
+    for path, value in _leaves(entry["results"]):
+        if len(path) > 1 and is_score(path[1:]) and not isinstance(value, float | int | list):
+            raise UserError(f"is damaged: {where}.results.{'.'.join(path)} is {value!r}, not a number")
+    if not isinstance(entry["config"].get("model_loader_kwargs", {}), dict):
+        raise UserError(f"is damaged: {where}.config.model_loader_kwargs is no JSON object")
+
+
 class Row(NamedTuple):
     """One score of all models; None where a model lacks it."""
 
@@ -233,7 +266,7 @@ def write_report(path: Path, content: Mapping[str, Any], run_dir: Path | None = 
         + "\n".join(section for section in sections if section)
         + "\n</main>\n</body>\n</html>\n"
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
 
 
 def _notices(content: Mapping[str, Any]) -> str:

@@ -59,7 +59,7 @@ def import_from_path(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise UserError(f"{path} cannot be imported: {error}") from error
     return module
 

@@ -241,6 +241,76 @@ def test_what_cannot_be_beside_the_weights_is_in_runs(here, where, monkeypatch, 
     assert folder.name.startswith(stem), folder
 
 
+ENTRY = {"results": {"knn": {"mIoU": 0.5}}, "config": {}, "about": {}}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ([], "is not a results.json"),
+        (None, "is not a results.json"),
+        ({"name": 3, "evaluations": {}}, "name is 3, not text"),
+        ({"name": "x", "evaluations": []}, "evaluations is list"),
+        ({"name": "x", "evaluations": {"one": None}}, "evaluations.one lacks results"),
+        ({"name": "x", "evaluations": {"one": ENTRY | {"results": [1]}}}, "evaluations.one lacks results"),
+        ({"name": "x", "evaluations": {"one": {"results": {}, "about": {}}}}, "evaluations.one lacks config"),
+        (
+            {"name": "x", "evaluations": {"one": ENTRY | {"results": {"knn": {"mIoU": "0.5"}}}}},
+            "is '0.5', not a number",
+        ),
+        ({"name": "x", "evaluations": {"one": ENTRY | {"results": {"knn": {"mIoU": None}}}}}, "is None, not a number"),
+        ({"name": "x", "evaluations": {"one": ENTRY | {"about": "x"}}}, "evaluations.one lacks about"),
+    ],
+)
+def test_a_malformed_file_to_compare_with_is_explained(here, capsys, content, says):
+    Path("other.json").write_text(json.dumps(content))
+    assert benchmark.main([*ARGUMENTS, "compare=[other.json]"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: compare=other.json: ") and says in error
+    assert not Path("out").exists()
+    Path("other.json").write_bytes(b'{"name": "\xff"}')
+    assert benchmark.main([*ARGUMENTS, "compare=[other.json]"]) == 2
+    assert benchmark.main([*ARGUMENTS, "compare=[runs]"]) == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "3", '{"request": null}', '{"request": {}}', '{"request": {}, "job": 3}', "{"]
+)
+@pytest.mark.parametrize("name", ["benchmark.json", "results_stub.json"])
+def test_our_own_files_with_something_else_in_them_are_named(here, capsys, name, content):
+    assert benchmark.main([*NO_RANDOM, "evals.two=null"]) == 0
+    capsys.readouterr()
+    Path("out/one", name).write_text(content)
+    assert benchmark.main([*NO_RANDOM, "evals.two=null"]) == 2
+    error = capsys.readouterr().err
+    assert f"out/one/{name}" in error and "delete it to evaluate anew" in error
+
+
+@pytest.mark.parametrize(
+    "path", ["out", "out/one", "out/random", "out/results.json/x", "out/one/log.txt/x", "out/report.html/x"]
+)
+def test_a_file_in_the_place_of_a_folder_and_the_reverse_are_explained(here, capsys, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("")
+    assert benchmark.main([*ARGUMENTS, "evals.two=null"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf8_do_not_end_a_benchmark(here, capfd):
+    weights = os.fsdecode(b"runs/caf\xe9/student.pth")
+    Path(weights).parent.mkdir()
+    Path(weights).write_bytes(b"weights")
+    cfg = benchmark.BenchmarkConfig(
+        model_path="tiny_model.py",
+        model_loader_kwargs={"pretrained_weights": weights},
+        evals_config_path="evals.yaml",
+        output_dir=os.fsdecode(b"o\xff"),
+    )
+    assert benchmark.benchmark(cfg) == 0
+    assert "o\\udcff/results.json" in capfd.readouterr().out
+    assert "caf\\udce9/student" in Path(os.fsdecode(b"o\xff"), "report.html").read_text()
+
+
 # Random initialisation.
 
 

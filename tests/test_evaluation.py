@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import textwrap
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -125,6 +127,21 @@ def test_an_empty_tensor_of_registers_is_none():
     assert frozen(lambda b, h, w, good: (good[0], torch.zeros(b, 0, 3), good[2]))(IMAGES).registers is None
 
 
+@pytest.mark.parametrize("made", ["None", "{'state': 1}", "int", "object()"])
+def test_a_loader_that_gives_no_module_is_told_so(tmp_path, made):
+    (tmp_path / "mine.py").write_text(f"def __model_loader__(): return {made}")
+    with pytest.raises(UserError, match=r"mine\.py: the loader returned .*, not a torch\.nn\.Module"):
+        load_model_file(str(tmp_path / "mine.py"), {})
+
+
+@pytest.mark.parametrize("patch_size", [None, 0, -4, 4.0, True, "4"])
+def test_a_patch_size_that_is_no_size_is_named(patch_size):
+    model = Model()
+    model.patch_size = patch_size
+    with pytest.raises(UserError, match=r"its attribute patch_size is .* and must be a whole number"):
+        FrozenModel(model, EvaluationConfig(output_dir="x"), CPU, "mine.py")
+
+
 def test_the_patch_size_must_divide_the_images_and_exist():
     with pytest.raises(UserError, match="images of 8x10 pixels do not divide into patches of 4"):
         frozen()(torch.zeros(1, 3, 8, 10, dtype=torch.uint8))
@@ -139,6 +156,8 @@ def test_the_patch_size_must_divide_the_images_and_exist():
     [
         ("x = 1", "does not define __model_loader__"),
         ("import not_installed_anywhere", "cannot be imported: No module named"),
+        ("def load(:", "cannot be imported: invalid syntax"),
+        ("__model_loader__ = 3", "does not define __model_loader__"),
     ],
 )
 def test_a_file_without_a_loader_is_told_so(tmp_path, content, words):
@@ -241,6 +260,16 @@ def test_a_file_that_is_no_result_is_left_alone_and_named(tmp_path, content):
     assert (tmp_path / "results_fake.json").read_text() == content
 
 
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    found = results(tmp_path)
+    (tmp_path / "artifacts").write_text("")
+    with pytest.raises(UserError, match="artifacts cannot be made: File exists"):
+        found.artifacts()
+    (tmp_path / "results_fake.json").mkdir()
+    with pytest.raises(UserError, match=r"results_fake\.json cannot be written: Is a directory"):
+        found.add("one", 1)
+
+
 def error_on_rank(folder):
     with pytest.raises(UserError) as caught:
         results(folder)
@@ -253,6 +282,24 @@ def test_an_output_directory_that_cannot_be_made_is_named_on_all_ranks(tmp_path,
     messages = run_on_ranks(error_on_rank, num_ranks, tmp_path / "file" / "out")
     assert len(set(messages)) == 1
     assert f"output_dir={tmp_path}/file/out cannot be made: Not a directory" in messages[0]
+
+
+@pytest.mark.parametrize("change", [{}, {"batch_size": 3}, {"pictures": ["norms"]}])
+def test_the_folder_that_is_chosen_is_the_same_for_the_same_evaluation(tmp_path, monkeypatch, capsys, change):
+    """As typed; keys that change no result, or may change between runs into one folder, do not choose another."""
+    import eval_visualizations
+
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    evaluation = replace(
+        eval_visualizations.EVALUATION, evaluate=lambda cfg, model, results: asked.append(results.path)
+    )
+    pixels = [f"model_path={ROOT}/baselines/pixels_loader.py", "model_loader_kwargs={patch_size: 8}", "device=cpu"]
+    for more in ([], [f"{key}={json.dumps(value)}" for key, value in change.items()], ["resolution=448"]):
+        assert evaluation.main([*pixels, *more]) == 0
+    assert asked[0] == asked[1] != asked[2]
+    assert asked[0].parent.parent == Path("runs")
+    assert f"output_dir={asked[0].parent}" in capsys.readouterr().err
 
 
 def test_an_evaluation_runs_under_torchrun_as_typed(tmp_path):
