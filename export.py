@@ -6,8 +6,8 @@
 
 `.pth` is the format of the released weights, `.safetensors` has the same keys; both get their config beside them, as
 `.yaml`, where `model.load_model` finds it. `.onnx` takes images of any number and size and gives the three outputs of
-`EncoderDecoder.forward`; it needs: pip install 'capi[onnx]'. The reverse, starting a run from weights, is the key
-`train.init_from`.
+`EncoderDecoder.forward`; it needs `pip install -c constraints.txt -e '.[onnx]'` in this folder. The reverse,
+starting a run from weights, is the key `train.init_from`.
 """
 
 from pathlib import Path
@@ -135,7 +135,8 @@ def check_path(path: Path) -> None:
             import onnx  # noqa: F401
             import onnxscript  # noqa: F401
         except ImportError as error:
-            raise UserError(f"{str(path)!r}: {error.name} is missing; pip install 'capi[onnx]'") from error
+            remedy = f"in {str(Path(__file__).parent)!r}: pip install -c constraints.txt -e '.[onnx]'"
+            raise UserError(f"{str(path)!r}: {error.name} is missing; {remedy}") from error
 
 
 def _write_safetensors(exportable: Exportable, path: Path) -> None:

@@ -48,7 +48,8 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"This baseline needs {name} ({error}): pip install 'capi[baselines]'") from error
+        remedy = f"in {str(Path(__file__).parent.parent)!r}: pip install -c constraints.txt -e '.[baselines]'"
+        raise UserError(f"This baseline needs {name} ({error}); {remedy}") from error
 
 
 def create_vit(architecture: str, **kwargs: Any) -> nn.Module:

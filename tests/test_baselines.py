@@ -32,7 +32,7 @@ from baselines import _shared
 from model import EncoderDecoder
 from utils import UserError, import_from_path
 
-pytest.importorskip("timm", reason="pip install 'capi[baselines]'")
+pytest.importorskip("timm", reason="pip install -c constraints.txt -e '.[baselines]'")
 
 FOLDER = ROOT / "baselines"
 GOLDEN_FAMILIES = sorted(path.stem.removeprefix("golden_") for path in (GOLDEN / "baselines").glob("golden_*.json"))
@@ -602,7 +602,7 @@ def test_timm_says_what_it_does_not_take():
 
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match=r"needs timm.*pip install 'capi\[baselines\]'"):
+    with pytest.raises(UserError, match=r"needs timm.*pip install -c constraints\.txt -e '\.\[baselines\]'"):
         loader("dino").load_model("dino_vits16", pretrained=False)
 
 

@@ -104,7 +104,7 @@ def test_without_the_extra_onnx_says_what_to_install(run, tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, "onnxscript", sys.modules.get("onnxscript", sys))
     monkeypatch.setitem(sys.modules, package, None)
     assert export.main([str(run), str(tmp_path / "w.pth"), str(tmp_path / "w.onnx")]) == 2
-    assert "pip install 'capi[onnx]'" in capsys.readouterr().err
+    assert "pip install -c constraints.txt -e '.[onnx]'" in capsys.readouterr().err
     assert not (tmp_path / "w.pth").exists(), "it was found out after the work"
 
 
