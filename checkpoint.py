@@ -5,12 +5,14 @@ checkpoint that cannot be read stops the run with the name of one that can; trai
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -21,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,7 +31,7 @@ import yaml
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.tensor import DTensor
@@ -38,6 +40,7 @@ from torch.optim import Optimizer
 from config import changed_keys
 from distributed import is_distributed, rank, world_size
 from utils import UserError, fsync, git_revision, replacing, write_text_atomically
+from weights import not_finite, published_key
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +97,9 @@ class Checkpoints:
     first: until the last rename the newest checkpoint is still the old one, afterwards it is the one the user chose or
     the new one. Nothing but the user deletes them, and `train.resume_from` can name one of them.
 
-    **Safety.** The hashes detect damage, not malice: `.metadata` is a pickle that torch reads without restrictions, so
-    load only checkpoints whose origin you trust. Exports (`export_weights`) are the files to share.
+    **Safety.** The hashes detect damage, not malice, but nothing in a checkpoint is executed: `.metadata`, a pickle, is
+    read by an unpickler that knows the classes of an index and no others (`CheckpointReader`), tensors by `torch.load`
+    with `weights_only`, the rest is JSON and YAML.
 
     **In the background.** With `async_save`, `save` copies the tensors to host memory, which has to hold that much
     more, and returns; one thread does the rest with a process group of its own, so that training may go on in between.
@@ -511,13 +515,18 @@ def export_weights(path: Path, modules: Modules, config_yaml: str) -> None:
         modules: for CAPI `{"backbone": ..., "head": ...}`.
         config_yaml: the resolved configuration.
 
-    Raises: UserError if it cannot be written; a file that was there before stays.
+    Raises: UserError if a weight is not finite, or it cannot be written; a file that was there before stays.
     """
     weights: dict[str, Tensor] = {}
     for key, tensor in _model_tensors(modules).items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective, so on every rank
         if rank() == 0:
             weights[key] = full.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if problem := _on_rank_0(lambda: not_finite(weights.items())):
+        raise UserError(
+            f"The weights are not exported to {str(path)!r}: they are not all finite: {problem}. Export an earlier "
+            "checkpoint: python export.py <its folder> <file>"
+        )
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -534,7 +543,7 @@ def read_weights(path: Path, module: str) -> dict[str, Tensor]:
     """The weights of one module of a training checkpoint, by state-dict key, whole and on the CPU; for one process.
 
     Args:
-        path: checkpoint folder; of trusted origin, see `Checkpoints`.
+        path: checkpoint folder.
         module: its name in the checkpoint, for CAPI `student` or `student_ema`.
 
     Raises: UserError if the checkpoint is damaged or has no such module.
@@ -542,8 +551,8 @@ def read_weights(path: Path, module: str) -> dict[str, Tensor]:
     problem = _problem_with(path)
     if problem:
         raise UserError(f"The checkpoint {str(path)!r} is unreadable: {problem}")
-    reader = FileSystemReader(path)
-    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    reader = CheckpointReader(path)
+    saved = reader.read_metadata().state_dict_metadata
     prefix = f"{module}."
     weights = {
         key: torch.empty(described.size, dtype=described.properties.dtype)
@@ -552,8 +561,7 @@ def read_weights(path: Path, module: str) -> dict[str, Tensor]:
     }
     if not weights:
         raise UserError(f"The checkpoint {str(path)!r} has no module {module!r}")
-    _single_process_is_fine()
-    load_tensors(weights, storage_reader=reader)
+    _fill(weights, reader)
     return {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
 
 
@@ -655,6 +663,74 @@ def _single_process_is_fine() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
+class CheckpointReader(FileSystemReader):
+    """torch's reader of a checkpoint's tensors, with an index that nothing hostile comes in by.
+
+    Tensors of the time when final norms had another name are known by today's, for models and optimizers alike.
+    """
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """The index: which tensors there are, and in which file each lies.
+
+        Raises: UserError if it is something else than an index of tensors; what it may ask for is not executed.
+        """
+        path = Path(self.path, ".metadata")
+        try:
+            with path.open("rb") as file:
+                index = _IndexUnpickler(file).load()
+            tensors = {published_key(key): described for key, described in index.state_dict_metadata.items()}
+            places = {
+                dataclasses.replace(at, fqn=published_key(at.fqn)): place for at, place in index.storage_data.items()
+            }
+            sound = (
+                isinstance(index, Metadata)
+                and all(isinstance(described, TensorStorageMetadata) for described in tensors.values())
+                and all(isinstance(described.size, torch.Size) for described in tensors.values())
+                and all(isinstance(described.properties.dtype, torch.dtype) for described in tensors.values())
+                and all(re.fullmatch(r"__\d+_\d+\.distcp", place.relative_path) for place in places.values())
+            )
+        except (
+            ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, TypeError, ValueError,
+            pickle.UnpicklingError,
+        ) as error:  # fmt: skip  # what an unpickler raises for bytes that are no pickle, or for parts that do not fit
+            raise UserError(
+                f"{str(path)!r} is not the index of a checkpoint: {error}; nothing in it was executed"
+            ) from error
+        if not sound:
+            raise UserError(f"{str(path)!r} is not the index of a checkpoint that holds tensors alone")
+        meta = StorageMeta(load_id=self.load_id)
+        return dataclasses.replace(index, state_dict_metadata=tensors, storage_data=places, storage_meta=meta)
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Knows what the indexes of tensors consist of: plain descriptions, types of numbers, sizes and paths."""
+
+    ALLOWED: ClassVar = {
+        "torch": {"Size"},
+        "torch.serialization": {"_get_layout"},  # from a name to a constant
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.distributed.checkpoint.metadata": {
+            "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+            "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        },
+        "collections": {"OrderedDict"},
+        "pathlib": {"PosixPath", "WindowsPath"},
+        "pathlib._local": {"PosixPath", "WindowsPath"},
+    }  # fmt: skip
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype):
+            return getattr(torch, global_name)
+        if (module_name, global_name) == (
+            "builtins",
+            "getattr",
+        ):  # how early Python 3.11 pickles members of enumerations
+            return lambda _, name: _MEM_FORMAT_ENCODING[name]
+        if global_name not in self.ALLOWED.get(module_name, ()):
+            raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+        return super().find_class(module_name, global_name)
+
+
 def _write_tensors(tensors: dict[str, Tensor], directory: Path, group: dist.ProcessGroup | None) -> None:
     try:
         _single_process_is_fine()
@@ -667,8 +743,8 @@ def _write_tensors(tensors: dict[str, Tensor], directory: Path, group: dist.Proc
 
 
 def _read_tensors(path: Path, modules: Modules, optimizers: Optimizers) -> None:
-    reader = FileSystemReader(path)
-    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    reader = CheckpointReader(path)
+    saved = reader.read_metadata().state_dict_metadata
     tensors = _model_tensors(modules)
     states: list[tuple[Optimizer, dict[int, dict[str, Tensor]]]] = []
     for name, (module, optimizer) in optimizers.items():
@@ -685,11 +761,23 @@ def _read_tensors(path: Path, modules: Modules, optimizers: Optimizers) -> None:
                 state.setdefault(index, {})[state_name] = tensors[key]
         states.append((optimizer, state))
     _check_fit(path, saved, tensors)
-    _single_process_is_fine()
-    load_tensors(tensors, storage_reader=reader)
+    _fill(tensors, reader)
     for optimizer, state in states:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _fill(tensors: dict[str, Tensor], reader: CheckpointReader) -> None:
+    try:
+        _single_process_is_fine()
+        load_tensors(tensors, storage_reader=reader)
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        if not all(isinstance(cause, OSError | pickle.UnpicklingError) for cause in causes):
+            raise
+        asked = re.search(r"GLOBAL (\S+)", str(causes[0]))  # torch goes on to advise how to let it run
+        reason = f"a tensor of it is none, and asks for {asked[1]}" if asked else str(causes[0]).partition("\n")[0]
+        raise UserError(f"The checkpoint {str(reader.path)!r} cannot be read: {reason}") from error
 
 
 def _room_for(state_name: str, described: Any, parameter: Tensor) -> Tensor:

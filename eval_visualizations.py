@@ -28,7 +28,6 @@ import contextlib
 import functools
 import itertools
 import logging
-import pickle
 import sys
 import time
 import warnings
@@ -44,10 +43,9 @@ from jaxtyping import Float, Float32, Float64, Int64, UInt8
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
-from checkpoint import Checkpoints
+from checkpoint import CheckpointReader, Checkpoints
 from config import COUNT, POSITIVE, one_of, require, within
 from distributed import all_reduce_sum_, barrier, broadcast_object, rank
 from evaluation import (
@@ -582,7 +580,7 @@ def _read_training_checkpoint(step: Path, source: str, module: nn.Module) -> tup
     heads, teacher = "clustering.", "student_ema.backbone."
     own = module.state_dict()
     try:
-        reader = FileSystemReader(step)
+        reader = CheckpointReader(step)
         saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
         shared = [k for k in saved if k.startswith(teacher) and k.removeprefix(teacher) in own]
         largest = sorted(shared, key=lambda key: saved[key].size.numel())[-1:]
@@ -591,7 +589,7 @@ def _read_training_checkpoint(step: Path, source: str, module: nn.Module) -> tup
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
             load_tensors(dict(tensors), storage_reader=reader, no_dist=True)
-    except (OSError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
+    except (OSError, CheckpointException, UserError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"clustering_checkpoint={source}: {step} cannot be read: {reason}; give another one") from error
     is_teacher = all(torch.equal(tensors[key], own[key.removeprefix(teacher)].cpu()) for key in largest)

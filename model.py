@@ -219,7 +219,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks and a final norm without parameters."""
+    """A stack of blocks. The norm after the last one is the caller's, whose weights released files name beside it."""
 
     def __init__(
         self,
@@ -227,7 +227,6 @@ class Transformer(nn.Module):
         embed_dim: int,
         depth: int,
         norm_layer: Any,
-        final_norm: nn.Module,
         drop_path_rate: float = 0.0,
         block_kwargs: Mapping[str, Any],
     ) -> None:
@@ -235,7 +234,6 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(embed_dim, norm_layer=norm_layer, drop_path_rate=drop_path_rate, **block_kwargs) for _ in range(depth)
         )
-        self.norm = final_norm
 
     def forward(
         self,
@@ -245,12 +243,12 @@ class Transformer(nn.Module):
         context_coords: Float[Tensor, "#b nc 2"] | None = None,
         num_blocks: int | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Run the first `num_blocks` blocks (default all), then the final norm."""
+        """Run the first `num_blocks` blocks (default all)."""
         if context_coords is None:
             context_coords = x_coords
         for block in self.blocks[:num_blocks]:
             x = block(x, context, x_coords, context_coords)
-        return self.norm(x)
+        return x
 
 
 class EncoderDecoder(nn.Module):
@@ -315,8 +313,7 @@ class EncoderDecoder(nn.Module):
             return norm_type(dim, **norm_kwargs)
 
         def tower(depth_kwargs: Mapping[str, Any]) -> Transformer:
-            final_norm = norm_type(embed_dim, **(norm_kwargs | final_kwargs))
-            return Transformer(norm_layer=norm_layer, final_norm=final_norm, **transformers_kwargs, **depth_kwargs)
+            return Transformer(norm_layer=norm_layer, **transformers_kwargs, **depth_kwargs)
 
         embed_dim = transformers_kwargs["embed_dim"]
         self.patch_size, self.in_chans, self.embed_dim, self.pred_dim = patch_size, in_chans, embed_dim, embed_dim
@@ -329,7 +326,9 @@ class EncoderDecoder(nn.Module):
         self.registers = nn.Parameter(torch.empty(1, n_registers, embed_dim))
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.encoder = tower(encoder_kwargs)
+        self.enc_norm = norm_type(embed_dim, **(norm_kwargs | final_kwargs))
         self.decoder = tower(decoder_kwargs)
+        self.dec_norm = norm_type(embed_dim, **(norm_kwargs | final_kwargs))
         self.init_weights()
 
     @torch.no_grad()
@@ -345,8 +344,8 @@ class EncoderDecoder(nn.Module):
             elif isinstance(module, Residual):
                 for name, parameter in module.norm.named_parameters():
                     nn.init.ones_(parameter) if name == "weight" else nn.init.zeros_(parameter)
-        for tower in (self.encoder, self.decoder):
-            for name, parameter in tower.norm.named_parameters():
+        for final_norm in (self.enc_norm, self.dec_norm):
+            for name, parameter in final_norm.named_parameters():
                 nn.init.ones_(parameter) if name == "weight" else nn.init.zeros_(parameter)
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
         assert self.patch_embed.bias is not None
@@ -368,14 +367,14 @@ class EncoderDecoder(nn.Module):
         coords = self._grid_coordinates(hp, wp, x.device)
         tokens, token_coords = self._prepend_registers(patches, coords)
         hidden = tokens
-        out = self.encoder.norm(hidden)
+        out = self.enc_norm(hidden)
         for layer, block in enumerate(self.encoder.blocks, start=1):
             hidden = block(hidden, None, token_coords, token_coords)
             if layer == self.out_layer:
-                out = self.encoder.norm(hidden)
-        context = out if self.out_layer == self.n_blocks else self.encoder.norm(hidden)
+                out = self.enc_norm(hidden)
+        context = out if self.out_layer == self.n_blocks else self.enc_norm(hidden)
         queries = self.mask_token.expand(x.shape[0], hp * wp, -1)
-        predicted = self.decoder(queries, coords, context, token_coords, num_blocks=1)
+        predicted = self.dec_norm(self.decoder(queries, coords, context, token_coords, num_blocks=1))
         registers, feature_map = out.split([self.n_registers, hp * wp], dim=1)
         return Features(predicted.mean(dim=1), registers, feature_map.unflatten(1, (hp, wp)))
 
@@ -433,7 +432,7 @@ class EncoderDecoder(nn.Module):
         blocks = self._which_blocks("indices", self.n_blocks if indices is None else indices)
         last, chosen = self._run_encoder(x, blocks, stop_early=stop_early)
         intermediates = self._intermediates(x, chosen, return_prefix_tokens, norm, output_fmt)
-        return intermediates if intermediates_only else (self.encoder.norm(last), intermediates)
+        return intermediates if intermediates_only else (self.enc_norm(last), intermediates)
 
     def _which_blocks(self, name: str, chosen: int | Sequence[int]) -> list[int]:
         depth = self.n_blocks
@@ -461,7 +460,7 @@ class EncoderDecoder(nn.Module):
         grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
         intermediates: list[Any] = []
         for hidden in chosen:
-            tokens = self.encoder.norm(hidden) if norm else hidden
+            tokens = self.enc_norm(hidden) if norm else hidden
             patches = tokens[:, self.n_registers :]
             if output_fmt == "NCHW":
                 patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
@@ -494,14 +493,14 @@ class EncoderDecoder(nn.Module):
             patches = patches.flatten(0, 1)[visible_indices].unflatten(0, (b, -1))
             coords = grid[0][visible_indices % (hp * wp)].unflatten(0, (b, -1))
         tokens, token_coords = self._prepend_registers(patches, coords)
-        encoded = self.encoder(tokens, token_coords)
+        encoded = self.enc_norm(self.encoder(tokens, token_coords))
         encoder_patches = encoded[:, self.n_registers :]
         if not do_prediction:
             return encoder_patches, None
         assert predict_indices is not None
         query_coords = grid[0][predict_indices % (hp * wp)].unflatten(0, (b, -1))
         queries = self.mask_token.expand(b, query_coords.shape[1], -1)
-        predictions = self.decoder(queries, query_coords, encoded, token_coords)
+        predictions = self.dec_norm(self.decoder(queries, query_coords, encoded, token_coords))
         return encoder_patches, predictions.flatten(0, 1)
 
     @classmethod

@@ -247,7 +247,7 @@ def start_from(backbone: nn.Module, path_or_url: str) -> None:
 
     Raises: UserError if the weights do not fit.
     """
-    weights = backbone_part(read_state_dict(path_or_url, key="train.init_from"))
+    weights = backbone_part(read_state_dict(path_or_url, key="train.init_from"), path_or_url)
     predictor = {
         key: value for key, value in backbone.state_dict().items() if key.startswith(("decoder.", "mask_token"))
     }

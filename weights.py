@@ -1,6 +1,7 @@
 """Weights of models: reading and downloading files of them, and the Hugging Face Hub. Needs torch alone.
 
-Nothing here executes what a file contains. huggingface_hub and safetensors are imported where they are used.
+Nothing here executes what a file contains, and nothing that is damaged becomes a model in silence. huggingface_hub and
+safetensors are imported where they are used.
 """
 
 import contextlib
@@ -10,12 +11,14 @@ import http.client
 import pickle
 import pickletools
 import re
+import struct
 import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,8 @@ def read_state_dict(
         sha256: what the file must hash to; None checks nothing.
         key: argument or config key by which the user gave the file, for messages.
 
-    Raises: UserError if the file is missing, unreachable, damaged, another one than `sha256` says, or refused.
+    Raises: UserError if the file is missing, unreachable, damaged, another one than `sha256` says, or refused. Damage
+        shows in the checksums that a `.pth` archive has; a .safetensors file and torch's format before 1.6 have none.
     """
     address = str(path_or_url)
     if address.startswith("file://"):
@@ -51,6 +55,11 @@ def read_state_dict(
         again = f"delete {str(path)!r} to have it downloaded again"
     else:
         again = "get it again"
+        if path.is_dir():
+            hint = next(
+                (str(file) for file in (path / "student_ema.pth", path / "model.safetensors") if file.is_file()), None
+            )
+            raise UserError(f"{key}={address!r} is a folder; give a file{f', {hint!r}' if hint else ' of weights'}")
         if not path.is_file():
             raise UserError(f"{key}={address!r}: there is no such file")
     if sha256 is not None and (actual := _sha256(path)) != sha256.lower():
@@ -60,6 +69,10 @@ def read_state_dict(
     if not isinstance(loaded, dict):
         raise UserError(
             f"{key}: {str(path)!r} holds a {type(loaded).__name__}, not a dict of tensors; give another file"
+        )
+    if nameless := [name for name in loaded if not isinstance(name, str)]:
+        raise UserError(
+            f"{key}: {str(path)!r} holds a dict with keys like {nameless[0]!r}, not names; give another file"
         )
     return loaded
 
@@ -149,34 +162,85 @@ def _read_safetensors(path: Path, key: str, again: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{key}: {str(path)!r} cannot be read: {error}; {again}") from error
+        raise UserError(f"{key}: {str(path)!r} cannot be read: {_kind_of(path) or error}; {again}") from error
+
+
+HARMLESS = {"argparse.Namespace"}
+"""What a refusal tells how to allow: bags of values, which training scripts of the time saved their options in."""
 
 
 def _read_pth(path: Path, key: str, again: str) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        _verify_checksums(path)
+        with path.open("rb") as file:  # torch takes names in UTF-8 alone
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         names = re.findall(r"GLOBAL (\S+)", str(error))
-        remedy = "Use a file from another source, best as .safetensors"
-        if names and "is blocked" not in str(error):
-            if zipfile.is_zipfile(path):
-                names = torch.serialization.get_unsafe_globals_in_checkpoint(path) or names  # all of them
-            remedy += (
-                ". Old training files (.pth.tar) may hold options or counters beside the weights: only if you trust"
-                " where this one is from, allow what you know to be harmless, "
-                f"with torch.serialization.safe_globals([{', '.join(names)}]): ..."
-            )
+        if names and zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                names = torch.serialization.get_unsafe_globals_in_checkpoint(file) or names  # all of them
         names = names or _pickled_names(path)
         if not names:
-            raise UserError(f"{key}: {str(path)!r} is no file of weights, or damaged; {again}") from error
+            kind = _kind_of(path)
+            raise UserError(
+                f"{key}: {str(path)!r} is no file of weights, or damaged{f': {kind}' if kind else ''}; {again}"
+            ) from error
+        remedy = "Use a file from another source, best as .safetensors"
+        if HARMLESS.issuperset(names):
+            remedy += (
+                ". Old training files (.pth.tar) may hold options beside the weights: these are harmless, and "
+                f"with torch.serialization.safe_globals([{', '.join(names)}]): ... allows them"
+            )
         raise UserError(
             f"{key}: {str(path)!r} is refused: it holds more than weights, and reading it would execute "
             f"{', '.join(names)}. {remedy}"
         ) from error
     except EOFError as error:
         raise UserError(f"{key}: {str(path)!r} ends too early; {again}") from error
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{key}: {str(path)!r} cannot be read: {_first_sentence(error)}; {again}") from error
+    except UNREADABLE as error:
+        reason = _kind_of(path) or _first_sentence(error)
+        raise UserError(f"{key}: {str(path)!r} cannot be read: {reason}; {again}") from error
+
+
+UNREADABLE = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError,
+    ValueError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What torch's readers raise for bytes that are no file of weights. The first to notice is any line of an unpickler."""
+
+
+def _verify_checksums(path: Path) -> None:
+    """Raise BadZipFile if a part of the archive is not what was written; torch does not look. 1 GB takes 0.5 s."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # no archive: torch's format before 1.6
+            return
+        with zipfile.ZipFile(file) as archive:
+            for part in archive.infolist():
+                if part.CRC:  # 0 with torch.serialization.set_crc32_options(False)
+                    with archive.open(part) as content:
+                        while content.read(1 << 24):
+                            pass
+
+
+def _kind_of(path: Path) -> str | None:
+    """What a file that could not be read is instead, as far as its beginning says."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is the pointer that git-lfs leaves for a file, not the file: run git lfs pull"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, not the file that it is about"
+    if path.suffix == ".safetensors" and start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "it is what torch.save writes: call it .pth"
+    if (
+        path.suffix != ".safetensors"
+        and start[8:9] == b"{"
+        and int.from_bytes(start[:8], "little") < path.stat().st_size
+    ):
+        return "it is in the format of .safetensors: call it so"
+    return None
 
 
 def _pickled_names(path: Path) -> list[str]:
@@ -207,19 +271,42 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[s
     path.chmod(mode)
 
 
-def backbone_part(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries under `backbone.`, without that prefix; all of them if none has it."""
+def published_key(key: str) -> str:
+    """The released name of a tensor, also if the file, or checkpoint, is of the time when final norms had another."""
+    return re.sub(r"(^|\.)(enc|dec)oder\.norm\.", r"\1\2_norm.", key)
+
+
+def backbone_part(state_dict: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """The entries under `backbone.`, without that prefix, by their released names; all of them if none has it.
+
+    Raises: UserError if one of them is no tensor, naming the part of `source` that the weights may be in.
+    """
     prefix = "backbone."
     own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    return own or dict(state_dict)
+    own = own or dict(state_dict)
+    others = {key: value for key, value in own.items() if not isinstance(value, Tensor)}
+    parts = [key for key, value in others.items() if isinstance(value, Mapping)]
+    if parts:
+        with_tensors = [key for key in parts if any(isinstance(value, Tensor) for value in others[key].values())]
+        raise UserError(
+            f"The weights in {source!r} are one level down: it holds dicts called {', '.join(map(repr, parts[:8]))}. "
+            f"Save the one alone: torch.save(torch.load({source!r})[{(with_tensors or parts)[0]!r}], 'weights.pth')"
+        )
+    if others:
+        listing = ", ".join(f"{key} ({type(value).__name__})" for key, value in list(others.items())[:5])
+        raise UserError(
+            f"{source!r} holds values that are no tensors: {listing}. Save a dict of tensors alone, as torch.save("
+            "model.state_dict(), 'weights.pth') does"
+        )
+    return {published_key(key): value for key, value in own.items()}
 
 
-def load_backbone_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+def load_backbone_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> None:
     """Copy the `backbone.` part of a state dict (or all of it if there is no such prefix) into `model`, exactly.
 
-    Raises: UserError naming missing, unexpected and misshapen keys.
+    Raises: UserError naming missing, unexpected and misshapen keys, and those with values that cannot be weights.
     """
-    own = backbone_part(state_dict)
+    own = backbone_part(state_dict, source)
     expected = model.state_dict()
     wrong = {
         "missing": sorted(expected.keys() - own.keys()),
@@ -235,7 +322,57 @@ def load_backbone_weights(model: nn.Module, state_dict: Mapping[str, Tensor], so
         raise UserError(
             f"The weights in {source!r} do not fit the model ({details}). Give the config they were trained with."
         )
+    check_values(own, expected, source)
     model.load_state_dict(own)
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_values(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors that `load_state_dict` would turn into weights without a word.
+
+    Args:
+        weights: what is to be loaded.
+        expected: tensors with the same keys and shapes that they are to be copied to.
+        source: where they are from, for messages.
+
+    Raises: UserError naming integers, complex numbers, sparse or quantised tensors, and values that are not finite.
+    """
+    unfit = [
+        f"{key} ({kind})"
+        for key, value in weights.items()
+        if (kind := _unfit_kind(value, expected[key].dtype)) is not None
+    ]
+    if unfit:
+        listing = ", ".join(unfit[:5]) + (f" and {len(unfit) - 5} more" if len(unfit) > 5 else "")
+        raise UserError(
+            f"The weights in {source!r} cannot be used as they are: {listing}. Convert them to ordinary floating-point "
+            "tensors, or give another file"
+        )
+    if problem := not_finite((key, value.to(expected[key].dtype)) for key, value in weights.items()):
+        raise UserError(f"The weights in {source!r} are not all finite: {problem}. Give another file")
+
+
+def _unfit_kind(value: Tensor, wanted: torch.dtype) -> str | None:
+    if value.is_meta:
+        return "without values, on the device meta"
+    if value.is_quantized:
+        return "quantised"
+    if value.is_nested or value.layout is not torch.strided:
+        return "nested" if value.is_nested else "sparse"
+    fits = value.dtype in FLOATS if wanted in FLOATS else value.dtype == wanted
+    return None if fits else str(value.dtype).removeprefix("torch.")
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Which floating-point tensors have NaN or infinite values, and how many; None if all are finite."""
+    found = []
+    for key, tensor in tensors:
+        if tensor.is_floating_point() and not torch.linalg.vector_norm(tensor).isfinite():  # fast, but may overflow
+            count = tensor.numel() - int(tensor.isfinite().sum())
+            found += [f"{key} ({count} of {tensor.numel()} values)"] if count else []
+    return (", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")) or None
 
 
 # The Hugging Face Hub. A model class gets the methods of huggingface_hub's mixin only where they are used.
@@ -339,6 +476,8 @@ def _hub_class(model_class: Any) -> Any:
             return model.eval()
 
         def _save_pretrained(self, save_directory: Path) -> None:
+            if problem := not_finite(self.state_dict().items()):
+                raise UserError(f"The model is not saved: its weights are not all finite: {problem}")
             save_safetensors(self.state_dict(), save_directory / "model.safetensors", {"format": "pt"})
 
         def generate_model_card(self, *, name: str, license: str = "apache-2.0", training: str = "") -> Any:  # noqa: A002  # the hub's word

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from model import read_state_dict
 from sources import did_you_mean
 from utils import UserError
+from weights import check_values
 
 Grid = tuple[int, int]  # rows and columns of patches
 Output = tuple[Tensor, Tensor | None, Tensor]
@@ -111,12 +112,17 @@ def load_published(
             found = ", ".join(map(str, list(state)[:8])) if isinstance(state, Mapping) else type(state).__name__
             raise UserError(f"{source!r} has no entry {'.'.join(path[: depth + 1])!r}; it has: {found}")
         state = state[level]
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise UserError(f"{source!r} has no state dict at {'.'.join(path)!r}, but a {type(state).__name__}")
     state = {key.removeprefix(prefix): value for key, value in state.items() if not key.startswith(drop)}
     copy_strictly(network, state if rename is None else rename(state), source)
 
 
 def copy_strictly(network: nn.Module, state: Mapping[str, Any], source: str) -> None:
-    """Load a state dict that must fit exactly. Raises: UserError naming missing, left-over and misshapen keys."""
+    """Load a state dict that must fit exactly.
+
+    Raises: UserError naming missing, left-over and misshapen keys, and values that cannot be weights.
+    """
     expected = network.state_dict()
     shapes = {key: list(getattr(value, "shape", [type(value).__name__])) for key, value in state.items()}
     wrong = {
@@ -131,6 +137,7 @@ def copy_strictly(network: nn.Module, state: Mapping[str, Any], source: str) -> 
     if any(wrong.values()):
         details = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:5])}" for what, keys in wrong.items() if keys)
         raise UserError(f"The weights in {source!r} do not fit this model ({details})")
+    check_values(state, expected, source)
     network.load_state_dict(state)
 
 

@@ -2,10 +2,13 @@
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import json
 import logging
 import os
+import pickle
+import re
 import resource
 import shutil
 import signal
@@ -24,12 +27,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
+from test_model import tiny_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import checkpoint
+import eval_visualizations
 from checkpoint import Checkpoints, SavedState, check_compatible, claim_output_dir, export_weights
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
 from utils import UserError
@@ -752,6 +759,151 @@ def wait(processes: list[subprocess.Popen[str]], timeout: float = 60) -> None:
         for process in processes:
             process.kill()
     assert all(process.returncode == 0 for process in processes), "\n".join(reports)
+
+
+# The index, which is a pickle
+
+
+class Asks:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def with_index(path: Path, index: object) -> None:
+    """Replace a checkpoint's index, with a manifest that agrees: its hashes keep nobody out who can write to it."""
+    (path / ".metadata").write_bytes(index if isinstance(index, bytes) else pickle.dumps(index))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest[".metadata"] = checkpoint._describe(path / ".metadata")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def hostile_indexes(path: Path, trace: Path) -> dict[str, object]:
+    """Indexes that would run code with torch's own reader, or point out of the checkpoint, by what to say of them."""
+    index = FileSystemReader(path).read_metadata()
+    tensors, places = index.state_dict_metadata, index.storage_data
+    first = next(iter(tensors))
+    place = next(iter(places.values()))
+    dotted = b"\x80\x04\x8c%storch.distributed.checkpoint.metadata\x8c\x09os.getcwd\x93)R." % bytes([0x26])
+    return {
+        "asks for posix.mkdir": Asks(trace),
+        "posix.mkdir": dataclasses.replace(index, planner_data={"a": Asks(trace)}),
+        "BytesStorageMetadata": dataclasses.replace(
+            index, state_dict_metadata=tensors | {first: BytesStorageMetadata()}
+        ),
+        "asks for torch.load": b"ctorch\nload\n.",
+        "asks for torch.serialization.load": b"ctorch.serialization\nload\n.",
+        "asks for builtins.eval": b"cbuiltins\neval\n(Vprint(1)\ntR.",
+        "asks for torch.distributed.checkpoint.metadata.os": b"ctorch.distributed.checkpoint.metadata\nos\n.",
+        "is not the index": dotted,
+        "is not the index of": {"state_dict_metadata": {}},
+        "tensors alone": dataclasses.replace(
+            index, storage_data={at: dataclasses.replace(place, relative_path="../../other") for at in places}
+        ),
+        "index of a checkpoint": b"no pickle",
+        "'NoneType'": dataclasses.replace(index, storage_data=None),
+        "checkpoint: ": b"",
+    }
+
+
+@pytest.mark.parametrize("how", ["restore", "load", "read_weights", "clusters"])
+def test_a_hostile_index_is_refused_by_name_and_never_runs(tmp_path, how):
+    run, checkpoints, trace = Training(seed=1).train(1), Checkpoints(tmp_path, keep=3), tmp_path / "it-ran"
+    path = run.save(checkpoints, 1)
+    readers: dict[str, Callable[[], object]] = {
+        "restore": lambda: run.restore_latest(checkpoints),
+        "load": lambda: checkpoints.load(path, modules=run.modules, optimizers=run.optimizers),
+        "read_weights": lambda: checkpoint.read_weights(path, "student"),
+        "clusters": lambda: eval_visualizations.read_clustering_head(str(path), run.modules["student"], 4),
+    }
+    before = copy.deepcopy(run.tensors())
+    for message, index in hostile_indexes(path, trace).items():
+        good = (path / ".metadata").read_bytes()
+        with_index(path, index)
+        with pytest.raises(UserError) as caught:
+            readers[how]()
+        assert message in str(caught.value), f"{message} is not in: {caught.value}"
+        assert ".metadata" in str(caught.value)
+        assert "safe_globals" not in str(caught.value)
+        assert not trace.exists(), f"the index that {message} ran"
+        with_index(path, good)
+    assert_bitwise_equal(run.tensors(), before)
+    readers["restore"]()
+
+
+def test_tensors_of_the_checkpoint_are_read_without_executing_them(tmp_path):
+    """A part of the file that is no tensor but a pickle, under an index that says it is one."""
+    run, checkpoints, trace = Training(seed=1).train(1), Checkpoints(tmp_path, keep=3), tmp_path / "it-ran"
+    path = run.save(checkpoints, 1)
+    file, index = path / "__0_0.distcp", FileSystemReader(path).read_metadata()
+    torch.save(Asks(trace), tmp_path / "evil.pth")
+    content = (tmp_path / "evil.pth").read_bytes()
+    file.write_bytes(content)
+    places = {at: dataclasses.replace(p, offset=0, length=len(content)) for at, p in index.storage_data.items()}
+    manifest = json.loads((path / "manifest.json").read_text()) | {file.name: checkpoint._describe(file)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with_index(path, dataclasses.replace(index, storage_data=places))
+    with pytest.raises(UserError, match=r"step_000000001' cannot be read: .*posix.mkdir"):
+        run.restore_latest(checkpoints)
+    assert not trace.exists()
+
+
+def test_members_of_enumerations_may_be_pickled_as_early_python_3_11_does(tmp_path, monkeypatch):
+    run, checkpoints = Training(seed=1).train(1), Checkpoints(tmp_path, keep=3)
+    encoding = type(metadata._MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT)
+    monkeypatch.setattr(encoding, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
+    run.save(checkpoints, 1)
+    assert b"getattr" in (tmp_path / "checkpoints" / "step_000000001" / ".metadata").read_bytes()
+    loaded = Training(seed=2)
+    loaded.restore_latest(checkpoints)
+    assert_bitwise_equal(loaded.tensors(), run.tensors())
+
+
+@pytest.mark.parametrize("norm", ["RMSNorm", "LayerNorm"])
+def test_checkpoints_of_the_time_when_final_norms_had_another_name_are_resumed(tmp_path, monkeypatch, norm):
+    def training(seed: int) -> Training:
+        run = Training(seed)
+        student = tiny_model(norm_layer_type=norm, final_norm_kwargs={"elementwise_affine": True})
+        run.modules = {"student": nn.ModuleDict({"backbone": student})}
+        run.optimizers = {"student": (run.modules["student"], torch.optim.AdamW(student.parameters()))}
+        for parameter in student.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        run.optimizers["student"][1].step()
+        return run
+
+    saved, checkpoints = training(1), Checkpoints(tmp_path, keep=3)
+    named = checkpoint._named_tensors
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            checkpoint,
+            "_named_tensors",
+            lambda module: {re.sub(r"(enc|dec)_norm", r"\1oder.norm", key): t for key, t in named(module).items()},
+        )
+        path = saved.save(checkpoints, 1)
+    earlier = FileSystemReader(path).read_metadata().state_dict_metadata
+    assert {"student.backbone.encoder.norm.weight", "optimizers.student.backbone.decoder.norm.weight.exp_avg"} <= (
+        earlier.keys()
+    )
+    loaded = training(2)
+    loaded.restore_latest(checkpoints)
+    assert_bitwise_equal(loaded.tensors(), saved.tensors())
+    weights = checkpoint.read_weights(path, "student")
+    assert_bitwise_equal(weights, saved.modules["student"].state_dict())
+
+
+def test_weights_that_are_not_finite_are_not_exported(tmp_path):
+    tower = Tower()
+    export_weights(tmp_path / "w.pth", {"backbone": tower}, YAML)
+    before = (tmp_path / "w.pth").read_bytes()
+    with torch.no_grad():
+        tower.fc1.weight[0, 1:] = torch.tensor([torch.nan, -torch.inf])
+    with pytest.raises(UserError, match=r"backbone.fc1.weight \(2 of 15 values\).*Export an earlier checkpoint"):
+        export_weights(tmp_path / "w.pth", {"backbone": tower}, YAML)
+    assert (tmp_path / "w.pth").read_bytes() == before
 
 
 # Ranks
