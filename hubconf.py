@@ -1,27 +1,92 @@
-"""The released CAPI backbones for `torch.hub`, with torch alone installed.
+"""CAPI backbones for `torch.hub`, with torch alone installed: one trained here, or a released one by its name.
 
+    model = torch.hub.load("/path/to/this/folder", "capi", source="local", weights="runs/mine")
     model = torch.hub.load("/path/to/this/folder", "capi_vitl14_lvd", source="local")
     global_repr, registers, feature_map = model(torch.zeros(1, 3, 224, 224))
 
-Images are RGB in [0, 1], minus (0.485, 0.456, 0.406), divided by (0.229, 0.224, 0.225); both sides are multiples of 14.
+Images are RGB in [0, 1], minus (0.485, 0.456, 0.406), divided by (0.229, 0.224, 0.225); both sides are multiples of the
+patch size, 14 for the released ones.
+
+torch.hub runs in other people's programs, whose `model.py` and `utils.py` are not ours. Imported by it, this folder's
+modules get names of their own, which no program asks for, and models pickle as a call of `torch.hub.load`.
 """
 
+import functools
+import hashlib
+import importlib.util
+import json
+import re
 import sys
-from pathlib import Path as _Path  # underscores keep names out of `torch.hub.list`
+from collections.abc import Mapping as _Mapping  # underscores keep names out of `torch.hub.list`
+from pathlib import Path as _Path
 from typing import Any as _Any
 
 import torch
+from torch.overrides import TorchFunctionMode as _TorchFunctionMode
 
-# torch.hub runs inside other people's programs, which may have modules of these names: those are put back below.
-_theirs = {name: sys.modules[name] for name in ("model", "utils", "weights") if name in sys.modules}
-for _name, _module in list(_theirs.items()):
-    if _Path(getattr(_module, "__file__", None) or "/").parent == _Path(__file__).parent:
-        del _theirs[_name]  # ours, imported before
-    else:
-        del sys.modules[_name]
-import model as _model  # noqa: E402  # once its name is free
+_FOLDER = _Path(__file__).resolve().parent
 
-sys.modules.update(_theirs)
+# Names of the folder's modules in a program of somebody else. They are below a name that every program has, so that
+# none is new at the top; importing one finds it in `sys.modules`, as torch.compile does with the module of a function
+# that it inlines. Not below `torch`: the compiler takes what is there for PyTorch's own. Other copies of this
+# repository have other names.
+_PACKAGE = f"__main__.capi_{hashlib.sha256(str(_FOLDER).encode(errors='surrogateescape')).hexdigest()[:12]}"
+
+
+def _import(name: str) -> _Any:
+    """A module of this folder: under its plain name in programs of this folder, else below `_PACKAGE`."""
+    if __name__ == "hubconf" and getattr(importlib.util.find_spec(name), "origin", None) == str(_FOLDER / f"{name}.py"):
+        return importlib.import_module(name)
+    utils = sys.modules.get(f"{_PACKAGE}.utils")
+    if utils is None:
+        spec: _Any = importlib.util.spec_from_file_location(f"{_PACKAGE}.utils", _FOLDER / "utils.py")
+        utils = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(utils)
+        sys.modules[spec.name] = utils
+    # Without jaxtyping annotations say less, and that a program has it shall not depend on us.
+    folder = utils.FolderOfModules(_FOLDER, _PACKAGE, hidden=["jaxtyping"])
+    module = folder.import_module(name)
+    for part in ("model", "weights", "utils"):
+        for value in list(vars(sys.modules.get(f"{_PACKAGE}.{part}", utils)).values()):
+            if isinstance(value, type) and value.__module__.startswith(f"{_PACKAGE}."):
+                _pickle_by_folder(value)
+    return module
+
+
+class _New:
+    """Makes an empty instance of a class. Pickled, it is the way to that class: no other process knows its module."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+
+    def __call__(self, *arguments: _Any) -> _Any:
+        return self.cls.__new__(self.cls, *arguments)
+
+    def __reduce__(self) -> _Any:
+        where = (str(_FOLDER), "_new", self.cls.__module__.rpartition(".")[2], self.cls.__qualname__)
+        return functools.partial(torch.hub.load, source="local"), where
+
+
+def _new(module: str, name: str) -> _New:
+    return _New(getattr(_import(module), name))
+
+
+def _pickle_by_folder(cls: _Any) -> None:
+    """Let instances of `cls`, unlike those of classes that derive from it, name the class by this folder."""
+    if "__reduce_ex__" in vars(cls):
+        return
+    new = _New(cls)  # one for all instances, so that a pickle names the class once
+
+    def reduce_ex(self: _Any, protocol: int) -> _Any:
+        if type(self) is not cls:
+            return object.__reduce_ex__(self, protocol)
+        make, arguments, *state = object.__reduce_ex__(self, 2)
+        return new, arguments if make is cls else arguments[1:], *state  # exceptions call the class
+
+    cls.__reduce_ex__ = reduce_ex
+
+
+_model = _import("model")
 
 dependencies = ["torch"]
 
@@ -56,19 +121,125 @@ VIT_L14: dict[str, _Any] = {
 """The released architecture, whatever the default of new trainings becomes."""
 
 
-def _vit_l14(file: str, pretrained: bool, weights: str | None) -> _model.EncoderDecoder:
-    source = weights if weights is not None else ADDRESS + file if pretrained else None
-    if source is None:
-        return _model.EncoderDecoder(**VIT_L14).eval()
+class _WithoutRandomNumbers(_TorchFunctionMode):
+    """Leaves weights uninitialised that others replace. The meta device would too, but imports sympy and triton."""
+
+    def __torch_function__(self, func: _Any, types: _Any, args: _Any = (), kwargs: _Any = None) -> _Any:
+        if func in (torch.Tensor.uniform_, torch.Tensor.normal_, torch.nn.init.kaiming_uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _load(arguments: dict[str, _Any], source: _Any) -> _Any:
     state_dict = _model.read_state_dict(source, key="weights")
-    with torch.device("meta"):
-        model = _model.EncoderDecoder(**VIT_L14)
-    model.to_empty(device="cpu")
+    with _WithoutRandomNumbers():
+        model = _model.EncoderDecoder(**arguments)
     _model.load_backbone_weights(model, state_dict, str(source))
     return model.eval()
 
 
-def capi_vitl14_lvd(pretrained: bool = True, weights: str | None = None) -> _model.EncoderDecoder:
+def _vit_l14(file: str, pretrained: bool, weights: str | None) -> _Any:
+    source = weights if weights is not None else ADDRESS + file if pretrained else None
+    return _model.EncoderDecoder(**VIT_L14).eval() if source is None else _load(VIT_L14, source)
+
+
+def capi(weights: str | _Path, config: str | _Path | dict[str, _Any] | None = None) -> _Any:
+    """A model that was trained here.
+
+    Args:
+        weights: what a run or `export.py` wrote, `.pth` or `.safetensors`, or its address; or the folder of a run,
+            whose `student_ema.pth` it is, or one that `save_pretrained` wrote.
+        config: the training configuration, or its section `model` as a dict, which come on top of the released
+            architecture. None: the .yaml of the same name beside the weights, if there is one.
+    """
+    file, beside = _Path(weights), _Path(weights).with_suffix(".yaml")
+    if file.is_dir() and (file / "config.json").is_file():
+        file, beside = file / "model.safetensors", file / "config.json"
+    elif file.is_dir():
+        file, beside = file / "student_ema.pth", file / "student_ema.yaml"
+        if not file.is_file():
+            raise _model.UserError(
+                f"weights={str(weights)!r}: the folder has no student_ema.pth, which a run writes at its end and "
+                "python export.py <the run's folder> <file>.pth at any time"
+            )
+    if config is None and beside.is_file():
+        config = beside
+    section = config if isinstance(config, dict) else {} if config is None else _model_section(_Path(config))
+    try:
+        return _load(_merged(VIT_L14, section), weights if "://" in str(weights) else file)
+    except TypeError as error:
+        raise _model.UserError(f"config={str(config)!r}: the section model has a wrong key: {error}") from error
+
+
+def _merged(below: dict[str, _Any], above: _Mapping[str, _Any]) -> dict[str, _Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        under = below.get(key)
+        merged[key] = _merged(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _model_section(path: _Path) -> dict[str, _Any]:
+    """The section `model` of a configuration. torch brings no reader of YAML; this one knows what our files have.
+
+    That is names and values, nested by indentation or in braces. Anything else is an error.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _model.UserError(f"config={str(path)!r} cannot be read: {error}") from error
+    if path.suffix == ".json":
+        return _checked(json.loads("\n".join(lines)), path)
+    root: dict[str, _Any] = {}
+    opened: list[_Any] = []  # names without a value: indentation, the mapping they are in, name, indentation inside
+    inside = False
+    for number, line in enumerate(lines, start=1):
+        content = re.sub(r"""("[^"]*"|'[^']*')|(?:^|\s)#.*""", lambda found: found[1] or "", line).rstrip()
+        indentation = len(content) - len(content.lstrip(" "))
+        if content and not indentation:
+            inside = content.startswith("model:")
+        if not content or not inside:
+            continue
+        while opened and opened[-1][0] >= indentation:
+            opened.pop()
+        named = re.fullmatch(r"(\w+):(?:\s+(.+))?", content.lstrip(" "))
+        mapping, expected = root, indentation
+        if opened:
+            _, parent, name, expected = opened[-1]
+            opened[-1][3] = expected = expected or indentation
+            mapping = parent[name] = parent[name] or {}
+        too_much = _model.UserError(
+            f"config={str(path)!r}, line {number}: {line.strip()!r} is more YAML than torch.hub reads here; give the "
+            "section model as a dict, config={...}, or write it as the exports do"
+        )
+        if named is None or indentation != expected:
+            raise too_much
+        try:
+            mapping[named[1]] = None if named[2] is None else _plain_value(named[2])
+        except ValueError as error:
+            raise too_much from error
+        if named[2] is None:
+            opened.append([indentation, mapping, named[1], None])
+    return _checked(root.get("model"), path)
+
+
+def _checked(section: _Any, path: _Path) -> dict[str, _Any]:
+    if section is not None and not isinstance(section, dict):
+        raise _model.UserError(f"config={str(path)!r}: its section model is {section!r}, not names with values")
+    return section or {}
+
+
+def _plain_value(text: str) -> _Any:
+    """A number, truth value, null or name, or some in braces, by way of JSON. Raises: ValueError for anything else."""
+    constants = {"true": "true", "false": "false", "null": "null", "~": "null"}
+
+    def as_json(word: re.Match[str]) -> str:
+        return constants.get(word[0].lower()) or json.dumps(word[0].strip("'\""))
+
+    return json.loads(re.sub(r"\"[^\"]*\"|'[^']*'|(?<![\w.+-])[A-Za-z_~][\w-]*", as_json, text))
+
+
+def capi_vitl14_lvd(pretrained: bool = True, weights: str | None = None) -> _Any:
     """ViT-L/14 trained on LVD-142M.
 
     Args:
@@ -78,7 +249,7 @@ def capi_vitl14_lvd(pretrained: bool = True, weights: str | None = None) -> _mod
     return _vit_l14("capi_vitl14_lvd.pth", pretrained, weights)
 
 
-def capi_vitl14_p205(pretrained: bool = True, weights: str | None = None) -> _model.EncoderDecoder:
+def capi_vitl14_p205(pretrained: bool = True, weights: str | None = None) -> _Any:
     """ViT-L/14 trained on Places205.
 
     Args:
@@ -88,7 +259,7 @@ def capi_vitl14_p205(pretrained: bool = True, weights: str | None = None) -> _mo
     return _vit_l14("capi_vitl14_p205.pth", pretrained, weights)
 
 
-def capi_vitl14_in22k(pretrained: bool = True, weights: str | None = None) -> _model.EncoderDecoder:
+def capi_vitl14_in22k(pretrained: bool = True, weights: str | None = None) -> _Any:
     """ViT-L/14 trained on ImageNet-22k.
 
     Args:
@@ -98,7 +269,7 @@ def capi_vitl14_in22k(pretrained: bool = True, weights: str | None = None) -> _m
     return _vit_l14("capi_vitl14_i22k.pth", pretrained, weights)
 
 
-def capi_vitl14_in1k(pretrained: bool = True, weights: str | None = None) -> _model.EncoderDecoder:
+def capi_vitl14_in1k(pretrained: bool = True, weights: str | None = None) -> _Any:
     """ViT-L/14 trained on ImageNet-1k.
 
     Args:

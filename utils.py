@@ -1,15 +1,20 @@
 """Small standard-library helpers that several modules use. No torch, no state, nothing runs on import."""
 
 import argparse
+import builtins
 import contextlib
+import importlib
 import importlib.util
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 class UserError(ValueError):
@@ -47,21 +52,100 @@ def due(step: int, every: int) -> bool:
 
 
 def import_from_path(path: Path) -> ModuleType:
-    """Run a Python file as a module of its own, whatever folder it is in.
+    """Run a Python file as a module of its own, whatever folder it is in; what it imports may be files beside it.
 
     Raises: UserError if it is not a Python file or imports something that is not installed.
     """
-    name = f"{path.stem}_at_{abs(hash(path.resolve())):x}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise UserError(f"{path}: not a Python file; its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
+    folder = path.resolve().parent
     try:
-        spec.loader.exec_module(module)
+        if folder == Path(__file__).resolve().parent and path.stem.isidentifier():
+            return importlib.import_module(path.stem)
+        return FolderOfModules(folder, f"{folder.name}_at_{abs(hash(folder)):x}".replace(".", "_")).run(path)
     except (ImportError, SyntaxError) as error:
         raise UserError(f"{path} cannot be imported: {error}") from error
-    return module
+
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+class FolderOfModules:
+    """Runs the modules of a folder below a package of their own, for each other and for nobody else.
+
+    `import utils` in one of them, at any time, means the `utils.py` beside it, which becomes the module
+    `<package>.utils`. `sys.path` and the names of the program's own modules, `utils` among them, stay what they are.
+    Where the program has that very file as `utils`, because it runs in that folder, it is that module.
+
+    Args:
+        folder: absolute, without symbolic links.
+        package: name of the package.
+        hidden: packages that appear not to be installed.
+    """
+
+    def __init__(self, folder: Path, package: str, hidden: Collection[str] = ()) -> None:
+        self.folder, self.package, self.hidden = folder, package, hidden
+        sys.modules.setdefault(package, ModuleType(package)).__path__ = [str(folder)]
+
+    def run(self, path: Path) -> ModuleType:
+        """Run a file of the folder, whatever its name, also if it was run before."""
+        name = f"{self.package}.{path.stem.replace('.', '_')}"
+        return self._execute(importlib.util.spec_from_file_location(name, path))
+
+    def import_module(
+        self, name: str, scope: Any = None, local: Any = None, fromlist: Sequence[str] | None = (), level: int = 0
+    ) -> ModuleType:
+        """What the builtin `__import__` does, but the folder comes before all places except Python's own library."""
+        scope = scope or {}
+        if name.partition(".")[0] in self.hidden and not level:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        inner = importlib.util.resolve_name("." * level + name, scope.get("__package__")) if level else name
+        inner = inner.removeprefix(f"{self.package}.") if level else inner
+        if inner == self.package or not (level or self._is_beside(name.partition(".")[0], scope)):
+            return builtins.__import__(name, scope, local, fromlist or (), level)
+        parts = inner.split(".")
+        modules = [self._load(".".join(parts[: end + 1])) for end in range(len(parts))]
+        for item in fromlist or ():
+            if hasattr(modules[-1], "__path__") and not hasattr(modules[-1], item) and self._find(f"{inner}.{item}"):
+                self._load(f"{inner}.{item}")
+        return modules[-1] if fromlist else modules[0]
+
+    def _is_beside(self, name: str, scope: dict[str, Any]) -> bool:
+        """Whether `import <name>` in a module with these globals means a module of the folder."""
+        full_name, spec = f"{self.package}.{name}", self._find(name)
+        if spec is None or name in sys.stdlib_module_names:
+            return False
+        if scope.get("__name__") == full_name and "__path__" not in scope:
+            return False  # a file may be called like the package that it imports
+        if spec.origin is None:  # a folder that may hold anything, images for example
+            return full_name in sys.modules or importlib.util.find_spec(name) is None
+        in_program = getattr(sys.modules.get(name), "__file__", None)
+        return in_program is None or Path(in_program).resolve() != Path(spec.origin).resolve()
+
+    def _load(self, name: str) -> ModuleType:
+        with _ONE_AT_A_TIME:
+            return sys.modules.get(f"{self.package}.{name}") or self._execute(self._find(name), name)
+
+    def _find(self, name: str) -> ModuleSpec | None:
+        parent = name.rpartition(".")[0]
+        path = getattr(self._load(parent), "__path__", []) if parent else [str(self.folder)]
+        return PathFinder.find_spec(f"{self.package}.{name}", path)
+
+    def _execute(self, spec: ModuleSpec | None, name: str = "") -> ModuleType:
+        if spec is None or spec.loader is None:
+            raise ModuleNotFoundError(f"No module named {name!r} in {str(self.folder)!r}", name=name)
+        module = importlib.util.module_from_spec(spec)
+        # An import statement calls the __import__ among the builtins of the module that it is in.
+        module.__dict__["__builtins__"] = {**vars(builtins), "__import__": self.import_module}
+        sys.modules[spec.name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[spec.name]
+            raise
+        parent, _, child = spec.name.rpartition(".")
+        setattr(sys.modules[parent], child, module)
+        return module
 
 
 def setup_logging(log_path: Path | None = None, *, quiet: bool = False) -> None:

@@ -84,15 +84,15 @@ def mine(tmp_path_factory):
 
 
 def test_the_python_examples_run_as_written(mine):
-    own, released = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    own = own.replace("runs/mine", f"{mine}/runs/mine") + "\nassert feature_map.shape == (1, 16, 16, 32)\n"
+    own, released, here = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    own = own.replace("/path/to/this/folder", str(ROOT)) + "\nassert feature_map.shape == (1, 16, 16, 32)\n"
     line = 'torch.hub.load("/path/to/this/folder", "capi_vitl14_lvd", source="local")'
     assert line in released
     offline = line.replace("/path/to/this/folder", str(ROOT)).replace(")", ", pretrained=False)")
     released = released.replace(line, offline) + "\nassert out.feature_map.shape == (1, 16, 16, 1024)\n"
-    for name, example in (("own", own), ("released", released)):
+    for name, example, path in (("own", own, ""), ("released", released, ""), ("here", here, str(ROOT))):
         (mine / f"{name}.py").write_text(example)
-        done = run_cli(mine / f"{name}.py", PYTHONPATH=str(ROOT))
+        done = run_cli(mine / f"{name}.py", cwd=mine, PYTHONPATH=path)
         assert done.returncode == 0, done.stderr
 
 
