@@ -55,10 +55,10 @@ from config import (
     require_name,
     require_one_of,
 )
-from evaluation import SPEED_KEYS, choose_output_dir, find_loader, model_name
+from evaluation import SPEED_KEYS, check_same_data, choose_output_dir, find_loader, hash_loader, model_name
 from launch import ROOT, Job, job_state
 from report import check_entry, check_run, read_results, text_table, write_report
-from sources import did_you_mean
+from sources import did_you_mean, is_folder, make_dataset
 from utils import UserError, setup_logging, write_text_atomically
 
 logger = logging.getLogger("benchmark")
@@ -222,8 +222,12 @@ class Task:
         return state["request"] == request and written.items() >= request["config"].items()
 
     def check_folder(self) -> None:
-        """Raise UserError if the folder has results of other weights; scripts see themselves if their keys changed."""
-        if self.outcome() is None:
+        """Raise UserError if the folder has results of another model or of folders whose content has changed.
+
+        Scripts see themselves if their keys have changed.
+        """
+        outcome = self.outcome()
+        if outcome is None:
             return
         state = self.state()
         if state is None:
@@ -234,6 +238,19 @@ class Task:
                 f"{self.folder} has results of another model (SHA-256 of its weights file: {str(before)[:12]}, of this "
                 f"one: {str(now)[:12]}); choose another output_dir, or delete that folder to evaluate anew"
             )
+        about = outcome.get("about", {})
+        loader = hash_loader(self.config["model_path"], self.config["model_loader_kwargs"])
+        if about.get("loader_sha256", loader) != loader:
+            raise UserError(
+                f"{self.folder} has results of another model: {self.config['model_path']}, its model_loader_kwargs or "
+                "the configuration beside the weights have changed; choose another output_dir, or delete that folder "
+                "to evaluate anew"
+            )
+        data = about.get("data", {})
+        # Others may be downloaded when they are opened, and do not change.
+        own = {key: entry["url"] for key, entry in data.items() if is_folder(entry["url"])}
+        now = {key: {"url": url, "fingerprint": make_dataset(url, key=key).fingerprint()} for key, url in own.items()}
+        check_same_data(now, data, self.folder)
 
 
 def _without_file(loader_kwargs: Mapping[str, Any], sha256: str | None) -> dict[str, Any]:

@@ -196,9 +196,10 @@ def evaluate(cfg: VisualizationsConfig, model: FrozenModel, results: Results) ->
         final_norm = None
     width = query_features.shape[-1]
     check_sizes(cfg, todo, num_images=len(numbers), num_patches=grid**2, width=width)
-    head = None
+    head, read_from = None, ""
     if "clusters" in todo:
         assert cfg.clustering_checkpoint is not None
+        read_from = _read_from(cfg.clustering_checkpoint)
         head = read_clustering_head(cfg.clustering_checkpoint, model.module, width)
 
     moments = Moments(width) if "joint_pca" in todo else None
@@ -229,7 +230,15 @@ def evaluate(cfg: VisualizationsConfig, model: FrozenModel, results: Results) ->
         results.add("nearest", draw_nearest(scene, query, found["nearest"]))
     if head is not None:
         usage = draw_clusters(scene, found["clusters"], head.num_clusters)
-        results.add("clusters", {"checkpoint": cfg.clustering_checkpoint, "is_its_teacher": head.is_teacher, **usage})
+        results.add(
+            "clusters",
+            {
+                "checkpoint": cfg.clustering_checkpoint,
+                "read_from": read_from,
+                "is_its_teacher": head.is_teacher,
+                **usage,
+            },
+        )
 
     measures, dictionaries, shares = {}, [], None
     if moments is not None:
@@ -264,7 +273,17 @@ def _is_done(name: str, query: Query, cfg: VisualizationsConfig, results: Result
         return False
     if name == "nearest":
         return results.values[name]["query"] == list(query)
-    return name != "clusters" or results.values[name]["checkpoint"] == cfg.clustering_checkpoint
+    return name != "clusters" or results.values[name].get("read_from") == _read_from(cfg.clustering_checkpoint)
+
+
+def _read_from(source: str | None) -> str:
+    """The file that a clustering head comes from, with its size and time, by which a later one is told from it."""
+    path = Path(str(source))
+    if path.is_dir() and not (path / ".metadata").is_file():
+        path = Checkpoints(path, keep=1).newest() or path
+    path = path / ".metadata" if path.is_dir() else path
+    found = path.stat() if path.is_file() else None
+    return broadcast_object(str(path) if found is None else f"{path}, {found.st_size} bytes, {found.st_mtime_ns}")
 
 
 def evenly_spaced(total: int, num: int) -> list[int]:

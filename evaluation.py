@@ -533,7 +533,7 @@ class Results:
                 raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
     def note_data(self, **datasets: ImageDataset | ImageStream) -> None:
-        """Store what the data under each key are; all ranks call this before they compute anything.
+        """Keep what the data under each key are, for the file; all ranks call this before they compute anything.
 
         Raises: UserError, on all ranks, if there are results of other data, though the keys are the same.
         """
@@ -544,7 +544,7 @@ class Results:
         data = broadcast_object(data)
         if self.values:
             check_same_data(data, self.about.get("data", {}), self.path)
-        self.note(data=data)
+        self.about |= {"data": data}  # not written yet, so that a run that fails leaves no file that refuses the next
 
     def identity(self) -> dict[str, Any]:
         """What the results depend on: two evaluations with the same identity compute the same."""
@@ -610,13 +610,13 @@ def check_same_data(now: Mapping[str, Mapping[str, str]], before: Mapping[str, M
     Args:
         now: URL and fingerprint by key, as `Results.note_data` stores them.
         before: those that the results in `path` are of.
-        path: the result file.
+        path: the result file, or the folder that it is in.
     """
     for key in now.keys() & before.keys():
         if now[key]["url"] == before[key]["url"] and now[key]["fingerprint"] != before[key]["fingerprint"]:
             raise UserError(
                 f"{path} has results of other data: what is at {key}={now[key]['url']} has changed since; choose "
-                "another output_dir, or delete that file to evaluate anew"
+                "another output_dir, or delete it to evaluate anew"
             )
 
 

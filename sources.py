@@ -603,6 +603,17 @@ def files_fingerprint(files: Sequence[Path], names: bytes) -> str:
     return digest.hexdigest()
 
 
+def is_folder(url: str) -> bool:
+    """Whether a data URL names a folder of the user that is there, which is opened without a download."""
+    parsed = parse_data_url(url)
+    is_kind = (parsed.source, parsed.name) in {
+        ("custom", "Images"),
+        ("custom", "Segmentation"),
+        ("torchvision", "ImageFolder"),
+    }
+    return is_kind and Path(str(parsed.kwargs.get("root"))).expanduser().is_dir()
+
+
 def make_dataset(url: str, *, key: str = "data.dataset", listing_cache: Path | None = None) -> Any:
     """The dataset of a data URL: an `ImageDataset`, or an `ImageStream` for `hf://...&streaming=True`.
 

@@ -13,10 +13,12 @@ import pytest
 import slurm
 import yaml
 from conftest import ROOT, run_cli
+from samples import encode, photo
 
 import benchmark
 import config
 from config import load_config
+from sources import make_dataset
 from utils import UserError
 
 STUB = """
@@ -327,6 +329,34 @@ def test_names_that_are_not_utf8_do_not_end_a_benchmark(here, capfd):
 )
 def test_random_initialisation_keeps_everything_but_the_weights(here, given, parameters, expected):
     assert benchmark.without_weights(given, parameters) == expected
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"loader_sha256": "0" * 64}, r"out/one has results of another model: tiny_model\.py, its model_loader_kwargs"),
+        (
+            {"data": {"dataset_name": {"url": "photos", "fingerprint": "0"}}},
+            "what is at dataset_name=photos has changed",
+        ),
+        ({"data": {"dataset_name": {"url": "photos", "fingerprint": ""}}}, None),
+        ({"data": {"dataset_name": {"url": "custom://ADE20K?split='training'", "fingerprint": "0"}}}, None),
+    ],
+)
+def test_what_is_done_is_done_for_this_very_model_and_data(here, capsys, about, message):
+    (here / "photos").mkdir()
+    (here / "photos" / "a.png").write_bytes(encode(photo(0)))
+    assert benchmark.main(NO_RANDOM) == 0
+    path = Path("out/one/results_stub.json")
+    content = json.loads(path.read_text())
+    for entry in about.get("data", {}).values():
+        entry["fingerprint"] = entry["fingerprint"] or make_dataset(entry["url"]).fingerprint()
+    content["about"] |= about
+    path.write_text(json.dumps(content))
+    assert benchmark.main(NO_RANDOM) == (0 if message is None else 2)
+    if message is not None:
+        assert re.search(message, capsys.readouterr().err)
+    assert starts("one") == 1
 
 
 def test_both_models_are_evaluated_with_the_same_keys(here):

@@ -426,6 +426,17 @@ def test_more_images_than_there_are_draws_all_and_says_so(place, tmp_path, capsy
     assert "num_images=8: the data set has 7 images, all are drawn" in capsys.readouterr().err
 
 
+def test_clusters_of_a_checkpoint_that_has_changed_are_drawn_again(place, tmp_path):
+    found = []
+    for num_clusters in (5, 7, 7):
+        if num_clusters not in found:
+            torch.save({"clustering.layer.weight": torch.randn(num_clusters, 16)}, tmp_path / "head.pth")
+        out = tmp_path / "out"
+        assert run(place, out, f"clustering_checkpoint={tmp_path / 'head.pth'}", "pictures=[clusters]") == 0
+        found.append(results_in(out)["clusters"]["num_clusters"])
+    assert found == [5, 7, 7]
+
+
 def test_clustering_head_must_fit_be_there_and_be_readable(place, checkpoint, tmp_path, capsys):
     def message(source, *more):
         assert run(place, tmp_path / "out", f"clustering_checkpoint={source}", "pictures=[clusters]", *more) == 2

@@ -27,6 +27,7 @@ from evaluation import (
     ImageBatches,
     Results,
     extract,
+    hash_loader,
     hash_weights,
     load_model_file,
     my_share,
@@ -247,6 +248,55 @@ def test_results_of_something_else_are_not_mixed(tmp_path, about, keys, words):
         results(tmp_path, about, **keys)
     assert words in str(caught.value)
     assert (tmp_path / "results_fake.json").read_text() == before
+
+
+MODEL_FILE = """
+    import torch
+    def __model_loader__(pretrained_weights=None, config_path=None, scale=1, device=None):
+        return torch.nn.Linear(1, 1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [
+        ("nothing", True),
+        ("moved", True),
+        ("device", True),
+        ("file", False),
+        ("argument", False),
+        ("config", False),
+    ],
+)
+def test_a_model_is_known_by_its_file_arguments_and_configuration_beside_its_weights(tmp_path, change, is_same):
+    model = tmp_path / "mine.py"
+    model.write_text(textwrap.dedent(MODEL_FILE))
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "w.pth").write_bytes(b"big")
+        (tmp_path / folder / "w.yaml").write_text("depth: 3")
+    kwargs = {"pretrained_weights": str(tmp_path / "a" / "w.pth"), "scale": 2}
+    before = hash_loader(str(model), kwargs)
+    if change == "moved":
+        kwargs = {"pretrained_weights": str(tmp_path / "b" / "w.pth"), "scale": 2}
+        kwargs["config_path"] = str(tmp_path / "a" / "w.yaml")
+    elif change == "device":
+        kwargs["device"] = "cpu"
+    elif change == "file":
+        model.write_text(model.read_text() + "# changed\n")
+    elif change == "argument":
+        kwargs["scale"] = 3
+    elif change == "config":
+        (tmp_path / "a" / "w.yaml").write_text("depth: 4")
+    assert (hash_loader(str(model), kwargs) == before) == is_same
+
+
+def test_results_of_another_loader_are_not_mixed(tmp_path):
+    results(tmp_path, ABOUT | {"loader_sha256": "b" * 64}).add("one", 1)
+    with pytest.raises(UserError, match=r"the weights are the same, but model\.py, its model_loader_kwargs"):
+        results(tmp_path, ABOUT | {"loader_sha256": "c" * 64})
+    results(tmp_path / "old").add("one", 1)  # of a version that did not store it
+    assert "one" in results(tmp_path / "old", ABOUT | {"loader_sha256": "c" * 64})
 
 
 OTHER_WEIGHTS = '{"results": {}, "config": {}, "about": {"weights_sha256": 7}}'
