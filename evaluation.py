@@ -507,7 +507,7 @@ class Results:
             raise UserError(f"output_dir={self.config['output_dir']} has results of another config ({what}); {remedy}")
 
     def _computed_by(self, config: dict[str, Any]) -> dict[str, Any]:
-        # Where a model comes from is not compared: its weights are.
+        # Where a model comes from is not compared: its weights, and what `hash_loader` takes in, are.
         free = (*SPEED_KEYS, *self.free_keys, "model_path", "model_loader_kwargs")
         return {k: v for k, v in config.items() if k not in free}
 

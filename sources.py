@@ -677,7 +677,7 @@ class PathList(Sequence[str]):
 
 
 class _Below(Sequence[Path]):
-    def __init__(self, root: Path, paths: Sequence[str]) -> None:
+    def __init__(self, root: Path, paths: PathList) -> None:
         self.root, self.paths = root, paths
 
     def __len__(self) -> int:

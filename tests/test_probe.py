@@ -9,6 +9,7 @@ from conftest import seeded
 from PIL import Image
 from ranks import run_on_ranks
 from runs import assert_same_run, make_images, metrics_of, run_main, tiny
+from samples import make_config
 from sklearn.linear_model import Ridge
 
 from config import ProbeConfig
@@ -146,7 +147,6 @@ def test_training_is_the_same_with_a_probe_and_the_scores_are_in_its_metrics(url
     ("changes", "words"),
     [
         ({"train_dataset": None}, ("train.probe.train_dataset", "data URL")),
-        ({"k": 0}, ("train.probe.k=0",)),
         ({"test_dataset": "nowhere"}, ("train.probe.test_dataset=nowhere", "does not exist")),
     ],
 )
@@ -154,6 +154,11 @@ def test_mistakes_name_the_key(urls, changes, words):
     with pytest.raises(UserError) as caught:
         make_probe(urls, **changes)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_probe_of_no_neighbours_is_refused():
+    with pytest.raises(UserError, match=r"train\.probe\.k=0"):
+        make_config("train.probe.k=0")
 
 
 def test_images_without_class_labels_are_refused(urls, tmp_path):
