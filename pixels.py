@@ -108,7 +108,10 @@ class PixelSample:
             deviation = np.sqrt(np.average((values - mean) ** 2, weights=levels))
             low, high = np.flatnonzero(levels)[[0, -1]]
             bands.append(f"{name} {low} to {high}, mean {mean:.1f}, deviation {deviation:.1f}")
-        return [f"{self.num} of {self.size} read: {files}", f"as the model sees them, in 0 to 255: {'; '.join(bands)}"]
+        return [
+            f"{self.num} of {self.size} looked at: {files}",
+            f"as the model sees them, in 0 to 255: {'; '.join(bands)}",
+        ]
 
     def warnings(self) -> list[str]:
         """What is lost, with the number of images, and what to do about it."""

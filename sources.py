@@ -783,15 +783,15 @@ def _follows_to(is_kind: Callable[[], bool]) -> bool:
 
 
 def _list_images_cached(root: Path, cache_dir: Path) -> Listing:
-    """As `_list_images`, from a file that is valid until a folder's modification time or `image_endings` changes."""
+    """As `_list_images`, from a file that is valid until the modification time of any folder changes."""
     resolved = str(root.resolve())
-    cache = cache_dir / f"{hashlib.blake2b(os.fsencode(resolved), digest_size=16).hexdigest()}.npz"
+    what = os.fsencode(" ".join([resolved, *image_endings()]))
+    cache = cache_dir / f"{hashlib.blake2b(what, digest_size=16).hexdigest()}.npz"
     try:
         with cache.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             about = json.loads(stored["about"].tobytes())
             times, left_out = about["times"], about["left_out"]
-            unchanged = all((root / folder).stat().st_mtime_ns == time_ns for folder, time_ns in times.items())
-            if unchanged and about["image_endings"] == list(image_endings()):
+            if all((root / folder).stat().st_mtime_ns == time_ns for folder, time_ns in times.items()):
                 paths = PathList(torch.from_numpy(stored["blob"]), torch.from_numpy(stored["ends"]))
                 return Listing(paths, Endings(left_out), times)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
@@ -799,13 +799,20 @@ def _list_images_cached(root: Path, cache_dir: Path) -> Listing:
     listing = _list_images(root)
     # A folder that changes twice within the clock's resolution keeps its time, so recent changes are not cached.
     if max(listing.times.values()) < time.time_ns() - 2_000_000_000:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        about = {"times": listing.times, "left_out": listing.endings.left_out, "image_endings": image_endings()}
-        with tempfile.NamedTemporaryFile(dir=cache_dir, delete=False) as temporary:
-            header = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
-            np.savez(temporary, about=header, blob=listing.paths.blob.numpy(), ends=listing.paths.ends.numpy())
-        Path(temporary.name).replace(cache)
+        try:
+            _keep_listing(listing, cache)
+        except OSError as error:
+            logger.warning("the list of the files below %s could not be kept: %s", root, error)
     return listing
+
+
+def _keep_listing(listing: Listing, cache: Path) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    about = {"times": listing.times, "left_out": listing.endings.left_out}
+    with tempfile.NamedTemporaryFile(dir=cache.parent, delete=False) as temporary:
+        header = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
+        np.savez(temporary, about=header, blob=listing.paths.blob.numpy(), ends=listing.paths.ends.numpy())
+    Path(temporary.name).replace(cache)
 
 
 # ---------------------------------------------------------------------------------- segmentation datasets

@@ -5,6 +5,7 @@ import builtins
 import contextlib
 import importlib
 import importlib.util
+import io
 import logging
 import os
 import subprocess
@@ -150,6 +151,8 @@ class FolderOfModules:
 
 def setup_logging(log_path: Path | None = None, *, quiet: bool = False) -> None:
     """Log to stderr, and to `log_path` if given. `quiet` leaves warnings and errors alone on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text; stderr and the log escape them too
+        sys.stdout.reconfigure(errors="backslashreplace")
     formatter = logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s", datefmt="%H:%M:%S")
     console = logging.StreamHandler(sys.stderr)
     console.setLevel(logging.WARNING if quiet else logging.INFO)

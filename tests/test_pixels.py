@@ -1,12 +1,16 @@
 """pixels.py: what a sample of a data set shows, and what it warns of."""
 
+import json
+import os
 import struct
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_cli
 from PIL import Image
-from runs import run_main, tiny
+from runs import make_images, run_main, tiny
 from samples import encode, photo
 
 import pixels
@@ -111,7 +115,7 @@ def test_the_sample_gives_range_mean_and_deviation_of_what_is_seen_and_the_range
     found = sample_pixels(on_disk(tmp_path, encode(Image.fromarray(values)), ".png", num=1))
     seen = np.array([0, 10, 30, 255])
     stored, shown = found.lines()
-    assert stored == "1 of 1 images read: 1 16-bit I;16 PNG with values 0 to 65535"
+    assert stored == "1 of 1 images looked at: 1 16-bit I;16 PNG with values 0 to 65535"
     for band in ("red", "green", "blue"):
         assert f"{band} 0 to 255, mean {seen.mean():.1f}, deviation {seen.std():.1f}" in shown
 
@@ -161,15 +165,29 @@ def test_a_read_that_never_returns_holds_nobody_up(monkeypatch, caplog):
     assert "read slowly" in caplog.text
 
 
-def test_a_training_and_its_dry_run_show_the_sample_and_warn(tmp_path, capsys, caplog):
+def test_names_that_are_not_utf8_are_no_hindrance_to_a_training_its_log_and_its_dry_run(tmp_path):
+    images, run = Path(os.fsdecode(os.fsencode(tmp_path) + b"/im\xff")), tmp_path / "run"
+    on_disk(make_images(images), b"damaged", "\udcfe.png", num=1)
+    arguments = tiny(images, run, "optim.total_iters=4", "data.max_bad_fraction=1.0")
+    done = run_cli("train_capi.py", *arguments, "--dry-run", PYTHONIOENCODING="utf-8:strict")
+    assert done.returncode == 0, done.stderr
+    assert "im\\udcff" in done.stdout
+    assert run_main(arguments) == 0
+    assert "unreadable image" in (run / "log.txt").read_text()
+    (record,) = [json.loads(line) for line in (run / "bad_files.jsonl").read_text().splitlines()]
+    assert Path(record["file"]).read_bytes() == b"damaged"
+    assert run_main([str(run / "config.yaml"), "--print-config"]) == 0
+
+
+def test_a_training_and_its_dry_run_show_the_sample_and_warn(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     on_disk(tmp_path / "images", encode(Image.fromarray(noise(4095))), ".png", num=8)
     arguments = tiny(tmp_path / "images", tmp_path / "run", "optim.total_iters=1")
     assert run_main([*arguments, "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "pixels       8 of 8 images read: 8 16-bit I;16 PNG with values 0 to 409" in out
+    assert "pixels       8 of 8 images looked at: 8 16-bit I;16 PNG with values 0 to 409" in out
     assert "warning      8 of 8 images (16-bit I;16 PNG) use 16 of 256" in out
     assert run_main(arguments) == 0
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "data.dataset: 8 of 8 images read" in log
+    assert "data.dataset: 8 of 8 images looked at" in log
     assert "W pixels: data.dataset: 8 of 8 images (16-bit I;16 PNG) use 16 of 256" in log

@@ -297,6 +297,10 @@ def test_the_listing_is_cached_until_a_folder_changes(tmp_path, monkeypatch):
     (root / "sub" / "3.png").unlink()
     (root / "sub").rmdir()
     assert names() == ["2.png"]
+    age(root)
+    cache = tmp_path / "file" / "cache"
+    (tmp_path / "file").touch()
+    assert names() == ["2.png"], "a cache that cannot be written is in the way"
 
 
 # ------------------------------------------------------------------------------------------------ decoding
