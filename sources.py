@@ -1252,7 +1252,7 @@ class HubStream(ImageStream):
 
     def _name(self, shard: int) -> str:
         """The file of a shard, where the private parts of `datasets` say it."""
-        source = getattr(self.dataset, "_ex_iterable", None)
+        source: Any = getattr(self.dataset, "_ex_iterable", None)
         while hasattr(source, "ex_iterable"):
             source = source.ex_iterable
         for files in getattr(source, "kwargs", {}).values():
@@ -1274,6 +1274,7 @@ def _raise(error: Exception) -> bytes:
 
 def _make_hub(url: DataUrl, _: Path | None) -> ImageDataset | ImageStream:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     arguments = dict(url.kwargs)
     image_field, target_field = arguments.pop("img_field", None), arguments.pop("tgt_field", None)
@@ -1287,7 +1288,7 @@ def _make_hub(url: DataUrl, _: Path | None) -> ImageDataset | ImageStream:
         raise url.error(f"needs split={_hub_splits(url.name, arguments)}")
     try:
         dataset = datasets.load_dataset(url.name, **arguments)
-    except (*SHARD_ERRORS, ImportError, datasets.exceptions.DatasetsError) as error:
+    except (*SHARD_ERRORS, ImportError, DatasetsError) as error:
         raise url.error(_why_not_loaded(error) + _how_to_log_in(url.name, error)) from error
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         raise url.error("split must name one split, for example split='train'")
@@ -1370,11 +1371,12 @@ def _how_to_log_in(name: str, error: BaseException) -> str:
 
 def _hub_splits(name: str, arguments: dict[str, Any]) -> str:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     passed = {key: value for key, value in arguments.items() if key in {"data_files", "data_dir", "revision", "token"}}
     try:
         splits = datasets.get_dataset_split_names(name, arguments.get("name"), **passed)
-    except (*SHARD_ERRORS, ImportError, datasets.exceptions.DatasetsError):
+    except (*SHARD_ERRORS, ImportError, DatasetsError):
         return "'train', for example"
     return " or ".join(map(repr, splits))
 
