@@ -35,7 +35,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import metrics
 from checkpoint import Checkpoints, SavedState, claim_output_dir, export_weights
 from clustering import L2NormLinear, OnlineClustering, entropy, soft_cross_entropy
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
+from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, build, changed_keys, load_config, to_yaml
 from crops import check_decode
 from data import (
     Batch,
@@ -61,7 +61,7 @@ from fsdp import (
 )
 from fused_clustering import use_triton
 from launch import StopRequest, requeue, was_requeued
-from masking import MaskPlan
+from masking import MaskPlan, make_masking_generator
 from metrics import FiniteWatch, Metrics, Profile, StepShape, Throughput, training_flops_per_image
 from model import Block, EncoderDecoder
 from optim import (
@@ -79,6 +79,13 @@ from utils import UserError, due, git_revision, setup_logging, write_text_atomic
 from weights import backbone_part, load_backbone_weights, read_state_dict
 
 logger = logging.getLogger("capi")
+
+COURSE_KEYS = ("optim.", "capi.student_temp.", "capi.clustering_kwargs.", "capi.clustering_optimizer.")
+"""What the rest of a training depends on: a change when it continues is a warning."""
+SCHEDULED = {"lr": "learning rate", "clustering_lr": "that of the clustering head", "momentum": "EMA momentum"}
+"""Fields of `Hyper`, for people."""
+BATCH_KEYS = ("optim.batch_size_per_gpu.", "optim.accumulation_steps.")
+"""Of these, what may be divided otherwise over ranks: their product with the number of ranks counts."""
 
 HEALTH_TOKENS = 4096
 """Teacher patch tokens from which the health metrics are computed."""
@@ -484,7 +491,36 @@ def restore(state: TrainState, checkpoints: Checkpoints) -> SavedState | None:
     if saved is not None:
         state.step = saved.step
         state.scaler.load_state_dict(saved.extra["scaler"])
+        warn_of_another_course(saved, cfg)
     return saved
+
+
+def warn_of_another_course(saved: SavedState, cfg: CapiConfig) -> None:
+    """Warn of keys that shape the rest of the training and are others than at the checkpoint, and of what they move."""
+    told = [
+        f"{key} {old!r} -> {new!r}"
+        for key, (old, new) in changed_keys(saved.config, asdict(cfg)).items()
+        if f"{key}.".startswith(COURSE_KEYS) and f"{key}." not in BATCH_KEYS
+    ]
+    old = saved.config["optim"]
+    old_batch = old["batch_size_per_gpu"] * old["accumulation_steps"] * saved.world_size
+    if old_batch != global_batch_size(cfg):
+        told.append(f"images of one update, on all ranks, {old_batch} -> {global_batch_size(cfg)}")
+    if not told:
+        return
+    try:
+        optim, capi = (
+            build(type(now), saved.config[key], key) for key, now in (("optim", cfg.optim), ("capi", cfg.capi))
+        )
+    except UserError as error:
+        moves = f"the schedules there cannot be compared: {error}"
+    else:
+        before, after = (asdict(hyper_at(saved.step, each)) for each in (replace(cfg, optim=optim, capi=capi), cfg))
+        moved = [f"{SCHEDULED[key]} {before[key]:.4g} -> {after[key]:.4g}" for key in SCHEDULED]
+        moves = f"at this step: {', '.join(moved)}"
+    logger.warning(
+        "other than at the checkpoint, which changes the rest of the training: %s; %s", ", ".join(told), moves
+    )
 
 
 def encode(state: TrainState, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
@@ -696,6 +732,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, args.sources)
         mask_plan(cfg)
+        make_masking_generator(cfg.data.masking_generator, **cfg.data.masking_generator_kwargs)
         if args.print_config:
             sys.stdout.write(to_yaml(cfg))
             return 0

@@ -1,6 +1,8 @@
 """train_capi.py: the step against the golden trajectory, and the loop as a user meets it."""
 
+import dataclasses
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -12,9 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import train_capi
+from checkpoint import SavedState
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
 from data import Batch
 from optim import hyper_at
+from train_capi import warn_of_another_course
 
 GOLDEN, META = load_golden("trajectory_default")
 GOLDEN_CONFIG = [
@@ -338,6 +342,42 @@ def test_resuming_with_another_model_names_the_keys(images, finished, capsys):
     error = capsys.readouterr().err
     assert "model.encoder_kwargs.depth is 2 there and 3 now" in error
     assert "Traceback" not in error
+
+
+def warnings_on_resume(caplog, *changes: str, step: int = 100, world_size: int = 1) -> str:
+    """What is said when a run of 1000 steps continues after `step` of them with changes."""
+    before = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*GOLDEN_CONFIG, "optim.total_iters=1000"])
+    saved = SavedState(Path("x"), step, {}, [], world_size, dataclasses.asdict(before))
+    caplog.clear()
+    warn_of_another_course(
+        saved, load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*GOLDEN_CONFIG, "optim.total_iters=1000", *changes])
+    )
+    return "\n".join(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+
+
+def test_a_resume_with_another_course_of_training_warns_and_says_what_moves(caplog):
+    said = warnings_on_resume(caplog, "optim.total_iters=300")
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*GOLDEN_CONFIG, "optim.total_iters=1000"])
+    before = hyper_at(100, cfg).lr
+    after = hyper_at(100, dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, total_iters=300))).lr
+    assert "optim.total_iters 1000 -> 300" in said
+    assert f"learning rate {before:.4g} -> {after:.4g}" in said
+    assert before != after
+    for key in ("optim.lr_schedule.base_value=0.5", "optim.momentum_schedule.truncate_cos=0.1", "optim.weight_decay=7",
+                "capi.student_temp=0.3", "capi.clustering_optimizer.lr_schedule.final_value=0.1",
+                "capi.clustering_kwargs.target_temp=0.3"):  # fmt: skip
+        name, value = key.split("=")
+        assert re.search(rf"{re.escape(name)} \S+ -> {float(value)}[,;]", warnings_on_resume(caplog, key)), key
+
+
+def test_a_resume_that_keeps_the_course_says_nothing(caplog):
+    per_gpu = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, GOLDEN_CONFIG).optim.batch_size_per_gpu
+    assert warnings_on_resume(caplog) == ""
+    assert warnings_on_resume(caplog, "train.log_loss_every=7", "data.dataset=/elsewhere") == ""
+    halved = f"optim.batch_size_per_gpu={2 * per_gpu}"
+    assert warnings_on_resume(caplog, halved, world_size=2) == "", "the global batch is the same"
+    assert f"images of one update, on all ranks, {2 * per_gpu} -> {per_gpu}" in warnings_on_resume(caplog, world_size=2)
+    assert f"on all ranks, {per_gpu} -> {2 * per_gpu}" in warnings_on_resume(caplog, halved)
 
 
 def test_auto_resume_off_does_not_mix_two_runs(images, finished, capsys):
