@@ -27,6 +27,7 @@ with command_line(__doc__, __name__) as parser:
 import contextlib
 import dataclasses
 import logging
+import os
 import sys
 import tempfile
 import warnings
@@ -204,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exportable = read(args.source, model=args.model, config_path=args.config)
         for path in args.files:
             write(exportable, path)
-            sys.stdout.write(f"{path}\n")
+            sys.stdout.write(os.fsencode(path).decode(errors="backslashreplace") + "\n")
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

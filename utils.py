@@ -133,14 +133,15 @@ class FolderOfModules:
         return PathFinder.find_spec(f"{self.package}.{name}", path)
 
     def _execute(self, spec: ModuleSpec | None, name: str = "") -> ModuleType:
-        if spec is None or spec.loader is None:
+        if spec is None:
             raise ModuleNotFoundError(f"No module named {name!r} in {str(self.folder)!r}", name=name)
         module = importlib.util.module_from_spec(spec)
         # An import statement calls the __import__ among the builtins of the module that it is in.
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": self.import_module}
         sys.modules[spec.name] = module
         try:
-            spec.loader.exec_module(module)
+            if spec.loader is not None:  # else a folder without __init__.py
+                spec.loader.exec_module(module)
         except BaseException:
             del sys.modules[spec.name]
             raise

@@ -11,6 +11,7 @@ import http.client
 import pickle
 import pickletools
 import re
+import stat
 import struct
 import urllib.error
 import urllib.parse
@@ -55,13 +56,17 @@ def read_state_dict(
         again = f"delete {str(path)!r} to have it downloaded again"
     else:
         again = "get it again"
-        if path.is_dir():
-            hint = next(
-                (str(file) for file in (path / "student_ema.pth", path / "model.safetensors") if file.is_file()), None
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # the last for a zero byte
+            raise UserError(f"{key}={address!r}: there is no such file") from error
+        except OSError as error:
+            raise UserError(f"{key}={address!r}: {error.strerror}") from error
+        if stat.S_ISDIR(mode):
+            inside = [str(path / name) for name in ("student_ema.pth", "model.safetensors") if (path / name).is_file()]
+            raise UserError(
+                f"{key}={address!r} is a folder; give a file{f', {inside[0]!r}' if inside else ' of weights'}"
             )
-            raise UserError(f"{key}={address!r} is a folder; give a file{f', {hint!r}' if hint else ' of weights'}")
-        if not path.is_file():
-            raise UserError(f"{key}={address!r}: there is no such file")
     if sha256 is not None and (actual := _sha256(path)) != sha256.lower():
         raise UserError(f"{key}: {str(path)!r} has sha256 {actual} instead of {sha256}: damaged or changed; {again}")
     read = _read_safetensors if path.suffix == ".safetensors" else _read_pth
@@ -160,6 +165,12 @@ def _read_safetensors(path: Path, key: str, again: str) -> dict[str, Tensor]:
     except ImportError as error:
         raise UserError(f"{key}: reading {str(path)!r} needs safetensors: pip install safetensors") from error
     try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{key}: {str(path)!r}: safetensors reads files with names in UTF-8 alone; rename it"
+        ) from error
+    try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{key}: {str(path)!r} cannot be read: {_kind_of(path) or error}; {again}") from error
@@ -198,7 +209,8 @@ def _read_pth(path: Path, key: str, again: str) -> Any:
     except EOFError as error:
         raise UserError(f"{key}: {str(path)!r} ends too early; {again}") from error
     except UNREADABLE as error:
-        reason = _kind_of(path) or _first_sentence(error)
+        speaks = isinstance(error, OSError | RuntimeError | ValueError | zipfile.BadZipFile)
+        reason = _kind_of(path) or (_first_sentence(error) if speaks else "it is no file of weights, or damaged")
         raise UserError(f"{key}: {str(path)!r} cannot be read: {reason}; {again}") from error
 
 
@@ -290,7 +302,7 @@ def backbone_part(state_dict: Mapping[str, Any], source: str) -> dict[str, Tenso
         with_tensors = [key for key in parts if any(isinstance(value, Tensor) for value in others[key].values())]
         raise UserError(
             f"The weights in {source!r} are one level down: it holds dicts called {', '.join(map(repr, parts[:8]))}. "
-            f"Save the one alone: torch.save(torch.load({source!r})[{(with_tensors or parts)[0]!r}], 'weights.pth')"
+            f"Save the one you want: torch.save(torch.load({source!r})[{(with_tensors or parts)[0]!r}], 'weights.pth')"
         )
     if others:
         listing = ", ".join(f"{key} ({type(value).__name__})" for key, value in list(others.items())[:5])

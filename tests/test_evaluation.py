@@ -5,14 +5,18 @@ import json
 import os
 import shutil
 import signal
+import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import omegaconf
 import pytest
 import torch
+import yaml
 from conftest import ROOT, run_cli, seeded
 from ranks import run_on_ranks
 from runs import FAKE_EVALUATION, make_images
@@ -20,6 +24,8 @@ from samples import encode, photo
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model
+import weights
 from data import dead_workers_explained
 from evaluation import (
     EvaluationConfig,
@@ -27,6 +33,7 @@ from evaluation import (
     ImageBatches,
     Results,
     extract,
+    find_loader,
     hash_loader,
     hash_weights,
     load_model_file,
@@ -165,6 +172,51 @@ def test_a_file_without_a_loader_is_told_so(tmp_path, content, words):
     (tmp_path / "mine.py").write_text(content)
     with pytest.raises(UserError, match=words):
         load_model_file(str(tmp_path / "mine.py"), {})
+
+
+def test_a_model_file_may_import_what_is_beside_it_whatever_it_is_called(tmp_path):
+    """Then and later, as modules and packages, with names that this repository has too, and two folders do not mix."""
+    before, path = {name.partition(".")[0] for name in sys.modules}, list(sys.path)
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        (folder / "nets" / "deep").mkdir(parents=True)
+        (folder / "omegaconf").mkdir()  # of images, not the package
+        (folder / "utils.py").write_text(f"name = '{name}'\n")
+        (folder / "model.py").write_text("import utils\nfrom utils import name\nassert utils.name == name\n")
+        (folder / "nets" / "__init__.py").write_text("from . import first\nfrom nets.deep import second\n")
+        (folder / "nets" / "first.py").write_text("from utils import name\nimport nets.deep.second\n")
+        (folder / "nets" / "deep" / "second.py").write_text("from ..first import name\nimport utils as mine\n")
+        (folder / "late.py").write_text("from utils import *\n")
+        (folder / "timm.v2.py").write_text(
+            "import json, omegaconf, model, nets.deep, torch.nn as nn\n"
+            "from weights import read_state_dict\n"
+            "def __model_loader__():\n"
+            "    import late\n"
+            "    from nets.deep.second import mine\n"
+            "    module = nn.Identity()\n"
+            "    module.names = [model.name, nets.first.name, nets.second.name, late.name, mine.name]\n"
+            "    module.read, module.omegaconf = read_state_dict, omegaconf\n"
+            "    return module\n"
+        )
+        (folder / "yaml.py").write_text("import yaml\n__model_loader__ = yaml.safe_load\n")
+    for name in ("one", "two", "one"):
+        loaded: Any = load_model_file(str(tmp_path / name / "timm.v2.py"), {})
+        assert loaded.names == [name] * 5
+        assert loaded.read is weights.read_state_dict, "a name that is not beside it is not this repository's"
+        assert loaded.omegaconf is omegaconf
+        assert find_loader(str(tmp_path / name / "yaml.py")) is yaml.safe_load, "a file cannot be called like a package"
+    assert sys.path == path
+    assert "utils" in before
+    assert sys.modules["utils"].__file__ == str(ROOT / "utils.py")
+    new = {name.partition(".")[0] for name in sys.modules} - before
+    assert not new & {"late", "nets", "model", "timm"}
+    (tmp_path / "one" / "broken.py").write_text("import nets.missing\n")
+    with pytest.raises(UserError, match=r"broken.py cannot be imported: No module named 'nets.missing'"):
+        load_model_file(str(tmp_path / "one" / "broken.py"), {})
+
+
+def test_the_model_file_of_this_repository_is_its_module():
+    assert find_loader("model.py") is model.load_model
 
 
 def test_weights_have_a_hash_of_their_own():

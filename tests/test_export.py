@@ -1,6 +1,7 @@
 """export.py, and its reverse, `train.init_from`."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import train_capi
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
 from model import EncoderDecoder, load_model
 from utils import UserError
+from weights import read_state_dict
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,24 @@ def test_weights_without_a_head_or_prefix_are_exported_as_released_ones(run, tmp
     config = str(run / "config.yaml")
     assert export.main([str(tmp_path / "bare.pth"), str(tmp_path / "out.pth"), "--config", config]) == 0
     assert_equal_weights(load(tmp_path / "out.pth"), {f"backbone.{key}": value for key, value in backbone.items()})
+
+
+def test_weights_that_are_not_finite_are_not_exported(run, tmp_path, capsys):
+    weights = load(run / "student_ema.pth")
+    weights["backbone.registers"][0, 1, :3] = torch.nan
+    torch.save(weights, tmp_path / "nan.pth")
+    config = str(run / "config.yaml")
+    for name in ("w.pth", "w.safetensors"):
+        assert export.main([str(tmp_path / "nan.pth"), str(tmp_path / name), "--config", config]) == 2
+        assert "not all finite: registers (3 of" in capsys.readouterr().err
+        assert not (tmp_path / name).exists()
+
+
+def test_names_that_are_not_utf_8_are_exported_to(run, tmp_path):
+    name = os.fsdecode(b"w\xff.pth")
+    done = run_cli("export.py", run / "student_ema.pth", tmp_path / name)
+    assert done.returncode == 0, done.stderr
+    assert_equal_weights(read_state_dict(tmp_path / name), load(run / "student_ema.pth"))
 
 
 @pytest.mark.timeout(300)

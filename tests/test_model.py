@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clustering import L2NormLinear, OnlineClustering
 from model import EncoderDecoder, RotaryEmbedding, edge_coordinates, load_model
 from utils import UserError
+from weights import load_backbone_weights, save_safetensors
 
 
 def tiny_model(**changes: Any) -> EncoderDecoder:
@@ -51,6 +53,50 @@ def test_state_dict_has_the_names_and_shapes_of_the_released_weights(golden):
     tensors, model = golden
     expected = {k.removeprefix("sd."): v.shape for k, v in tensors.items() if k.startswith("sd.")}
     assert {k: v.shape for k, v in model.state_dict().items()} == expected
+
+
+@pytest.mark.parametrize(("norm", "parts"), [("RMSNorm", {"weight"}), ("LayerNorm", {"weight", "bias"})])
+def test_learnable_final_norms_have_the_published_names_and_are_used(norm, parts):
+    model = tiny_model(norm_layer_type=norm, final_norm_kwargs={"elementwise_affine": True}).eval()
+    plain = tiny_model(norm_layer_type=norm)
+    names = {f"{tower}_norm.{part}" for tower in ("enc", "dec") for part in parts}
+    assert model.state_dict().keys() - plain.state_dict().keys() == names
+    images = torch.randn(1, 3, 8, 8)
+    before = model(images)
+    assert all(value.isfinite().all() for value in before)
+    with torch.no_grad():
+        model.enc_norm.weight *= 2
+    assert torch.equal(model(images).feature_map, 2 * before.feature_map)
+    with torch.no_grad():
+        model.enc_norm.weight /= 2
+        model.dec_norm.weight *= 2
+    after = model(images)
+    assert torch.equal(after.feature_map, before.feature_map)
+    torch.testing.assert_close(after.global_repr, 2 * before.global_repr)
+
+
+def test_weights_with_the_earlier_names_of_final_norms_load_by_every_way(tmp_path):
+    changes = {"norm_layer_type": "LayerNorm", "final_norm_kwargs": {"elementwise_affine": True}}
+    model = tiny_model(**changes).eval()
+    with torch.no_grad():
+        for parameter in (*model.enc_norm.parameters(), *model.dec_norm.parameters()):
+            parameter.copy_(torch.randn_like(parameter))
+    earlier = {re.sub(r"^(enc|dec)_norm", r"\1oder.norm", key): value for key, value in model.state_dict().items()}
+    assert "encoder.norm.bias" in earlier
+    torch.save({f"backbone.{key}": value for key, value in earlier.items()}, tmp_path / "w.pth")
+    model.save_pretrained(tmp_path / "hub")
+    save_safetensors(earlier, tmp_path / "hub" / "model.safetensors")
+    bare = tiny_model(**changes).eval()
+    load_backbone_weights(bare, earlier, "w.pth")
+    override = {"model": {k: v for k, v in model.arguments.items() if v is not None}}
+    images = torch.randn(1, 3, 8, 8)
+    for loaded in (
+        bare,
+        load_model(pretrained_weights=tmp_path / "w.pth", config_override=override),
+        EncoderDecoder.from_pretrained(tmp_path / "hub"),
+    ):
+        for actual, expected in zip(loaded(images), model(images), strict=True):
+            assert torch.equal(actual, expected)
 
 
 def test_forward_matches_golden(golden):

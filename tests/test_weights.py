@@ -1,19 +1,25 @@
 """Files of weights: what is read, what is refused, and downloads, from a server on this machine."""
 
 import argparse
+import contextlib
+import fractions
 import hashlib
 import http.server
 import os
 import pickle
+import struct
 import threading
+import zipfile
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from utils import UserError
-from weights import read_state_dict, save_safetensors
+from weights import load_backbone_weights, read_state_dict, save_safetensors
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(1, dtype=torch.int64)}
 
@@ -137,6 +143,16 @@ def test_a_payload_is_refused_by_name_and_never_runs(tmp_path, how):
 
 
 @pytest.mark.parametrize("new_format", [True, False])
+def test_no_way_is_shown_to_allow_what_is_not_known_to_be_harmless(tmp_path, new_format):
+    """Neither for names that torch would take a word for, nor beside one that is harmless."""
+    for others in ({"b": fractions.Fraction(1, 2)}, {"b": fractions.Fraction(1, 2), "args": argparse.Namespace()}):
+        torch.save({"a": ROW} | others, tmp_path / "w.pth", _use_new_zipfile_serialization=new_format)
+        with pytest.raises(UserError, match=r"is refused: .*would execute .*fractions.Fraction") as caught:
+            read_state_dict(tmp_path / "w.pth")
+        assert "safe_globals" not in str(caught.value)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
 def test_an_old_training_file_says_which_names_it_needs_and_loads_with_them(tmp_path, new_format):
     file = tmp_path / "old.pth.tar"
     content = {"state_dict": WEIGHTS, "args": argparse.Namespace(lr=0.1)}
@@ -169,6 +185,162 @@ def test_a_file_that_holds_no_dict_is_refused(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "w.pth")
     with pytest.raises(UserError, match="holds a list, not a dict"):
         read_state_dict(tmp_path / "w.pth")
+
+
+def test_a_flipped_bit_anywhere_in_an_archive_is_found_and_the_remedy_said(tmp_path):
+    file = tmp_path / "w.pth"
+    torch.save({"a": torch.randn(100), "b": torch.ones(3, dtype=torch.bfloat16)}, file)
+    good = file.read_bytes()
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+    starts = {
+        part.filename: part.header_offset + 30 + sum(struct.unpack("<HH", good[part.header_offset + 26 :][:4]))
+        for part in parts
+    }
+    assert any(name.endswith("data/0") for name in starts)
+    for part in parts:
+        for place in {0, part.file_size // 2, part.file_size - 1} if part.file_size else ():
+            damaged = bytearray(good)
+            damaged[starts[part.filename] + place] ^= 4
+            file.write_bytes(damaged)
+            with pytest.raises(UserError, match=r"w.pth' cannot be read: Bad CRC-32 for file .*; get it again"):
+                read_state_dict(file)
+    file.write_bytes(good)
+    read_state_dict(file)
+
+
+def test_an_archive_that_has_no_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(WEIGHTS, tmp_path / "w.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_are_the_weights(read_state_dict(tmp_path / "w.pth"))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("new_format", [True, False])
+def test_a_file_with_random_damage_is_read_or_refused_and_nothing_else(tmp_path, new_format):
+    """Also the format without checksums: an unpickler meets random bytes then, and any line of it may be the first."""
+    file, random = tmp_path / "w.pth", Random(0)
+    torch.save({"model": dict(WEIGHTS), "epoch": 3}, file, _use_new_zipfile_serialization=new_format)
+    good = file.read_bytes()
+    for _ in range(300):
+        damaged = bytearray(good)
+        for _ in range(random.choice([1, 1, 3, 30])):
+            damaged[random.randrange(len(damaged))] = random.randrange(256)
+        file.write_bytes(damaged[: random.choice([len(damaged), random.randrange(len(damaged))])])
+        with contextlib.suppress(UserError):
+            read_state_dict(file)
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 2)
+
+
+def net_weights(**changes: Any) -> dict[str, Any]:
+    return Net().state_dict() | {f"fc.{key}": value for key, value in changes.items()}
+
+
+ROW = torch.ones(2, 3)
+NOT_WEIGHTS: dict[str, tuple[Any, str]] = {
+    "integers": (net_weights(weight=ROW.long()), r"fc.weight \(int64\)"),
+    "8 bits": (
+        net_weights(weight=ROW.to(torch.uint8), bias=ROW[:, 0].bool()),
+        r"fc.weight \(uint8\), fc.bias \(bool\)",
+    ),
+    "complex": (net_weights(weight=ROW.to(torch.complex64)), r"fc.weight \(complex64\)"),
+    "8-bit floats": (net_weights(weight=ROW.to(torch.float8_e4m3fn)), r"fc.weight \(float8_e4m3fn\)"),
+    "sparse": (net_weights(weight=ROW.to_sparse()), r"fc.weight \(sparse\)"),
+    "no values": (net_weights(weight=ROW.to("meta")), r"fc.weight \(without values, on the device meta\)"),
+    "NaN": (net_weights(bias=torch.tensor([torch.nan, 1])), r"not all finite: fc.bias \(1 of 2 values\)"),
+    "infinite": (net_weights(weight=-ROW * torch.inf), r"fc.weight \(6 of 6 values\)"),
+    "beyond float32": (net_weights(weight=ROW.double() * 1e300), r"fc.weight \(6 of 6 values\)"),
+    "none": (net_weights(weight=None), r"no tensors: fc.weight \(NoneType\)"),
+    "lists": (net_weights(weight=[1.0]) | {"epoch": 3}, r"no tensors: fc.weight \(list\), epoch \(int\)"),
+    "a checkpoint": (
+        {"optimizer": {"state": {}}, "model": net_weights(), "epoch": 3},
+        r"one level down.*'optimizer', 'model'.*\['model'\]",
+    ),
+    "two networks": ({"student": net_weights(), "teacher": net_weights()}, r"one level down.*'student', 'teacher'"),
+    "numbers as names": ({0: ROW}, r"keys like 0, not names"),
+    "nothing": ({}, r"2 missing: fc.bias, fc.weight"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.parametrize("kind", NOT_WEIGHTS)
+def test_what_cannot_be_weights_is_refused_by_name(tmp_path, kind):
+    content, message = NOT_WEIGHTS[kind]
+    torch.save(content, tmp_path / "w.pth")
+    net = Net()
+    before = net.fc.weight.clone()
+    with pytest.raises(UserError, match=message) as caught:
+        load_backbone_weights(net, read_state_dict(tmp_path / "w.pth"), str(tmp_path / "w.pth"))
+    assert "w.pth" in str(caught.value)
+    assert torch.equal(net.fc.weight, before), "a part of it was loaded"
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized.*:UserWarning", "ignore::DeprecationWarning")
+def test_quantised_tensors_are_refused_by_name():
+    weights = net_weights(weight=torch.quantize_per_tensor(ROW, 0.1, 0, torch.qint8))
+    with pytest.raises(UserError, match=r"fc.weight \(quantised\)"):
+        load_backbone_weights(Net(), weights, "w.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_point_types_are_weights(dtype):
+    net, weights = Net(), {key: value.to(dtype) for key, value in net_weights(bias=torch.tensor([3e4, 1])).items()}
+    load_backbone_weights(net, weights, "w.pth")
+    assert torch.equal(net.fc.weight.to(dtype), weights["fc.weight"])
+
+
+def test_large_finite_weights_are_weights():
+    """Their norm is not finite."""
+    net = Net()
+    load_backbone_weights(net, net_weights(weight=ROW * 3e38), "w.pth")
+    assert net.fc.weight[0, 0] == torch.tensor(3e38)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("w.pth", b"", "w.pth' ends too early"),
+        ("w.safetensors", b"", "cannot be read: it is empty"),
+        ("w.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer that git-lfs leaves"),
+        ("w.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "pointer that git-lfs leaves"),
+        ("w.pth", b"\n<!DOCTYPE html><html>", "it is a web page"),
+        ("w.pth", b"hello", "no file of weights, or damaged"),
+        ("w.bin", b"\x08\0\0\0\0\0\0\0{}      ", "in the format of .safetensors: call it so"),
+        ("w.safetensors", b"PK\x03\x04" + bytes(99), "what torch.save writes: call it .pth"),
+        ("w.pth", b"PK\x03\x04" + bytes(99), "w.pth' cannot be read: .*; get it again"),
+    ],
+)
+def test_files_that_are_something_else_are_told_apart(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_state_dict(tmp_path / name)
+
+
+def test_a_folder_is_no_file_and_its_weights_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"pretrained_weights='.*' is a folder; give a file of weights"):
+        read_state_dict(tmp_path)
+    (tmp_path / "student_ema.pth").touch()
+    with pytest.raises(UserError, match=r"is a folder; give a file, '.*student_ema.pth'"):
+        read_state_dict(tmp_path)
+
+
+def test_names_that_are_not_utf_8_are_read_and_too_long_ones_explained(tmp_path):
+    path = tmp_path / os.fsdecode(b"w\xff.pth")
+    with path.open("wb") as file:
+        torch.save(WEIGHTS, file)
+    assert_are_the_weights(read_state_dict(path))
+    with pytest.raises(UserError, match="names in UTF-8 alone; rename it"):
+        read_state_dict(path.rename(path.with_suffix(".safetensors")))
+    with pytest.raises(UserError, match=r"pretrained_weights='w{300}': .*File name too long"):
+        read_state_dict("w" * 300)
 
 
 def test_a_truncated_file_is_refused(weights_file):
