@@ -285,7 +285,7 @@ def test_a_run_on_a_folder_says_what_is_left_out_and_starts_nothing(caches, plac
         ("{eval_config: {ade20k_segmentation: {train_dataset: x}}}", ("train_dataset", "called train_dataset_name")),
         ("{eval_config: {mine: {script: x.py}}}", ("eval_config.mine", "unknown key script; it is called file")),
         ("{eval_config: {mine: {file: x.py}}}", ("eval_config.mine.file=x.py", "no such file")),
-        ("{eval_config: {mine: 3}}", ("eval_config.mine=3", "keys")),
+        ("{eval_config: {mine: 3}}", ("eval_config.mine=3", "pairs")),
     ],
 )
 def test_mistakes_in_a_set_are_found_before_training(entry, words):

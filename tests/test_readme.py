@@ -1,16 +1,23 @@
 """README.md: its commands run, its keys and files exist, its numbers are today's."""
 
+import importlib
+import inspect
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, run_cli
+from PIL import Image
 from runs import TINY, make_images, run_main
 
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
 from model import EncoderDecoder
+from sources import SEGMENTATION_SETS, parse_data_url
+from utils import import_from_path
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = dict(enumerate(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)))
@@ -21,6 +28,7 @@ EXPORT, EXTRACT, BENCHMARK = (
     next(command for command in COMMANDS if command.startswith(f"python {script}"))
     for script in ("export.py", "extract_features.py", "benchmark.py")
 )
+EVALUATIONS = [command for command in COMMANDS if command.startswith("python eval_")]
 TORCHRUN = [command for command in COMMANDS if command.startswith("torchrun ")]
 
 
@@ -32,7 +40,7 @@ def test_the_commands_are_all_of_a_kind_that_is_tested():
             assert rest[0] in make_targets, command
         else:
             install = "pip install -c constraints.txt -e '.[test]'"
-            assert command in [*TRAINING, *TORCHRUN, *SLURM, EXPORT, EXTRACT, BENCHMARK, install], command
+            assert command in [*TRAINING, *TORCHRUN, *SLURM, *EVALUATIONS, EXPORT, EXTRACT, BENCHMARK, install], command
 
 
 def test_training_commands_run_one_after_the_other(tmp_path, monkeypatch):
@@ -119,6 +127,88 @@ def test_export_extraction_and_benchmark_run_as_written(mine):
     done = run(BENCHMARK, *only_pictures, "random_baseline=false", "num_workers=0")
     assert done.returncode == 0, done.stderr + done.stdout
     assert (mine / "results" / "mine" / "report.html").is_file()
+
+
+ANY_MODEL = """
+import torch
+
+class Model(torch.nn.Module):
+    patch_size = 4
+
+    def forward(self, images):
+        patches = torch.nn.functional.avg_pool2d(images, 4).movedim(1, -1)
+        return patches.mean((1, 2)), None, patches
+
+def __model_loader__(model_name):
+    return Model()
+"""
+
+
+def test_evaluation_commands_run_as_written_with_another_model_and_data_of_ours(tmp_path, monkeypatch):
+    (tmp_path / "model.py").write_text(ANY_MODEL)
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for folder, shape, low, high in (("images", (16, 16, 3), 0, 256), ("masks", (16, 16), 1, 3)):
+            (tmp_path / split / folder).mkdir(parents=True)
+            for i in range(8):
+                pixels = rng.integers(low, high, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / folder / f"{i}.png")
+        for name in ("cat", "dog"):
+            make_images(tmp_path / "classes" / split / name, 8)
+    few = {
+        "eval_segmentation.py": [
+            f"train_dataset_name=custom://Segmentation?root='{tmp_path}/train'",
+            f"test_dataset_name=custom://Segmentation?root='{tmp_path}/val'",
+            "resolution=16", "knn_ks=[1]",
+        ],
+        "eval_classification.py": [
+            f"train_dataset_name=torchvision://ImageFolder?root='{tmp_path}/classes/train'",
+            f"test_dataset_names=torchvision://ImageFolder?root='{tmp_path}/classes/val'",
+            "resolution=16", "n_iters=2", "warmup_iters=1", "batch_size_per_gpu=4", "val_proportion=0.3",
+            "learning_rates=[1e-3]",
+        ],
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert {shlex.split(command)[1] for command in EVALUATIONS} == few.keys()
+    for command in EVALUATIONS:
+        script, *rest = shlex.split(command)[1:]
+        model_path, model_name = (word.split("=")[1] for word in rest[:2])
+        assert model_name in import_from_path(ROOT / model_path).MODELS
+        module = importlib.import_module(Path(script).stem)
+        assert module.main([*rest, "model_path=model.py", *few[script], "device=cpu", "num_workers=0"]) == 0, command
+
+
+def test_the_released_models_have_their_published_numbers():
+    published = {"p205": (35.2, 79.2), "lvd": (32.1, 83.8), "in22k": (29.7, 83.6), "in1k": (29.2, 82.9)}
+    rows = re.findall(r"^\| `capi_vitl14_(\w+)` \|.*\| ([\d.]+) \| ([\d.]+) \|$", README, flags=re.MULTILINE)
+    assert {name: (float(knn), float(attentive)) for name, knn, attentive in rows} == published
+    with torch.device("meta"):
+        model = EncoderDecoder(**load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, []).model.kwargs())
+    parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("decoder."))
+    assert round(parameters / 1e6) == 302, "the encoder is not as large as the table says"
+
+
+def test_urls_of_data_sets_parse_and_their_arguments_exist():
+    section = README.split("## Where images come from")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| [^|`]+ \| `((?:hf|custom|torchvision)://[^`]+)`", section, flags=re.MULTILINE)
+    urls = {url.name: url for url in map(parse_data_url, rows)}
+    named = {"ILSVRC/imagenet-1k", "timm/imagenet-22k-wds", "ADE20K", "VOC2012", "INaturalist", "SUN397", "Places365"}
+    assert urls.keys() == named
+    assert urls["timm/imagenet-22k-wds"].kwargs["streaming"] is True
+    for url in urls.values():
+        if url.source == "torchvision":
+            parameters = inspect.signature(getattr(torchvision.datasets, url.name)).parameters
+            assert url.kwargs.keys() <= parameters.keys() and url.kwargs["download"] is True, url
+        elif url.source == "custom":
+            assert url.kwargs["split"] in SEGMENTATION_SETS[url.name][1], url
+        else:
+            assert "split" in url.kwargs, url
+
+
+def test_imagenet_is_named_alike_everywhere():
+    paths = [ROOT / "README.md", *ROOT.glob("*.py"), *ROOT.glob("*.yaml"), *ROOT.glob("configs/**/*.yaml")]
+    urls = {url for path in paths for url in re.findall(r"hf://ILSVRC/imagenet-1k[^`\"\s]*", path.read_text())}
+    assert urls == {f"hf://ILSVRC/imagenet-1k?split='{split}'&tgt_field='label'" for split in ("train", "validation")}
 
 
 def test_keys_that_are_named_exist():
