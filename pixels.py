@@ -99,11 +99,9 @@ class PixelSample:
             f"{kind.num} {text}" + (f" with values {kind.low:g} to {kind.high:g}" if kind.high >= kind.low else "")
             for (text, _), kind in self.kinds.items()
         )
-        bands = []
-        for name, levels in zip(
-            ("red", "green", "blue"), sum(kind.levels for kind in self.kinds.values()), strict=True
-        ):
-            values = np.arange(256)
+        bands, values = [], np.arange(256)
+        total = np.sum([kind.levels for kind in self.kinds.values()], axis=0)
+        for name, levels in zip(("red", "green", "blue"), total, strict=True):
             mean = np.average(values, weights=levels)
             deviation = np.sqrt(np.average((values - mean) ** 2, weights=levels))
             low, high = np.flatnonzero(levels)[[0, -1]]
