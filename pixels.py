@@ -129,11 +129,12 @@ def _unused_range(kind: Kind, bits: int) -> str | None:
     values = np.flatnonzero(levels)
     if len(values) == 1:
         return f"have the value {values[0]} of 255 everywhere: there is nothing to learn from"
-    # The ends of the range also stand for "no data" and "too bright", and a few single pixels are always defective.
-    inner = levels[1:255].cumsum()
-    if inner[-1] == 0:
+    if bits > 8:  # the ends of a deep range also stand for "no data" and "too bright"
+        levels = levels[1:255]
+    up_to = levels.cumsum()
+    if up_to[-1] == 0:
         return None
-    low, high = np.searchsorted(inner, [0.001 * inner[-1], 0.999 * inner[-1]])
+    low, high = np.searchsorted(up_to, [0.001 * up_to[-1], 0.999 * up_to[-1]])  # single pixels are always defective
     span = int(high - low + 1)
     if span > (DEEP_LEVELS if bits > 8 else SHALLOW_LEVELS):
         return None

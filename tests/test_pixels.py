@@ -92,6 +92,7 @@ KEPT = [
     ("16 bits, half used", tiff(noise(32767, 1)), ".tif"),
     ("16-bit RGB", tiff(noise(65535, 3)), ".tif"),
     ("float in [0, 1]", tiff(noise(1, 1, dtype=np.float32)), ".tif"),
+    ("two shades", encode(Image.fromarray(np.where(noise(2, dtype=np.uint8), 90, 0).astype(np.uint8))), ".png"),
     ("opaque", encode(OPAQUE), ".png"),
     ("animation", encode(photo(1), "GIF", **PAGES), ".gif"),
 ]
