@@ -8,6 +8,7 @@ import ast
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -696,6 +697,40 @@ def test_mimrefiner_random_networks_have_the_published_architecture(model_name):
     assert global_repr.shape == (2, arch["width"]) and feature_map.shape == (2, 16, 10, arch["width"])
 
 
+# -------------------------------------------------------------------------------------- features without weights
+
+
+def test_a_histogram_counts_the_colours_of_patch_and_image():
+    from baselines import histogram_loader
+    from data import IMAGENET_MEAN, IMAGENET_STD
+
+    images = torch.randint(0, 256, (2, 3, 8, 12), generator=torch.Generator().manual_seed(0))
+    images[0, :, :4, :4] = torch.tensor([63, 64, 255]).view(3, 1, 1)  # the ends of bins
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
+    model = histogram_loader.load_model(patch_size=4, bins=4)
+    global_repr, registers, feature_map = model((images / 255 - mean) / std)
+    assert registers is None
+    assert feature_map.shape == (2, 2, 3, 128)
+    assert feature_map[0, 0, 0].nonzero().flatten().tolist()[0] == 0 * 16 + 1 * 4 + 3
+    for i in range(2):
+        bins = (images[i] // 64 * torch.tensor([16, 4, 1]).view(3, 1, 1)).sum(dim=0)
+        counted = bins.flatten().bincount(minlength=64) / 96
+        torch.testing.assert_close(global_repr[i], counted)
+        for row, column in itertools.product(range(2), range(3)):
+            patch = bins[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            torch.testing.assert_close(feature_map[i, row, column, :64], patch.flatten().bincount(minlength=64) / 16)
+            torch.testing.assert_close(feature_map[i, row, column, 64:], counted)
+
+
+@pytest.mark.parametrize("wrong", [{"patch_size": 0}, {"bins": 1}])
+def test_a_histogram_of_nothing_is_refused(wrong):
+    from baselines import histogram_loader
+
+    ((key, value),) = wrong.items()
+    with pytest.raises(UserError, match=f"{key}={value}: must be at least"):
+        histogram_loader.load_model(**wrong)
+
+
 # -------------------------------------------------------------------------------------------- the benchmark
 
 
@@ -723,7 +758,6 @@ def test_every_family_runs_through_the_benchmark_on_the_demo_data(family, tmp_pa
         f"model_loader_kwargs.model_name={SMALLEST[family]}",
         "model_loader_kwargs.pretrained=false",
         "evals_config_path=configs/evals/demo.yaml",
-        "evals.pictures=null",
         "device=cpu",
         "num_workers=0",
         "batch_size=20",
