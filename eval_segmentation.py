@@ -110,7 +110,8 @@ class SegmentationConfig(EvaluationConfig):
     dump_features: bool = False
     """Write the training features and labels to output_dir/dumps."""
     dump_predictions: bool = False
-    """Write the predicted label images of all test images to output_dir/dumps."""
+    """Write the predicted label images of all test images to output_dir/dumps; with few labelled images, those of the
+    first choice of them."""
     dump_classifier: bool = False
     """Write the weights of the logistic regression to output_dir/dumps."""
 
@@ -745,6 +746,8 @@ def evaluate(cfg: SegmentationConfig, model: FrozenModel, results: Results) -> N
             "%s: mIoU %.4f, standard deviation %.4f over %d choices of images",
             *(name, means["mIoU"], spread["std_mIoU"], len(scores)),
         )
+        if cfg.dump_predictions:
+            _dump(results, f"predictions_{name}", {"labels": outcome.predictions[name]})
     results.note(parts_s={part: round(value, 1) for part, value in seconds.items()})
     if outcome.pictures and rank() == 0:
         draw_predictions(outcome.pictures, data.class_names, data.ignore_labels).savefig(
@@ -760,7 +763,7 @@ class Outcome:
     few_confusions: dict[str, list[Int64[Tensor, "256 256"]]]
     """Of the classifiers with few labelled images, one for each choice of them."""
     predictions: dict[str, Tensor]
-    """Label images [n, h, w] of each classifier, if they are dumped."""
+    """Label images [n, h, w] of each classifier, with few labelled images of the first choice, if they are dumped."""
     pictures: list[dict[str, np.ndarray]]
     """For each image that is drawn: image [h, w, 3], truth [h, w], and the prediction of each classifier."""
 
@@ -782,7 +785,7 @@ def run_test(
         name: [torch.zeros(NUM_LABELS, NUM_LABELS, dtype=torch.int64) for _ in choices] for name, choices in few.items()
     }
     counts = torch.zeros(NUM_LABELS, dtype=torch.int64)
-    dumped: dict[str, list[Tensor]] = {name: [] for name in predictors}
+    dumped: dict[str, list[Tensor]] = {name: [] for name in (*predictors, *few)}
     pictures: list[dict[str, np.ndarray]] = []
     position = batches.share.start
     for images, truth in batches:
@@ -793,12 +796,16 @@ def run_test(
             return from_patches(predict(features).cpu(), cfg.resolution, cfg.resolution, model.patch_size)
 
         predicted = {name: label_images(predict) for name, predict in predictors.items()}
-        for name, choices in few.items():
-            for number, predict in enumerate(choices):
-                few_confusions[name][number] += confusion_matrix(truth, label_images(predict), data.ignore_labels)
         for name, labels in predicted.items():
             confusions[name] += confusion_matrix(truth, labels, data.ignore_labels)
-            if cfg.dump_predictions:
+        kept = dict(predicted)
+        for name, choices in few.items():
+            for number, predict in enumerate(choices):
+                labels = label_images(predict)
+                few_confusions[name][number] += confusion_matrix(truth, labels, data.ignore_labels)
+                kept.setdefault(name, labels)
+        if cfg.dump_predictions:
+            for name, labels in kept.items():
                 dumped[name].append(labels)
         for i in range(len(images)):
             if position + i in drawn:

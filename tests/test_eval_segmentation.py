@@ -509,6 +509,7 @@ def test_chosen_images_have_all_classes_equally_often():
 def with_few(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("few")
     more = ("labelled_images=[4,20]", "labelled_repeats=2", "num_pictures=0", "knn_ks=[5]", "knn_distances=[cosine]")
+    more += ("dump_predictions=true",)
     assert eval_segmentation.main(arguments(data, folder, *more)) == 0
     return folder
 
@@ -526,6 +527,14 @@ def test_scores_with_few_labelled_images_stand_beside_the_others(with_few):
     # All images, and the hyper-parameters that k-NN has by default there.
     assert found["knn_20_images"]["mIoU"] == pytest.approx(found["knn"]["mIoU"], rel=1e-6)
     assert found["knn_20_images"]["std_mIoU"] == 0
+
+
+def test_the_dump_with_few_images_is_of_their_first_choice(with_few, data):
+    truth = torch.stack([torch.from_numpy(np.array(Image.open(p))) for p in sorted(data.glob("val/masks/*.png"))])
+    for name in ("knn_4_images", "logreg_4_images", "knn_20_images"):
+        predicted = load_file(with_few / "dumps" / f"predictions_{name}.safetensors")["labels"]
+        again = segmentation_metrics(confusion_matrix(truth, predicted, (255,)), (255,))
+        assert again["mIoU"] == pytest.approx(results_in(with_few)["results"][name]["each_repeat"]["mIoU"][0])
 
 
 def test_they_show_in_the_table(with_few):
