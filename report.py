@@ -236,7 +236,12 @@ EXPLANATIONS = {
 }
 
 
-def write_report(path: Path, content: Mapping[str, Any], run_dir: Path | None = None) -> None:
+def write_report(
+    path: Path,
+    content: Mapping[str, Any],
+    run_dir: Path | None = None,
+    lead: Sequence[tuple[Path, str]] = (),
+) -> None:
     """Write the report of evaluations as one HTML file.
 
     Args:
@@ -244,6 +249,7 @@ def write_report(path: Path, content: Mapping[str, Any], run_dir: Path | None = 
         content: what is reported; the comment at the top of the section on scores says how it is laid out. Folders in
             it are relative to that of `path`.
         run_dir: folder of the training run whose curves are shown.
+        lead: pictures that come first, and what is to be seen on them.
 
     Raises: UserError if `run_dir` has no metrics.
     """
@@ -251,6 +257,7 @@ def write_report(path: Path, content: Mapping[str, Any], run_dir: Path | None = 
     sections = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="summary">{escape(summary(content))}</p>',
+        _lead(lead),
         _notices(content),
         _scores_section(content),
         _pictures_section(content, path.parent),
@@ -267,6 +274,14 @@ def write_report(path: Path, content: Mapping[str, Any], run_dir: Path | None = 
         + "\n</main>\n</body>\n</html>\n"
     )
     path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
+
+
+def _lead(lead: Sequence[tuple[Path, str]]) -> str:
+    budget = _Budget(2**20)
+    return "".join(
+        f"<figure>{_picture(path, budget, told)[0] or ''}<figcaption>{escape(told)}</figcaption></figure>"
+        for path, told in lead
+    )
 
 
 def _notices(content: Mapping[str, Any]) -> str:

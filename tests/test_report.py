@@ -245,6 +245,21 @@ def test_readers_that_do_not_see_are_told(full):
     assert labels == [heading["id"] for heading in page.of("h2")]
 
 
+def test_leading_pictures_come_before_everything_with_what_they_show(tmp_path):
+    for name, size in (("one", 300), ("two", 301)):
+        noise(tmp_path / f"{name}.png", size, 80)
+    lead = [(tmp_path / "one.png", "What <one> shows, in words."), (tmp_path / "two.png", "And the other.")]
+    report.write_report(tmp_path / "report.html", made_up_content() | {"notes": ["a note"]}, lead=lead)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert [(image["width"], image["alt"]) for image in page.of("img")[:2]] == [
+        ("300", "What <one> shows, in words."),
+        ("301", "And the other."),
+    ]
+    text = "".join(page.words)
+    places = [text.index(part) for part in ("points above", "What <one> shows", "And the other", "a note", "Scores")]
+    assert places == sorted(places)
+
+
 def test_what_failed_is_said_first_and_what_was_evaluated_last(full):
     text = "".join(full[0].words)
     parts = [
