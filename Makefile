@@ -1,4 +1,4 @@
-# make demo    train a small model on the images in demo_data/ and show what came out
+# make demo    draw images, train a small model on them and show what it learned, within five minutes on two cores
 # make test    the whole CPU test suite
 # make check   format, lint, types, tests
 # make slurm   a two-node training on a real Slurm, preempted and requeued (root, Debian's slurm-wlm and munge)

@@ -1,84 +1,129 @@
-"""The demo: train a small CAPI model on the images in demo_data, draw what it learned, evaluate it. Minutes on a CPU.
+"""The demo: draw images, train a small CAPI model on them, and see what its features are good for. Minutes on a CPU.
 
-    python demo.py [--output-dir runs/demo] [a.b=c ...]
+    python demo.py [--output-dir runs/demo] [--data data/flower_beds] [--data-seed 0] [a.b=c ...]
 
-Runs `train_capi.py configs/demo.yaml` as you would type it, with your overrides, draws curves.png and features.png into
-the output folder, and runs `benchmark.py` with configs/evals/demo.yaml: the trained model beside random initialisation
-and raw pixels, in evaluation/report.html. Started again after an interruption, it continues.
+Runs, as you would type them, `demo_data/flower_beds.py`, which draws the images; `train_capi.py configs/demo.yaml`,
+with your overrides; and `benchmark.py` with configs/evals/demo.yaml for raw pixels, for a histogram of colours, and for
+the trained model beside random initialisation. Then it draws what came out and ends with a verdict. Started again after
+an interruption, it continues.
 """
 
 from utils import command_line
 
 with command_line(__doc__, __name__) as parser:
     parser.add_argument("--output-dir", default="runs/demo", help="where everything is written (default: %(default)s)")
+    parser.add_argument("--data", default="data/flower_beds", help="where images are drawn (default: %(default)s)")
+    parser.add_argument("--data-seed", type=int, default=0, help="of the images (default: %(default)s)")
+    parser.add_argument("--train-images", type=int, default=2000, help="to train on (default: %(default)s)")
+    parser.add_argument("--val-images", type=int, default=200, help="to evaluate on (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="as for train_capi.py")
 
+import argparse
+import contextlib
+import io
 import json
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
-from torch import Tensor, nn
+import yaml
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 
-from checkpoint import Checkpoints, read_weights
-from clustering import L2NormLinear, OnlineClustering
+from checkpoint import Checkpoints
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
-from data import normalize
+from evaluation import EvaluationConfig, FrozenModel, load_model_file
 from masking import MaskPlan, draw_positions, make_masking_generator
 from metrics import read_metrics
-from model import EncoderDecoder, load_model
-from report import ORANGE, draw_curves
-from sources import make_dataset
+from report import GREEN, VERMILLION, columns, draw_curves, percent, write_report
+from sources import ImageDataset, SegmentationDataset, make_dataset
 from utils import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent
-DEMO_CONFIG = "configs/demo.yaml"
-DEMO_EVALS = "configs/evals/demo.yaml"
-VALIDATION_IMAGES = ROOT / "demo_data" / "emoji_on_scenes" / "val" / "images"
-NUM_IMAGES = 6
+DRAWING, CONFIG, EVALS = "demo_data/flower_beds.py", "configs/demo.yaml", "configs/evals/demo.yaml"
+DATA: str = parser.get_default("data")
+"""What the configuration files read."""
+FEW_LABELS = "knn_10_images"
+"""What is shown of the evaluation `segmentation`: nearest patches of ten labelled images."""
+TITLES = ("trained", "random weights", "raw pixels", "colour histogram")
+"""What the models are called, in the order in which `report.columns` has them."""
+NUM_QUERIES, NUM_NEIGHBOURS = 5, 4
+
+BY_CONSTRUCTION = (
+    "The class is a mix of three colours by construction, so this shows the mechanism: the model learned from hidden "
+    "patches what surrounds a patch. It says nothing about features of photographs; for those train a preset of "
+    "configs/ on images of your own, or configs/imagenette.yaml."
+)
+CHOICES = "The scores are means over three choices of the ten images, the pictures are of the first."
+NEIGHBOURS_CAPTION = (
+    "Held-out images, and the others whose mean patch features are most alike (cosine). Crossed out: another mix. The "
+    "shares are those of all held-out images, not of these alone."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code: that of the training if it failed, 2 for a mistake of the user."""
+    """The command line. Returns the exit code: that of the part that failed, 2 for a mistake of the user."""
     given = parser.parse_intermixed_args(arguments)
-    started = time.monotonic()
     try:
-        sources = [DEMO_CONFIG, *given.overrides, f"train.output_dir={given.output_dir}"]
-        exit_code = run("train_capi.py", *sources)
-        if exit_code != 0:
-            return exit_code
-        files = draw(sources)
-        evaluated = evaluate(sources)
+        with contextlib.chdir(ROOT):  # paths are seen from there, by this script and by those that it starts
+            return demo(given)
     except UserError as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return 2
-    minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    sys.stdout.write(f"\nDone in {minutes} min {seconds} s. Written:\n")
+
+
+def demo(given: argparse.Namespace) -> int:
+    """All parts, one after the other, as far as they go well. Returns the exit code."""
+    sources = [CONFIG, *given.overrides, *elsewhere(CONFIG, given.data), f"train.output_dir={given.output_dir}"]
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, sources)
+    size = [f"--seed={given.data_seed}", f"--train={given.train_images}", f"--val={given.val_images}"]
+    parts = {
+        "drawing the images": [[DRAWING, given.data, *size]],
+        "training": [["train_capi.py", *sources]],
+        "evaluation": evaluations(cfg, given.data),
+    }
+    seconds = {}
+    for part, commands in parts.items():
+        started = time.monotonic()
+        for command in commands:
+            exit_code = run(*command)
+            if exit_code != 0:
+                return exit_code
+        if part == "training":
+            check_finished(cfg)
+        seconds[part] = time.monotonic() - started
+
+    started = time.monotonic()
+    content = json.loads(Path(cfg.train.output_dir, "evaluation", "results.json").read_text())
+    files = draw(cfg, content)
+    seconds["pictures"] = time.monotonic() - started
+    sys.stdout.write(f"\n{verdict(content)}\n{BY_CONSTRUCTION}\n\n")
+    for part, taken in [*seconds.items(), ("in all", sum(seconds.values()))]:
+        sys.stdout.write(f"  {part:<20} {taken:5.0f} s\n")
+    sys.stdout.write("\nWritten:\n")
     for path, what in files.items():
-        sys.stdout.write(f"  {_relative(path):<44} {_size(path):>9}  {what}\n")
-    if not evaluated.is_file():
-        return 1
-    sys.stdout.write(f"  {_relative(evaluated):<44} {_size(evaluated):>9}  scores and pictures: open it in a browser\n")
+        sys.stdout.write(f"  {path!s:<44} {_size(path):>9}  {what}\n")
     return 0
 
 
 def run(script: str, *arguments: str) -> int:
-    """Run a script in a process of its own, in the folder of this file. Returns its exit code."""
+    """Run a script in a process of its own. Returns its exit code."""
     command = [sys.executable, script, *arguments]
     sys.stdout.write(f"\n$ python {shlex.join(command[1:])}\n")
     sys.stdout.flush()
-    with subprocess.Popen(command, cwd=ROOT) as process:
+    with subprocess.Popen(command) as process:
         while True:
             try:
                 return process.wait()
@@ -86,174 +131,154 @@ def run(script: str, *arguments: str) -> int:
                 continue  # the script got Ctrl-C as well: training saves a checkpoint and ends
 
 
-def evaluate(sources: Sequence[str]) -> Path:
-    """Evaluate the trained model, its random initialisation, and raw pixels. Returns the report, if all went well."""
-    cfg = _config(sources)
-    output_dir = ROOT / cfg.train.output_dir
-    checkpoint = Checkpoints(output_dir, keep=1).newest()
-    assert checkpoint is not None  # it was drawn from
-    shares = hidden_patches(cfg, checkpoint, validation_images(cfg.data.images_size, num_images=None))
-    trained, random, copied, chance = (f"{shares[name]:.1%}" for name in ("trained", "random", "copied", "chance"))
-    answers = (
-        f"Which of {cfg.capi.num_clusters} clusters does a hidden patch of a held-out image belong to? The trained "
-        f"student is right {trained} of the time, with random weights {random}, copying the nearest visible patch "
-        f"{copied}, guessing {chance}."
-    )
-    sys.stdout.write(f"\n{answers}\n")
-    outlook = (
-        "A few minutes teach the student to predict, and hardly more: expect segmentation scores near those of random "
-        "weights. EXPERIMENTS.md has longer runs."
-    )
-    evaluation = output_dir / "evaluation"
-    pixels = evaluation / "pixels"
-    common = [f"evals_config_path={DEMO_EVALS}", f"evals.segmentation.resolution={cfg.data.images_size}"]
-    of_pixels = [
-        f"output_dir={pixels}",
-        "name=raw pixels",
-        "model_path=baselines/pixels_loader.py",
-        f"model_loader_kwargs.patch_size={cfg.model.patch_size}",
-        "evals.pictures=null",
+def elsewhere(config: str, data: str) -> list[str]:
+    """What to override in a configuration file that reads `DATA` so that it reads the folder `data`."""
+
+    def overrides(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
+        for key, value in section.items():
+            if isinstance(value, dict):
+                yield from overrides(value, f"{prefix}{key}.")
+            elif DATA in str(value):
+                yield f"{prefix}{key}={value.replace(DATA, data)}"
+
+    return [] if data == DATA else list(overrides(yaml.safe_load(Path(config).read_text())))
+
+
+def evaluations(cfg: CapiConfig, data: str) -> list[list[str]]:
+    """Commands that evaluate raw pixels, colour histograms, and the trained model beside its random initialisation."""
+    run_dir, folder = cfg.train.output_dir, f"{cfg.train.output_dir}/evaluation"
+    baselines = {"raw pixels": "pixels", "colour histogram": "histogram"}
+    keys = [
+        [
+            f"output_dir={folder}/{baseline}",
+            f"name={title}",
+            f"model_path=baselines/{baseline}_loader.py",
+            f"model_loader_kwargs.patch_size={cfg.model.patch_size}",
+        ]
+        for title, baseline in baselines.items()
     ]
-    of_model = [
-        f"output_dir={evaluation}",
-        f"name=CAPI, {cfg.optim.total_iters} steps",
-        f"pretrained_weights={output_dir / 'student_ema.pth'}",
-        f"evals.pictures.resolution={cfg.data.images_size}",
-        f"compare=[{pixels / 'results.json'}]",
-        f"run_dir={output_dir}",
-        f"notes={json.dumps([answers, outlook])}",
-        f"seed={cfg.train.seed}",
+    keys += [
+        [
+            f"output_dir={folder}",
+            f"name=CAPI, {cfg.optim.total_iters} steps",
+            f"pretrained_weights={run_dir}/student_ema.pth",
+            f"compare=[{','.join(f'{folder}/{baseline}/results.json' for baseline in baselines.values())}]",
+            f"run_dir={run_dir}",
+        ]
     ]
-    report = evaluation / "report.html"
-    if run("benchmark.py", *of_pixels, *common) or run("benchmark.py", *of_model, *common):
-        report.unlink(missing_ok=True)
-    return report
+    # Of the random weights, and of the choices of labelled images, which are thus the same for all.
+    shared = [f"seed={cfg.train.seed}", f"evals_config_path={EVALS}"]
+    shared += [f"evals.{override}" for override in elsewhere(EVALS, data)]
+    return [["benchmark.py", *own, *shared] for own in keys]
 
 
-def draw(sources: Sequence[str]) -> dict[Path, str]:
-    """Draw both pictures of a finished training.
-
-    Returns: every file worth looking at, and what it is.
-    Raises: UserError if the training has not finished.
-    """
-    cfg = _config(sources)
-    output_dir = ROOT / cfg.train.output_dir
-    weights, metrics_path = output_dir / "student_ema.pth", output_dir / "metrics.jsonl"
-    records = read_metrics(metrics_path)
+def check_finished(cfg: CapiConfig) -> None:
+    """Raise UserError unless the training did all its steps."""
+    records = read_metrics(Path(cfg.train.output_dir, "metrics.jsonl"))
     num_steps = records[-1]["step"] if records else 0
-    checkpoint = Checkpoints(output_dir, keep=1).newest()
-    if num_steps < cfg.optim.total_iters or checkpoint is None:
+    if num_steps < cfg.optim.total_iters:
         raise UserError(
             f"the training stopped after {num_steps} of {cfg.optim.total_iters} steps; the same command continues it"
         )
 
-    curves, features = output_dir / "curves.png", output_dir / "features.png"
-    draw_curves(records, cfg.capi.num_clusters).savefig(curves)
-    images = validation_images(cfg.data.images_size)
-    visible, predicted = draw_masks(cfg, len(images))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.train.seed)
-        untrained = EncoderDecoder(**cfg.model.kwargs()).eval()
-    feature_maps = {
-        "patch features (PCA),\nrandom weights": patch_features(untrained, images),
-        f"patch features (PCA),\nafter {num_steps} steps": patch_features(
-            load_model(pretrained_weights=weights), images
-        ),
-    }
-    draw_features(images, visible, predicted, feature_maps).savefig(features)
-    return {
-        checkpoint: "newest checkpoint, to continue from",
-        weights: "averaged weights, for model.load_model",
-        metrics_path: "a line of numbers each few steps",
-        curves: "how the training went",
-        features: "what the student sees, and the features it learned",
-    }
+
+# ------------------------------------------------------------------------------------------------------ verdict
 
 
-def hidden_patches(cfg: CapiConfig, checkpoint: Path, images: UInt8[Tensor, "b 3 h w"]) -> dict[str, float]:
-    """How often the student names the cluster of a hidden patch: the question it was trained on, on other images.
+def few_label_score(evaluations: Mapping[str, Any]) -> float:
+    """Mean IoU of the held-out images from ten labelled ones, of a model."""
+    return evaluations["segmentation"]["results"][FEW_LABELS]["mIoU"]
 
-    The right answer is the cluster to which the teacher, who sees the whole image, assigns the patch.
+
+def verdict(content: Mapping[str, Any]) -> str:
+    """What came of it in a sentence, from the results.json of the trained model."""
+    trained, random, pixels, histogram = (f"{percent(few_label_score(each))} %" for each in columns(content).values())
+    num_images = content["evaluations"]["segmentation"]["about"]["num_test_images"]
+    return (
+        f"With ten labelled images, the patches of {num_images} held-out images are told apart with a mean IoU of "
+        f"{trained} by the trained model, {random} by random weights, {pixels} by raw pixels, and {histogram} by a "
+        "hand-made histogram of colours."
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- pictures
+
+
+def draw(cfg: CapiConfig, content: Mapping[str, Any]) -> dict[Path, str]:
+    """Draw the pictures, and write the report again with those of the evaluation at its head.
 
     Args:
         cfg: of the training.
-        checkpoint: a checkpoint of the training.
-        images: images that were not trained on.
+        content: results.json of its evaluation.
 
-    Returns: shares of right answers: `trained`; `random`, the same network before training; `copied`, giving the
-        cluster of the nearest visible patch; `chance`.
+    Returns: every file worth looking at, and what it is.
     """
-    averaged = read_weights(checkpoint, "student_ema")
-    width, k = cfg.model.transformers_kwargs.embed_dim, cfg.capi.num_clusters
-    teacher_head = OnlineClustering(width, k, **asdict(cfg.capi.clustering_kwargs))
-    teacher_head.load_state_dict(read_weights(checkpoint, "clustering"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.train.seed)
-        students = {name: _student(cfg) for name in ("trained", "random")}
-    students["trained"].load_state_dict(averaged)
-
-    b, n = len(images), cfg.grid_size**2
-    plan = MaskPlan(cfg.grid_size, cfg.grid_size, cfg.data.mask_ratio, 1.0)
-    masking = make_masking_generator(cfg.data.masking_generator, **cfg.data.masking_generator_kwargs)
-    generator = torch.Generator().manual_seed(cfg.train.seed)
-    visible, hidden = map(torch.stack, zip(*(draw_positions(plan, masking, generator) for _ in range(b)), strict=True))
-    first = torch.arange(b).unsqueeze(1) * n
-    place = torch.cartesian_prod(torch.arange(cfg.grid_size), torch.arange(cfg.grid_size)).double()
-    nearest = torch.cdist(place[hidden], place[visible]).argmin(dim=2)
-    with torch.no_grad():
-        x = normalize(images)
-        trained: Any = students["trained"]["backbone"]
-        features = trained.forward_pretrain(x)[0]
-        clusters = teacher_head(features.transpose(0, 1))[0].argmax(dim=2).T  # [b, n]
-        truth = clusters.gather(1, hidden)
-        answers = {"copied": clusters.gather(1, visible.gather(1, nearest))}
-        for name, student in students.items():
-            backbone: Any = student["backbone"]
-            _, predicted = backbone.forward_pretrain(
-                x, (first + visible).flatten(), (first + hidden).flatten(), do_prediction=True
-            )
-            answers[name] = student["head"](predicted).argmax(dim=1).view_as(truth)
-    shares = {name: float((answer == truth).double().mean()) for name, answer in answers.items()}
-    return {name: shares[name] for name in ("trained", "random", "copied")} | {"chance": 1 / k}
+    run_dir = Path(cfg.train.output_dir)
+    report, curves = run_dir / "evaluation" / "report.html", run_dir / "curves.png"
+    ten_labels, neighbours = run_dir / "ten_labels.png", run_dir / "neighbours.png"
+    draw_curves(read_metrics(run_dir / "metrics.jsonl"), cfg.capi.num_clusters).savefig(curves)
+    evaluated: dict[str, Any] = dict(zip(TITLES, columns(content).values(), strict=True))
+    models = {title: load(entries["segmentation"]["config"]) for title, entries in evaluated.items()}
+    test = make_dataset(content["evaluations"]["segmentation"]["config"]["test_dataset_name"])
+    assert isinstance(test, ImageDataset)
+    images, masks = read_pairs(test)
+    _save(draw_ten_labels(cfg, evaluated, models, images, masks), ten_labels)
+    _save(draw_neighbours(models, images, masks), neighbours)
+    lead = [(ten_labels, f"{verdict(content)} {CHOICES} {BY_CONSTRUCTION}"), (neighbours, NEIGHBOURS_CAPTION)]
+    write_report(report, content, run_dir, lead)
+    checkpoint = Checkpoints(run_dir, keep=1).newest()
+    assert checkpoint is not None  # the training has finished
+    return {
+        report: "scores and pictures: open it in a browser",
+        ten_labels: "what the features make of ten labelled images",
+        neighbours: "the images most alike to a few others",
+        curves: "how the training went",
+        run_dir / "metrics.jsonl": "a line of numbers each few steps",
+        run_dir / "student_ema.pth": "averaged weights, for model.load_model",
+        checkpoint: "newest checkpoint, to continue from",
+    }
 
 
-def _student(cfg: CapiConfig) -> nn.ModuleDict:
-    backbone = EncoderDecoder(**cfg.model.kwargs())
-    head = L2NormLinear(backbone.pred_dim, cfg.capi.num_clusters)
-    return nn.ModuleDict({"backbone": backbone, "head": head}).eval()
+def load(config: Mapping[str, Any]) -> FrozenModel:
+    """The model of an evaluation with this configuration, with the same random weights if it has none."""
+    torch.manual_seed(config["seed"])
+    model = load_model_file(config["model_path"], config["model_loader_kwargs"])
+    return FrozenModel(model, EvaluationConfig(output_dir=""), torch.device("cpu"), config["model_path"])
 
 
-def _config(sources: Sequence[str]) -> CapiConfig:
-    paths = [source if "=" in source else str(ROOT / source) for source in sources]
-    return load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, paths)
+def read_pairs(
+    dataset: ImageDataset, indices: Sequence[int] | None = None
+) -> tuple[UInt8[Tensor, "n 3 h w"], UInt8[Tensor, "n h w"]]:
+    """Images of one size, all of the data set or those at `indices`, and the labels of their pixels."""
+    samples = [dataset[i] for i in (range(len(dataset)) if indices is None else indices)]
+    images = [torch.from_numpy(np.array(sample.image())).movedim(2, 0) for sample in samples]
+    return torch.stack(images), torch.stack([torch.from_numpy(np.array(sample.target())) for sample in samples])
 
 
-def validation_images(
-    size: int, folder: Path = VALIDATION_IMAGES, num_images: int | None = NUM_IMAGES
-) -> UInt8[Tensor, "b 3 h w"]:
-    """A few images of the folder, evenly spread, or all of them (None), as squares of `size` pixels."""
-    from PIL import Image, ImageOps
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    dataset = make_dataset(str(folder))
-    chosen = torch.linspace(0, len(dataset) - 1, min(num_images or len(dataset), len(dataset))).long().tolist()
-    pictures = [ImageOps.fit(dataset[i].image(), (size, size), Image.Resampling.BICUBIC) for i in chosen]
-    return torch.stack([pil_to_tensor(picture) for picture in pictures])
+def mixes(labels: UInt8[Tensor, "n h w"]) -> list[int]:
+    """The mix of each image: its only label beside 0, the lawn."""
+    return labels.amax(dim=(1, 2)).tolist()
 
 
-def draw_masks(cfg: CapiConfig, num_images: int) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b m"]]:
-    """Visible and predict positions as the training draws them, for `num_images` images."""
+def first_of_each(labels: Sequence[int]) -> list[int]:
+    """Where each label occurs first, in the order of the labels."""
+    return [labels.index(label) for label in sorted(set(labels))]
+
+
+def features(model: FrozenModel, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b hp wp d"]:
+    """The model's feature maps."""
+    return torch.cat([model(some).feature_map for some in images.split(100)])
+
+
+def draw_visible(cfg: CapiConfig, num_images: int) -> Bool[Tensor, "b hp wp"]:
+    """Which patches the student sees, as the training draws it."""
     plan = MaskPlan(cfg.grid_size, cfg.grid_size, cfg.data.mask_ratio, cfg.data.prediction_subsampling)
     masking = make_masking_generator(cfg.data.masking_generator, **cfg.data.masking_generator_kwargs)
     generator = torch.Generator().manual_seed(cfg.train.seed)
-    visible, predicted = zip(*(draw_positions(plan, masking, generator) for _ in range(num_images)), strict=True)
-    return torch.stack(visible), torch.stack(predicted)
-
-
-@torch.no_grad()
-def patch_features(model: EncoderDecoder, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b hp wp d"]:
-    """The encoder's output at every patch."""
-    return model(normalize(images)).feature_map
+    visible = torch.zeros(num_images, cfg.grid_size**2, dtype=torch.bool)
+    for row in visible:
+        row[draw_positions(plan, masking, generator)[0]] = True
+    return visible.view(num_images, cfg.grid_size, cfg.grid_size)
 
 
 def pca_colors(feature_map: Float[Tensor, "b hp wp d"]) -> Float[Tensor, "b hp wp 3"]:
@@ -270,49 +295,133 @@ def pca_colors(feature_map: Float[Tensor, "b hp wp d"]) -> Float[Tensor, "b hp w
     return scaled.float().unflatten(0, feature_map.shape[:3])
 
 
-def draw_features(
-    images: UInt8[Tensor, "b 3 h w"],
-    visible: Int[Tensor, "b v"],
-    predicted: Int[Tensor, "b m"],
-    feature_maps: Mapping[str, Float[Tensor, "b hp wp d"]],
+def class_colors(num_classes: int) -> Float[Tensor, "classes 3"]:
+    """Lawn green for label 0, and for the others colours that are told apart."""
+    from matplotlib import colormaps
+
+    others = [color for i, color in enumerate(colormaps["tab20"].colors) if i not in (4, 5)]  # pyright: ignore[reportAttributeAccessIssue]  # listed ones have colors
+    return torch.tensor([(0.25, 0.5, 0.2), *others[: num_classes - 1]])
+
+
+def draw_ten_labels(
+    cfg: CapiConfig,
+    evaluated: Mapping[str, Mapping[str, Any]],
+    models: Mapping[str, FrozenModel],
+    images: UInt8[Tensor, "n 3 h w"],
+    masks: UInt8[Tensor, "n h w"],
 ) -> "Figure":
-    """One row per image: the image, its mask, the student's view, and each feature map under its title as colours."""
+    """A column for each mix: a labelled image, a held-out one, its truth and predictions, and its components.
+
+    Args:
+        cfg: of the training.
+        evaluated: title of a model -> its evaluations, the first the trained one.
+        models: title of a model -> the model.
+        images: held-out ones.
+        masks: the labels of their pixels.
+    """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    b, _, height, width = images.shape
-    hp, wp = next(iter(feature_maps.values())).shape[1:3]
-    zoom = 4  # so that the edges of patches stay sharp on the enlarged image
-    shown = F.interpolate(images.float(), scale_factor=zoom, mode="bicubic", align_corners=False).clamp(0, 255) / 255
-    shown = shown.movedim(1, -1)
-    is_visible = torch.zeros(b, hp * wp, dtype=torch.bool).scatter_(1, visible, value=True).view(b, hp, wp)
-    patch_h, patch_w = zoom * height // hp, zoom * width // wp
-    seen = is_visible.repeat_interleave(patch_h, 1).repeat_interleave(patch_w, 2).unsqueeze(-1)
-    columns: dict[str, Tensor] = {
-        "image": shown,
-        "mask: hidden is dark,\npredicted is framed": torch.where(seen, shown, 0.3 * shown),
-        "what the student sees": torch.where(seen, shown, torch.full_like(shown, 0.93)),
-        **{title: pca_colors(feature_map) for title, feature_map in feature_maps.items()},
+    own = evaluated[TITLES[0]]["segmentation"]
+    train = make_dataset(own["config"]["train_dataset_name"])
+    assert isinstance(train, SegmentationDataset)
+    # In the order of the folders of the mixes, as the held-out images.
+    labelled, labelled_masks = read_pairs(train, own["results"][FEW_LABELS]["settings"]["images"][0])
+    shown = first_of_each(mixes(masks))
+    images, masks = images[shown], masks[shown]
+    colors = class_colors(len(train.class_names))
+    seen = F.interpolate(draw_visible(cfg, len(images))[:, None].float(), images.shape[2:])
+    rows = {
+        "ten labelled\nimages": labelled.movedim(1, 3) / 255,
+        "held-out\nimages": images.movedim(1, 3) / 255,
+        "seen by the\nstudent": (images * seen + 235 * (1 - seen)).movedim(1, 3) / 255,
+        "truth": colors[masks.long()],
     }
+    for title, entries in evaluated.items():
+        dumped = load_file(
+            Path(entries["segmentation"]["config"]["output_dir"], "dumps", f"predictions_{FEW_LABELS}.safetensors")
+        )
+        rows[f"{title}\nmIoU {percent(few_label_score(entries))}"] = colors[dumped["labels"][shown].long()]
+    for title, when in (("random weights", "before"), ("trained", "after")):
+        rows[f"PCA of patches\n{when} training"] = pca_colors(features(models[title], images))
 
-    figure = Figure(figsize=(1.75 * len(columns) + 0.2, 1.75 * b + 0.9), dpi=130, layout="constrained")
-    figure.suptitle("Validation images, which were not trained on", fontsize=12)
-    axes = figure.subplots(b, len(columns), squeeze=False)
-    for column, (title, pictures) in enumerate(columns.items()):
-        axes[0, column].set_title(title, fontsize=9)
-        for row, ax in enumerate(axes[:, column]):
-            is_patches = pictures.shape[1] == hp and pictures.shape[2] == wp
-            ax.imshow(pictures[row].numpy(), interpolation="nearest" if is_patches else "antialiased")
-            ax.set_axis_off()
-    for row, positions in enumerate(predicted.tolist()):
-        for position in positions:
-            corner = ((position % wp) * patch_w, (position // wp) * patch_h)
-            axes[row, 1].add_patch(Rectangle(corner, patch_w, patch_h, fill=False, edgecolor=ORANGE, linewidth=1.0))
+    close = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=(1.02 * len(images) + 1.1, 1.02 * len(rows) + 1.3), dpi=100, layout=close)
+    axes = figure.subplots(len(rows), len(images), squeeze=False)
+    for row, (title, pictures) in enumerate(rows.items()):
+        for column, ax in enumerate(axes[row]):
+            ax.imshow(pictures[column].numpy(), interpolation="nearest")
+            ax.set_xticks([])
+            ax.set_yticks([])
+            for side in ax.spines.values():
+                side.set_visible(False)
+            if row == 0:
+                mix = mixes(labelled_masks)[column]
+                ax.set_title(
+                    train.class_names[mix].replace("-", "\n"), fontsize=8, color=colors[mix].numpy(), weight="bold"
+                )
+        axes[row, 0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
+    figure.suptitle(
+        "Held-out images, their patches named by the most alike patches of ten labelled images", fontsize=11
+    )
+    figure.supxlabel(
+        "A mix of colours makes the class, by construction: what colour alone gives is the score of the histogram.\n"
+        "This shows the mechanism, not features for photographs.",
+        fontsize=9,
+    )
     return figure
 
 
-def _relative(path: Path) -> str:
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+def draw_neighbours(
+    models: Mapping[str, FrozenModel], images: UInt8[Tensor, "n 3 h w"], masks: UInt8[Tensor, "n h w"]
+) -> "Figure":
+    """A row for each of a few images: itself, and by each model the others that are most alike.
+
+    Args:
+        models: title -> model.
+        images: held-out ones.
+        masks: the labels of their pixels.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    mix = torch.tensor(mixes(masks))
+    queries = first_of_each(mix.tolist())[: 2 * NUM_QUERIES : 2]
+    pictures = images.movedim(1, 3).numpy()
+    widths = [1.0, *len(models) * [0.2, *NUM_NEIGHBOURS * [1.0]]]
+    figure = Figure(figsize=(0.72 * sum(widths), 0.72 * len(queries) + 0.5), dpi=100)
+    # Of equal size to the pixel, which a layout that makes room for titles would not keep.
+    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.015, top=1 - 0.4 / figure.get_figheight(), wspace=0.06)
+    axes = figure.subplots(len(queries), len(widths), squeeze=False, width_ratios=widths)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    axes[0, 0].set_title("held out", fontsize=9, loc="left")
+    for row, query in enumerate(queries):
+        axes[row, 0].imshow(pictures[query])
+    for block, (title, model) in enumerate(models.items()):
+        means = F.normalize(features(model, images).mean(dim=(1, 2)), dim=1)
+        similarity = (means @ means.T).fill_diagonal_(-torch.inf)
+        found = similarity.topk(min(NUM_NEIGHBOURS, len(images) - 1)).indices
+        is_same = mix[found] == mix[:, None]
+        first = 2 + block * (NUM_NEIGHBOURS + 1)
+        share = percent(float(is_same.double().mean()))
+        axes[0, first].set_title(f"{title}: {share} % of the same mix", fontsize=9, loc="left")
+        for row, query in enumerate(queries):
+            for ax, other, right in zip(axes[row, first:], found[query], is_same[query], strict=False):
+                ax.imshow(pictures[other])
+                color = GREEN if right else VERMILLION
+                ax.add_patch(Rectangle((0, 0), 1, 1, transform=ax.transAxes, fill=False, linewidth=4, color=color))
+                if not right:
+                    ax.plot([0, 1], [0, 1], transform=ax.transAxes, color=color, linewidth=1.5)
+    return figure
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    """As a PNG with 256 colours, a third of the size."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    with Image.open(buffer) as image:
+        image.convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def _size(path: Path) -> str:
