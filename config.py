@@ -6,6 +6,7 @@ device is touched. What a key holds is decided by its declared type, not by YAML
 a key that is a text.
 """
 
+import argparse
 import ast
 import dataclasses
 import difflib
@@ -14,18 +15,19 @@ import re
 import types
 import typing
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import MISSING
 
 from default_eval_config import EVALS
 from utils import UserError
 
 ROOT = Path(__file__).parent
+MISSING = "???"
+"""Default, or in YAML the value, of a key that must be given: OmegaConf's word for it."""
 DEFAULT_PRETRAIN_CONFIG = ROOT / "default_pretrain_config.yaml"
 
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
@@ -156,6 +158,21 @@ class Allowed:
 def within(**allowed: Any) -> dict[str, Any]:
     """Metadata of a field that holds numbers; the arguments are those of `Allowed`."""
     return {"allowed": Allowed(**allowed)}
+
+
+def argument(kind: type, **allowed: Any) -> Callable[[str], Any]:
+    """The `type` of a number on a command line of `argparse`; what it may be is as for `within`."""
+
+    def convert(text: str) -> Any:
+        value = _scalar(text, kind)
+        try:
+            require(value is not None, "it", text, f"must be {WORDS[kind]}")
+            Allowed(**allowed).check("it", value)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value
+
+    return convert
 
 
 def one_of(*choices: str, **allowed: Any) -> dict[str, Any]:
@@ -896,7 +913,10 @@ class _Loader(yaml.SafeLoader):
     """Composes nodes; values are made of them by the declared type of their key."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        is_alias = self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
+        if is_alias and node is not None and node.end_mark is None:
+            raise yaml.MarkedYAMLError(problem="an alias is part of what it stands for", problem_mark=node.start_mark)
         if isinstance(node, yaml.Node) and not re.fullmatch(r"tag:yaml\.org,2002:\w+", node.tag):
             raise yaml.MarkedYAMLError(problem=f"the tag {node.tag} is not supported", problem_mark=node.start_mark)
         return node

@@ -29,14 +29,13 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int64, UInt8
-from omegaconf import MISSING
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from config import COUNT, DTYPE, changed_keys, one_of, require
+from config import COUNT, DTYPE, MISSING, changed_keys, one_of, require
 from data import wait_for_batch, worker_poll_s
 from distributed import barrier, broadcast_object, rank, world_size
 from evaluation import Evaluation, EvaluationConfig, Features, FrozenModel, Results, reader_processes

@@ -303,8 +303,8 @@ class EncoderDecoder(nn.Module):
             "final_norm_kwargs": final_norm_kwargs,
             "out_layer": out_layer,
         }
-        if not hasattr(nn, norm_layer_type):
-            raise UserError(f"norm_layer_type={norm_layer_type!r} is not a layer of torch.nn; try RMSNorm or LayerNorm")
+        if norm_layer_type not in ("RMSNorm", "LayerNorm"):
+            raise UserError(f"norm_layer_type={norm_layer_type!r}: must be one of RMSNorm, LayerNorm")
         norm_type = getattr(nn, norm_layer_type)
         norm_kwargs = {"eps": 1e-5} if norm_layer_kwargs is None else dict(norm_layer_kwargs)
         final_kwargs = {"elementwise_affine": False} if final_norm_kwargs is None else dict(final_norm_kwargs)

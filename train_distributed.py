@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from config import LauncherConfig
+from config import LauncherConfig, build
 from launch import ROOT, Job
 from utils import UserError, setup_logging
 
@@ -46,7 +46,8 @@ def read_job(script_name: str, sources: list[str]) -> Job | None:
     if done.returncode != 0:
         return None
     cfg: dict[str, Any] = yaml.safe_load(done.stdout)
-    return Job(script, done.stdout, Path(cfg["train"]["output_dir"]), LauncherConfig(**cfg["launcher"]))
+    launcher = build(LauncherConfig, cfg["launcher"], "launcher")
+    return Job(script, done.stdout, Path(cfg["train"]["output_dir"]), launcher)
 
 
 def check_slurm(job: Job, sources: list[str]) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from results import add_arguments, print_table, record
+from results import add_arguments, print_table, record, whole_number
 
 from clustering import OnlineClustering
 from metrics import peak_flops
@@ -136,12 +136,12 @@ def main() -> None:
     """The command line."""
     is_cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--positions", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=512 if is_cuda else 64)
-    parser.add_argument("--width", type=int, default=1024 if is_cuda else 384)
-    parser.add_argument("--prototypes", type=int, default=16384)
+    parser.add_argument("--positions", type=whole_number, default=256)
+    parser.add_argument("--batch", type=whole_number, default=512 if is_cuda else 64)
+    parser.add_argument("--width", type=whole_number, default=1024 if is_cuda else 384)
+    parser.add_argument("--prototypes", type=whole_number, default=16384)
     parser.add_argument("--chunks", nargs="+", default=["auto"], help="positions per chunk")
-    parser.add_argument("--repeats", type=int, default=10 if is_cuda else 3)
+    parser.add_argument("--repeats", type=whole_number, default=10 if is_cuda else 3)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     add_arguments(parser)
     args = parser.parse_args()

@@ -31,7 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository is not installed
 
 import torch
-from results import Row, add_arguments, print_table, record
+from results import Row, add_arguments, positive_number, print_table, record, whole_number
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -442,8 +442,10 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="which parts; all of them by default")
-    parser.add_argument("--scale", type=float, default=0.08, help="of the numbers of patches, images and queries")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--scale", type=positive_number, default=0.08, help="of the numbers of patches, images and queries"
+    )
+    parser.add_argument("--repeats", type=whole_number, default=3)
     parser.add_argument("--device", default="cpu")
     add_arguments(parser)
     args = parser.parse_args()

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 from PIL import Image
-from results import add_arguments, print_table, record
+from results import add_arguments, print_table, record, whole_number
 from torch import Tensor
 from torchvision import transforms
 
@@ -170,8 +170,8 @@ def measure(rows: dict[str, tuple[int, Callable[[], object]]], num_images: int, 
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=64, help="images per row and repeat, a multiple of 64")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--images", type=whole_number, default=64, help="images per row and repeat, a multiple of 64")
+    parser.add_argument("--repeats", type=whole_number, default=9)
     add_arguments(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.distributed as dist
-from results import add_arguments, print_table, record
+from results import add_arguments, positive_number, print_table, record, whole_number
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -45,7 +45,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from clustering import L2NormLinear
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, argument, load_config
 from fsdp import Bucket, Sharding, overlap_collectives, parallelize, recompute_blocks
 from metrics import device_memory_estimate, training_flops_per_image
 from model import Block, EncoderDecoder
@@ -475,10 +475,10 @@ def main() -> None:
     """Print one paragraph per machine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="*", metavar="preset | config.yaml | a.b=c")
-    parser.add_argument("--ranks", type=int, help="instead of the preset's; 128 without a preset")
-    parser.add_argument("--bandwidth", type=float, help="GB/s of collectives, per GPU")
-    parser.add_argument("--tflops", type=float, help="10^12 FLOP per second that a GPU reaches")
-    parser.add_argument("--latency-us", type=float, help="fixed cost of a collective")
+    parser.add_argument("--ranks", type=whole_number, help="instead of the preset's; 128 without a preset")
+    parser.add_argument("--bandwidth", type=positive_number, help="GB/s of collectives, per GPU")
+    parser.add_argument("--tflops", type=positive_number, help="10^12 FLOP per second that a GPU reaches")
+    parser.add_argument("--latency-us", type=argument(float, at_least=0), help="fixed cost of a collective")
     parser.add_argument("--scale", action="store_true", help="a table of models on 8 to 512 H100 instead")
     add_arguments(parser)
     args = parser.parse_intermixed_args()

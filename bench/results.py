@@ -22,11 +22,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository is not i
 
 import torch
 
+from config import argument
 from utils import git_revision
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 README = Path(__file__).parent / "README.md"
 MARKS = ("<!-- newest results: begin -->", "<!-- newest results: end -->")
+
+whole_number = argument(int, at_least=1)
+positive_number = argument(float, above=0)
 
 Row = Mapping[str, str | int | float | bool | None]
 

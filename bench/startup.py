@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from results import add_arguments, print_table, record
+from results import add_arguments, print_table, record, whole_number
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if '\nif __name__ == "__main__":' in path.read_text())
@@ -131,7 +131,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="*", metavar="config.yaml | a.b=c", help="of the training; later ones win")
-    parser.add_argument("--repeats", type=int, default=3, help="of each process; default: %(default)s")
+    parser.add_argument("--repeats", type=whole_number, default=3, help="of each process; default: %(default)s")
     add_arguments(parser)
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -31,7 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from results import add_arguments, print_table, record
+from results import add_arguments, print_table, record, whole_number
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_capi
@@ -67,7 +67,7 @@ def configure(args: argparse.Namespace, device: torch.device, batch: int, mode: 
         f"efficiency.compilation.cuda_graphs={str(mode == 'cudagraphs').lower()}",
     ]
     if device.type == "cpu":
-        sources.append("efficiency.param_dtype=float32")
+        sources.append("efficiency.param_dtype=positive_number32")
     sources += [*args.sources, f"optim.batch_size_per_gpu={batch}"]
     return load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, sources)
 
@@ -416,9 +416,9 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="vits14")
-    parser.add_argument("--batch", type=int, default=16, help="images per step; 16")
+    parser.add_argument("--batch", type=whole_number, default=16, help="images per step; 16")
     parser.add_argument("--mode", choices=MODES, default="eager")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps, once whole and once in parts; 5")
+    parser.add_argument("--steps", type=whole_number, default=5, help="timed steps, once whole and once in parts; 5")
     parser.add_argument(
         "--largest-batch", action="store_true", help="search the largest batch that fits, eagerly, from --batch on"
     )

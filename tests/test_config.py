@@ -1,5 +1,6 @@
 """config.py: YAML and dataclasses agree, and every mistake is explained."""
 
+import argparse
 import dataclasses
 import inspect
 import math
@@ -9,7 +10,6 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
-from omegaconf import MISSING
 
 import benchmark
 import config
@@ -20,9 +20,11 @@ import evaluation
 import extract_features
 from config import (
     DEFAULT_PRETRAIN_CONFIG,
+    MISSING,
     CapiConfig,
     ModelConfig,
     allowed_of,
+    argument,
     changed_keys,
     load_config,
     to_yaml,
@@ -206,6 +208,37 @@ def test_where_no_type_is_declared_only_plain_numbers_switches_and_null_are_no_t
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("text", ["007", "2024_11_05", "123", "1e3", "sweep #2/w.pth", "a${b}", "x.pth"])
+def test_the_texts_among_the_arguments_of_a_loader_are_texts(text, tmp_path):
+    key = "model_loader_kwargs.pretrained_weights"
+    cfg = load_config(benchmark.BenchmarkConfig, None, [benchmark._written_out(f"pretrained_weights={text}")])
+    assert cfg.model_loader_kwargs == {"pretrained_weights": text}
+    (tmp_path / "mine.yaml").write_text(config.dump_yaml({"model_loader_kwargs": cfg.model_loader_kwargs}))
+    cfg = load_config(evaluation.EvaluationConfig, None, [str(tmp_path / "mine.yaml")])
+    assert cfg.model_loader_kwargs == {"pretrained_weights": text}
+    assert load_config(evaluation.EvaluationConfig, None, [f"{key}=null"]).model_loader_kwargs == {
+        "pretrained_weights": None
+    }
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "nan", "many", ""])
+def test_numbers_on_other_command_lines_have_ranges_too(text, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=argument(int, at_least=1))
+    assert parser.parse_args(["--repeats", "3"]).repeats == 3
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args([f"--repeats={text}"])
+    assert "argument --repeats: it=" in capsys.readouterr().err
+
+
+def test_single_quotes_of_a_data_url_are_part_of_it():
+    url = "hf://parquet?data_files='x y.parquet'&split='train'&img_field='image'"
+    assert load(f"data.dataset={url}").data.dataset == url
+    assert load("data.dataset=custom://Images?root='/my images'").data.dataset == "custom://Images?root='/my images'"
+    with pytest.raises(UserError, match="letter for letter"):
+        load("data.dataset='custom://Images'")
+
+
 def test_numbers_are_what_python_reads_in_them():
     assert load("train.seed=1_000").train.seed == 1000
     assert load("train.seed=010").train.seed == 10, "not YAML's octal 8"
@@ -237,6 +270,9 @@ def test_errors_of_a_file_name_it_and_yaml_features_hold(tmp_path):
     assert (schedule.base_value, schedule.final_value) == (0.1, 0.05)
     path.write_text("")
     assert load(str(path)) == load()
+    path.write_text("evals: &e {fast: *e}\n")
+    with pytest.raises(UserError, match=r"(?s)not valid YAML: .*an alias is part of what it stands for"):
+        load(str(path))
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".", "..", ".hidden", "a\nb", "a b", "-x", "x" * 300])
@@ -312,7 +348,9 @@ def test_every_number_states_a_range_and_refuses_what_is_outside(schema, name, k
 def test_numbers_of_evaluations_and_tools_are_checked_as_they_are_typed(schema, value):
     given = [f"{each.name}=x" for each in dataclasses.fields(schema) if each.default == MISSING]
     for name, kind in typing.get_type_hints(schema).items():
-        if holds_numbers(kind) and name not in ("ignore_labels",):
+        allowed = allowed_of(schema, name)
+        is_list = "list[" in str(kind)
+        if holds_numbers(kind) and not (value == "[]" and is_list and not (allowed.not_empty or allowed.size)):
             with pytest.raises(UserError, match=rf"^{name}="):
                 load_config(schema, None, [*given, f"{name}={value}"])
 
