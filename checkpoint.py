@@ -552,7 +552,7 @@ def read_weights(path: Path, module: str) -> dict[str, Tensor]:
     if problem:
         raise UserError(f"The checkpoint {str(path)!r} is unreadable: {problem}")
     reader = CheckpointReader(path)
-    saved = reader.read_metadata().state_dict_metadata
+    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
     prefix = f"{module}."
     weights = {
         key: torch.empty(described.size, dtype=described.properties.dtype)
@@ -744,7 +744,7 @@ def _write_tensors(tensors: dict[str, Tensor], directory: Path, group: dist.Proc
 
 def _read_tensors(path: Path, modules: Modules, optimizers: Optimizers) -> None:
     reader = CheckpointReader(path)
-    saved = reader.read_metadata().state_dict_metadata
+    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
     tensors = _model_tensors(modules)
     states: list[tuple[Optimizer, dict[int, dict[str, Tensor]]]] = []
     for name, (module, optimizer) in optimizers.items():

@@ -152,7 +152,8 @@ def capi(weights: str | _Path, config: str | _Path | dict[str, _Any] | None = No
         config: the training configuration, or its section `model` as a dict, which come on top of the released
             architecture. None: the .yaml of the same name beside the weights, if there is one.
     """
-    file, beside = _Path(weights), _Path(weights).with_suffix(".yaml")
+    file = _Path(weights)
+    beside = file.parent / f"{file.stem}.yaml"
     if file.is_dir() and (file / "config.json").is_file():
         file, beside = file / "model.safetensors", file / "config.json"
     elif file.is_dir():

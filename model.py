@@ -615,16 +615,22 @@ def load_model(
     Returns: the model in eval mode.
     Raises: UserError for a missing file, or weights that do not fit, naming the keys.
     """
-    from omegaconf import OmegaConf  # here, so that torch.hub users need torch alone
+    import yaml  # here, so that torch.hub users need torch alone
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     weights = None if pretrained_weights is None else str(pretrained_weights)
-    if config_path is None and weights is not None and Path(weights).with_suffix(".yaml").is_file():
-        config_path = Path(weights).with_suffix(".yaml")
+    if config_path is None and weights is not None:
+        beside = Path(weights).parent / f"{Path(weights).stem}.yaml"
+        config_path = beside if beside.is_file() else None
     if config_path is not None and not Path(config_path).is_file():
         raise UserError(f"There is no configuration file {str(config_path)!r}")
-    sources = [OmegaConf.load(path) for path in (DEFAULT_CONFIG, config_path) if path is not None]
-    merged = OmegaConf.merge(*sources, OmegaConf.create(dict(config_override or {})))
-    arguments: Any = OmegaConf.to_container(merged.model, resolve=True)
+    try:
+        sources = [OmegaConf.load(path) for path in (DEFAULT_CONFIG, config_path) if path is not None]
+        merged = OmegaConf.merge(*sources, OmegaConf.create(dict(config_override or {})))
+        arguments: Any = OmegaConf.to_container(merged.model, resolve=True)
+    except (OSError, TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"The configuration {config_path or 'config_override'} cannot be read: {error}") from error
     try:
         model = EncoderDecoder(**arguments)
     except TypeError as error:

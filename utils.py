@@ -139,12 +139,11 @@ class FolderOfModules:
         # An import statement calls the __import__ among the builtins of the module that it is in.
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": self.import_module}
         sys.modules[spec.name] = module
-        try:
+        with contextlib.ExitStack() as if_it_fails:
+            if_it_fails.callback(sys.modules.pop, spec.name, None)
             if spec.loader is not None:  # else a folder without __init__.py
                 spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[spec.name]
-            raise
+            if_it_fails.pop_all()
         parent, _, child = spec.name.rpartition(".")
         setattr(sys.modules[parent], child, module)
         return module

@@ -99,13 +99,13 @@ def test_submitting_a_job_needs_no_torch():
 
 def test_model_needs_torch_alone():
     """A user of torch.hub has torch; importing model.py must not ask for more."""
-    allowed = {"torch", "utils", "weights", "jaxtyping", "omegaconf"} | sys.stdlib_module_names
+    allowed = {"torch", "utils", "weights", "jaxtyping", "omegaconf", "yaml"} | sys.stdlib_module_names
     assert set(imported_modules(ROOT / "model.py")) <= allowed
     on_demand = {"huggingface_hub", "safetensors"}
     assert set(imported_modules(ROOT / "weights.py")) <= {"torch", "utils"} | on_demand | sys.stdlib_module_names
     code = (
         "import sys\n"
-        "for name in ('jaxtyping', 'omegaconf', 'numpy', 'PIL', 'datasets', 'huggingface_hub', 'safetensors'):"
+        "for name in ('jaxtyping', 'omegaconf', 'yaml', 'numpy', 'PIL', 'datasets', 'huggingface_hub', 'safetensors'):"
         " sys.modules[name] = None\n"
         "import model, torch\n"
         "kwargs = dict(embed_dim=32, block_kwargs=dict(attn_kwargs=dict(num_heads=2)))\n"

@@ -75,6 +75,28 @@ def test_learnable_final_norms_have_the_published_names_and_are_used(norm, parts
     torch.testing.assert_close(after.global_repr, 2 * before.global_repr)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model: {a: 1", "(?s)cannot be read: .*line 1"),
+        (b"\xff\xfe\xff", "cannot be read"),
+        (b"- 1\n", "cannot be read"),
+        (b"model:\n  patch_size: ${nothing}", "cannot be read: .*nothing"),
+        (b"model: 3", "cannot be read: .*int"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_explained(tmp_path, content, message):
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(config_path=tmp_path / "c.yaml")
+    assert "c.yaml" in str(caught.value)
+
+
+def test_no_name_of_weights_is_no_file():
+    with pytest.raises(UserError, match="pretrained_weights='' is a folder"):
+        load_model(pretrained_weights="")
+
+
 def test_weights_with_the_earlier_names_of_final_norms_load_by_every_way(tmp_path):
     changes = {"norm_layer_type": "LayerNorm", "final_norm_kwargs": {"elementwise_affine": True}}
     model = tiny_model(**changes).eval()
