@@ -255,9 +255,8 @@ def start_from(backbone: nn.Module, path_or_url: str) -> None:
     Raises: UserError if the weights do not fit.
     """
     weights = backbone_part(read_state_dict(path_or_url, key="train.init_from"), path_or_url)
-    predictor = {
-        key: value for key, value in backbone.state_dict().items() if key.startswith(("decoder.", "mask_token"))
-    }
+    parts = ("decoder.", "dec_norm.", "mask_token")
+    predictor = {key: value for key, value in backbone.state_dict().items() if key.startswith(parts)}
     has_predictor = not predictor.keys().isdisjoint(weights)
     load_backbone_weights(backbone, weights if has_predictor else predictor | weights, path_or_url)
     random = "" if has_predictor else "the predictor, which the file lacks, "

@@ -196,6 +196,20 @@ def test_a_missing_predictor_stays_random(images, run, tmp_path, caplog):
     assert "the predictor, which the file lacks, the student's head and the clustering head start random" in caplog.text
 
 
+def test_a_missing_predictor_takes_its_final_norm_along(images, run, tmp_path):
+    weights = {k: v for k, v in load(run / "student_ema.pth").items() if k.startswith("backbone.")}
+    encoder = {k: v for k, v in weights.items() if not k.startswith(("backbone.decoder.", "backbone.mask_token"))}
+    width = encoder["backbone.registers"].shape[-1]
+    torch.save(encoder | {"backbone.encoder.norm.weight": torch.randn(width)}, tmp_path / "encoder.pth")  # earlier name
+    state = make_state(
+        images, "model.final_norm_kwargs.elementwise_affine=true", init_from=tmp_path / "encoder.pth"
+    ).student.state_dict()
+    assert torch.equal(
+        state["backbone.enc_norm.weight"], load(tmp_path / "encoder.pth")["backbone.encoder.norm.weight"]
+    )
+    assert torch.equal(state["backbone.dec_norm.weight"], torch.ones(width))
+
+
 @pytest.mark.parametrize("missing", ["backbone.decoder.blocks.0.residual2.fn.fc1.weight", "backbone.registers"])
 def test_weights_with_a_hole_are_refused(images, run, tmp_path, missing):
     weights = load(run / "student_ema.pth")
