@@ -352,9 +352,7 @@ def check_values(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
     Raises: UserError naming integers, complex numbers, sparse or quantised tensors, and values that are not finite.
     """
     unfit = [
-        f"{key} ({kind})"
-        for key, value in weights.items()
-        if (kind := _unfit_kind(value, expected[key].dtype)) is not None
+        f"{key} ({kind})" for key, value in weights.items() if (kind := _unfit_kind(value, expected[key])) is not None
     ]
     if unfit:
         listing = ", ".join(unfit[:5]) + (f" and {len(unfit) - 5} more" if len(unfit) > 5 else "")
@@ -366,14 +364,14 @@ def check_values(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
         raise UserError(f"The weights in {source!r} are not all finite: {problem}. Give another file")
 
 
-def _unfit_kind(value: Tensor, wanted: torch.dtype) -> str | None:
-    if value.is_meta:
+def _unfit_kind(value: Tensor, wanted: Tensor) -> str | None:
+    if value.is_meta and not wanted.is_meta:
         return "without values, on the device meta"
     if value.is_quantized:
         return "quantised"
     if value.is_nested or value.layout is not torch.strided:
         return "nested" if value.is_nested else "sparse"
-    fits = value.dtype in FLOATS if wanted in FLOATS else value.dtype == wanted
+    fits = value.dtype in FLOATS if wanted.dtype in FLOATS else value.dtype == wanted.dtype
     return None if fits else str(value.dtype).removeprefix("torch.")
 
 
@@ -381,7 +379,9 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """Which floating-point tensors have NaN or infinite values, and how many; None if all are finite."""
     found = []
     for key, tensor in tensors:
-        if tensor.is_floating_point() and not torch.linalg.vector_norm(tensor).isfinite():  # fast, but may overflow
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        if not torch.linalg.vector_norm(tensor).isfinite():  # much faster, but may overflow
             count = tensor.numel() - int(tensor.isfinite().sum())
             found += [f"{key} ({count} of {tensor.numel()} values)"] if count else []
     return (", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")) or None
