@@ -136,7 +136,7 @@ class EvalRuns:
         kept_step: int,
     ) -> None:
         self.output_dir, self.device = output_dir, device
-        planned = broadcast_object(plan_evals(evals) if rank() == 0 else None)
+        planned: Any = broadcast_object(plan_evals(evals) if rank() == 0 else None)
         if isinstance(planned, UserError):
             raise planned
         self.evals, lines = planned

@@ -202,7 +202,7 @@ def find_loader(model_path: str) -> Callable[..., nn.Module]:
 
     Raises: UserError if there is no such file, or it does not define it.
     """
-    loader = getattr(import_from_path(find_model_file(model_path)), "__model_loader__", None)
+    loader: Any = getattr(import_from_path(find_model_file(model_path)), "__model_loader__", None)
     if not callable(loader):
         raise UserError(f"model_path={model_path}: the file does not define __model_loader__(**model_loader_kwargs)")
     return loader
