@@ -197,7 +197,7 @@ def load_model_file(model_path: str, model_loader_kwargs: dict[str, Any]) -> nn.
     return model
 
 
-def find_loader(model_path: str) -> Callable[..., nn.Module]:
+def find_loader(model_path: str) -> Callable[..., Any]:
     """`__model_loader__` of a model file, see `find_model_file`.
 
     Raises: UserError if there is no such file, or it does not define it.
