@@ -903,9 +903,8 @@ def _flatten(tree: object, prefix: str = "") -> dict[str, Any]:
 # 750, `010` for 8 and `2024_11_05` for a number, and read `${...}` and `???` into texts.
 
 TEXT, NULL = "tag:yaml.org,2002:str", ("null", "Null", "NULL", "~", "")
-BOOLEANS: dict[str, bool] = dict.fromkeys(("true", "yes", "on", "y", "1"), True) | dict.fromkeys(
-    ("false", "no", "off", "n", "0"), False
-)
+TRUE, FALSE = ("true", "yes", "on", "y", "1"), ("false", "no", "off", "n", "0")
+BOOLEANS = {text: text in TRUE for text in (*TRUE, *FALSE)}
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 REAL = re.compile(r"[-+]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][-+]?[0-9]+)?")
 WORDS = {int: "a whole number, such as 1000", float: "a number", bool: "true or false", str: "a text"}
