@@ -33,6 +33,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from checkpoint import claim_output_dir
 from config import (
     COUNT,
     DEVICE,
@@ -59,7 +60,7 @@ from evaluation import SPEED_KEYS, check_same_data, choose_output_dir, find_load
 from launch import ROOT, Job, job_state
 from report import check_entry, check_run, read_results, text_table, write_report
 from sources import did_you_mean, is_folder, make_dataset
-from utils import UserError, setup_logging, write_text_atomically
+from utils import UserError, ended_with_block, ending_in_words, setup_logging, start_python, write_text_atomically
 
 logger = logging.getLogger("benchmark")
 
@@ -410,9 +411,8 @@ def run_here(task: Task, nproc_per_node: int) -> Status:
     logger.info("%s: python %s", task.title, " ".join(command))
     with (
         log.open("w") as file,
-        subprocess.Popen(
-            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        ) as process,
+        start_python(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process,
+        ended_with_block(process),
     ):
         assert process.stdout is not None
         for line in process.stdout:
@@ -536,38 +536,36 @@ def benchmark(cfg: BenchmarkConfig) -> int:
     left = [task for task in tasks if not task.is_done()]
     if left and cfg.launcher.where == "slurm":
         check_slurm(left)
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir={cfg.output_dir}: cannot be written: {error}") from error
-
-    name = cfg.name if cfg.name is not None else model_name(cfg.model_path, cfg.model_loader_kwargs)
-    content: dict[str, Any] = {"name": name, "evaluations": {}, "random": {}, "compared": compared}
-    statuses = []
-    for task in tasks:
-        if task not in left:
-            logger.info("%s: is done", task.title)
-            status = Status("done")
-        elif task.is_random and content["evaluations"][task.name]["status"] == "failed":
-            status = Status("left out", "It failed for the model itself.")
-        elif cfg.launcher.where == "slurm":
-            status = run_on_slurm(task, cfg.launcher, retry=cfg.retry)
-        else:
-            status = run_here(task, cfg.nproc_per_node)
-        statuses.append((task, status))
-        content["random" if task.is_random else "evaluations"][task.name] = describe(task, status, base)
-        content["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        content["notes"] = [*cfg.notes, *differences(content)]
+    with claim_output_dir(base, key="output_dir"):
+        name = cfg.name if cfg.name is not None else model_name(cfg.model_path, cfg.model_loader_kwargs)
+        content: dict[str, Any] = {"name": name, "evaluations": {}, "random": {}, "compared": compared}
+        statuses = []
+        for task in tasks:
+            if task not in left:
+                logger.info("%s: is done", task.title)
+                status = Status("done")
+            elif task.is_random and content["evaluations"][task.name]["status"] == "failed":
+                status = Status("left out", "It failed for the model itself.")
+            elif cfg.launcher.where == "slurm":
+                status = run_on_slurm(task, cfg.launcher, retry=cfg.retry)
+            else:
+                status = run_here(task, cfg.nproc_per_node)
+            statuses.append((task, status))
+            content["random" if task.is_random else "evaluations"][task.name] = describe(task, status, base)
+            content["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            content["notes"] = [*cfg.notes, *differences(content)]
+            with writing():
+                write_text_atomically(base / "results.json", json.dumps(content, indent=2) + "\n")
         with writing():
-            write_text_atomically(base / "results.json", json.dumps(content, indent=2) + "\n")
-    with writing():
-        write_report(base / "report.html", content, run_dir)
+            write_report(base / "report.html", content, run_dir)
 
-    lines = ["", text_table(content), ""]
-    lines += [f"{task.title}: {status.word}. {status.message}" for task, status in statuses if status.word != "done"]
-    lines += [str(base / "results.json"), str(base / "report.html"), ""]
-    sys.stdout.write("\n".join(lines).encode(errors="backslashreplace").decode())
-    return 1 if any(status.word == "failed" for _, status in statuses) else 0
+        lines = ["", text_table(content), ""]
+        lines += [
+            f"{task.title}: {status.word}. {status.message}" for task, status in statuses if status.word != "done"
+        ]
+        lines += [str(base / "results.json"), str(base / "report.html"), ""]
+        sys.stdout.write("\n".join(lines).encode(errors="backslashreplace").decode())
+        return 1 if any(status.word == "failed" for _, status in statuses) else 0
 
 
 def _written_out(source: str) -> str:
@@ -575,18 +573,16 @@ def _written_out(source: str) -> str:
     return f"{ALIASES[key]}={value}" if equals and key in ALIASES else source
 
 
+@ending_in_words
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or submitted, 1 an evaluation failed, 2 a mistake of the user."""
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
     try:
         return benchmark(load_config(BenchmarkConfig, None, [_written_out(source) for source in args.sources]))
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on\n")
-        return 130
+    except KeyboardInterrupt as error:
+        error.add_note("the same command goes on")
+        raise
 
 
 if __name__ == "__main__":

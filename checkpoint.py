@@ -15,7 +15,6 @@ import os
 import pickle
 import platform
 import re
-import shutil
 import socket
 import time
 import warnings
@@ -38,8 +37,17 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from config import changed_keys
-from distributed import is_distributed, rank, world_size
-from utils import UserError, fsync, git_revision, replacing, write_text_atomically
+from distributed import all_reduce_sum_, is_distributed, rank, world_size
+from utils import (
+    UserError,
+    fsync,
+    git_revision,
+    reason,
+    remove,
+    replacing,
+    write_text_atomically,
+    writing_explained,
+)
 from weights import not_finite, published_key
 
 logger = logging.getLogger(__name__)
@@ -108,7 +116,7 @@ class Checkpoints:
 
     Args:
         output_dir: folder of the run, on a file system that all ranks share.
-        keep: how many of the newest checkpoints stay on disk.
+        keep: how many of the newest checkpoints stay on disk; so does the one that the user chose to go on from.
         async_save: save in the background. All ranks must then construct the object together, and `close` it, or use
             it as a context.
     """
@@ -118,7 +126,9 @@ class Checkpoints:
 
     def __init__(self, output_dir: str | Path, *, keep: int, async_save: bool = False) -> None:
         assert keep >= 1
-        self.directory = Path(output_dir) / "checkpoints"
+        self.output_dir = Path(output_dir)
+        self.directory = self.output_dir / "checkpoints"
+        self._home = self.output_dir.stat() if self.output_dir.is_dir() else None
         self.keep = keep
         self.finished = None
         self._thread = _one_thread() if async_save else None
@@ -173,6 +183,12 @@ class Checkpoints:
             self._saving.exception()  # waits; if a signal ends the waiting, the outcome is still to be told
             saving, self._saving = self._saving, None
             saving.result()
+
+    def last(self) -> Path | None:
+        """`finished`, once the save under way has ended, well or not: so that no later save deletes what this names."""
+        if self._saving is not None:
+            self._saving.exception()  # waits
+        return self.finished
 
     def save(
         self,
@@ -236,7 +252,7 @@ class Checkpoints:
             _on_rank_0(self._sweep, group)
             raise UserError(
                 f"The checkpoint of step {state['step']} could not be saved in {str(self.directory)!r}: "
-                f"{_reason(error)}. {self._after_failure()}"
+                f"{reason(error)}. {self._after_failure()}"
             ) from error
         self._others_are_aside = True
         self.finished = final
@@ -277,7 +293,7 @@ class Checkpoints:
             return None
         problem = _problem_with(path)
         if problem:
-            raise UserError(f"The newest checkpoint {str(path)!r} is unreadable: {problem}. " + self._remedy(path))
+            raise UserError(f"The newest checkpoint {str(path)!r} is unreadable: {problem}. " + self.remedy(path))
         return self._load_verified(path, modules, optimizers, config)
 
     def restore(
@@ -312,14 +328,15 @@ class Checkpoints:
         if not _on_rank_0(chosen.is_dir):
             there = _on_rank_0(lambda: ", ".join(map(str, self.all())) or "none")
             raise UserError(
-                f"train.resume_from={str(resume_from)!r}: there is no such folder; "
+                f"train.resume_from={str(resume_from)!r}: there is no such folder"
+                f"{' (a file of weights belongs into train.init_from)' if chosen.is_file() else ''}; "
                 f"checkpoints in {str(self.directory)!r}: {there}"
             )
         problem = _problem_with(chosen)
         if problem:
             raise UserError(
                 f"train.resume_from={str(resume_from)!r}: the checkpoint is unreadable: {problem}. "
-                + self._remedy(chosen)
+                + self.remedy(chosen)
             )
         state = self._load_verified(chosen, modules, optimizers, config)
         self._resumed_from = str(chosen.resolve())
@@ -328,15 +345,21 @@ class Checkpoints:
     def _load_verified(
         self, path: Path, modules: Modules, optimizers: Optimizers, config: dict[str, Any] | None
     ) -> SavedState:
-        saved = json.loads((path / "state.json").read_text())
-        state = SavedState(
-            path=path,
-            step=saved["step"],
-            extra=saved["extra"],
-            rank_extra=saved["rank_extra"],
-            world_size=saved["world_size"],
-            config=yaml.safe_load((path / "config.yaml").read_text()),
-        )
+        try:
+            saved = json.loads((path / "state.json").read_text())
+            state = SavedState(
+                path=path,
+                step=saved["step"],
+                extra=saved["extra"],
+                rank_extra=saved["rank_extra"],
+                world_size=saved["world_size"],
+                config=yaml.safe_load((path / "config.yaml").read_text()),
+            )
+        except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{str(path)!r} is not a checkpoint of this program: state.json or config.yaml is not as written "
+                f"({type(error).__name__}: {error})"
+            ) from error
         if config is not None:
             for key, (old, new) in check_compatible(state.config, config).items():
                 logger.info("changed since the checkpoint: %s: %r -> %r", key, old, new)
@@ -352,6 +375,15 @@ class Checkpoints:
         return state
 
     def _make_room_for(self, temporary: Path) -> None:
+        if self._home is not None and not (
+            self.output_dir.is_dir() and os.path.samestat(self._home, self.output_dir.stat())
+        ):
+            # A new folder in its place would look like that of a fresh run.
+            raise FileNotFoundError(
+                errno.ENOENT,
+                "the folder was moved or deleted while the run used it; bring it back",
+                str(self.output_dir),
+            )
         self.directory.mkdir(parents=True, exist_ok=True)
         self._sweep()
         temporary.mkdir()
@@ -365,16 +397,17 @@ class Checkpoints:
                     other.rename(aside)
                     logger.info("%s is not part of this run's history; set aside as %s", other, aside.name)
         replaced = self.directory / f".replaced-{final.name}"
-        if final.is_dir():
+        if os.path.lexists(final):
             final.rename(replaced)
         temporary.rename(final)
         fsync(self.directory)
-        if replaced.exists():
+        if os.path.lexists(replaced):
             self._delete(replaced)
 
     def _delete_oldest(self) -> None:
         for path in self.all()[: -self.keep]:
-            self._delete(path)
+            if str(path.resolve()) != self._resumed_from:  # or the same command would not find it again
+                self._delete(path)
 
     def _delete(self, path: Path) -> None:
         """Delete a folder so that a kill halfway never leaves a part of it under a name that is read."""
@@ -384,18 +417,18 @@ class Checkpoints:
         try:
             if trash != path:
                 path.rename(trash)
-            shutil.rmtree(trash)
+            remove(trash)
         except OSError as error:
             # The checkpoints that count are complete; this one takes space until the next save tries again.
-            logger.warning("%s could not be deleted: %s", path, _reason(error))
+            logger.warning("%s could not be deleted: %s", path, reason(error))
 
     def _sweep(self) -> None:
         """Delete what a killed or failed save left; bring back a checkpoint whose replacement never came."""
         for path in sorted(self.directory.glob(".*-step_*")):
             kind, name = path.name.split("-", 1)
-            if path.is_symlink() or kind not in {".tmp", ".trash", ".replaced"}:
+            if kind not in {".tmp", ".trash", ".replaced"}:
                 continue
-            if kind == ".replaced" and not (self.directory / name).exists():
+            if kind == ".replaced" and _is_folder(path) and not os.path.lexists(self.directory / name):
                 path.rename(self.directory / name)
             else:
                 self._delete(path)
@@ -406,10 +439,13 @@ class Checkpoints:
             return "There is no earlier checkpoint"
         return f"Earlier checkpoints are untouched; the newest is {str(newest)!r}"
 
-    def _remedy(self, damaged: Path) -> str:
-        """What to do about a damaged checkpoint; verifies the others, newest first, until one is good."""
+    def remedy(self, damaged: Path) -> str:
+        """What to do about a checkpoint that is damaged, or whose numbers are not finite; every rank calls it.
+
+        Verifies the others, newest first, until one is good.
+        """
         others = [path for path in reversed(_on_rank_0(self.all)) if path.resolve() != damaged.resolve()]
-        good = next((path for path in others if _problem_with(path) is None), None)
+        good = next((path for path in others if _problem_with(path) is None and _holds_finite_numbers(path)), None)
         if good is None:
             return f"No other one in {str(self.directory)!r} is good. To start anew, choose another train.output_dir"
         return (
@@ -439,26 +475,32 @@ def check_compatible(saved_config: dict[str, Any], config: dict[str, Any]) -> di
 
 
 @contextlib.contextmanager
-def claim_output_dir(output_dir: str | Path) -> Iterator[Path]:
+def claim_output_dir(output_dir: str | Path, *, key: str = "train.output_dir") -> Iterator[Path]:
     """Create `output_dir` and keep other runs out of it until the block ends; every rank calls it, rank 0 holds it.
 
     The claim is a lock that the kernel takes from a dead process, so nothing has to be cleaned up after a crash.
 
-    Raises: UserError if another run holds the folder (it says which), or if it cannot be created or written.
+    Args:
+        output_dir: folder of a training or an evaluation.
+        key: of the configuration that names it.
+
+    Raises: UserError if another run holds the folder (it says which), or if it cannot be created or written, also for
+        errors of that kind in the block.
     """
     output_dir = Path(output_dir)
-    claim = _Claim(output_dir)
+    claim = _Claim(output_dir, key)
     try:
         refusal = _on_rank_0(claim.take)
     except OSError as error:
         claim.release()
         raise UserError(
-            f"train.output_dir={str(output_dir)!r} cannot be written: {_reason(error)}; choose another folder"
+            f"{key}={str(output_dir)!r} cannot be written: {reason(error)}; choose another folder"
         ) from error
     if refusal:
         raise UserError(refusal)
     try:
-        yield output_dir
+        with writing_explained(output_dir, key):
+            yield output_dir
     finally:
         claim.release()
 
@@ -466,8 +508,8 @@ def claim_output_dir(output_dir: str | Path) -> Iterator[Path]:
 class _Claim:
     """An exclusive lock on `output_dir/.lock`, with the holder's name in the file."""
 
-    def __init__(self, output_dir: Path) -> None:
-        self.output_dir = output_dir
+    def __init__(self, output_dir: Path, key: str) -> None:
+        self.output_dir, self.key = output_dir, key
         self.descriptor: int | None = None
 
     def take(self) -> str | None:
@@ -480,8 +522,8 @@ class _Claim:
             holder = os.read(descriptor, 4096).decode(errors="replace").strip()
             os.close(descriptor)
             return (
-                f"train.output_dir={str(self.output_dir)!r} is in use by another run ({holder or 'just starting'}); "
-                "stop that run or choose another train.output_dir"
+                f"{self.key}={str(self.output_dir)!r} is in use by another run ({holder or 'just starting'}); "
+                f"stop that run or choose another {self.key}"
             )
         except OSError as error:
             os.close(descriptor)
@@ -529,14 +571,14 @@ def export_weights(path: Path, modules: Modules, config_yaml: str) -> None:
         )
 
     def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         write_text_atomically(path.with_suffix(".yaml"), config_yaml)
         save_atomically(path, weights)
 
     try:
         _on_rank_0(write)
     except OSError as error:
-        raise UserError(f"The weights could not be exported to {str(path)!r}: {_reason(error)}") from error
+        raise UserError(f"The weights could not be exported to {str(path)!r}: {reason(error)}") from error
 
 
 def read_weights(path: Path, module: str) -> dict[str, Tensor]:
@@ -578,11 +620,6 @@ def _free_name(prefix: str) -> Path:
     return Path(f"{prefix}{number}")
 
 
-def _reason(error: OSError) -> str:
-    where = f": {str(error.filename)!r}" if error.filename else ""
-    return f"{error.strerror or error}{where}"
-
-
 # Tensors: their keys, and the files that hold them.
 
 
@@ -622,6 +659,18 @@ def _optimizer_tensors(optimizers: Optimizers) -> dict[str, Tensor]:
                 assert isinstance(value, Tensor), f"{prefix}.{key} is not a tensor"
                 tensors[f"{prefix}.{key}"] = value
     return tensors
+
+
+@torch.no_grad()
+def largest_magnitude(modules: Modules, optimizers: Optimizers) -> Tensor:
+    """The largest magnitudes of all numbers that ranks hold, summed over ranks: finite if and only if all of these are.
+
+    Every rank calls it. It does not wait for the device.
+    """
+    tensors = _model_tensors(modules) | _optimizer_tensors(optimizers)
+    local = [each.to_local() if isinstance(each, DTensor) else each for each in tensors.values()]
+    numbers = [each for each in local if each.is_floating_point() and each.numel() > 0]  # a small one has no part here
+    return all_reduce_sum_(nn.utils.get_total_norm(numbers, torch.inf).to(local[0].device))
 
 
 @torch.no_grad()
@@ -776,8 +825,20 @@ def _fill(tensors: dict[str, Tensor], reader: CheckpointReader) -> None:
         if not all(isinstance(cause, OSError | pickle.UnpicklingError) for cause in causes):
             raise
         asked = re.search(r"GLOBAL (\S+)", str(causes[0]))  # torch goes on to advise how to let it run
-        reason = f"a tensor of it is none, and asks for {asked[1]}" if asked else str(causes[0]).partition("\n")[0]
-        raise UserError(f"The checkpoint {str(reader.path)!r} cannot be read: {reason}") from error
+        why = f"a tensor of it is none, and asks for {asked[1]}" if asked else str(causes[0]).partition("\n")[0]
+        raise UserError(f"The checkpoint {str(reader.path)!r} cannot be read: {why}") from error
+
+
+def _holds_finite_numbers(path: Path) -> bool:
+    """Whether no tensor of a good checkpoint is NaN or infinite; every rank calls it and reads its share of them."""
+    reader = CheckpointReader(path)
+    described: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    finite = True
+    for key in sorted(described)[rank() :: world_size()]:
+        tensor = torch.empty(described[key].size, dtype=described[key].properties.dtype)
+        load_tensors({key: tensor}, storage_reader=reader, no_dist=True)
+        finite = finite and bool(tensor.isfinite().all())
+    return all(_gather(finite))
 
 
 def _room_for(state_name: str, described: Any, parameter: Tensor) -> Tensor:
@@ -807,7 +868,11 @@ def _check_fit(path: Path, saved: dict[str, Any], tensors: dict[str, Tensor]) ->
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return re.fullmatch(r"step_\d{9,}", path.name) is not None and path.is_dir() and not path.is_symlink()
+    return re.fullmatch(r"step_\d{9,}", path.name) is not None and _is_folder(path)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _step_of(path: Path) -> int:
@@ -877,7 +942,7 @@ def _problem_with_share(path: Path) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
-        return f"it cannot be read: {_reason(error)}"
+        return f"it cannot be read: {reason(error)}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json is damaged: {error}"
     return None

@@ -23,7 +23,6 @@ import contextlib
 import io
 import json
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +45,7 @@ from masking import MaskPlan, draw_positions, make_masking_generator
 from metrics import read_metrics
 from report import GREEN, VERMILLION, columns, draw_curves, percent, write_report
 from sources import ImageDataset, SegmentationDataset, make_dataset
-from utils import UserError
+from utils import UserError, ending_in_words, start_python
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,15 +72,12 @@ NEIGHBOURS_CAPTION = (
 )
 
 
+@ending_in_words
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: that of the part that failed, 2 for a mistake of the user."""
     given = parser.parse_intermixed_args(arguments)
-    try:
-        with contextlib.chdir(ROOT):  # paths are seen from there, by this script and by those that it starts
-            return demo(given)
-    except UserError as error:
-        sys.stderr.write(f"{parser.prog}: {error}\n")
-        return 2
+    with contextlib.chdir(ROOT):  # paths are seen from there, by this script and by those that it starts
+        return demo(given)
 
 
 def demo(given: argparse.Namespace) -> int:
@@ -120,10 +116,10 @@ def demo(given: argparse.Namespace) -> int:
 
 def run(script: str, *arguments: str) -> int:
     """Run a script in a process of its own. Returns its exit code."""
-    command = [sys.executable, script, *arguments]
-    sys.stdout.write(f"\n$ python {shlex.join(command[1:])}\n")
+    command = [script, *arguments]
+    sys.stdout.write(f"\n$ python {shlex.join(command)}\n")
     sys.stdout.flush()
-    with subprocess.Popen(command) as process:
+    with start_python(command) as process:
         while True:
             try:
                 return process.wait()

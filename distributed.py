@@ -6,6 +6,7 @@ and `world_size()` is 1. Tensors on a GPU travel over nccl, flags and objects ov
 
 import contextlib
 import gc
+import hashlib
 import logging
 import os
 import re
@@ -154,25 +155,42 @@ def session(device_name: str, *, key: str = "train.device", timeout: timedelta =
 
     Raises: UserError if the launcher's variables are wrong, there is no device for this rank, or peers do not answer.
     """
-    place = find_place()
-    device = pick_device(device_name, place, key=key)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
+    try:
+        place = find_place()
+        device = pick_device(device_name, place, key=key)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        if place.launcher != "alone":
+            _join(place, device, timeout)
+    except UserError as error:
+        error.told = False  # each rank may have its own
+        raise
     if place.launcher == "alone":
         yield device
         return
-    _join(place, device, timeout)
     logger.info("%s, device %s, rank 0 at %s:%d", place, device, place.address, place.port)
     together = False
     try:
         yield device
         together = True
     except UserError as error:
+        error.told = _is_told(str(error))
         if place.rank == 0:
             raise
-        raise UserError(f"rank {place.rank}: {error}") from error
+        of_this_rank = UserError(f"rank {place.rank}: {error}")
+        of_this_rank.told = error.told
+        raise of_this_rank from error
     finally:
         _leave(device, together=together)
+
+
+def _is_told(message: str) -> bool:
+    """Whether another rank came to this with the same message, which most errors are on all of them."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.add(f"told/{hashlib.sha256(message.encode(errors='replace')).hexdigest()}", 1) > 1
+    except dist.DistError:  # it was on rank 0, which has left
+        return False
 
 
 def _leave(device: torch.device, *, together: bool) -> None:

@@ -6,13 +6,11 @@ these folders and from metrics.jsonl, so a run that is killed picks its evaluati
 goes wrong here stops the training: it is logged, with the place of the log.
 """
 
+import contextlib
 import logging
 import os
 import re
-import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +23,7 @@ from launch import ROOT, Job, StopRequest, job_state
 from metrics import Metrics, read_metrics
 from report import read_results, score_rows
 from sources import is_on_disk
-from utils import UserError, due, write_text_atomically
+from utils import UserError, due, end_process, remove, start_python, write_text_atomically
 
 logger = logging.getLogger("evals")
 
@@ -188,14 +186,12 @@ class EvalRuns:
             stop: ends the wait for an `inline` set.
             final: whether it was the last update.
         """
-        for name, cfg in self.evals.items():
-            wanted = due(step, cfg.period) or (final and cfg.final)
-            if not wanted or (name, step) in self.known:
-                continue
+        for name in self._due(step, final=final):
+            cfg = self.evals[name]
             self.known.add((name, step))
             launched = _Launched(name, step, self.output_dir / "evals" / name / f"step_{step:09d}")
-            if rank() == 0:  # of steps that were undone by going back to an older checkpoint
-                shutil.rmtree(launched.folder, ignore_errors=True)
+            if rank() == 0:
+                _make_anew(launched.folder, self.output_dir)
             try:
                 export(cfg.model_to_eval, launched.weights)
             except UserError as error:  # a full disk, for example: on all ranks alike
@@ -205,6 +201,17 @@ class EvalRuns:
                 self._start(launched)
             if cfg.where == "inline":
                 self.wait(stop, only=name)
+
+    def are_due(self, step: int) -> bool:
+        """Whether `launch_due` would export weights after `step` finished updates."""
+        return bool(self._due(step, final=False))
+
+    def _due(self, step: int, *, final: bool) -> list[str]:
+        return [
+            name
+            for name, cfg in self.evals.items()
+            if (due(step, cfg.period) or (final and cfg.final)) and (name, step) not in self.known
+        ]
 
     def _start(self, launched: _Launched) -> None:
         cfg = self.evals[launched.name]
@@ -220,11 +227,11 @@ class EvalRuns:
             else:
                 request = self._request(launched, cfg, device=self.device)
                 write_text_atomically(launched.folder / "config.yaml", dump_yaml(request))
-                command = [sys.executable, str(ROOT / "benchmark.py"), str(launched.folder / "config.yaml")]
+                command = [str(ROOT / "benchmark.py"), str(launched.folder / "config.yaml")]
                 environment = {key: value for key, value in os.environ.items() if not OF_RANKS.search(key)}
                 with launched.log.open("ab") as log:
                     # In a session of its own: Ctrl-C is for the training, which ends this one in its own time.
-                    launched.process = subprocess.Popen(
+                    launched.process = start_python(
                         command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment,
                         start_new_session=True,
                     )  # fmt: skip
@@ -309,5 +316,16 @@ class EvalRuns:
         for launched in self.pending:
             if launched.process is not None and launched.is_running():
                 logger.info("evals.%s of step %d is ended; it starts anew with the run", launched.name, launched.step)
-                os.killpg(launched.process.pid, signal.SIGTERM)
-                launched.process.wait()
+                end_process(launched.process, group=True)
+
+
+def _make_anew(folder: Path, output_dir: Path) -> None:
+    """An empty folder below one that is there; what it held is of steps that were undone by going back.
+
+    What goes wrong is left to the export into it, which tells all ranks.
+    """
+    with contextlib.suppress(OSError):
+        remove(folder)
+        for parent in reversed(folder.relative_to(output_dir).parents):
+            (output_dir / parent).mkdir(exist_ok=True)  # not `parents=True`: the run's folder may have been moved away
+        folder.mkdir()

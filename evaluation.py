@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from checkpoint import claim_output_dir
 from config import (
     COUNT,
     DEVICE,
@@ -52,7 +53,7 @@ from data import (
 from distributed import all_gather_rows, barrier, broadcast_object, gather_objects, rank, session, world_size
 from pixels import log_pixels
 from sources import BadImageError, ImageDataset, ImageStream, make_dataset
-from utils import UserError, git_revision, import_from_path, setup_logging, write_text_atomically
+from utils import UserError, ending_in_words, git_revision, import_from_path, setup_logging, write_text_atomically
 
 logger = logging.getLogger("evaluation")
 
@@ -680,23 +681,21 @@ class Evaluation(Generic[ConfigT]):
     parser: argparse.ArgumentParser
     """Of its arguments, `sources`."""
 
+    @ending_in_words
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """The command line. Returns the exit code: 0 done, 2 a mistake that the message explains."""
         args = self.parser.parse_intermixed_args(arguments)
         setup_logging()
-        try:
-            cfg = load_config(self.schema, None, args.sources)
-            with session(cfg.device, key="device") as device, dead_workers_explained("num_workers"):
-                setup_logging(quiet=rank() != 0)
-                if not cfg.output_dir:
-                    free = (*SPEED_KEYS, *cfg.free_keys)
-                    request = {key: value for key, value in asdict(cfg).items() if key not in free}
-                    chosen = choose_output_dir(self.name, request) if rank() == 0 else None
-                    cfg = replace(cfg, output_dir=broadcast_object(chosen))
+        cfg = load_config(self.schema, None, args.sources)
+        with session(cfg.device, key="device") as device, dead_workers_explained("num_workers"):
+            setup_logging(quiet=rank() != 0)
+            if not cfg.output_dir:
+                free = (*SPEED_KEYS, *cfg.free_keys)
+                request = {key: value for key, value in asdict(cfg).items() if key not in free}
+                chosen = choose_output_dir(self.name, request) if rank() == 0 else None
+                cfg = replace(cfg, output_dir=broadcast_object(chosen))
+            with claim_output_dir(cfg.output_dir, key="output_dir"):
                 self.run(cfg, device)
-        except UserError as error:
-            sys.stderr.write(f"error: {error}\n")
-            return 2
         return 0
 
     def run(self, cfg: ConfigT, device: torch.device) -> Results:

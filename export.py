@@ -41,7 +41,7 @@ from checkpoint import Checkpoints, export_weights, read_weights
 from clustering import L2NormLinear
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
 from model import EncoderDecoder
-from utils import UserError, replacing, setup_logging, write_text_atomically
+from utils import UserError, ending_in_words, replacing, setup_logging, write_text_atomically
 from weights import load_backbone_weights, read_state_dict, save_safetensors
 
 logger = logging.getLogger("export")
@@ -195,20 +195,17 @@ def _write_onnx(backbone: EncoderDecoder, path: Path) -> None:
             written.replace(path.parent / written.name)
 
 
+@ending_in_words
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done, 2 a mistake that the message explains."""
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
-    try:
-        for path in args.files:
-            check_path(path)
-        exportable = read(args.source, model=args.model, config_path=args.config)
-        for path in args.files:
-            write(exportable, path)
-            sys.stdout.write(os.fsencode(path).decode(errors="backslashreplace") + "\n")
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    for path in args.files:
+        check_path(path)
+    exportable = read(args.source, model=args.model, config_path=args.config)
+    for path in args.files:
+        write(exportable, path)
+        sys.stdout.write(os.fsencode(path).decode(errors="backslashreplace") + "\n")
     return 0
 
 

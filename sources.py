@@ -45,7 +45,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from utils import UserError
+from utils import UserError, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -809,10 +809,9 @@ def _list_images_cached(root: Path, cache_dir: Path) -> Listing:
 def _keep_listing(listing: Listing, cache: Path) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
     about = {"times": listing.times, "left_out": listing.endings.left_out}
-    with tempfile.NamedTemporaryFile(dir=cache.parent, delete=False) as temporary:
+    with replacing(cache, shared=True) as temporary, temporary.open("wb") as file:
         header = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
-        np.savez(temporary, about=header, blob=listing.paths.blob.numpy(), ends=listing.paths.ends.numpy())
-    Path(temporary.name).replace(cache)
+        np.savez(file, about=header, blob=listing.paths.blob.numpy(), ends=listing.paths.ends.numpy())
 
 
 # ---------------------------------------------------------------------------------- segmentation datasets

@@ -27,7 +27,7 @@ import yaml
 
 from config import LauncherConfig, build
 from launch import ROOT, Job
-from utils import UserError, setup_logging
+from utils import UserError, ending_in_words, setup_logging
 
 logger = logging.getLogger("launch")
 
@@ -59,23 +59,20 @@ def check_slurm(job: Job, sources: list[str]) -> None:
         )
 
 
+@ending_in_words
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 submitted or shown, 2 a mistake that the message explains."""
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
-    try:
-        job = read_job(args.script, args.sources)
-        if job is None:
-            return 2
-        if args.dry_run:
-            sys.stdout.write(job.sbatch_script(job.new_folder()))
-            return 0
-        check_slurm(job, args.sources)
-        number, log = job.submit()
-        logger.info("submitted job %s; its output: %s", number, log)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+    job = read_job(args.script, args.sources)
+    if job is None:
         return 2
+    if args.dry_run:
+        sys.stdout.write(job.sbatch_script(job.new_folder()))
+        return 0
+    check_slurm(job, args.sources)
+    number, log = job.submit()
+    logger.info("submitted job %s; its output: %s", number, log)
     return 0
 
 

@@ -3,23 +3,40 @@
 import argparse
 import builtins
 import contextlib
+import ctypes
+import errno
+import functools
 import importlib
 import importlib.util
 import io
 import logging
 import os
+import select
+import shutil
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Collection, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import FrameType, ModuleType
+from typing import Any, ParamSpec
 
 
 class UserError(ValueError):
     """A mistake the user can fix: the message names key or file, value and remedy; scripts print no traceback."""
+
+    told: bool | None = None
+    """Whether another rank tells it, so that this one need not; None before ranks have met, when one of each machine
+    does."""
+
+
+P = ParamSpec("P")
+
+
+# --- The command line: its parser, and how a script ends --------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -40,11 +57,174 @@ def command_line(doc: str | None, name: str) -> Iterator[argparse.ArgumentParser
     yield parser
     if name == "__main__":
         parser.parse_intermixed_args()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent(signal.SIGTERM)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not so in the background of a shell
+            signal.signal(signal.SIGINT, _leave_at_once)  # `ending_in_words` takes over after the imports
+
+
+def _leave_at_once(number: int, _frame: FrameType | None) -> None:
+    # No exception: it could come in the middle of an import, whose C code or `try` might take it for something else.
+    os.write(STDERR, f"{_interrupted(number)}\n".encode())
+    os._exit(128 + number)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C by another signal, `number`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+STDOUT, STDERR = 1, 2
+
+
+def _interrupted(number: int) -> str:
+    return "interrupted" if number == signal.SIGINT else f"interrupted by {signal.Signals(number).name}"
+
+
+def ending_in_words(main: Callable[P, int]) -> Callable[P, int]:
+    """For the `main` of a script: what a user did ends in one line on stderr and an exit code, not in a traceback.
+
+    A `UserError`, and an error of the system with one of the `REMEDIES`, give 2. Ctrl-C gives 130, another signal that
+    was made an `Interrupted` 128 and its number, and a reader of stdout that left, such as `head`, 141. Anything else
+    is a bug of ours and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def in_words(*args: P.args, **kwargs: P.kwargs) -> int:
+        if signal.getsignal(signal.SIGINT) is _leave_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            code = main(*args, **kwargs)
+            sys.stdout.flush()
+        except UserError as error:
+            first_here = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+            if not (error.told or (error.told is None and not first_here)):
+                sys.stderr.write(f"error: {error}\n")
+            return 2
+        except KeyboardInterrupt as error:
+            number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+            sys.stderr.write("; ".join([_interrupted(number), *getattr(error, "__notes__", [])]) + "\n")
+            return 128 + number
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) and not _stdout_has_reader():
+                os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # else the interpreter writes the rest at its end
+                sys.stderr.write("stdout was closed before all was written\n")
+                return 128 + signal.SIGPIPE
+            if error.errno not in REMEDIES:
+                raise
+            sys.stderr.write(f"error: {reason(error)}; {REMEDIES[error.errno]}\n")
+            return 2
+        return code
+
+    return in_words
+
+
+def _stdout_has_reader() -> bool:
+    poller = select.poll()
+    poller.register(STDOUT, 0)
+    return not poller.poll(0)
 
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
     """Add `sources`, what `config.load_config` merges."""
     parser.add_argument("sources", nargs="*", metavar="config.yaml | a.b=c", help="in order; later ones win")
+
+
+# --- Child processes -------------------------------------------------------------------------------------------------
+
+
+START_WITH_PARENT = (
+    "import os, sys; sys.path.insert(0, sys.argv[1]); from utils import end_with_parent; import signal; "
+    "end_with_parent(signal.SIGTERM, int(sys.argv[2])); os.execv(sys.executable, [sys.executable, *sys.argv[3:]])"
+)
+PR_SET_PDEATHSIG = 1
+END_S = 40
+"""How long a process may take to end; torchrun gives its own processes 30 s."""
+
+
+def end_with_parent(number: signal.Signals, parent: int | None = None) -> None:
+    """Have the system send this process a signal when the process that started it is gone, however that ended.
+
+    Linux can, and keeps to it over an `exec`; elsewhere this does nothing.
+
+    Args:
+        number: the signal.
+        parent: its process id, to notice that it ended before this call; None takes that of now.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid() if parent is None else parent
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+def start_python(arguments: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
+    """Run Python in a process that ends with this one, also if this one is killed. Call it in the main thread.
+
+    The system watches the thread, not the process. Not `preexec_fn`: it may deadlock beside other threads.
+
+    Args:
+        arguments: of Python: a script and its arguments.
+        options: of `subprocess.Popen`.
+    """
+    root = str(Path(__file__).parent)
+    return subprocess.Popen([sys.executable, "-c", START_WITH_PARENT, root, str(os.getpid()), *arguments], **options)
+
+
+def end_process(process: "subprocess.Popen[Any]", *, group: bool = False) -> None:
+    """Ask a process to end and wait until it has; after `END_S`, or if this wait is interrupted, kill it.
+
+    Args:
+        process: may have ended.
+        group: whether it leads a session of its own, all of which is meant.
+    """
+
+    def send(number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number) if group else process.send_signal(number)
+
+    if process.poll() is not None:
+        return
+    send(signal.SIGTERM)
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        if process.poll() is None:
+            send(signal.SIGKILL)
+            process.wait()
+
+
+@contextlib.contextmanager
+def ended_with_block(process: "subprocess.Popen[Any]") -> Iterator[None]:
+    """Signals that ask this process to end, and errors in the block, first end `process`; then they go their way.
+
+    SIGTERM and SIGHUP become `Interrupted` meanwhile, as SIGINT is `KeyboardInterrupt`; one that is ignored (`nohup`)
+    stays so. For the main thread.
+    """
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    previous = {
+        number: signal.signal(number, interrupt)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        end_process(process)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# --- Small things ----------------------------------------------------------------------------------------------------
 
 
 def due(step: int, every: int) -> bool:
@@ -158,7 +338,7 @@ def setup_logging(log_path: Path | None = None, *, quiet: bool = False) -> None:
     console.setLevel(logging.WARNING if quiet else logging.INFO)
     handlers: list[logging.Handler] = [console]
     if log_path is not None:
-        handlers.append(logging.FileHandler(log_path, errors="backslashreplace"))
+        handlers.append(logging.FileHandler(log_path, encoding="utf-8", errors="backslashreplace"))
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     for old in list(root.handlers):
@@ -196,6 +376,52 @@ def git_revision(*ignoring: str) -> str | None:
     return f"{commit}+changes" if git("status", "--porcelain", "--untracked-files=no", "--", *which) else commit
 
 
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+REMEDIES = {
+    errno.ENOSPC: "make room on that disk",
+    errno.EDQUOT: "make room within your quota",
+    errno.EFBIG: "files may not become that large here (ulimit -f): raise the limit",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "give yourself the permission to write, or choose another place",
+    errno.EPERM: "give yourself the permission to write, or choose another place",
+    errno.EISDIR: "a folder is where a file belongs: move it away",
+    errno.ENOTDIR: "a file is where a folder belongs: move it away",
+    errno.EEXIST: "a file is where a folder belongs: move it away",
+    errno.ELOOP: "a symbolic link points to itself: remove it",
+    errno.EIO: "the disk reports a fault: look after it, or choose another place",
+    errno.ESTALE: "the file system has lost the folder: mount it again",
+}
+"""What a user can do about an OSError of this number."""
+
+
+def reason(error: OSError) -> str:
+    """Words of the system for an error, with the file it is about if it says so."""
+    where = f": {os.fsdecode(error.filename)!r}" if isinstance(error.filename, str | bytes) else ""
+    return f"{error.strerror or error}{where}"
+
+
+@contextlib.contextmanager
+def writing_explained(folder: Path, key: str) -> Iterator[None]:
+    """Within the block, an OSError about something in `folder`, or about a full disk, is a UserError with a remedy.
+
+    Args:
+        folder: where the block writes.
+        key: of the configuration that names it.
+    """
+    try:
+        yield
+    except OSError as error:
+        names_file = isinstance(error.filename, str | bytes)
+        inside = names_file and Path(os.path.abspath(os.fsdecode(error.filename))).is_relative_to(folder.absolute())  # noqa: PTH100  # a link is not followed
+        if not inside and (names_file or error.errno not in REMEDIES):
+            raise
+        remedy = REMEDIES.get(error.errno or 0, "look what happened to that folder")
+        if not folder.is_dir():
+            remedy = "the folder was moved or deleted while it was used, or a disk is not mounted: bring it back"
+        raise UserError(f"{key}={str(folder)!r} cannot be written: {reason(error)}; {remedy}") from error
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader, also one after a crash, finds the old text or the new one and nothing between."""
     with replacing(path) as temporary:
@@ -203,9 +429,19 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` in one step when the block ends, or is deleted if it raises."""
-    temporary = path.with_name(f".tmp-{path.name}")
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A name to write to, which becomes `path` in one step when the block ends, or is deleted if it raises.
+
+    Whatever a killed process or somebody else left under that name is removed and never written to: the file is a new
+    one, and no link.
+
+    Args:
+        path: file to write or replace.
+        shared: whether several processes may replace it at the same time.
+    """
+    temporary = path.with_name(f".tmp-{path.name}{f'-{uuid.uuid4().hex}' if shared else ''}")
+    remove(temporary)
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
         fsync(temporary)
@@ -213,6 +449,14 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     fsync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete what has this name, if anything: a file, a folder with all in it, or a link but not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

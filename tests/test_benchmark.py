@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,7 @@ from samples import encode, photo
 
 import benchmark
 import config
+from checkpoint import claim_output_dir
 from config import load_config
 from sources import make_dataset
 from utils import UserError
@@ -42,6 +44,10 @@ if cfg.get("fails"):
     sys.exit(2)
 if cfg.get("interrupts"):
     os.kill(os.getppid(), 2)
+if "terminates" in cfg:
+    os.kill(os.getppid(), cfg["terminates"])
+    import time
+    time.sleep(600)
 if cfg.get("dies"):
     os.kill(os.getpid(), 9)
 content["about"]["seconds"] = 1.5
@@ -485,6 +491,22 @@ def test_ctrl_c_ends_it_and_the_same_command_goes_on(here, capsys):
     assert capsys.readouterr().err.endswith("interrupted; the same command goes on\n")
     assert benchmark.main(NO_RANDOM) == 0
     assert (starts("one"), starts("two")) == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_ends_the_evaluation_first(here, capsys, name):
+    number = signal.Signals[name]
+    code = benchmark.main([*NO_RANDOM, f"evals.two.terminates={int(number)}"])  # or this waits for ten minutes
+    assert code == 128 + number
+    assert capsys.readouterr().err.endswith(f"interrupted by {name}; the same command goes on\n")
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_two_benchmarks_do_not_share_a_folder(here, capsys):
+    with claim_output_dir("out"):
+        assert benchmark.main(NO_RANDOM) == 2
+    assert "output_dir='out' is in use by another run (process" in capsys.readouterr().err
+    assert not Path("out/one").exists()
 
 
 # Comparison.

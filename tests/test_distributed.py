@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -6,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_cli
 from ranks import run_on_ranks
 from torch.cuda._utils import _get_device_index
 
@@ -227,6 +228,19 @@ def test_an_error_of_one_rank_ends_all(tmp_path):
     done = torchrun(tmp_path, "if rank() == 1:\n    raise UserError('this rank alone')\nbarrier()")
     assert done.returncode == 1
     assert "error: rank 1: this rank alone" in done.stderr
+
+
+def test_an_error_that_all_ranks_have_is_told_once(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom distributed import barrier, session\nfrom utils import UserError, ending_in_words\n"
+        "@ending_in_words\ndef main():\n    with session('cpu'):\n        barrier()\n"
+        "        raise UserError('of all')\nsys.exit(main())\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run_cli(*launcher, script, PYTHONPATH=str(ROOT))
+    assert done.returncode == 1
+    assert len(re.findall(r"^error: (rank 1: )?of all$", done.stderr, re.MULTILINE)) == 1, done.stderr
 
 
 def rows_of(rank, counts):
