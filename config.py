@@ -300,7 +300,8 @@ class TrainConfig:
     seed: int = field(metadata=SEED)
     """Seed of initial weights, data order, crops, masks and drop-path. All are functions of it and of the step."""
     nan_check_period: int = field(metadata=NOT_NEGATIVE)
-    """Steps between looks at whether a loss was ever NaN or infinite; the run stops if so. 0 never looks."""
+    """Steps between looks at whether a loss or gradient was ever NaN or infinite; the run stops if so. 0 looks only
+    before it saves or evaluates."""
     log_loss_every: int = field(metadata=COUNT)
     """Steps between log lines and metric records, averaged over the steps since the last one."""
     health_every: int = field(metadata=NOT_NEGATIVE)

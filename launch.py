@@ -5,6 +5,7 @@ some time before its limit, and with SIGTERM when a more urgent job needs the no
 steps, save together, and rank 0 puts the job back into the queue; its next start continues from that checkpoint.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,9 @@ ROOT = Path(__file__).parent
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 """Weakest first: ranks that received different ones all act on the last of these."""
+
+FAULT = 1 + len(STOP_SIGNALS)
+"""Strength of a fault among requests to stop."""
 
 SECOND_INTERRUPT_S = 1.0
 """A Ctrl-C that follows another one by less than this is the same one, passed on by a launcher."""
@@ -58,13 +62,17 @@ class StopRequest:
     The handler does nothing but set a flag: a save inside it could run in the middle of an update. A signal that comes
     again changes nothing, because Slurm may send SIGTERM twice within a second. Only a second Ctrl-C acts as if there
     were no handler, to end a run that hangs. A wait that may never end is cut short: see `wait_for`.
+
+    A fault of one rank after which training cannot go on, but can still save, stops all ranks in the same way: see
+    `faults`. The end of the block then raises it.
     """
 
     def __init__(self) -> None:
-        # 1 + index in STOP_SIGNALS of the strongest signal, 0 without any
+        # 1 + index in STOP_SIGNALS of the strongest signal, 0 without any; FAULT is above all
         self._received = 0
         self._agreed = 0
         self._waiting = False
+        self._fault: str | None = None
         self._interrupted_at: float | None = None
         self._previous: dict[int, object] = {}
 
@@ -75,10 +83,30 @@ class StopRequest:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # see HOLD_SIGNALS
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  # what signal.signal returned
         self._previous = {}
+        if error is None and self.is_fault:
+            from distributed import gather_objects
+
+            raise UserError(next(fault for fault in gather_objects(self._fault) if fault))
+        if isinstance(error, UserError) and self._fault is not None:
+            raise UserError(f"{self._fault}. Besides: {error}") from error
+
+    @contextlib.contextmanager
+    def faults(self) -> Iterator[None]:
+        """A UserError in the block leaves it, and is kept until all ranks have agreed to stop and have saved."""
+        try:
+            yield
+        except UserError as error:
+            self._fault = self._fault or str(error)
+            self._received = FAULT
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether what all ranks agreed on is a fault of any."""
+        return self._agreed == FAULT
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._received = max(self._received, 1 + STOP_SIGNALS.index(signal.Signals(number)))
@@ -115,7 +143,7 @@ class StopRequest:
     def name(self) -> str | None:
         """The strongest signal that came, None without any. The same on all ranks once `agreed` said True."""
         strength = self._agreed or self._received
-        return STOP_SIGNALS[strength - 1].name if strength else None
+        return "a fault" if strength == FAULT else STOP_SIGNALS[strength - 1].name if strength else None
 
     def deafen(self) -> None:
         """Ignore these signals for the rest of the process: it is leaving."""

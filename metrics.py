@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from utils import UserError
+from utils import UserError, replacing, write_text_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +35,14 @@ TIMING_KEYS = ("images_per_s", "step_ms", "data_wait", "memory_gib", "mfu", "eta
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Records of a metrics.jsonl, oldest first, without the half-written last line that a killed process may leave.
 
-    Raises: UserError if the file is missing, or if a line before the last one is damaged.
+    Raises: UserError if the file is missing, or if a line before the last one is damaged, or one is no record.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"There is no metrics file {str(path)!r}")
-    lines = path.read_bytes().splitlines()
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; if it is no file, move it away") from error
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -51,8 +53,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                     f"{path}, line {number} is not valid JSON; delete that line or move the file away"
                 ) from error
             break
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number} is no JSON object; delete that line or move the file away")
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise UserError(
+                f"{path}, line {number} is no JSON object with a step; delete that line or move the file away"
+            )
         records.append(record)
     return records
 
@@ -166,13 +170,9 @@ class Metrics:
         kept = [record for record in records if record["step"] <= step]
         if keep_copy and len(kept) < len(records):
             taken = len(list(self.path.parent.glob("metrics.set-aside-*.jsonl")))
-            shutil.copyfile(self.path, self.path.with_name(f"metrics.set-aside-{taken + 1}.jsonl"))
-        partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("w") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
+            with replacing(self.path.with_name(f"metrics.set-aside-{taken + 1}.jsonl")) as copy:
+                copy.write_bytes(self.path.read_bytes())
+        write_text_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def close(self) -> None:
         """Finish the loggers' runs."""
@@ -306,7 +306,7 @@ def _import_logger(name: str) -> Any:
 
 
 class NonFiniteError(UserError):
-    """A loss became NaN or infinite. `quantity` and `step` say which and when first."""
+    """A loss, a gradient or a weight became NaN or infinite. `quantity` and `step` say which and when first."""
 
     def __init__(self, message: str, quantity: str, step: int) -> None:
         super().__init__(message)
@@ -316,8 +316,9 @@ class NonFiniteError(UserError):
 class FiniteWatch:
     """Remembers on the device when each quantity was first not finite, so that looking can wait for many steps.
 
-    Give it values that are averaged over the ranks: then all ranks find the same and stop together. Call `check` before
-    a checkpoint is saved too, so that no checkpoint is later than the first bad step.
+    Give it values that are averaged over the ranks: then all ranks find the same and stop together. Losses are those
+    before an update and the norms of gradients decide what it makes of the weights, so both are needed. Call `check`
+    before a checkpoint is saved too, so that no checkpoint is later than the first bad step.
     """
 
     def __init__(self) -> None:
@@ -334,8 +335,11 @@ class FiniteWatch:
             # Not torch.where(_, step, _): that copies the number to the device and waits for it.
             self._first[name] = (first_step.masked_fill(is_first, step), torch.where(is_first, value, first_value))
 
-    def check(self, last_checkpoint: Path | None = None) -> None:
+    def check(self, last_checkpoint: Callable[[], Path | None] = lambda: None) -> None:
         """Raise if any quantity was ever not finite. Waits for the device.
+
+        Args:
+            last_checkpoint: says which one to go back to, asked only if it comes to that.
 
         Raises: NonFiniteError naming quantities and first steps, the checkpoint to go back to, and remedies.
         """
@@ -350,9 +354,10 @@ class FiniteWatch:
             key=lambda item: item[0],
         )
         events = ", then ".join(f"{name} became {_kind(value)} at step {step}" for step, name, value in found)
+        checkpoint = last_checkpoint()
         back = (
-            f"continue from the last good checkpoint with train.resume_from={last_checkpoint} and"
-            if last_checkpoint is not None
+            f"continue from the last good checkpoint with train.resume_from={checkpoint} and"
+            if checkpoint is not None
             else "there is no checkpoint from before; start again and"
         )
         raise NonFiniteError(

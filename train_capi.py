@@ -20,7 +20,7 @@ import functools
 import gc
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import metrics
-from checkpoint import Checkpoints, SavedState, claim_output_dir, export_weights
+from checkpoint import Checkpoints, SavedState, claim_output_dir, export_weights, largest_magnitude
 from clustering import L2NormLinear, OnlineClustering, entropy, soft_cross_entropy
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, build, changed_keys, load_config, to_yaml
 from crops import check_decode
@@ -75,7 +75,15 @@ from optim import (
 )
 from pixels import log_pixels, sample_pixels
 from probe import Probe
-from utils import UserError, due, git_revision, setup_logging, write_text_atomically
+from utils import (
+    UserError,
+    due,
+    ending_in_words,
+    git_revision,
+    setup_logging,
+    write_text_atomically,
+    writing_explained,
+)
 from weights import backbone_part, load_backbone_weights, read_state_dict
 
 logger = logging.getLogger("capi")
@@ -86,9 +94,12 @@ SCHEDULED = {"lr": "learning rate", "clustering_lr": "that of the clustering hea
 """Fields of `Hyper`, for people."""
 BATCH_KEYS = ("optim.batch_size_per_gpu.", "optim.accumulation_steps.")
 """Of these, what may be divided otherwise over ranks: their product with the number of ranks counts."""
-
+WATCHED = ("capi_loss", "clustering_loss", "grad_norm", "clustering_grad_norm")
+"""Scalars of a step that must be finite."""
 HEALTH_TOKENS = 4096
 """Teacher patch tokens from which the health metrics are computed."""
+SMALLEST_SCALE = 1e-4
+"""Of the loss, 30 skipped steps below the scale at the start: gradients that still overflow are not finite anyway."""
 
 
 def do_teacher(
@@ -196,7 +207,8 @@ class TrainState:
     def apply_gradients(self, hyper: Hyper) -> dict[str, Tensor]:
         """Update student, average and clustering head, in that order, or none of them if float16 gradients overflowed.
 
-        Returns: the student's gradient norm before clipping, and with the loss scaler whether the update was skipped.
+        Returns: the gradient norms of student, before clipping, and clustering head. Nothing if the update was skipped,
+            which is no fault unless smaller and smaller scales do not help.
         """
         set_hyper(self.student_optimizer, self.clustering_optimizer, hyper)
         for module in (self.student, self.clustering):
@@ -206,8 +218,9 @@ class TrainState:
             self.scaler.unscale_(self.student_optimizer)
             self.scaler.unscale_(self.clustering_optimizer)
         norm = grad_norm(self.student)
+        norms = {"grad_norm": _whole(norm), "clustering_grad_norm": _whole(grad_norm(self.clustering))}
         # Only float16 has to know on the host whether to skip; elsewhere nothing waits for the device.
-        skip = scaled and not bool((_whole(norm) + _whole(grad_norm(self.clustering))).isfinite())
+        skip = scaled and not bool(sum(norms.values(), torch.zeros((), device=self.device)).isfinite())
         if not skip:
             if self.cfg.optim.clip_grad is not None:
                 nn.utils.clip_grads_with_norm_(list(self.student.parameters()), self.cfg.optim.clip_grad, norm)
@@ -216,7 +229,7 @@ class TrainState:
             self.clustering_optimizer.step()
         if scaled:
             self.scaler.update()
-        return {} if skip else {"grad_norm": _whole(norm)}
+        return {} if skip and self.scaler.get_scale() > SMALLEST_SCALE else norms
 
 
 def _blocks_of(module: nn.Module) -> list[nn.Module]:
@@ -412,43 +425,64 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
             stack.callback(evals.close)
             export_now = functools.partial(export_one, state)
             watch, speed = FiniteWatch(), _throughput(cfg, device)
-            stopping, waited = False, 0.0
+            waited = 0.0
+
+            @contextlib.contextmanager
+            def writes() -> Iterator[None]:
+                """One rank alone writes here: the others learn at the next agreement that it cannot."""
+                with stop.faults(), writing_explained(output_dir, "train.output_dir"):
+                    yield
+
+            def next_inputs() -> list[Batch]:
+                """Of the next update; none if there is a reason to stop, which the next agreement tells all ranks."""
+                steps = cfg.optim.accumulation_steps
+                with writes():  # bad files are listed
+                    return stop.wait_for(lambda: [_on_device(next(batches)) for _ in range(steps)]) or []
+                return []
+
+            inputs = next_inputs() if state.step < total else []
+            stopping = stop.agreed()
             while state.step < total and not stopping:
                 hyper = hyper_at(state.step, cfg)
                 step = state.step + 1  # finished updates after this one: checkpoint 3750 holds 3750 updates
                 done, logs = step == total, step == total or due(step, every)
                 scalars = train_step(
-                    state,
-                    [_on_device(next(batches)) for _ in range(cfg.optim.accumulation_steps)],
-                    hyper,
-                    with_usage=logs,
-                    with_health=due(step, cfg.train.health_every),
+                    state, inputs, hyper, with_usage=logs, with_health=due(step, cfg.train.health_every)
                 )
                 state.step = step
                 meters.update(**scalars, lr=hyper.lr, clustering_lr=hyper.clustering_lr, momentum=hyper.momentum)
-                watch.update(step, capi_loss=scalars["capi_loss"], clustering_loss=scalars["clustering_loss"])
+                watch.update(step, **{name: scalars[name] for name in WATCHED if name in scalars})
+                position = batches.state_dict()
+                if not done:
+                    inputs = next_inputs()
                 speed.step(batches.wait_s - waited)
                 waited = batches.wait_s
-                profile.step()
+                with writes():
+                    profile.step()
                 bar.update()
                 stopping = stop.agreed()
-                saves = done or stopping or due(step, cfg.train.checkpointing.period)
-                if saves or due(step, cfg.train.nan_check_period):
-                    watch.check(checkpoints.finished)
+                saves = done or stopping or due(step, saving.period)
+                if saves:  # a finite gradient can still throw the weights out of range
+                    watch.update(step, weights=largest_magnitude(state.modules, state.optimizers))
+                if saves or evals.are_due(step) or due(step, cfg.train.nan_check_period):
+                    watch.check(checkpoints.last)
                 if logs:
-                    log_step(cfg, bar, meters.write(step, **speed.read(total - step)))
+                    with writes():
+                        log_step(cfg, bar, meters.write(step, **speed.read(total - step)))
                     if line := advice.read():
                         logger.warning(line)
                     gc.collect(1)
                 if probe is not None and (done or due(step, cfg.train.probe.every)):
-                    log_probe(meters.append(step, probe(functools.partial(encode, state))))
+                    scores = probe(functools.partial(encode, state))
+                    with writes():
+                        log_probe(meters.append(step, scores))
                 if saves:
                     checkpoints.save(
                         step,
                         modules=state.modules,
                         optimizers=state.optimizers,
                         extra={"metrics": meters.state_dict(), "scaler": state.scaler.state_dict()},
-                        rank_extra={"data": batches.state_dict()},
+                        rank_extra={"data": position},
                         config_yaml=to_yaml(cfg),
                     )
                 if done or stopping:
@@ -456,14 +490,18 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
                 if not done and not stopping:
                     evals.launch_due(step, export_now, stop)
                 if logs:
-                    evals.record(meters, step)
+                    with writes():
+                        evals.record(meters, step)
             if state.step == total:
                 evals.launch_due(total, export_now, stop, final=True)
                 evals.wait(stop)
-                evals.record(meters, total)
-        if state.step < total:
+                with writes():
+                    evals.record(meters, total)
+            stop.agreed()  # of faults after the last step
+        if stop.is_fault or state.step < total:
             logger.info("stopped by %s after %d of %d steps; the same command continues", stop.name, state.step, total)
-            requeue(stop)
+            if not stop.is_fault:
+                requeue(stop)
             return
     for path in export(state, output_dir):
         logger.info("exported %s", path)
@@ -472,7 +510,8 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
 def restore(state: TrainState, checkpoints: Checkpoints) -> SavedState | None:
     """Load the checkpoint that the config chooses into `state`: `resume_from`, or the newest with `auto_resume`.
 
-    Raises: UserError if it is damaged or holds another model, or if there are checkpoints and `auto_resume` is off.
+    Raises: UserError if it is damaged, or holds another model or numbers that are not finite, or if there are
+        checkpoints and `auto_resume` is off.
     """
     cfg = state.cfg
     places: dict[str, Any] = {"modules": state.modules, "optimizers": state.optimizers, "config": asdict(cfg)}
@@ -488,6 +527,11 @@ def restore(state: TrainState, checkpoints: Checkpoints) -> SavedState | None:
             )
         return None
     if saved is not None:
+        if not bool(largest_magnitude(state.modules, state.optimizers).isfinite()):
+            raise UserError(
+                f"The checkpoint {str(saved.path)!r} holds weights or optimizer state that are NaN or infinite: it was "
+                f"saved after training had diverged. {checkpoints.remedy(saved.path)}"
+            )
         state.step = saved.step
         state.scaler.load_state_dict(saved.extra["scaler"])
         warn_of_another_course(saved, cfg)
@@ -724,32 +768,29 @@ def dry_run(cfg: CapiConfig) -> str:
     return "\n".join([*lines, *(f"warning      {warning}" for warning in warnings)]) + "\n"
 
 
+@ending_in_words
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains."""
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
-    try:
-        cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, args.sources)
-        mask_plan(cfg)
-        make_masking_generator(cfg.data.masking_generator, **cfg.data.masking_generator_kwargs)
-        if args.print_config:
-            sys.stdout.write(to_yaml(cfg))
-            return 0
-        if args.dry_run:
-            sys.stdout.write(dry_run(cfg))
-            return 0
-        with session(cfg.train.device) as device, claim_output_dir(cfg.train.output_dir) as output_dir:
-            setup_logging(output_dir / "log.txt" if rank() == 0 else None, quiet=rank() != 0)
-            if args.export:
-                export_newest(cfg, output_dir)
-            elif compiles(cfg, device):
-                with kept_compilations(output_dir / "compile_cache"):
-                    train(cfg, output_dir, device)
-            else:
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, args.sources)
+    mask_plan(cfg)
+    make_masking_generator(cfg.data.masking_generator, **cfg.data.masking_generator_kwargs)
+    if args.print_config:
+        sys.stdout.write(to_yaml(cfg))
+        return 0
+    if args.dry_run:
+        sys.stdout.write(dry_run(cfg))
+        return 0
+    with session(cfg.train.device) as device, claim_output_dir(cfg.train.output_dir) as output_dir:
+        setup_logging(output_dir / "log.txt" if rank() == 0 else None, quiet=rank() != 0)
+        if args.export:
+            export_newest(cfg, output_dir)
+        elif compiles(cfg, device):
+            with kept_compilations(output_dir / "compile_cache"):
                 train(cfg, output_dir, device)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        else:
+            train(cfg, output_dir, device)
     return 0
 
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -372,6 +373,36 @@ def test_a_checkpoint_of_another_run_can_be_continued(three, tmp_path):
     run.save(other, 210)
     assert names(other.directory) == ["step_000000210"]
     assert len(three.all()) == 3
+
+
+def test_the_chosen_checkpoint_stays_although_it_is_not_among_the_newest(three):
+    three.keep = 1
+    back, run = again(three), Training(seed=2)
+    run.restore(back, back.directory / "step_000000100")
+    for step in (150, 160):
+        run.save(back, step)
+        later = again(three)  # and after an automatic resume
+        run.restore_latest(later)
+        run.save(later, step + 5)
+    kept = [path.name for path in again(three).all()]
+    assert kept == ["step_000000100", "step_000000165"], "the same command would not find what it starts from"
+
+
+@pytest.mark.parametrize("state", ["[1]", "null", '{"step": 1}', "17"])
+def test_a_state_of_another_kind_is_no_traceback(three, state):
+    path = three.directory / "step_000000300"
+    (path / "state.json").write_text(state)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state.encode()).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"step_000000300' is not a checkpoint of this program"):
+        Training(seed=2).restore_latest(again(three))
+
+
+def test_a_file_of_weights_is_not_resumed_from_but_said_where_it_belongs(three, tmp_path):
+    (tmp_path / "student.pth").write_bytes(b"")
+    with pytest.raises(UserError, match=r"train.resume_from=.*student.pth.*train.init_from"):
+        Training(seed=2).restore(again(three), tmp_path / "student.pth")
 
 
 def test_a_choice_that_does_not_exist_lists_those_that_do(three):

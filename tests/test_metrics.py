@@ -372,7 +372,7 @@ def test_the_first_non_finite_step_is_exact_although_looked_for_every_20_steps(b
             loss = torch.tensor(math.nan if step >= bad_step else 1.0)
             watch.update(step, capi_loss=loss, clustering_loss=torch.tensor(2.0))
             if step % 20 == 0:
-                watch.check(Path("runs/a/checkpoints/17"))
+                watch.check(lambda: Path("runs/a/checkpoints/17"))
     assert (caught.value.quantity, caught.value.step) == ("capi_loss", bad_step)
     message = str(caught.value)
     assert message.startswith(f"capi_loss became NaN at step {bad_step}. ")
@@ -393,7 +393,7 @@ def test_the_earliest_of_several_quantities_is_named_first_with_its_kind():
             grad_norm=torch.tensor(math.inf if step >= 5 else 1.0),
         )
     with pytest.raises(NonFiniteError) as caught:
-        watch.check(None)
+        watch.check()
     events = (
         "clustering_loss became -infinity at step 4",
         "grad_norm became +infinity at step 5",

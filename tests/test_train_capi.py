@@ -1,8 +1,10 @@
 """train_capi.py: the step against the golden trajectory, and the loop as a user meets it."""
 
 import dataclasses
+import errno
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -435,6 +437,245 @@ def test_a_non_finite_loss_stops_the_run_naming_step_and_last_checkpoint(images,
     assert "step_000000004" in error
     newest = sorted((tmp_path / "checkpoints").glob("step_*"))[-1]
     assert newest.name == "step_000000004", "a broken state was saved"
+
+
+def poison(monkeypatch, module: str, step: int, value: float = float("nan"), *, stays: bool = False) -> None:
+    """Make one gradient of `module` not finite in the update that finishes `step`; the losses of it are finite."""
+    average, calls = train_capi.average_gradients_, {"student": 0, "clustering": 0}
+
+    def averaged(which, sharding):
+        average(which, sharding)
+        name = "clustering" if isinstance(which, train_capi.OnlineClustering) else "student"
+        calls[name] += 1
+        if name == module and (calls[name] == step or (stays and calls[name] > step)):
+            next(p.grad for p in which.parameters() if p.grad is not None).view(-1)[0] = value
+
+    monkeypatch.setattr(train_capi, "average_gradients_", averaged)
+
+
+def checkpoint_names(output_dir: Path) -> list[str]:
+    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("module", "bad_step", "extra"),
+    [
+        ("student", 3, ["train.nan_check_period=1"]),
+        ("student", 4, ["train.nan_check_period=0"]),  # the very step that is saved, and nobody looks in between
+        ("student", 4, ["train.checkpointing.async_save=true", "optim.clip_grad=1.0"]),
+        ("clustering", 3, ["train.nan_check_period=100"]),
+        (
+            "clustering",
+            4,
+            ["train.checkpointing.period=100", "optim.accumulation_steps=2", "optim.batch_size_per_gpu=2"],
+        ),
+    ],
+)
+def test_a_non_finite_gradient_is_never_saved_nor_called_good(
+    images, tmp_path, monkeypatch, capsys, module, bad_step, extra
+):
+    keep_one = "train.checkpointing.max_to_keep=1"
+    arguments = tiny(images, tmp_path, keep_one, *extra)
+    assert run_main([*arguments, "optim.total_iters=2"]) == 0
+    exported = (tmp_path / "student_ema.pth").read_bytes()
+    poison(monkeypatch, module, bad_step - 2, float("inf") if bad_step == 3 else float("nan"))
+    capsys.readouterr()
+    assert run_main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    norm = {"student": "grad_norm", "clustering": "clustering_grad_norm"}[module]
+    assert error.startswith(f"error: {norm} became {'+infinity' if bad_step == 3 else 'NaN'} at step {bad_step}"), error
+    assert f"train.resume_from={tmp_path / 'checkpoints' / 'step_000000002'} and" in error
+    assert checkpoint_names(tmp_path) == ["step_000000002"], "a broken state was saved, or the good one deleted"
+    assert (tmp_path / "student_ema.pth").read_bytes() == exported
+
+
+def test_a_stop_right_after_a_bad_step_saves_nothing(images, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, "student", 3)
+    step = train_capi.train_step
+
+    def stopped_after_3(state, *args, **kwargs):
+        scalars = step(state, *args, **kwargs)
+        if state.step == 2:  # finished updates before this one
+            signal.raise_signal(signal.SIGTERM)
+        return scalars
+
+    monkeypatch.setattr(train_capi, "train_step", stopped_after_3)
+    assert run_main(tiny(images, tmp_path, "train.nan_check_period=100")) == 2
+    assert "grad_norm became NaN at step 3" in capsys.readouterr().err
+    assert checkpoint_names(tmp_path) == ["step_000000002"]
+
+
+def test_weights_thrown_out_of_range_by_a_finite_gradient_are_not_saved(images, tmp_path, monkeypatch, capsys):
+    step = train_capi.train_step
+
+    def throws(state, *args, **kwargs):
+        scalars = step(state, *args, **kwargs)
+        if state.step == 3:
+            with torch.no_grad():
+                next(state.student_ema.parameters()).view(-1)[0] = float("inf")
+        return scalars
+
+    monkeypatch.setattr(train_capi, "train_step", throws)
+    assert run_main(tiny(images, tmp_path)) == 2
+    assert "weights became +infinity at step 4" in capsys.readouterr().err
+    assert checkpoint_names(tmp_path) == ["step_000000002"]
+
+
+def test_weights_that_are_not_finite_are_not_exported_for_an_evaluation(images, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, "student", 3)
+    mine = "period: 3, final: false, model_to_eval: student, model_setup_script: model.py, where: process"
+    evals = f"evals.mine={{{mine}, eval_config: {{ade20k_segmentation: {{}}}}}}"
+    arguments = [each for each in tiny(images, tmp_path, "train.checkpointing.period=100") if each != "evals=null"]
+    off = [f"evals.{name}=null" for name in ("fast", "slow", "full")]
+    assert run_main([*arguments, *off, evals, "train.nan_check_period=100"]) == 2
+    assert "grad_norm became NaN at step 3" in capsys.readouterr().err
+    assert not (tmp_path / "evals").exists()
+
+
+def test_an_old_checkpoint_of_nan_weights_is_refused_and_the_good_one_named(images, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as old:  # a version that does not look
+        poison(old, "student", 3)
+        old.setattr(train_capi.FiniteWatch, "check", lambda *_: None)
+        run_main(tiny(images, tmp_path))
+    assert checkpoint_names(tmp_path)[-1] == "step_000000006"
+    capsys.readouterr()
+    assert run_main(tiny(images, tmp_path, "optim.total_iters=8")) == 2
+    error = capsys.readouterr().err
+    newest, good = (tmp_path / "checkpoints" / f"step_00000000{step}" for step in (6, 2))
+    assert f"The checkpoint '{newest}' holds weights or optimizer state that are NaN or infinite" in error
+    assert f"train.resume_from={good} " in error, "step 4 is as bad, and no better for its hashes"
+
+
+def test_float16_gradients_that_overflow_in_every_step_end_the_run(images, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, "student", 3, float("inf"), stays=True)
+    half = ["efficiency.param_dtype=float16", "efficiency.grad_scaler=true", "optim.total_iters=100"]
+    assert run_main(tiny(images, tmp_path, *half, "train.checkpointing.period=3", "train.nan_check_period=10")) == 2
+    error = capsys.readouterr().err
+    assert "gradients" in error and "efficiency.param_dtype" in error and "step_0000000" in error
+    state = torch.load(tmp_path / "student.pth", weights_only=True) if (tmp_path / "student.pth").exists() else {}
+    assert state == {}, "the run did not finish"
+
+
+def test_a_worker_that_is_killed_costs_no_finished_step(images, tmp_path, monkeypatch, capsys):
+    following = train_capi.PretrainLoader.__next__
+
+    def kills_a_worker_after_3(loader):
+        if loader.state_dict()["samples"] == 12:
+            for worker in loader._batches._workers:
+                worker.kill()
+        return following(loader)
+
+    monkeypatch.setattr(train_capi.PretrainLoader, "__next__", kills_a_worker_after_3)
+    arguments = tiny(images, tmp_path, "efficiency.dataloader_num_workers=1", "train.checkpointing.period=100")
+    assert run_main([*arguments, "optim.total_iters=40"]) == 2
+    assert "a process that reads images was killed" in capsys.readouterr().err.splitlines()[-1]
+    assert checkpoint_names(tmp_path) == ["step_000000003"]
+
+
+@pytest.mark.parametrize("waits_at", [0, 3])
+def test_a_wait_for_a_batch_gives_way_to_a_signal(images, tmp_path, monkeypatch, waits_at):
+    following = train_capi.PretrainLoader.__next__
+
+    def waits_for_ever(loader):
+        if loader.state_dict()["samples"] == 4 * waits_at:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("the wait went on")
+        return following(loader)
+
+    monkeypatch.setattr(train_capi.PretrainLoader, "__next__", waits_for_ever)
+    assert run_main(tiny(images, tmp_path, "train.checkpointing.period=100")) == 0
+    assert f"stopped by SIGTERM after {waits_at} of 6 steps" in (tmp_path / "log.txt").read_text()
+    assert waits_at == 0 or checkpoint_names(tmp_path) == ["step_000000003"]
+
+
+def test_metrics_that_cannot_be_written_end_the_run_with_a_checkpoint(images, tmp_path, monkeypatch, capsys):
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    assert run_main(tiny(images, straight)) == 0
+    append, full = train_capi.Metrics.append, [3, 6]
+
+    def appends_unless_full(meters, step, values):
+        if full and step == full[0]:
+            full.pop(0)
+            raise OSError(errno.ENOSPC, "No space left on device")  # as from a write, which names no file
+        return append(meters, step, values)
+
+    monkeypatch.setattr(train_capi.Metrics, "append", appends_unless_full)
+    arguments = tiny(images, run, "train.checkpointing.period=100")
+    for saved in (4, 6):  # at the next step, where all ranks agree; the last step has none after it
+        capsys.readouterr()
+        assert run_main(arguments) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error == (
+            f"error: train.output_dir={str(run)!r} cannot be written: No space left on device; make room on that disk"
+        )
+        assert f"step_00000000{saved}" in checkpoint_names(run)
+    assert not (run / "student.pth").exists()
+    assert run_main(arguments) == 0
+    for name in ("student", "student_ema"):
+        assert (run / f"{name}.pth").read_bytes() == (straight / f"{name}.pth").read_bytes()
+
+
+@pytest.mark.parametrize("becomes", ["moved", "removed", "replaced"])
+def test_a_folder_that_goes_away_is_explained_and_not_made_anew(images, tmp_path, monkeypatch, capsys, becomes):
+    run, step = tmp_path / "run", train_capi.train_step
+
+    def goes_away_after_3(state, *args, **kwargs):
+        scalars = step(state, *args, **kwargs)
+        if state.step == 2:  # finished updates before this one
+            shutil.rmtree(run) if becomes == "removed" else run.rename(tmp_path / "elsewhere")
+            if becomes == "replaced":
+                run.mkdir()
+        return scalars
+
+    monkeypatch.setattr(train_capi, "train_step", goes_away_after_3)
+    assert run_main(tiny(images, run)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "Traceback" not in error
+    assert str(run) in error and "moved or deleted while" in error and "bring it back" in error, error
+    assert not (run / "checkpoints").exists()
+    if becomes == "moved":
+        (tmp_path / "elsewhere").rename(run)
+        monkeypatch.undo()
+        assert run_main(tiny(images, run)) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("checkpoints", "file", ["checkpoints", "move it away"]),
+        ("log.txt", "folder", ["log.txt", "move it away"]),
+        ("metrics.jsonl", "folder", ["metrics.jsonl", "move it away"]),
+        ("config.yaml", "folder", ["config.yaml", "move it away"]),
+        ("evals", "file", []),
+        ("compile_cache", "file", []),
+        (".tmp-config.yaml", "folder", []),
+        (".tmp-student.pth", "link", []),
+        ("checkpoints/.tmp-step_000000002", "link", []),
+        ("checkpoints/.trash-step_000000001-1", "file", []),
+        ("checkpoints/.replaced-step_000000002", "link", []),
+        ("checkpoints/step_000000002", "link", []),
+        ("metrics.jsonl", "[1, 2]\n3\n", ["metrics.jsonl, line 1", "move the file away"]),
+    ],
+)
+def test_what_stands_where_the_run_writes_is_named_or_replaced_and_never_followed(
+    images, tmp_path, capsys, name, kind, words
+):
+    path, outside = tmp_path / "run" / name, tmp_path / "outside"
+    path.parent.mkdir(parents=True)
+    outside.mkdir()
+    (outside / "precious").write_text("as it was")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(outside if "step" in name else outside / "precious")
+    else:
+        path.write_text("" if kind == "file" else kind)
+    code = run_main(tiny(images, tmp_path / "run", "optim.total_iters=2"))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert code == (2 if words else 0), error
+    assert all(word in error for word in words), error
+    assert [each.name for each in outside.iterdir()] == ["precious"]
+    assert (outside / "precious").read_text() == "as it was"
 
 
 def test_profiling_writes_a_trace(images, tmp_path):

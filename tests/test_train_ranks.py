@@ -1,11 +1,13 @@
 """Training on several ranks is training on one: the golden trajectory, whole runs, and runs that change their ranks."""
 
+import errno
 import json
 import os
 import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from checkpoint import Checkpoints
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
 from data import Batch
 from optim import hyper_at
+from utils import UserError
 
 GLOBAL_BATCH = 12
 
@@ -151,6 +154,46 @@ def test_a_run_continues_on_other_ranks_and_divided_in_another_way(images, alone
             path.rename(tmp_path / "not-reached")
     run_on_ranks(train_on_this_rank, after, [*arguments, f"efficiency.fsdp={modes[1]}"])
     assert_close_runs(tmp_path, alone)
+
+
+def with_a_fault_of_one_rank(arguments: list[str], kind: str) -> str:
+    """A run in which, at step 3, rank 0 cannot write its metrics, or a gradient of rank 1 is NaN; the error here."""
+    append, average = train_capi.Metrics.append, train_capi.average_gradients_
+    calls = []
+
+    def appends_unless_full(meters: Any, step: int, values: Any) -> Any:
+        if kind == "full disk" and step == 3 and dist.get_rank() == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return append(meters, step, values)
+
+    def averages_a_nan(module: Any, sharding: Any) -> None:
+        calls.append(module)
+        if kind == "NaN" and len(calls) == 5 and dist.get_rank() == 1:  # student and clustering head take turns
+            next(p.grad for p in module.parameters() if p.grad is not None).view(-1)[0] = torch.nan
+        average(module, sharding)
+
+    with (
+        mock.patch.object(train_capi.Metrics, "append", appends_unless_full),
+        mock.patch.object(train_capi, "average_gradients_", averages_a_nan),
+        pytest.raises(UserError) as caught,
+    ):
+        train_on_this_rank(arguments)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says", "saved"),
+    [
+        ("full disk", "cannot be written: No space left on device", ["step_000000002", "step_000000004"]),
+        ("NaN", "grad_norm became NaN at step 3", ["step_000000002"]),
+    ],
+)
+def test_a_fault_of_one_rank_stops_all_with_what_is_good_on_disk(images, tmp_path, kind, says, saved):
+    arguments = run_arguments(images, tmp_path, "efficiency.fsdp=none", "train.nan_check_period=3")
+    period = "train.checkpointing.period=2"
+    errors = run_on_ranks(with_a_fault_of_one_rank, 2, [*arguments, period], kind)
+    assert len(set(errors)) == 1 and says in errors[0], errors
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == saved
 
 
 def main_on_a_rank(arguments: list[str], dies: tuple[int, str, str] | None) -> None:
