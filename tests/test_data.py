@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import types
 import warnings
@@ -28,6 +29,7 @@ import pytest
 import torch
 from conftest import ROOT, run_cli
 from PIL import Image
+from ranks import launched
 from runs import TINY
 from samples import age, encode, make_config, photo
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1092,6 +1094,95 @@ def test_batches_that_do_not_fit_into_the_shared_memory_are_refused_before_the_s
         assert part in str(error.value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert data.workers_that_fit(size) == 0, "two ranks share it"
+
+
+class UntilBlocked(ImageDataset):
+    """Images that can be read until a file named `blocked` appears, and then are waited for."""
+
+    def __init__(self, root):
+        os.mkfifo(root / "pipe")
+        self.root, self.image = root, encode(photo(0))
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return Sample(str(index), self._read)
+
+    def _read(self):
+        return (self.root / "pipe").read_bytes() if (self.root / "blocked").exists() else self.image
+
+
+def run_until(step, act, dataset, tmp_path, monkeypatch, workers):
+    """Train on `dataset`, and call `act(loader)` after a step: the exit code, and the steps that were saved."""
+    loaders = []
+
+    class Spy(PretrainLoader):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, dataset=dataset, **kwargs)
+            loaders.append(self)
+
+    def log_step(cfg, bar, values):
+        if values["step"] == step:
+            act(loaders[0])
+
+    monkeypatch.setattr(train_capi, "PretrainLoader", Spy)
+    monkeypatch.setattr(train_capi, "log_step", log_step)
+    code = train_capi.main([
+        *TINY, f"train.output_dir={tmp_path}/run", "data.dataset=unused", "optim.total_iters=100000",
+        "train.checkpointing.period=100000", f"efficiency.dataloader_num_workers={workers}",
+    ])  # fmt: skip
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (saved,) = (path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert saved == f"step_{steps[-1]:09d}", "what was trained last was not saved"
+    return code, steps[-1]
+
+
+def block(root):
+    """Let all further reads wait for ever, and end that by a signal."""
+
+    def act(_):
+        (root / "blocked").touch()
+        threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
+
+    return act
+
+
+def train_as_a_rank_of_which_the_last_is_blocked(root):
+    rank = int(os.environ["RANK"])
+    (root / str(rank)).mkdir()
+    act = block(root / "1") if rank == 1 else lambda _: None
+    with pytest.MonkeyPatch.context() as patch:
+        code, _ = run_until(2, act, UntilBlocked(root / str(rank)), root, patch, workers=0)
+    assert code == 0
+
+
+def test_ranks_save_together_when_one_of_them_waits_for_ever_and_gets_the_signal(tmp_path):
+    with launched(train_as_a_rank_of_which_the_last_is_blocked, 2, tmp_path) as ranks:
+        for process in ranks:
+            process.join(100)
+        assert [process.exitcode for process in ranks] == [0, 0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_training_that_waits_for_a_batch_for_ever_saves_and_leaves_at_a_signal(workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CLOSE_TIMEOUT_S", 0.1)
+
+    code, step = run_until(2, block(tmp_path), UntilBlocked(tmp_path), tmp_path, monkeypatch, workers)
+    assert code == 0
+    assert 2 <= step <= 2 + 5, "the training did not wait"
+    assert "stopped by SIGTERM" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_training_whose_worker_is_killed_saves_and_says_why_it_ends(tmp_path, monkeypatch, capfd):
+    def kill(loader):
+        os.kill(workers_of(loader)[0].pid, signal.SIGKILL)
+
+    code, _ = run_until(2, kill, UntilBlocked(tmp_path), tmp_path, monkeypatch, workers=2)
+    assert code == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "efficiency.dataloader_num_workers: a process that reads images was killed" in errors[0]
 
 
 @pytest.mark.slow
