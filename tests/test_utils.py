@@ -236,8 +236,10 @@ def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path: Path):
         "time.sleep(600)\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    process = subprocess.Popen(launcher, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen(launcher, stdout=subprocess.PIPE, stderr=stderr, text=True)
     assert process.stdout is not None
-    assert sorted(process.stdout.readline() for _ in range(2)) == ["rank 0\n", "rank 1\n"]
+    lines = sorted(process.stdout.readline() for _ in range(2))
     process.kill()
+    assert lines == ["rank 0\n", "rank 1\n"], (tmp_path / "stderr").read_text()
     assert process.communicate(timeout=60)[0] == ""
