@@ -403,7 +403,8 @@ def draw_neighbours(
         share = percent(float(is_same.double().mean()))
         axes[0, first].set_title(f"{title}: {share} % of the same mix", fontsize=9, loc="left")
         for row, query in enumerate(queries):
-            for ax, other, right in zip(axes[row, first:], found[query], is_same[query], strict=False):
+            places = axes[row, first : first + found.shape[1]]
+            for ax, other, right in zip(places, found[query], is_same[query], strict=True):
                 ax.imshow(pictures[other])
                 color = GREEN if right else VERMILLION
                 ax.add_patch(Rectangle((0, 0), 1, 1, transform=ax.transAxes, fill=False, linewidth=4, color=color))
