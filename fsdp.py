@@ -197,9 +197,9 @@ def compile_function(
     `fully_shard`, whose hooks cannot be compiled, `compile_blocks` compiles what is between them instead.
 
     With `cuda_graphs` on a CUDA device, forward and backward passes are replayed as CUDA graphs: launching costs one
-    call per graph. Parameters stay where they are, other arguments are copied in, and random numbers come from the
-    generator's state at the time of the replay. Results, gradients included, are overwritten by the replay after the
-    next `torch.compiler.cudagraph_mark_step_begin`, which the caller calls when it needs none of them any longer.
+    call per graph. Parameters stay where they are, other arguments are copied in. Results, gradients included, are
+    overwritten by the replay after the next `torch.compiler.cudagraph_mark_step_begin`, which the caller calls when it
+    needs none of them any longer.
 
     Raises: UserError if the code is to run on a CPU and there is no C++ compiler, or if graphs are asked for where
         weights are divided.

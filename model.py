@@ -17,17 +17,17 @@ from utils import UserError
 from weights import load_backbone_weights, load_from_hub, read_state_dict, with_hub_methods
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float, Int, Shaped
 else:
     try:
-        from jaxtyping import Float, Int
+        from jaxtyping import Float, Int, Shaped
     except ImportError:  # torch.hub users have torch alone; annotations then say less
 
         class _Untyped:
             def __class_getitem__(cls, _: object) -> Any:
                 return Tensor
 
-        Float = Int = _Untyped
+        Float = Int = Shaped = _Untyped
 
 DEFAULT_CONFIG = Path(__file__).parent / "default_pretrain_config.yaml"
 
@@ -162,26 +162,70 @@ class Residual(nn.Module):
         self.norm, self.fn = norm, fn
         self.keep_prob, self.drop_path_type = 1.0 - drop_path_rate, drop_path_type
 
-    def forward(self, x: Float[Tensor, "b n d"], *others: Tensor | None) -> Float[Tensor, "b n d"]:
-        """Add the branch to `x`. None among `others` stands for the normed tokens themselves (self-attention)."""
+    def draw(
+        self, b: int, generator: torch.Generator | None = None, device: torch.device | None = None
+    ) -> Shaped[Tensor, "..."]:
+        """What `forward` takes as `drawn`.
+
+        Returns: for `naive` whether each image is kept, `[b]`; for `efficient` the images in a random order, of which
+            the first ones are kept, and each image's place in it, `[2, b]`.
+        """
+        if self.drop_path_type == "naive":
+            return torch.rand(b, generator=generator, device=device) < self.keep_prob
+        order = torch.randperm(b, generator=generator, device=device)
+        return torch.stack([order, order.argsort()])
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], *others: Tensor | None, drawn: Shaped[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """Add the branch to `x`. None among `others` stands for the normed tokens themselves (self-attention).
+
+        Without `drawn`, training draws from torch's global generator.
+        """
         if not self.training or self.keep_prob == 1.0:
             return x + self._branch(x, others)
         b = x.shape[0]
+        if drawn is None:
+            drawn = self.draw(b, device=x.device)
         if self.drop_path_type == "naive":
-            kept = torch.rand(b, 1, 1, device=x.device) < self.keep_prob
-            return x + self._branch(x, others) * (kept / self.keep_prob).to(x.dtype)
+            return x + self._branch(x, others) * (drawn.view(b, 1, 1) / self.keep_prob).to(x.dtype)
         num_kept = max(int(b * self.keep_prob), 1)
-        subset = torch.randperm(b, device=x.device)[:num_kept]
+        kept, place = drawn[0, :num_kept], drawn[1]
         shared: dict[int, Tensor] = {}  # one gather per tensor, so that equal coordinates stay one object
         for tensor in others:
             if tensor is not None and id(tensor) not in shared:
-                shared[id(tensor)] = tensor if len(tensor) == 1 else tensor.index_select(0, subset)
-        branch = self._branch(x.index_select(0, subset), [None if t is None else shared[id(t)] for t in others])
-        return x.index_add(0, subset, branch.to(x.dtype), alpha=b / num_kept)
+                shared[id(tensor)] = tensor if len(tensor) == 1 else _rows(tensor, kept, place)
+        branch = self._branch(_rows(x, kept, place), [None if t is None else shared[id(t)] for t in others])
+        return x + _rows(branch.to(x.dtype), place, kept) * (b / num_kept)
 
     def _branch(self, x: Tensor, others: Any) -> Tensor:
         normed = _norm_in_dtype_of(x, self.norm)
         return self.fn(normed, *(normed if tensor is None else tensor for tensor in others))
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of `x` by index, zeros where the index is past the end; `inverse` is where each row of `x` went, past the
+    end if nowhere. With it the gradient is gathered as well: adding it up by index would take atomic operations."""
+
+    @staticmethod
+    def forward(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        rows = x.index_select(0, index.clamp(max=len(x) - 1))
+        if len(index) <= len(inverse):
+            return rows
+        return torch.where((index < len(x)).view(-1, *[1] * (x.ndim - 1)), rows, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        index, inverse = ctx.saved_tensors
+        return _rows(grads[0], inverse, index), None, None
+
+
+def _rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return _Rows.apply(x, index, inverse)  # pyright: ignore[reportReturnType]  # a tensor
 
 
 def _norm_in_dtype_of(x: Tensor, norm: nn.Module) -> Tensor:
@@ -213,9 +257,11 @@ class Block(nn.Module):
         context: Float[Tensor, "b nc d"] | None,
         x_coords: Float[Tensor, "#b n 2"],
         context_coords: Float[Tensor, "#b nc 2"],
+        drop_path: Shaped[Tensor, "2 ..."] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Attend to `context`, or to `x` itself if it is None."""
-        return self.residual2(self.residual1(x, context, x_coords, context_coords))
+        """Attend to `context`, or to `x` itself if it is None. `drop_path`: what each branch takes as `drawn`."""
+        attention, mlp = (None, None) if drop_path is None else drop_path.unbind()
+        return self.residual2(self.residual1(x, context, x_coords, context_coords, drawn=attention), drawn=mlp)
 
 
 class Transformer(nn.Module):
@@ -242,12 +288,13 @@ class Transformer(nn.Module):
         context: Float[Tensor, "b nc d"] | None = None,
         context_coords: Float[Tensor, "#b nc 2"] | None = None,
         num_blocks: int | None = None,
+        drop_path: Shaped[Tensor, "layers 2 ..."] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Run the first `num_blocks` blocks (default all)."""
+        """Run the first `num_blocks` blocks (default all), each with its part of `drop_path`."""
         if context_coords is None:
             context_coords = x_coords
-        for block in self.blocks[:num_blocks]:
-            x = block(x, context, x_coords, context_coords)
+        for layer, block in enumerate(self.blocks[:num_blocks]):
+            x = block(x, context, x_coords, context_coords, None if drop_path is None else drop_path[layer])
         return x
 
 
@@ -473,6 +520,7 @@ class EncoderDecoder(nn.Module):
         visible_indices: Int[Tensor, " visible"] | None = None,
         predict_indices: Int[Tensor, " predicted"] | None = None,
         do_prediction: bool = False,
+        drop_path: Shaped[Tensor, "layers 2 ..."] | None = None,
     ) -> tuple[Float[Tensor, "b v d"], Float[Tensor, "predicted d"] | None]:
         """Encode the visible patches and, if asked, predict the hidden ones.
 
@@ -482,6 +530,7 @@ class EncoderDecoder(nn.Module):
                 image; None shows all patches (the teacher).
             predict_indices: flat positions to predict, likewise.
             do_prediction: run the predictor; needs `predict_indices`.
+            drop_path: what `draw_drop_path` drew for this batch; None leaves it to torch's global generator.
 
         Returns: encoder output at the visible patches in the given order, and predictions or None.
         """
@@ -493,15 +542,29 @@ class EncoderDecoder(nn.Module):
             patches = patches.flatten(0, 1)[visible_indices].unflatten(0, (b, -1))
             coords = grid[0][visible_indices % (hp * wp)].unflatten(0, (b, -1))
         tokens, token_coords = self._prepend_registers(patches, coords)
-        encoded = self.enc_norm(self.encoder(tokens, token_coords))
+        of_encoder, of_decoder = (
+            (None, None) if drop_path is None else (drop_path[: self.n_blocks], drop_path[self.n_blocks :])
+        )
+        encoded = self.enc_norm(self.encoder(tokens, token_coords, drop_path=of_encoder))
         encoder_patches = encoded[:, self.n_registers :]
         if not do_prediction:
             return encoder_patches, None
         assert predict_indices is not None
         query_coords = grid[0][predict_indices % (hp * wp)].unflatten(0, (b, -1))
         queries = self.mask_token.expand(b, query_coords.shape[1], -1)
-        predictions = self.dec_norm(self.decoder(queries, query_coords, encoded, token_coords))
+        predicted = self.decoder(queries, query_coords, encoded, token_coords, drop_path=of_decoder)
+        predictions = self.dec_norm(predicted)
         return encoder_patches, predictions.flatten(0, 1)
+
+    def draw_drop_path(self, b: int, generator: torch.Generator) -> Shaped[Tensor, "layers 2 ..."] | None:
+        """On which images of a batch each branch of each block runs in training; None if on all.
+
+        To be drawn outside of what is compiled: there, random numbers need not come from the generator that is seeded.
+        """
+        residuals = [module for module in self.modules() if isinstance(module, Residual)]
+        if all(residual.keep_prob == 1.0 for residual in residuals):
+            return None
+        return torch.stack([residual.draw(b, generator) for residual in residuals]).unflatten(0, (-1, 2))
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> "EncoderDecoder":

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -116,13 +116,16 @@ def do_student(
     visible_indices: Int[Tensor, " bv"],
     predict_indices: Int[Tensor, " bm"],
     targets: Float[Tensor, "bm k"],
+    drop_path: Shaped[Tensor, "layers 2 ..."] | None,
     student_temp: float,
     dtype: torch.dtype,
 ) -> Float[Tensor, ""]:
     """Cross-entropy between targets and predictions, summed over the predicted tokens in float64."""
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         backbone: Any = student["backbone"]
-        _, predictions = backbone.forward_pretrain(images, visible_indices, predict_indices, do_prediction=True)
+        _, predictions = backbone.forward_pretrain(
+            images, visible_indices, predict_indices, do_prediction=True, drop_path=drop_path
+        )
         logits = student["head"](predictions)
     per_token = soft_cross_entropy(targets, logits, student_temp)
     return per_token.sum() if per_token.device.type == "mps" else per_token.double().sum()  # mps has no float64
@@ -293,7 +296,7 @@ def train_step(
         with_health: also compute effective rank and norms of the teacher's features.
     """
     cfg = state.cfg
-    torch.manual_seed(derive_seed(cfg.train.seed, "drop-path", state.step, rank()))  # a function of the step: resumable
+    random = torch.Generator().manual_seed(derive_seed(cfg.train.seed, "drop-path", state.step, rank()))
     state.student_optimizer.zero_grad()
     state.clustering_optimizer.zero_grad()
     torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs gave, gradients above all, is not needed
@@ -317,14 +320,17 @@ def train_step(
             loss_scale=state.scaler.scale(one),
         )
 
+    student: Any = state.student["backbone"]
     capi_loss = torch.zeros((), device=state.device)
     for batch, targets in zip(batches, clustering.targets.chunk(len(batches)), strict=True):
+        drop_path = student.draw_drop_path(len(batch.images), random)
         summed = state.do_student(
             state.student,
             batch.images,
             batch.visible_indices,
             batch.predict_indices,
             targets,
+            None if drop_path is None else _sent_to(state.device, drop_path),
             cfg.capi.student_temp,
             state.dtype,
         )
@@ -345,6 +351,11 @@ def train_step(
     if with_health:
         scalars |= _health(features)
     return _mean_over_ranks(scalars) | state.apply_gradients(hyper)
+
+
+def _sent_to(device: torch.device, x: Tensor) -> Tensor:
+    """A copy of a tensor of the CPU that the host does not wait for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _mean_over_ranks(scalars: dict[str, Tensor]) -> dict[str, Tensor]:

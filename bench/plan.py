@@ -277,10 +277,10 @@ def trace_step(cfg: CapiConfig, ranks: int, sharding: Sharding) -> Traced:
         visible = torch.empty(batch * masks.num_visible, dtype=torch.int64)
         predict = torch.empty(batch * masks.num_predict, dtype=torch.int64)
         targets = torch.empty(len(predict), cfg.capi.num_clusters)
+        drop_path = student["backbone"].draw_drop_path(batch, torch.Generator())
         graphs = {"teacher": trace(do_teacher, teacher, images, sharding.param_dtype)["inference"]}
-        graphs |= trace(
-            do_student, student, images, visible, predict, targets, cfg.capi.student_temp, sharding.param_dtype
-        )
+        temperature, dtype = cfg.capi.student_temp, sharding.param_dtype
+        graphs |= trace(do_student, student, images, visible, predict, targets, drop_path, temperature, dtype)
     kept, activations = kept_bytes(graphs["forward"])
     traced = time.perf_counter() - began
     dist.destroy_process_group()

@@ -198,8 +198,6 @@ CUDA_GRAPHS = """
     cuda, args = torch.device("cuda"), test_bench.arguments("efficiency.param_dtype=float32")
     losses = {}
     for mode in ("eager", "cudagraphs"):
-        # Drop path draws other images in compiled code.
-        args.sources.append("model.transformers_kwargs.drop_path_rate=0")
         repeated = step.Step(step.configure(args, cuda, 8, mode), cuda)
         cfg, state, losses[mode] = repeated.cfg, repeated.state, []
         for i in range(8):
@@ -210,7 +208,7 @@ CUDA_GRAPHS = """
             losses[mode].append(torch.stack([scalars[k].double() for k in ("loss", "grad_norm")]))
     torch.testing.assert_close(torch.stack(losses["cudagraphs"]), torch.stack(losses["eager"]), rtol=1e-3, atol=1e-4)
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-    # Replays draw new images for drop path, from the step's seed.
+    # Replays are given new images for drop path, from the step's seed.
     args.sources.append("model.transformers_kwargs.drop_path_rate=0.5")
     repeated = step.Step(step.configure(args, cuda, 8, "cudagraphs"), cuda)
     hyper = hyper_at(0, repeated.cfg)  # learning rate 0: the loss depends on drop path alone

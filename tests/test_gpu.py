@@ -1,9 +1,11 @@
 """What only a GPU can show: `make gpu`."""
 
 import dataclasses
+import textwrap
 
 import pytest
 import torch
+from conftest import ROOT, run_cli
 from runs import make_images, metrics_of, run_main, tiny
 from test_train_capi import GOLDEN_CONFIG, golden_batches
 
@@ -26,6 +28,41 @@ def test_a_step_never_waits_for_the_gpu():
         train_capi.train_step(state, [batch], hyper_at(2, cfg), with_usage=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.timeout(600)
+def test_drop_path_of_a_compiled_step_follows_seed_and_step_on_a_gpu():
+    """The same images as in an eager step and on a CPU, however many steps this process has made before."""
+    done = run_cli("-c", textwrap.dedent(DROP_PATH), timeout=600, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+DROP_PATH = """
+    import dataclasses, torch
+    import test_train_capi as golden
+    from optim import hyper_at
+    from train_capi import TrainState, train_step
+
+    (batch,) = golden.golden_batches(0, 1)
+    losses = {}
+    for device, disable in (("cpu", "true"), ("cuda", "true"), ("cuda", "false")):
+        cfg = golden.load_config(golden.CapiConfig, golden.DEFAULT_PRETRAIN_CONFIG, [
+            *golden.GOLDEN_CONFIG, golden.DROP_PATH, f"train.device={device}",
+            f"efficiency.compilation.do_teacher.disable={disable}",
+            f"efficiency.compilation.do_student.disable={disable}",
+        ])
+        state = TrainState(cfg, torch.device(device))
+        for name, module in state.modules.items():
+            name = name if name == "clustering" else "student"
+            golden.load_whole(module, golden.part(f"init.{name}."))
+        mine = dataclasses.replace(batch.to(device), host_predict_indices=batch.host_predict_indices)
+        # Learning rates are 0 at step 0: the loss depends on the images that are dropped, and on nothing before.
+        for step in (0, 1, 2, 3, 1, 2):
+            state.step = step
+            loss = train_step(state, [mine], hyper_at(0, cfg))["capi_loss"].item()
+            torch.testing.assert_close(loss, losses.setdefault(step, loss), rtol=1e-3, atol=0, msg=f"{device} {step}")
+        assert len({round(loss, 4) for loss in losses.values()}) == 4, losses
+"""
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -265,24 +265,62 @@ def test_drop_path_asks_the_device_for_nothing():
     waits = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::_unique2"}
     assert not waits & operators.names.keys()
     assert operators.names["aten::randperm"] == 8  # two branches in each of four blocks
+    added_up = [name for name in operators.names.elements() if "index_add" in name or "index_put" in name]
+    assert added_up == ["aten::index_put"], (
+        "on a GPU these are atomic operations; one for the visible patches is enough"
+    )
 
 
-def test_dropped_images_pass_unchanged_and_their_gradient_too():
-    """Against the plain definition: x + mask * branch(x) * b / kept, image by image."""
-    model = tiny_model(**with_drop_path(0.5, "efficient")).train().double()
-    residual = model.encoder.blocks[0].residual2
-    x = torch.randn(6, 3, 32, generator=seeded(0), dtype=torch.float64).requires_grad_()
-    expected_x = x.detach().clone().requires_grad_()
-    torch.manual_seed(5)
-    out = residual(x)
-    torch.manual_seed(5)
-    kept = torch.zeros(6, 1, 1, dtype=torch.float64).index_fill(0, torch.randperm(6)[:3], 2.0)
-    expected = expected_x + kept * residual._branch(expected_x, [])
-    torch.testing.assert_close(out, expected)
-    weights = torch.randn(out.shape, generator=seeded(1), dtype=torch.float64)
-    (out * weights).sum().backward()
-    (expected * weights).sum().backward()
-    torch.testing.assert_close(x.grad, expected_x.grad)
+@pytest.mark.parametrize("kind", ["efficient", "naive"])
+def test_the_same_draw_drops_the_same_branches_and_another_one_others(kind):
+    model = tiny_model(**with_drop_path(0.5, kind)).train()
+    x, everything = torch.randn(6, 3, 8, 12), torch.arange(6 * 6)
+
+    def predictions(seed):
+        drawn = model.draw_drop_path(6, seeded(seed))
+        before = torch.get_rng_state()
+        _, predictions = model.forward_pretrain(x, everything, everything, do_prediction=True, drop_path=drawn)
+        assert torch.equal(torch.get_rng_state(), before), "something else was drawn"
+        return predictions
+
+    assert torch.equal(predictions(0), predictions(0))
+    assert not torch.equal(predictions(0), predictions(1))
+
+
+@pytest.mark.parametrize("kind", ["efficient", "naive"])
+def test_every_branch_draws_for_itself(kind):
+    model = tiny_model(**with_drop_path(0.5, kind))
+    drawn = model.draw_drop_path(64, seeded(0))
+    assert drawn.shape[:2] == (4, 2)
+    assert len({tuple(branch.flatten().tolist()) for branch in drawn.flatten(0, 1)}) == 8
+    assert tiny_model().draw_drop_path(64, seeded(0)) is None, "there is nothing to drop"
+
+
+@pytest.mark.parametrize("kind", ["efficient", "naive"])
+@pytest.mark.parametrize(("b", "rate"), [(6, 0.5), (5, 0.3), (2, 0.9), (1, 0.3)])
+def test_dropped_images_pass_unchanged_and_their_gradient_too(kind, b, rate):
+    """Against the plain definition, image by image: x + branch(x, context) / fraction that is kept, or x."""
+    residual = tiny_model(**with_drop_path(rate, kind)).train().double().encoder.blocks[0].residual1
+    shapes = {"x": (b, 3, 32), "context": (b, 4, 32), "x_coords": (b, 3, 2), "context_coords": (b, 4, 2)}
+    random = seeded(0)
+    inputs = {name: torch.randn(shape, generator=random, dtype=torch.float64) for name, shape in shapes.items()}
+    drawn = residual.draw(b, random)
+    num_kept = max(int(b * (1 - rate)), 1)
+    kept = drawn.nonzero().flatten() if kind == "naive" else drawn[0, :num_kept]
+    scale = 1 / (1 - rate) if kind == "naive" else b / num_kept
+    weights = torch.randn(shapes["x"], generator=random, dtype=torch.float64)
+    results = []
+    for is_plain in (False, True):
+        leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+        if is_plain:
+            rows = [[leaf[i : i + 1] for leaf in leaves.values()] for i in range(b)]
+            out = [x + scale * residual._branch(x, others) if i in kept else x for i, (x, *others) in enumerate(rows)]
+            out = torch.cat(out)
+        else:
+            out = residual(*leaves.values(), drawn=drawn)
+        gradients = torch.autograd.grad((out * weights).sum(), list(leaves.values()), materialize_grads=True)
+        results.append([out, *gradients])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)  # angles are float32
 
 
 def test_attention_on_a_cpu_takes_the_fused_kernel():

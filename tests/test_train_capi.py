@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import re
 import shutil
@@ -18,7 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import train_capi
 from checkpoint import SavedState
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
-from data import Batch
+from data import Batch, derive_seed
+from model import Residual
 from optim import hyper_at
 from train_capi import warn_of_another_course
 
@@ -179,16 +181,64 @@ def test_fp8_needs_bfloat16(tmp_path, capsys):
     assert "efficiency.teacher_fp8=True: results are bfloat16; set efficiency.param_dtype" in capsys.readouterr().err
 
 
+DROP_PATH = "model.transformers_kwargs.drop_path_rate=0.3"
+NAIVE = "model.transformers_kwargs.block_kwargs.drop_path_type=naive"
+
+
 def test_drop_path_of_a_step_depends_on_seed_and_step_alone():
     losses = []
     for noise in (0, 1):
-        state = golden_state("model.transformers_kwargs.drop_path_rate=0.3")
+        state = golden_state(DROP_PATH)
         torch.manual_seed(noise)
         state.step = 5
         losses.append(train_capi.train_step(state, golden_batches(0, 1), hyper_at(1, state.cfg))["capi_loss"])
     assert losses[0] == losses[1]
     state.step = 6
     assert train_capi.train_step(state, golden_batches(0, 1), hyper_at(1, state.cfg))["capi_loss"] != losses[0]
+
+
+def plain_drop_path(self, x, *others, drawn=None):
+    """The definition: every image runs through the branch, and what is dropped is multiplied by 0."""
+    b = len(x)
+    if not self.training or self.keep_prob == 1:
+        return x + self._branch(x, others)
+    if self.drop_path_type == "naive":
+        weights = drawn / self.keep_prob
+    else:
+        num_kept = max(int(b * self.keep_prob), 1)
+        weights = torch.zeros(b).index_fill(0, drawn[:num_kept], b / num_kept)
+    return x + weights.view(b, 1, 1) * self._branch(x, others)
+
+
+@pytest.mark.parametrize("overrides", [[], ["efficiency.rematerialization.enabled=false"], [NAIVE]])
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_steps_with_drop_path_are_those_of_its_plain_definition(monkeypatch, overrides, accumulation_steps):
+    """Images that are drawn by hand from seed, step and rank, in the order of forward passes, blocks and branches."""
+    actual, expected = (golden_state(DROP_PATH, *overrides) for _ in range(2))
+    do_student, given = expected.do_student, []
+
+    def draw(b):
+        return torch.rand(b, generator=random) < 0.7 if NAIVE in overrides else torch.randperm(b, generator=random)
+
+    def with_images_by_hand(student, images, visible, predict, targets, _drop_path, *rest):
+        given.append(torch.stack([draw(len(images)) for _ in range(2 * 5)]))
+        return do_student(student, images, visible, predict, targets, given[-1].unflatten(0, (5, 2)), *rest)
+
+    expected.do_student = with_images_by_hand
+    for i in range(3):
+        hyper = hyper_at(i, actual.cfg)
+        a = train_capi.train_step(actual, golden_batches(i, accumulation_steps), hyper)
+        random = torch.Generator().manual_seed(derive_seed(actual.cfg.train.seed, "drop-path", i, 0))
+        with monkeypatch.context() as patched:
+            patched.setattr(Residual, "forward", plain_drop_path)
+            b = train_capi.train_step(expected, golden_batches(i, accumulation_steps), hyper)
+        actual.step += 1
+        expected.step += 1
+        for name in ("capi_loss", "clustering_loss", "grad_norm"):
+            assert a[name].item() == pytest.approx(b[name].item(), rel=1e-5), f"{name} at step {i}"
+    assert not any(torch.equal(x, y) for x, y in itertools.combinations(given, 2)), "forward passes share their draw"
+    for (name, p), q in zip(actual.student.named_parameters(), expected.student.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=0, msg=name)
 
 
 def test_the_teacher_is_the_average_and_gets_no_gradient():
@@ -291,7 +341,7 @@ def test_a_run_killed_at_any_moment_ends_like_one_never_interrupted(images, tmp_
         f"efficiency.dataloader_num_workers={num_workers}",
         "train.log_loss_every=2",  # windows of log and checkpoint differ: averages in the middle must survive
         "train.checkpointing.period=3",
-        "model.transformers_kwargs.drop_path_rate=0.3",
+        DROP_PATH,
     ]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert KillableRun(tiny(source, straight, *extra), straight).join() == 0
