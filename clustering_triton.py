@@ -29,22 +29,31 @@ ROUND_VALUES, LEARN_VALUES = 32, 16
 """Logits per thread of such programs. Compiled for an H100, the first needs 126 registers of 128 and spills none, the
 second needs all of 64 and spills 16."""
 
+OPTIONS = {"enable_fp_fusion": True}
+"""Of the compiler: a * b + c in one operation, rounded once. Triton 3.9 warns if this is left to its default, which
+differs between versions."""
+MULTIPLE = 16
+"""Rows of logits and targets begin at a multiple of so many values, or they would be read and written two bytes at a
+time."""
+
 
 @triton.jit
-def _read(logits, rows, columns, b, k):
+def _read(logits, rows, columns, b, k, stride):
     """Logits as float32, 0 outside, and where they are inside."""
     inside = (rows < b)[:, None] & (columns < k)[None, :]
-    at = logits + rows[:, None] * k + columns[None, :]
-    return tl.load(at, mask=inside, other=0.0).to(tl.float32), inside, at
+    at = logits + rows[:, None] * stride + columns[None, :]
+    # Up to `stride`, of which the compiler knows that 16 divides it, many bytes are read at a time; up to k it is two.
+    read = tl.load(at, mask=(rows < b)[:, None] & (columns < stride)[None, :], other=0.0)
+    return tl.where(inside, read.to(tl.float32), 0.0), inside, at
 
 
 @triton.jit
-def _exponentials(logits, maxima, rows, columns, b, k, scale, shift):
+def _exponentials(logits, maxima, rows, columns, b, k, stride, scale, shift):
     """exp((logits - maxima) / temperature + shift), 0 outside, and what `_read` gives.
 
     `scale` and `shift` are for powers of two.
     """
-    read, inside, at = _read(logits, rows, columns, b, k)
+    read, inside, at = _read(logits, rows, columns, b, k, stride)
     largest = tl.load(maxima + columns, mask=columns < k, other=0.0)
     return tl.where(inside, tl.exp2((read - largest[None, :]) * scale + shift), 0.0), read, inside, at
 
@@ -56,7 +65,9 @@ def _row(vector, columns, k):
 
 
 @triton.jit
-def _column_kernel(logits, maxima, sums, b, k, scale, rows_at_once: tl.constexpr, columns_at_once: tl.constexpr):
+def _column_kernel(
+    logits, maxima, sums, b, k, stride, scale, rows_at_once: tl.constexpr, columns_at_once: tl.constexpr
+):
     """Of each prototype: largest logit, and sum over tokens of exp((logit - largest) / temperature)."""
     position = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * columns_at_once + tl.arange(0, columns_at_once)
@@ -64,7 +75,7 @@ def _column_kernel(logits, maxima, sums, b, k, scale, rows_at_once: tl.constexpr
     total = tl.zeros([columns_at_once], tl.float32)
     for start in range(0, b, rows_at_once):
         rows = start + tl.arange(0, rows_at_once)
-        read, inside, _ = _read(logits + position * b * k, rows, columns, b, k)
+        read, inside, _ = _read(logits + position * b * stride, rows, columns, b, k, stride)
         present = (rows < b)[:, None] | (columns >= k)[None, :]  # a column outside is full of zeros, for no inf - inf
         found = tl.maximum(largest, tl.max(tl.where(present, read, -float("inf")), 0))
         here = tl.where(inside, tl.exp2((read - found[None, :]) * scale), 0.0)
@@ -76,17 +87,17 @@ def _column_kernel(logits, maxima, sums, b, k, scale, rows_at_once: tl.constexpr
 
 @triton.jit
 def _round_kernel(
-    logits, maxima, prototype, token, partial, b, k, scale, shift, eps,
+    logits, maxima, prototype, token, partial, b, k, stride, scale, shift, eps,
     rows_at_once: tl.constexpr, columns_at_once: tl.constexpr,
 ):  # fmt: skip
     """Scale some tokens of a position; what they then give to each prototype goes to a row of `partial`."""
     block, position = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows = block * rows_at_once + tl.arange(0, rows_at_once)
-    logits, maxima, prototype = logits + position * b * k, maxima + position * k, prototype + position * k
+    logits, maxima, prototype = logits + position * b * stride, maxima + position * k, prototype + position * k
     sums = tl.zeros([rows_at_once], tl.float32)
     for start in range(0, k, columns_at_once):
         columns = start + tl.arange(0, columns_at_once)
-        e, _, _, _ = _exponentials(logits, maxima, rows, columns, b, k, scale, shift)
+        e, _, _, _ = _exponentials(logits, maxima, rows, columns, b, k, stride, scale, shift)
         sums += tl.sum(e * _row(prototype, columns, k), 1)
     own = token + position * b + rows
     scaling = tl.load(own, mask=rows < b, other=1.0)
@@ -95,20 +106,20 @@ def _round_kernel(
     partial += (position * tl.num_programs(0) + block) * k
     for start in range(0, k, columns_at_once):  # again, for the sums were not known; by now from the cache
         columns = start + tl.arange(0, columns_at_once)
-        e, _, _, _ = _exponentials(logits, maxima, rows, columns, b, k, scale, shift)
+        e, _, _, _ = _exponentials(logits, maxima, rows, columns, b, k, stride, scale, shift)
         tl.store(partial + columns, tl.sum(e * scaling[:, None], 0), mask=columns < k)
 
 
 @triton.jit
-def _held_tokens(logits, offset, rows, columns, b, k, scale):
+def _held_tokens(logits, offset, rows, columns, b, k, stride, scale):
     """What whole tokens give to each prototype before they are scaled, 0 outside, and what `_read` gives."""
-    read, inside, at = _read(logits, rows, columns, b, k)
+    read, inside, at = _read(logits, rows, columns, b, k, stride)
     return tl.where(inside, tl.exp2(read * scale + offset[None, :]), 0.0), read, inside, at
 
 
 @triton.jit
 def _held_round_kernel(
-    logits, offsets, token, partial, b, k, scale, eps, num_groups,
+    logits, offsets, token, partial, b, k, stride, scale, eps, num_groups,
     rows_at_once: tl.constexpr, columns_at_once: tl.constexpr,
 ):  # fmt: skip
     """As `_round_kernel`, with all prototypes at once; `partial` gets the sums with the prototypes' scaling in them.
@@ -117,14 +128,14 @@ def _held_round_kernel(
     """
     block, position = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, columns_at_once)
-    logits, token = logits + position * b * k, token + position * b
+    logits, token = logits + position * b * stride, token + position * b
     offset = tl.load(offsets + position * k + columns, mask=columns < k, other=0.0)
     sums = tl.zeros([columns_at_once], tl.float32)
     # Two stages: the next tokens are on their way to shared memory while these are worked on.
     first = block * num_groups
     for group in tl.range(first, first + num_groups, num_stages=2):  # pyright: ignore[reportGeneralTypeIssues]
         rows = group * rows_at_once + tl.arange(0, rows_at_once)
-        e, _, _, _ = _held_tokens(logits, offset, rows, columns, b, k, scale)
+        e, _, _, _ = _held_tokens(logits, offset, rows, columns, b, k, stride, scale)
         scaling = tl.load(token + rows, mask=rows < b, other=1.0)
         scaling = scaling / (scaling * tl.sum(e, 1) + eps)
         tl.store(token + rows, scaling, mask=rows < b)
@@ -135,19 +146,19 @@ def _held_round_kernel(
 
 @triton.jit
 def _held_learn_kernel(
-    logits, offsets, token, slots, targets, losses, partial, b, k, scale, eps, pred_scale, num_groups,
+    logits, offsets, token, slots, targets, losses, partial, b, k, stride, scale, eps, pred_scale, num_groups,
     rows_at_once: tl.constexpr, columns_at_once: tl.constexpr,
 ):  # fmt: skip
     """As `_learn_kernel`, with all prototypes at once, and `offsets` as in `_held_round_kernel`."""
     block, position = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, columns_at_once)
-    logits, token = logits + position * b * k, token + position * b
+    logits, token = logits + position * b * stride, token + position * b
     slots, losses = slots + position * b, losses + position * b
     offset = tl.load(offsets + position * k + columns, mask=columns < k, other=0.0)
     residual_sums = tl.zeros([columns_at_once], tl.float32)
     for group in range(block * num_groups, (block + 1) * num_groups):
         rows = group * rows_at_once + tl.arange(0, rows_at_once)
-        e, read, inside, at = _held_tokens(logits, offset, rows, columns, b, k, scale)
+        e, read, inside, at = _held_tokens(logits, offset, rows, columns, b, k, stride, scale)
         scaling = tl.load(token + rows, mask=rows < b, other=1.0)
         sums = tl.sum(e, 1)
         scaling = scaling / (scaling * sums + eps)
@@ -158,11 +169,11 @@ def _held_learn_kernel(
         exp_sums = tl.where(rows < b, tl.sum(prediction, 1), 1.0)
         assignments = e * scaling[:, None]
         slot = tl.load(slots + rows, mask=rows < b, other=-1).to(tl.int64)
-        wanted = inside & (slot >= 0)[:, None]
-        tl.store(targets + slot[:, None] * k + columns[None, :], assignments, mask=wanted)
+        wanted = (slot >= 0)[:, None] & (columns < stride)[None, :]
+        tl.store(targets + slot[:, None] * stride + columns[None, :], assignments, mask=wanted)
         dot = tl.sum(tl.where(inside, assignments * log2, 0.0), 1)
         residuals = assignments - prediction * (sums / exp_sums)[:, None]
-        tl.store(at, residuals, mask=inside)
+        tl.store(at, residuals, mask=(rows < b)[:, None] & (columns < stride)[None, :])
         residual_sums += tl.sum(residuals, 0)
         tl.store(losses + rows, sums * tl.log2(exp_sums) - dot, mask=rows < b)
     partial += (position * tl.num_programs(0) + block) * k
@@ -171,19 +182,19 @@ def _held_learn_kernel(
 
 @triton.jit
 def _learn_kernel(
-    logits, maxima, prototype, token, slots, targets, losses, partial, b, k, scale, shift, eps, pred_scale,
+    logits, maxima, prototype, token, slots, targets, losses, partial, b, k, stride, scale, shift, eps, pred_scale,
     rows_at_once: tl.constexpr, columns_at_once: tl.constexpr,
 ):  # fmt: skip
     """Scale some tokens a last time; their losses in bits, targets, and residuals, whose sums `partial` gets."""
     block, position = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows = block * rows_at_once + tl.arange(0, rows_at_once)
-    logits, maxima, prototype = logits + position * b * k, maxima + position * k, prototype + position * k
+    logits, maxima, prototype = logits + position * b * stride, maxima + position * k, prototype + position * k
     sums = tl.zeros([rows_at_once], tl.float32)
     largest = tl.full([rows_at_once], -float("inf"), tl.float32)
     exp_sums = tl.zeros([rows_at_once], tl.float32)
     for start in range(0, k, columns_at_once):
         columns = start + tl.arange(0, columns_at_once)
-        e, read, inside, _ = _exponentials(logits, maxima, rows, columns, b, k, scale, shift)
+        e, read, inside, _ = _exponentials(logits, maxima, rows, columns, b, k, stride, scale, shift)
         sums += tl.sum(e * _row(prototype, columns, k), 1)
         present = (columns < k)[None, :] | (rows >= b)[:, None]
         found = tl.maximum(largest, tl.max(tl.where(present, read, -float("inf")), 1))
@@ -199,17 +210,37 @@ def _learn_kernel(
     partial += (position * tl.num_programs(0) + block) * k
     for start in range(0, k, columns_at_once):
         columns = start + tl.arange(0, columns_at_once)
-        e, read, inside, at = _exponentials(logits, maxima, rows, columns, b, k, scale, shift)
+        e, read, inside, at = _exponentials(logits, maxima, rows, columns, b, k, stride, scale, shift)
         assignments = tl.where(inside, e * _row(prototype, columns, k) * scaling[:, None], 0.0)
-        wanted = inside & (slot >= 0)[:, None]
-        tl.store(targets + slot[:, None] * k + columns[None, :], assignments, mask=wanted)
+        wanted = (slot >= 0)[:, None] & (columns < stride)[None, :]
+        tl.store(targets + slot[:, None] * stride + columns[None, :], assignments, mask=wanted)
         log2 = (read - largest[:, None]) * pred_scale  # of the prediction, before it is normalised
         dot += tl.sum(tl.where(inside, assignments * log2, 0.0), 1)
         residuals = tl.where(inside, assignments - tl.exp2(log2) * (sums / exp_sums)[:, None], 0.0)
-        tl.store(at, residuals, mask=inside)
+        tl.store(at, residuals, mask=(rows < b)[:, None] & (columns < stride)[None, :])
         tl.store(partial + columns, tl.sum(residuals, 0), mask=columns < k)
     losses += position * b + rows
     tl.store(losses, sums * tl.log2(exp_sums) - dot, mask=rows < b)
+
+
+@triton.jit
+def _largest_kernel(
+    logits, offsets, largest, b, k, stride, scale, rows_at_once: tl.constexpr, columns_at_once: tl.constexpr
+):
+    """The prototype of each token's largest assignment; `offsets` as in `_held_round_kernel`."""
+    block, position = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    rows = block * rows_at_once + tl.arange(0, rows_at_once)
+    logits, offsets = logits + position * b * stride, offsets + position * k
+    most = tl.full([rows_at_once], -float("inf"), tl.float32)
+    which = tl.zeros([rows_at_once], tl.int32)
+    for start in range(0, k, columns_at_once):
+        columns = start + tl.arange(0, columns_at_once)
+        read, inside, _ = _read(logits, rows, columns, b, k, stride)
+        log2 = tl.where(inside, read * scale + _row(offsets, columns, k), -float("inf"))
+        value, column = tl.max(log2, 1, return_indices=True)
+        which = tl.where(value > most, start + column, which)
+        most = tl.maximum(value, most)
+    tl.store(largest + position * b + rows, which, mask=rows < b)
 
 
 def held_shape(b: int, k: int) -> tuple[int, int] | None:
@@ -223,7 +254,7 @@ def held_shape(b: int, k: int) -> tuple[int, int] | None:
 def _launch(
     kernel: Any, grid: tuple[int, int], *arguments: Any, shape: tuple[int, int] = (ROWS, COLUMNS), num_warps: int = 4
 ) -> None:
-    kernel[grid](*arguments, *shape, num_warps=num_warps)
+    kernel[grid](*arguments, *shape, num_warps=num_warps, **OPTIONS)
 
 
 def warps(shape: tuple[int, int], values_per_thread: int) -> int:
@@ -235,7 +266,7 @@ class TritonChunk:
     """`fused_clustering.Chunk` on a GPU.
 
     Args:
-        logits: `[c, b, k]`, contiguous.
+        logits: `[c, b, k]`, with rows a multiple of `MULTIPLE` apart; so are those of the targets.
         target_temp: temperature of the assignments.
         pred_temp: temperature of the prediction.
         shift: exponent of each prototype's largest logit.
@@ -245,6 +276,8 @@ class TritonChunk:
     def __init__(self, logits: Tensor, *, target_temp: float, pred_temp: float, shift: float, eps: float) -> None:
         self.logits, self.shift, self.eps = logits, shift * LOG2_E, eps
         self.scale, self.pred_scale = LOG2_E / target_temp, LOG2_E / pred_temp
+        self.stride = logits.stride(1)
+        assert self.stride % MULTIPLE == 0
         self.token = torch.ones(logits.shape[:2], device=logits.device)
         self._columns: tuple[Tensor, Tensor] | None = None
         self._maxima = self.token
@@ -266,7 +299,7 @@ class TritonChunk:
     def _read_columns(self) -> tuple[Tensor, Tensor]:
         c, b, k = self.logits.shape
         largest, sums = self._vectors(c, k), self._vectors(c, k)
-        _launch(_column_kernel, (c, triton.cdiv(k, COLUMNS)), self.logits, largest, sums, b, k, self.scale)
+        _launch(_column_kernel, (c, triton.cdiv(k, COLUMNS)), self.logits, largest, sums, b, k, self.stride, self.scale)
         return largest, sums
 
     def next_sums(self, prototype: Tensor) -> Tensor:
@@ -277,14 +310,15 @@ class TritonChunk:
             partial = self._vectors(c, blocks, k)
             _launch(
                 _held_round_kernel, (blocks, c), self.logits, self._offsets(prototype), self.token, partial, b, k,
-                self.scale, self.eps, HELD_ROWS // held[0], shape=held, num_warps=warps(held, ROUND_VALUES),
+                self.stride, self.scale, self.eps, HELD_ROWS // held[0], shape=held,
+                num_warps=warps(held, ROUND_VALUES),
             )  # fmt: skip
             return partial.sum(dim=1) / prototype
         blocks = triton.cdiv(b, ROWS)
         partial = self._vectors(c, blocks, k)
         _launch(
-            _round_kernel, (blocks, c), self.logits, self._maxima, prototype, self.token, partial, b, k, self.scale,
-            self.shift, self.eps,
+            _round_kernel, (blocks, c), self.logits, self._maxima, prototype, self.token, partial, b, k,
+            self.stride, self.scale, self.shift, self.eps,
         )  # fmt: skip
         return partial.sum(dim=1)
 
@@ -302,22 +336,27 @@ class TritonChunk:
         if held:
             _launch(
                 _held_learn_kernel, (blocks, c), self.logits, self._offsets(prototype), self.token, slots,
-                into.targets, losses, partial, b, k, self.scale, self.eps, self.pred_scale, HELD_ROWS // held[0],
-                shape=held, num_warps=warps(held, LEARN_VALUES),
+                into.targets, losses, partial, b, k, self.stride, self.scale, self.eps, self.pred_scale,
+                HELD_ROWS // held[0], shape=held, num_warps=warps(held, LEARN_VALUES),
             )  # fmt: skip
         else:
             _launch(
                 _learn_kernel, (blocks, c), self.logits, self._maxima, prototype, self.token, slots, into.targets,
-                losses, partial, b, k, self.scale, self.shift, self.eps, self.pred_scale, num_warps=8,
+                losses, partial, b, k, self.stride, self.scale, self.shift, self.eps, self.pred_scale, num_warps=8,
             )  # fmt: skip
         into.loss += losses.sum(dtype=into.loss.dtype) / LOG2_E
         if into.bias_grad is not None:
             into.bias_grad += partial.sum(dim=(0, 1))
 
     def _add_usage(self, prototype: Tensor, into: Any) -> None:
-        """In plain torch, position by position: it is asked for in few steps."""
-        for logits, maxima, scaling, token in zip(self.logits, self._maxima, prototype, self.token, strict=True):
-            exponents = (logits.float() - maxima).mul_(self.scale).add_(self.shift)
-            assignments = exponents.exp2_().mul_(scaling).mul_(token[:, None])
-            assignments /= assignments.sum(dim=1, keepdim=True) + self.eps
-            into.add_usage(assignments[None])
+        """Count how often each prototype is used; the tokens' scaling stays as it is."""
+        c, b, k = self.logits.shape
+        token, self.token = self.token, self.token.clone()
+        mass = (self.next_sums(prototype) * prototype).sum(dim=0)
+        self.token = token
+        largest = torch.empty(c, b, dtype=torch.int32, device=self.logits.device)
+        _launch(
+            _largest_kernel, (triton.cdiv(b, ROWS), c), self.logits, self._offsets(prototype), largest, b, k,
+            self.stride, self.scale,
+        )  # fmt: skip
+        into.add_usage(mass, largest)

@@ -24,8 +24,9 @@ from utils import UserError
 SINKHORN_EPS = 1e-8
 SHIFT = 50.0
 """Exponent of each prototype's largest logit, which keeps the others' exp() from vanishing."""
-CPU_BYTES, GPU_BYTES = 2**25, 2**29
-"""Of float32 logits that are alive together, where `chunk` leaves it open."""
+CPU_BYTES, GPU_BYTES, DISTRIBUTED_GPU_BYTES = 2**25, 2**29, 2**31
+"""Of float32 logits that are alive together, where `chunk` leaves it open; with several ranks each chunk costs a
+reduction over them per Sinkhorn round, and one more."""
 BLOCK_BYTES = 2**22
 """On the CPU: what is worked on at a time. Less fits the cache of a core better, but costs more calls."""
 
@@ -204,7 +205,8 @@ class _TorchChunk:
                 into.bias_grad += logits.flatten(0, -2).sum(dim=0)
         mine = slice(into.bounds[first], into.bounds[first + len(self.logits)])
         into.targets[into.order[mine]] = self.exponentials[into.position[mine] - first, into.image[mine]]
-        into.add_usage(self.exponentials)
+        if into.mass is not None:
+            into.add_usage(self.exponentials.sum(dim=(0, 1)), self.exponentials.argmax(dim=-1))
 
 
 def _scale_tokens_(token: Tensor, exponentials: Tensor, prototype: Tensor) -> Tensor:
@@ -234,20 +236,22 @@ class _Pass:
         (self.p, self.b, _), k, device = x.shape, len(weight), x.device
         self.weight, self.bias, self.x, self.how = weight, bias, x, how
         self.num_alive = 2 if is_distributed() else 1  # one is computed while the other one waits for other ranks
-        budget = CPU_BYTES if device.type == "cpu" else GPU_BYTES
+        budget = CPU_BYTES if device.type == "cpu" else GPU_BYTES if self.num_alive == 1 else DISTRIBUTED_GPU_BYTES
         self.chunk = min(self.p, how.chunk or _positions_of(budget // self.num_alive, self.b, k))
         self.part = self.chunk
         if device.type == "cpu" and self.num_alive == 1 and how.positionwise_sk:
             # What is balanced is learnt from at once, while it is in the cache.
             self.part = min(self.chunk, _positions_of(BLOCK_BYTES, self.b, k))
         dtype = weight.dtype if how.use_triton else torch.float32
-        self.logits = self._buffers(self.chunk, dtype)
-        self.exponentials = None if how.use_triton else self._buffers(self.part, dtype)
+        self.logits = [self._rows((self.chunk, self.b), dtype) for _ in range(self.num_alive)]
+        self.exponentials = None
+        if not how.use_triton:
+            self.exponentials = [self._rows((self.part, self.b), dtype) for _ in range(self.num_alive)]
         self.weight_grad = torch.zeros(weight.shape, device=device)
         self.bias_grad = None if bias is None else torch.zeros(k, device=device)
         predicted, self.bounds = _sort_by_position(predict_indices.cpu(), self.p)
         self.order, self.position, self.image = predicted.to(device, non_blocking=True)
-        self.targets = torch.empty(len(predict_indices), k, device=device)
+        self.targets = self._rows((len(predict_indices),), torch.float32)
         if how.use_triton:  # row of `targets` by position and image; -1 where none is wanted
             self.slots = torch.full((self.p, self.b), -1, dtype=torch.int32, device=device)
             self.slots[self.position, self.image] = self.order.int()
@@ -255,9 +259,14 @@ class _Pass:
         self.mass = torch.zeros(k, device=device) if how.with_usage else None
         self.counts = torch.zeros(k, dtype=torch.int64, device=device) if how.with_usage else None
 
-    def _buffers(self, positions: int, dtype: torch.dtype) -> list[Tensor]:
-        shape = positions, self.b, len(self.weight)
-        return [torch.empty(shape, dtype=dtype, device=self.x.device) for _ in range(self.num_alive)]
+    def _rows(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for a value per prototype; for Triton's kernels, with rows as far apart as they like them."""
+        k = width = len(self.weight)
+        if self.how.use_triton:
+            from clustering_triton import MULTIPLE
+
+            width = -(-k // MULTIPLE) * MULTIPLE
+        return torch.empty(*shape, width, dtype=dtype, device=self.x.device)[..., :k]
 
     def run(self) -> None:
         """Do it."""
@@ -307,12 +316,12 @@ class _Pass:
         temperatures = {"target_temp": self.how.target_temp, "pred_temp": self.how.pred_temp}
         return TritonChunk(logits, **temperatures, shift=SHIFT, eps=SINKHORN_EPS)
 
-    def add_usage(self, assignments: Float[Tensor, "c b k"]) -> None:
-        """Count how often each prototype is used, if asked for."""
-        if self.mass is not None and self.counts is not None:
-            self.mass += assignments.sum(dim=(0, 1))
-            largest = assignments.argmax(dim=-1).flatten()
-            self.counts.scatter_add_(0, largest, torch.ones_like(largest))
+    def add_usage(self, mass: Float[Tensor, " k"], largest: Int[Tensor, "c b"]) -> None:
+        """Count how often each prototype is used: sums of assignments, and which one is largest for each token."""
+        assert self.mass is not None and self.counts is not None
+        self.mass += mass
+        largest = largest.flatten().long()
+        self.counts.scatter_add_(0, largest, torch.ones_like(largest))  # bincount would wait for the device
 
 
 def _balance(part: Chunk, num_rounds: int) -> Generator[None, None, Tensor]:

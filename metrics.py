@@ -654,7 +654,8 @@ def device_memory_estimate(
     values += shape.num_predict * shape.decoder_depth * own
     activations = batch_size * (values * d * param_bytes + 3 * 4 * shape.num_predict * shape.num_clusters)
     logits = 4 * batch_size * shape.num_clusters  # of one position
-    chunk = min(max(2**28, logits), logits * shape.num_patches)  # as clustering.OnlineClustering takes them on a GPU
+    budget = 2**28 if world_size == 1 else 2**30  # as clustering.OnlineClustering takes them on a GPU
+    chunk = min(max(budget, logits), logits * shape.num_patches)
     features = batch_size * (shape.num_patches + shape.num_registers) * d * (4 + 12 * param_bytes)
     clustering = 4 * chunk + features
     return {

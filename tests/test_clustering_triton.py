@@ -46,8 +46,9 @@ def learnt(head: OnlineClustering, x: torch.Tensor, kernel: str, dtype: torch.dt
     head.zero_grad()
     p, b, _ = x.shape
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        step = head.step(x, torch.arange(b) * p + torch.arange(b) % p, kernel=kernel, chunk=chunk, loss_scale=8.0)
-    return step.targets, step.loss, [parameter.grad for parameter in head.parameters()]
+        how = {"kernel": kernel, "chunk": chunk, "loss_scale": 8.0, "with_usage": True}
+        step = head.step(x, torch.arange(b) * p + torch.arange(b) % p, **how)
+    return step.targets, step.loss, step.mass, [parameter.grad for parameter in head.parameters()]
 
 
 @interpreted
@@ -65,8 +66,8 @@ def test_kernels_match_plain_torch_at_any_size(dtype, bias, images, prototypes):
     if dtype == torch.float32:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
     else:  # which rounds the logits, as autocast does, then their gradients, and those over whole chunks
-        torch.testing.assert_close(actual[:2], expected[:2], rtol=1e-3, atol=1e-5)
-        for ours, plain in zip(actual[2], expected[2], strict=True):
+        torch.testing.assert_close(actual[:3], expected[:3], rtol=1e-3, atol=1e-5)
+        for ours, plain in zip(actual[3], expected[3], strict=True):
             assert (ours - plain).norm() < 1e-2 * plain.norm()
 
 
@@ -86,31 +87,40 @@ def test_kernels_on_two_ranks_solve_one_problem():
 
 
 COMPILE = """
+import re
 import sys
+import warnings
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import clustering_triton as kernels
 
+warnings.simplefilter("error")  # as in the tests that need a GPU
 names = ("rows_at_once", "columns_at_once")
-types = {"logits": "*bf16", "slots": "*i32"} | dict.fromkeys(("b", "k", "num_groups"), "i32")
+types = {"logits": "*bf16", "slots": "*i32", "largest": "*i32"}
+types |= dict.fromkeys(("b", "k", "stride", "num_groups"), "i32")
 types |= dict.fromkeys(("scale", "shift", "eps", "pred_scale"), "fp32") | dict.fromkeys(names, "constexpr")
 few, held = (kernels.ROWS, kernels.COLUMNS), kernels.held_shape(512, 16384)
 for kernel, sizes, num_warps in (
     (kernels._column_kernel, few, 4),
     (kernels._round_kernel, few, 4),
     (kernels._learn_kernel, few, 8),
+    (kernels._largest_kernel, few, 4),
     (kernels._held_round_kernel, held, kernels.warps(held, kernels.ROUND_VALUES)),
     (kernels._held_learn_kernel, held, kernels.warps(held, kernels.LEARN_VALUES)),
 ):
     constants = {(i,): sizes[names.index(name)] for i, name in enumerate(kernel.arg_names) if name in names}
-    source = ASTSource(kernel, {name: types.get(name, "*fp32") for name in kernel.arg_names}, constants)
+    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+    divided_by_16 = [(i,) for i, name in enumerate(kernel.arg_names) if name == "stride" or signature[name][0] == "*"]
+    known = dict.fromkeys(divided_by_16, [["tt.divisibility", 16]])
+    source = ASTSource(kernel, signature, constants, known)
     for capability in map(int, sys.argv[1:]):
         target = GPUTarget("cuda", capability, 32)
-        compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+        compiled = triton.compile(source, target=target, options={"num_warps": num_warps, **kernels.OPTIONS})
         assert compiled.asm["cubin"][:4] == b"\\x7fELF"
-        print(kernel.__name__, capability, compiled.metadata.shared)
+        is_wide = re.search(r"ld\\.global\\.v4\\.b32|cp\\.async\\.cg\\.shared", compiled.asm["ptx"]) is not None
+        print(kernel.__name__, capability, compiled.metadata.shared, is_wide)
 """
 
 
@@ -127,8 +137,9 @@ def test_kernels_compile_to_machine_code_of_gpus(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 5
-    assert all(int(shared) < 48 * 1024 for _, _, shared in lines), "more shared memory than a program gets unasked"
+    assert len(lines) == 6
+    assert all(int(shared) < 48 * 1024 for _, _, shared, _ in lines), "more shared memory than a program gets unasked"
+    assert all(is_wide == "True" for *_, is_wide in lines), "logits are not read 16 bytes at a time for every k"
 
 
 @pytest.mark.gpu
