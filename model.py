@@ -75,7 +75,12 @@ class RotaryEmbedding(nn.Module):
         freqs = self.freqs.float()
         angles = coords[..., :1].float() * freqs[0] + coords[..., 1:].float() * freqs[1]
         angles = angles.unsqueeze(1)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not angles.requires_grad:
+            # Inductor would compute them anew for every head, of queries and of keys. What is to be seen with given
+            # strides it keeps in memory.
+            cos, sin = cos.as_strided(cos.shape, cos.stride()), sin.as_strided(sin.shape, sin.stride())
+        return cos, sin
 
 
 def rotate(

@@ -63,7 +63,7 @@ from fused_clustering import use_triton
 from launch import StopRequest, requeue, was_requeued
 from masking import MaskPlan, make_masking_generator
 from metrics import FiniteWatch, Metrics, Profile, StepShape, Throughput, training_flops_per_image
-from model import Block, EncoderDecoder
+from model import Block, EncoderDecoder, RotaryEmbedding
 from optim import (
     Hyper,
     ema_update_,
@@ -186,6 +186,10 @@ class TrainState:
 
     def _make_student(self) -> nn.ModuleDict:
         backbone = EncoderDecoder(**self.cfg.model.kwargs())
+        if self.cfg.optim.rope_lr_mult == 0:  # they stay what they are: a gradient would be computed for nothing
+            for module in backbone.modules():
+                if isinstance(module, RotaryEmbedding):
+                    module.requires_grad_(False)
         return nn.ModuleDict(
             {"backbone": backbone, "head": L2NormLinear(backbone.pred_dim, self.cfg.capi.num_clusters)}
         )

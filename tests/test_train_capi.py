@@ -93,6 +93,10 @@ def golden_batches(step: int, accumulation_steps: int) -> list[Batch]:
     return batches
 
 
+def frequencies(state: train_capi.TrainState) -> list[nn.Parameter]:
+    return [parameter for name, parameter in state.student.named_parameters() if name.endswith("rope.freqs")]
+
+
 @pytest.mark.parametrize(
     ("accumulation_steps", "overrides"),
     [
@@ -106,6 +110,8 @@ def golden_batches(step: int, accumulation_steps: int) -> list[Batch]:
 )
 def test_eight_steps_reproduce_the_golden_trajectory(accumulation_steps, overrides):
     state = golden_state(*overrides)
+    for parameter in frequencies(state):
+        parameter.requires_grad_()  # the golden norm of the gradients has theirs in it
     for i, expected in enumerate(load_golden_json("trajectory_default")):
         hyper = hyper_at(i, state.cfg)
         scalars = train_capi.train_step(state, golden_batches(i, accumulation_steps), hyper)
@@ -122,12 +128,30 @@ def test_eight_steps_reproduce_the_golden_trajectory(accumulation_steps, overrid
             torch.testing.assert_close(module.state_dict()[key], value, atol=1e-5, rtol=0, msg=f"{name}.{key}")
 
 
+def test_frequencies_whose_learning_rate_is_0_get_no_gradient_and_change_that_of_nothing_else():
+    frozen, trained = golden_state(), golden_state("optim.rope_lr_mult=0.5")
+    before = [parameter.clone() for parameter in frequencies(frozen)]
+    for state in (frozen, trained):
+        train_capi.train_step(state, golden_batches(0, 1), hyper_at(1, state.cfg))
+    assert len(before) == 5 and all(parameter.grad is None for parameter in frequencies(frozen))
+    assert all(map(torch.equal, frequencies(frozen), before))
+    assert not any(map(torch.equal, frequencies(trained), before))
+    for (name, p), q in zip(frozen.student.named_parameters(), trained.student.parameters(), strict=True):
+        assert p.grad is None or torch.equal(p.grad, q.grad), name
+
+
+def test_a_run_whose_frequencies_had_a_gradient_continues_without(images, tmp_path):
+    assert run_main(tiny(images, tmp_path, "optim.total_iters=2", "optim.rope_lr_mult=1.0")) == 0
+    assert run_main(tiny(images, tmp_path, "optim.total_iters=3")) == 0
+    assert logged_steps(tmp_path) == 3
+
+
 def test_gradient_clipping_bounds_the_update_and_reports_the_norm_before():
     state, clipped = golden_state(), golden_state("optim.clip_grad=0.5")
     a = train_capi.train_step(state, golden_batches(0, 1), hyper_at(1, state.cfg))
     b = train_capi.train_step(clipped, golden_batches(0, 1), hyper_at(1, clipped.cfg))
     assert a["grad_norm"] == b["grad_norm"]
-    norm = torch.stack([p.grad.norm() for p in clipped.student.parameters()]).norm()
+    norm = torch.stack([p.grad.norm() for p in clipped.student.parameters() if p.grad is not None]).norm()
     assert norm.item() == pytest.approx(0.5, rel=1e-4)
 
 
