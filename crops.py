@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from config import CapiConfig
-from sources import JpegFile, as_bytes_tensor, jpeg_decoder, silent_decoders, turn_upright
+from sources import JpegFile, as_bytes_tensor, jpeg_decoder, silent_decoders
 from utils import UserError
 
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -91,7 +91,7 @@ def cut(
 
 @dataclass(frozen=True)
 class EncodedCrop:
-    """A JPEG, and the box of the upright image that is to be cut from it."""
+    """A JPEG, and the box that is to be cut from it."""
 
     file: JpegFile
     box: Crop
@@ -105,20 +105,20 @@ class EncodedCrops:
     """Images of the batch; those that are not here are in `Batch.images`, in order."""
     blob: UInt8[Tensor, " bytes"]
     """The files, one after the other."""
-    files: Int64[Tensor, "n 8"]
-    """Of each: bytes, row in the batch, EXIF orientation, and the fields of its `Crop`."""
+    files: Int64[Tensor, "n 7"]
+    """Of each: bytes, row in the batch, and the fields of its `Crop`."""
     names: list[str]
 
     @classmethod
     def pack(cls, crops: dict[int, EncodedCrop], num_rows: int) -> Self:
         """Pack crops by their row in a batch of `num_rows`."""
         table = [
-            [len(c.file.data), row, c.file.orientation, c.box.top, c.box.left, c.box.height, c.box.width, c.box.flip]
+            [len(c.file.data), row, c.box.top, c.box.left, c.box.height, c.box.width, c.box.flip]
             for row, c in crops.items()
         ]
         blob = as_bytes_tensor(b"".join(c.file.data for c in crops.values())) if crops else torch.empty(0).byte()
         return cls(
-            num_rows, blob, torch.tensor(table, dtype=torch.int64).view(-1, 8), [c.file.name for c in crops.values()]
+            num_rows, blob, torch.tensor(table, dtype=torch.int64).view(-1, 7), [c.file.name for c in crops.values()]
         )
 
     def decode(
@@ -144,12 +144,10 @@ class EncodedCrops:
         bad: dict[int, tuple[str, str]] = {}
         sizes = self.files[:, 0].tolist()
         decoded = _decode_jpegs(list(self.blob.split(sizes)) if sizes else [], device)
-        for (_, row, orientation, *box, flip), name, pixels in zip(
-            self.files.tolist(), self.names, decoded, strict=True
-        ):
+        for (_, row, *box, flip), name, pixels in zip(self.files.tolist(), self.names, decoded, strict=True):
             if isinstance(pixels, Tensor):
                 crop = Crop(*box, flip=bool(flip))
-                images[row] = cut(turn_upright(pixels, orientation), crop, others.shape[-1], in_float=True)
+                images[row] = cut(pixels, crop, others.shape[-1], in_float=True)
             else:
                 bad[row] = (name, pixels)
         readable = [row for row in range(self.num_rows) if row not in bad]
@@ -163,7 +161,10 @@ class EncodedCrops:
 
 
 def _decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor | str]:
-    """The pixels of each file on `device`, or why it cannot be read."""
+    """The pixels of each file on `device`, or why it cannot be read.
+
+    TorchCodec decodes on the current stream and waits for it: what follows there may read the result, and free it.
+    """
     decode_jpeg = jpeg_decoder()
     assert decode_jpeg is not None, "check_decode was not called"
     if not files:
@@ -204,4 +205,4 @@ def check_decode(cfg: CapiConfig, device: torch.device) -> None:
     except RuntimeError as error:
         raise UserError(f"data.decode=gpu: JPEGs cannot be decoded on {device} ({error}); {remedy}") from error
     if not decoded:
-        raise UserError(f"data.decode=gpu: neither torchvision nor TorchCodec has a decoder here; {remedy}")
+        raise UserError(f"data.decode=gpu: the package torchcodec is not installed; {remedy}")

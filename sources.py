@@ -205,11 +205,9 @@ class JpegFile:
     """That of the sample."""
     data: bytes
     width: int
-    """In pixels, upright."""
+    """In pixels."""
     height: int
     """Likewise."""
-    orientation: int
-    """EXIF orientation, 1 to 8; see `turn_upright`."""
     divisor: int
     """By which a decoder on the CPU would shrink it."""
 
@@ -249,15 +247,17 @@ def decode_pixels(
 ) -> UInt8[Tensor, "3 h w"]:
     """The pixels of `decode_image`, bit for bit, with the channels innermost in memory.
 
-    A JPEG that is not shrunk goes to `jpeg_decoder`, which is quicker than Pillow. Where it fails, Pillow decides
-    whether the file is damaged. Run it within `silent_decoders`, which would cost too much for every image.
+    A JPEG that is neither shrunk nor turned goes to `jpeg_decoder`, which is quicker than Pillow. Where it fails,
+    Pillow decides whether the file is damaged. Run it within `silent_decoders`, which would cost too much for every
+    image.
     """
     image = _opened(data)
     divisor = _divisor(image, reduction)
     decode_jpeg = jpeg_decoder()
-    if decode_jpeg and isinstance(data, bytes) and _is_jpeg(image, ("RGB", "L")) and divisor == 1:
+    is_plain = divisor == 1 and _is_jpeg(image, ("RGB", "L")) and _orientation(image) == 1
+    if decode_jpeg and isinstance(data, bytes) and is_plain:
         try:
-            return turn_upright(decode_jpeg(as_bytes_tensor(data), mode="RGB"), _orientation(image))
+            return decode_jpeg(as_bytes_tensor(data), mode="RGB")
         except RuntimeError:
             pass
     image = _decoded(image, divisor)
@@ -266,16 +266,11 @@ def decode_pixels(
 
 @functools.cache
 def jpeg_decoder() -> Callable[..., Any] | None:
-    """`decode_jpeg(file or list of files, mode=, device=)`: torchvision's, else TorchCodec's, which is the same code.
-
-    torchvision 0.29 announces that its own will go. None if there is neither: Pillow decodes then.
-    """
-    for module in ("torchvision.io", "torchcodec.decoders"):
-        try:
-            return importlib.import_module(module).decode_jpeg
-        except (ImportError, AttributeError):
-            continue
-    return None
+    """TorchCodec's `decode_jpeg(file or list of files, mode=, device=)`. None without it: Pillow decodes then."""
+    try:
+        return importlib.import_module("torchcodec.decoders").decode_jpeg
+    except (ImportError, AttributeError):
+        return None
 
 
 def as_bytes_tensor(data: bytes) -> UInt8[Tensor, " bytes"]:
@@ -292,15 +287,14 @@ def turn_upright(pixels: UInt8[Tensor, "c h w"], orientation: int) -> UInt8[Tens
 
 
 def _jpeg_file(data: bytes | Image.Image, name: str, reduction: Callable[[int, int], int] | None) -> JpegFile | None:
-    """None for what some decoder refuses: other formats and colours, progressive files, and those without an end."""
+    """None for what the CPU is to decode: other formats and colours, files that are turned by their EXIF orientation,
+    progressive ones, and those without an end."""
     if not isinstance(data, bytes):
         return None
     image = _opened(data)
     if not _is_jpeg(image, ("RGB",)) or "progressive" in image.info or b"\xff\xd9" not in data[-64:]:
         return None
-    orientation = _orientation(image)
-    width, height = image.size if orientation < 5 else image.size[::-1]
-    return JpegFile(name, data, width, height, orientation, _divisor(image, reduction))
+    return JpegFile(name, data, *image.size, _divisor(image, reduction)) if _orientation(image) == 1 else None
 
 
 def _opened(data: bytes | Image.Image) -> Image.Image:

@@ -144,7 +144,7 @@ def parts(files: list[bytes]) -> dict[str, Callable[[], object]]:
     return {
         "decode: Pillow": lambda: Image.open(io.BytesIO(next(data))).load(),
         "decode: Pillow at half size (draft)": draft,
-        "decode: torchvision": lambda: decode_jpeg(next(encoded), mode="RGB"),
+        "decode: TorchCodec": lambda: decode_jpeg(next(encoded), mode="RGB"),
         "crop and resize: Pillow": pillow_crop,
         "crop, resize, flip: ours": lambda: cut(
             next(tensors), draw_crop(WIDTH, HEIGHT, (0.6, 1.0), True, next(keys)), SIZE
