@@ -9,7 +9,9 @@ of the parts, and its `rest` is what lies between them. After warm-up, compiling
 
 Bounds: `FLOP bound` is model FLOPs over the rate of the GPU's data sheet if it is known, else over that of one matrix
 product measured here; `byte bound` is what the optimizers (7 float32 values per weight) and the average (3) read and
-write over the bandwidth of a copy measured here. With a `--mode` other than eager, the eager step is measured too.
+write over the bandwidth of a copy measured here. With a `--mode` other than eager, the eager step is measured and
+recorded first; and at the end, how long the first step takes with an empty compile cache (`cold`) and with a filled
+one (`warm`; in the same process, so that what Python has loaded stays).
 `counted` is what torch.utils.flop_counter counts on one eager step of at most 16 images, `formula` what
 `metrics.step_flops_per_image` says, with the scores that fused attention computes again in the backward pass added for
 this comparison alone. The counter does not see kernels in Triton, such as the clustering head's on a GPU.
@@ -23,10 +25,11 @@ import itertools
 import logging
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -37,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_capi
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
 from data import Batch
+from fsdp import kept_compilations
 from masking import draw_positions, make_masking_generator
 from metrics import (
     attention_recomputation_per_image,
@@ -311,10 +315,31 @@ def release(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def measure(args: argparse.Namespace, device: torch.device, batch: int, mode: str) -> tuple[dict[str, float], float]:
-    """Median seconds of the parts and, as `step`, of the whole; and peak memory, GiB."""
+class Measured(NamedTuple):
+    """What was measured of one mode."""
+
+    seconds: dict[str, float]
+    """Medians of the parts and, as `step`, of the whole."""
+    memory_gib: float
+    """Peak."""
+    first_s: float
+    """Seconds of the first step, in which everything is compiled."""
+
+
+def first_step(args: argparse.Namespace, device: torch.device, batch: int, mode: str) -> tuple[Step, float]:
+    """A step that has run once, and the seconds that it took."""
     step = Step(configure(args, device, batch, mode), device)
-    for _ in range(WARMUP_STEPS[mode]):
+    synchronize(device)
+    began = time.perf_counter()
+    step()
+    synchronize(device)
+    return step, time.perf_counter() - began
+
+
+def measure(args: argparse.Namespace, device: torch.device, batch: int, mode: str) -> Measured:
+    """Measure one mode."""
+    step, first_s = first_step(args, device, batch, mode)
+    for _ in range(WARMUP_STEPS[mode] - 1):
         step()
     synchronize(device)
     with torch.compiler.set_stance("fail_on_recompile" if mode != "eager" else "default"):
@@ -322,51 +347,86 @@ def measure(args: argparse.Namespace, device: torch.device, batch: int, mode: st
         peak = peak_memory_gib(device)
         parts = time_parts(step, args.steps)
     step.check()
-    return parts | {"step": whole}, peak
+    return Measured(parts | {"step": whole}, peak, first_s)
+
+
+class Rates(NamedTuple):
+    """What a step is compared to."""
+
+    counts: dict[str, dict[str, float]]
+    """As `count_flops` gives them."""
+    peak: float | None
+    """FLOP/s of the data sheet, if known."""
+    product: float
+    """FLOP/s of one matrix product."""
+    copy: float
+    """Bytes/s of a copy."""
 
 
 def report(args: argparse.Namespace, device: torch.device, batch: int) -> None:
-    """Measure, print two tables, and append two lines."""
+    """Measure the eager step and that of `--mode`; print and record each at once, for what comes next may take long."""
     cfg = configure(args, device, batch, args.mode)
-    shape, dtype = step_shape(cfg), getattr(torch, cfg.efficiency.param_dtype)
+    counts = count_flops(configure(args, device, min(batch, 16), "eager"), device)
+    release(device)
+    is_cuda = device.type == "cuda"
+    peak = peak_flops(torch.cuda.get_device_name(device), cfg.efficiency.param_dtype) if is_cuda else None
+    rates = Rates(counts, peak, *machine_rates(device, getattr(torch, cfg.efficiency.param_dtype)))
+    release(device)
+    sys.stdout.write(f"one product {rates.product / 1e12:.3g} TFLOP/s, copy {rates.copy / 1e9:.3g} GB/s\n")
     settings = {
         "model": args.model,
         "batch": batch,
         "px": cfg.data.images_size,
         "prototypes": cfg.capi.num_clusters,
         "dtype": cfg.efficiency.param_dtype,
-        "mode": args.mode,
     }
-    if args.sources:
-        settings["overrides"] = " ".join(args.sources)
-    counts = count_flops(configure(args, device, min(batch, 16), "eager"), device)
-    release(device)
-    is_cuda = device.type == "cuda"
-    peak_rate = peak_flops(torch.cuda.get_device_name(device), cfg.efficiency.param_dtype) if is_cuda else None
-    rate, bandwidth = machine_rates(device, dtype)
-    release(device)
+    overrides = {"overrides": " ".join(args.sources)} if args.sources else {}
     eager_s = None
-    if args.mode != "eager":
-        with contextlib.suppress(torch.OutOfMemoryError):
-            eager_s = measure(args, device, batch, "eager")[0]["step"]
-        release(device)
-    seconds, memory = measure(args, device, batch, args.mode)
+    with tempfile.TemporaryDirectory() as cache, kept_compilations(Path(cache)):
+        if args.mode != "eager":
+            with contextlib.suppress(torch.OutOfMemoryError):
+                eager = measure(args, device, batch, "eager")
+                eager_s = eager.seconds["step"]
+                report_mode(args, cfg, rates, settings | {"mode": "eager"} | overrides, eager, eager_s)
+            release(device)
+        measured = measure(args, device, batch, args.mode)
+        settings |= {"mode": args.mode} | overrides
+        report_mode(args, cfg, rates, settings, measured, eager_s)
+        if args.mode != "eager":
+            release(device)
+            warm_s = first_step(args, device, batch, args.mode)[1]
+            starts = {"cold": measured.first_s, "warm": warm_s}
+            rows = [{"compile cache": name, "first step s": seconds} for name, seconds in starts.items()]
+            print_table(rows)
+            record(args, "training step, start", settings, rows)
 
+
+def report_mode(
+    args: argparse.Namespace,
+    cfg: CapiConfig,
+    rates: Rates,
+    settings: dict[str, Any],
+    measured: Measured,
+    eager_s: float | None,
+) -> None:
+    """Print two tables about one mode, and append two lines."""
+    shape, batch, seconds = step_shape(cfg), settings["batch"], measured.seconds
     head = shape.num_clusters * (shape.embed_dim + 1)  # a magnitude per prototype in the student's, a bias in the other
     student = num_backbone_parameters(shape) + head
     flops = {name: batch * value for name, value in step_flops_per_image(shape, batch).items()}
     moved = {"optimizers": 28 * (student + head), "average": 12 * student}
     flops["step"] = whole_flops = sum(flops.values())
     all_parts_s = sum(part_s for name, part_s in seconds.items() if name != "step")
+    agreement = {name: counted["counted"] / counted["formula"] for name, counted in rates.counts.items()}
     rows = [
         {
             "part": name,
             "ms": 1e3 * part_s,
             "share": part_s / all_parts_s if name != "step" else "",
             "model TFLOP": flops[name] / 1e12 if name in flops else "",
-            "FLOP bound ms": 1e3 * flops[name] / (peak_rate or rate) if name in flops else "",
-            "byte bound ms": 1e3 * moved[name] / bandwidth if name in moved else "",
-            "counted / formula": counts[name]["counted"] / counts[name]["formula"] if name in counts else "",
+            "FLOP bound ms": 1e3 * flops[name] / (rates.peak or rates.product) if name in flops else "",
+            "byte bound ms": 1e3 * moved[name] / rates.copy if name in moved else "",
+            "counted / formula": agreement.get(name, ""),
         }
         for name, part_s in seconds.items()
     ]
@@ -376,15 +436,14 @@ def report(args: argparse.Namespace, device: torch.device, batch: int) -> None:
             "images/s": batch / seconds["step"],
             "TFLOP per image": whole_flops / batch / 1e12,
             "TFLOP/s": whole_flops / seconds["step"] / 1e12,
-            "MFU": whole_flops / seconds["step"] / peak_rate if peak_rate else None,
-            "of one product's rate": whole_flops / seconds["step"] / rate,
-            "peak GiB": memory,
-            "counted / formula": counts["step"]["counted"] / counts["step"]["formula"],
-            "eager / this": 1.0 if args.mode == "eager" else eager_s and eager_s / seconds["step"],
+            "MFU": whole_flops / seconds["step"] / rates.peak if rates.peak else None,
+            "of one product's rate": whole_flops / seconds["step"] / rates.product,
+            "peak GiB": measured.memory_gib,
+            "counted / formula": agreement["step"],
+            "eager / this": 1.0 if settings["mode"] == "eager" else eager_s and eager_s / seconds["step"],
         }
     ]
     sys.stdout.write(", ".join(f"{key} {value}" for key, value in settings.items()) + "\n")
-    sys.stdout.write(f"one product {rate / 1e12:.3g} TFLOP/s, copy {bandwidth / 1e9:.3g} GB/s\n")
     print_table(rows)
     print_table(summary)
     record(args, "training step", settings, summary)

@@ -48,6 +48,17 @@ def test_the_flops_that_torch_counts_on_a_step_are_those_of_the_formula(batch, r
     assert 1 <= ratio <= 1 + num_sums / (2 * cfg.model.transformers_kwargs.embed_dim)
 
 
+def test_the_target_is_stated_with_the_flops_of_the_recipe():
+    shape = step.step_shape(step.load_config(step.CapiConfig, step.DEFAULT_PRETRAIN_CONFIG, []))
+    stated = re.search(
+        r"\(([\d.]+) TFLOP per image\).*\| (\d+) % MFU: ([\d,]+) images/s", (ROOT / "bench" / "README.md").read_text()
+    )
+    tflop, percent, speed = (float(number.replace(",", "")) for number in stated.groups())
+    assert tflop == pytest.approx(sum(step.step_flops_per_image(shape).values()) / 1e12, rel=1e-3)
+    peak = step.peak_flops("NVIDIA H100 80GB HBM3", "bfloat16")
+    assert speed == pytest.approx(percent / 100 * peak / 1e12 / tflop, rel=0.01)
+
+
 def test_every_model_is_a_config():
     for name in step.MODELS:
         namespace = argparse.Namespace(model=name, sources=[])
@@ -131,6 +142,33 @@ def test_the_step_is_measured_as_typed(tmp_path):
     assert "images/s" in done.stdout
 
 
+def test_what_is_measured_is_recorded_before_the_next_thing_begins(tmp_path, monkeypatch):
+    """Compiling a large model may take longer than there is time."""
+    measured = step.Measured(dict.fromkeys([*step.PARTS, "rest", "step"], 0.5), 1.0, 0.25)
+
+    def measure(_args, _device, _batch, mode):
+        if mode == "compiled":
+            raise KeyboardInterrupt
+        return measured
+
+    monkeypatch.setattr(step, "measure", measure)
+    args = arguments()
+    args.mode, args.results = "compiled", tmp_path / "results.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        step.report(args, torch.device("cpu"), 2)
+    lines = [json.loads(line) for line in args.results.read_text().splitlines()]
+    assert [(line["bench"], line["settings"]["mode"]) for line in lines] == [
+        ("training step", "eager"),
+        ("training step, parts", "eager"),
+    ]
+    monkeypatch.setattr(step, "measure", lambda *_: measured)
+    monkeypatch.setattr(step, "first_step", lambda *_: (None, 0.125))
+    step.report(args, torch.device("cpu"), 2)
+    last = json.loads(args.results.read_text().splitlines()[-1])
+    assert last["bench"] == "training step, start"
+    assert [row["first step s"] for row in last["numbers"]] == [0.25, 0.125]
+
+
 def test_the_loader_is_measured_as_typed(tmp_path):
     results = tmp_path / "results.jsonl"
     done = run_cli("bench/loading.py", "--repeats", "1", "--results", results)
@@ -158,7 +196,7 @@ RECOMPILES = """
     import torch, step, test_bench
     cpu, args = torch.device("cpu"), test_bench.arguments()
     args.steps = 1
-    first = step.measure(args, cpu, 4, "compiled")[0]
+    first = step.measure(args, cpu, 4, "compiled").seconds
     assert first["step"] > 0
     class Grows(step.Step):
         def __call__(self):
