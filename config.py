@@ -627,6 +627,8 @@ class EfficiencyConfig:
 
     param_dtype: str = field(metadata=DTYPE)
     """Precision of matmuls and activations: bfloat16, float16 or float32. Weights and optimizer stay float32."""
+    attention: str = field(metadata=one_of("sdpa", "xformers"))
+    """Whose attention kernels: torch's, which choose among several, or those of the optional package xformers."""
     teacher_fp8: bool
     """Compute the linear layers of the teacher's blocks in 8-bit floats, on an NVIDIA GPU of compute capability 8.9 or
     newer. It changes the targets a little."""

@@ -129,6 +129,34 @@ def multiply_in_fp8(blocks: Iterable[nn.Module], device: torch.device) -> None:
                 linear.forward = forward
 
 
+def attend_by_xformers(layers: Iterable[Any], device: torch.device, dtype: torch.dtype) -> None:
+    """Make attention layers (`model.Attention`) call xformers' kernels instead of torch's.
+
+    Raises: UserError if it is not installed, or has none for this device and precision.
+    """
+    key, remedy = "efficiency.attention=xformers", "use efficiency.attention=sdpa"
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError as error:
+        raise UserError(f"{key}: the package is not installed ({error}); pip install xformers, or {remedy}") from error
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """From and to `[b, heads, n, dh]`; xformers has the tokens before the heads."""
+        return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    for layer in layers:
+        width = layer.proj.in_features // layer.num_heads
+        tried = [torch.zeros(1, layer.num_heads, 8, width, device=device, dtype=dtype) for _ in range(3)]
+        try:
+            attend(*(x.requires_grad_() for x in tried))
+        except NotImplementedError as error:
+            reason = (
+                f"it has no kernel for {dtype} and heads of width {width} on {device.type}, as it is installed here"
+            )
+            raise UserError(f"{key}: {reason}; {remedy}") from error
+        layer.attend = attend
+
+
 def _linear_in_fp8(linear: nn.Linear, x: Tensor) -> Tensor:
     tokens, token_scales = _to_fp8(x.flatten(0, -2))
     weight, weight_scales = _to_fp8(linear.weight)
@@ -152,7 +180,8 @@ def _operator_policy(cfg: RematerializationConfig) -> Callable[..., CheckpointPo
     for name in cfg.policy:
         namespace, _, operator = name.partition("::")
         known = operator and hasattr(torch.ops, namespace) and hasattr(getattr(torch.ops, namespace), operator)
-        if not known and not (namespace == "_c10d_functional" and not torch.distributed.is_available()):
+        comes_later = namespace.startswith("xformers")  # when that is imported, if ever
+        if not known and not comes_later and not (namespace == "_c10d_functional" and not dist.is_available()):
             raise UserError(
                 f"efficiency.rematerialization.policy.{name}: torch has no such operator; "
                 "names look like aten::mm, without the overload"

@@ -5,7 +5,7 @@ This file is also a model file in the sense of the evaluations: `load_model` bui
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -93,7 +93,12 @@ def rotate(
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x` on `context` with rotary embedding on queries and keys."""
+    """Multi-head attention of `x` on `context` with rotary embedding on queries and keys.
+
+    `attend` computes softmax(q k' / sqrt(dh)) v from tensors `[b, heads, n, dh]`; another function may take its place.
+    """
+
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(
         self,
@@ -128,7 +133,7 @@ class Attention(nn.Module):
         context_angles = self.rope(context_coords)
         x_angles = context_angles if x_coords is context_coords else self.rope(x_coords)
         q, k = rotate(q, *x_angles), rotate(k, *context_angles)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = self.attend(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def _split_heads(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b heads n dh"]:

@@ -51,6 +51,7 @@ from distributed import all_reduce_sum_, pick_device, rank, session, world_size
 from evals import EvalRuns, plan_evals
 from fsdp import (
     Sharding,
+    attend_by_xformers,
     average_gradients_,
     compile_blocks,
     compile_function,
@@ -63,7 +64,7 @@ from fused_clustering import use_triton
 from launch import StopRequest, requeue, was_requeued
 from masking import MaskPlan, make_masking_generator
 from metrics import FiniteWatch, Metrics, Profile, StepShape, Throughput, training_flops_per_image
-from model import Block, EncoderDecoder, RotaryEmbedding
+from model import Attention, Block, EncoderDecoder, RotaryEmbedding
 from optim import (
     Hyper,
     ema_update_,
@@ -155,6 +156,8 @@ class TrainState:
         torch.manual_seed(derive_seed(cfg.train.seed, "init"))
         # One after the other: where weights are divided, no rank ever holds two whole modules.
         self.student = _materialise(self._make_student, device)
+        if efficiency.attention == "xformers":
+            attend_by_xformers(_attention_of(self.student), device, self.dtype)
         if init_from is not None and rank() == 0:
             start_from(self.student["backbone"], init_from)
         recompute_blocks(_blocks_of(self.student), efficiency.rematerialization)
@@ -162,6 +165,8 @@ class TrainState:
             compile_blocks(_blocks_of(self.student), efficiency.compilation.do_student, self.sharding)
         parallelize(self.student, self.sharding, device, _blocks_of(self.student))
         self.student_ema = _materialise(self._make_student, device).requires_grad_(False).eval()
+        if efficiency.attention == "xformers":
+            attend_by_xformers(_attention_of(self.student_ema), device, self.dtype)
         if efficiency.teacher_fp8:
             multiply_in_fp8(_blocks_of(self.student_ema), device)
         if compiled:
@@ -241,6 +246,10 @@ class TrainState:
 
 def _blocks_of(module: nn.Module) -> list[nn.Module]:
     return [submodule for submodule in module.modules() if isinstance(submodule, Block)]
+
+
+def _attention_of(module: nn.Module) -> list[nn.Module]:
+    return [submodule for submodule in module.modules() if isinstance(submodule, Attention)]
 
 
 def _whole(x: Tensor) -> Tensor:

@@ -78,17 +78,24 @@ GRAPHS = """
         graphs = plan.trace(function, *args)
         traced[function.__name__] = set(graphs)
         for name, graph in graphs.items():
+            for node in graph.graph.nodes:
+                if node.target in (torch.ops.aten.sin.default, torch.ops.aten.cos.default):
+                    tables.append(node)
+                    # What is seen with given strides is kept in memory, not computed anew where it is used.
+                    assert all(user.target is torch.ops.aten.as_strided.default for user in node.users), node.users
             found.extend(f"{function.__name__}, {name}: {node}" for node in graph.graph.nodes if is_random(node))
         return function(*args)
 
     for more in ([], [golden.NAIVE]):
-        found, traced = [], {}
+        found, traced, tables = [], {}, []
         state = golden.golden_state(golden.DROP_PATH, *more)
         state.do_teacher = functools.partial(random_operators, do_teacher)
         state.do_student = functools.partial(random_operators, do_student)
         train_step(state, golden.golden_batches(0, 1), hyper_at(0, state.cfg))
         assert traced == {"do_teacher": {"inference"}, "do_student": {"forward", "backward"}}, traced
         assert not found, found
+        # Three blocks of the teacher; three of the student's encoder; two of its predictor, with queries and keys.
+        assert len(tables) >= 2 * (3 + 3 + 2 * 2), len(tables)
     # What this looks for is what it finds where drop-path draws by itself.
     module = state.student["backbone"].encoder.blocks[0].residual2
     random_operators(module.forward, torch.randn(4, 3, 64, requires_grad=True))
@@ -97,7 +104,7 @@ GRAPHS = """
 
 
 @pytest.mark.timeout(300)
-def test_nothing_in_the_traced_graphs_of_a_step_with_drop_path_is_random():
+def test_in_the_traced_graphs_of_a_step_nothing_is_random_and_rotary_tables_are_made_once():
     """Compiled code is free to draw random numbers from other generators than the one that is seeded."""
     run_code(GRAPHS)
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, RematerializationConfig, load_config
 from fsdp import (
     Sharding,
+    attend_by_xformers,
     compile_function,
     kept_compilations,
     multiply_in_fp8,
@@ -24,7 +27,7 @@ from fsdp import (
     parallelize,
     recompute_blocks,
 )
-from model import Block, EncoderDecoder
+from model import Attention, Block, EncoderDecoder
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -375,6 +378,71 @@ def test_a_library_that_a_killed_linker_left_is_compiled_again(tmp_path, kept_by
 
 
 # 8-bit floats
+
+
+def attention_of(model: nn.Module) -> list[Attention]:
+    return [module for module in model.modules() if isinstance(module, Attention)]
+
+
+def pretend_xformers(monkeypatch, attention):
+    """A package of that name, with tokens before heads as it has them."""
+    package, ops = ModuleType("xformers"), ModuleType("xformers.ops")
+    ops.memory_efficient_attention = attention  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "xformers", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+
+
+def test_attention_by_xformers_is_that_of_torch(monkeypatch):
+    calls = []
+
+    def by_the_book(q, k, v):
+        calls.append((q.shape, k.shape))
+        weights = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("bhqk,bkhd->bqhd", weights.softmax(dim=-1), v)
+
+    pretend_xformers(monkeypatch, by_the_book)
+    expected = forward_backward(make_model())
+    model = make_model()
+    attend_by_xformers(attention_of(model), CPU, torch.float32)
+    calls.clear()
+    actual = forward_backward(model)
+    assert [(q[1:], k[1:]) for q, k in calls] == [((10, 2, 16), (10, 2, 16))] * 2 + [((3, 2, 16), (10, 2, 16))]
+    torch.testing.assert_close(actual[:2], expected[:2], rtol=1e-4, atol=1e-6)
+
+
+def test_xformers_is_refused_where_it_is_missing_or_has_no_kernel(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    with pytest.raises(
+        UserError, match=r"efficiency\.attention=xformers: the package is not installed .*attention=sdpa"
+    ):
+        attend_by_xformers(attention_of(make_model()), CPU, torch.float32)
+
+    def no_kernel(*_):
+        raise NotImplementedError("No operator found for `memory_efficient_attention_forward` with inputs")
+
+    pretend_xformers(monkeypatch, no_kernel)
+    with pytest.raises(UserError, match=r"no kernel for torch\.float32 and heads of width 16 on cpu"):
+        attend_by_xformers(attention_of(make_model()), CPU, torch.float32)
+
+
+@pytest.mark.gpu
+def test_attention_by_xformers_on_a_gpu_is_that_of_torch():
+    pytest.importorskip("xformers.ops")
+    towers = {"embed_dim": 128, "drop_path_rate": 0.0, "block_kwargs": {"attn_kwargs": {"num_heads": 2}}}
+    torch.manual_seed(0)
+    model = EncoderDecoder(transformers_kwargs=towers, encoder_kwargs={"depth": 2}, decoder_kwargs={"depth": 1}).cuda()
+    images = torch.randn(2, 3, 224, 224, device="cuda")
+    results = []
+    for by_xformers in (False, True):
+        if by_xformers:
+            attend_by_xformers(attention_of(model), torch.device("cuda"), torch.bfloat16)
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            features = model.forward_pretrain(images)[0]
+        features.float().square().sum().backward()
+        results.append([features.float(), *[p.grad for p in model.parameters() if p.grad is not None]])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() < 2e-2 * theirs.norm()
 
 
 def test_fp8_multiplies_each_row_as_precisely_as_any_other():
