@@ -454,7 +454,7 @@ class DataConfig:
     """Streaming data: samples that are read ahead and shuffled together. 1 keeps the order of the stream."""
     stream_partitions: int | None = field(metadata=COUNT)
     """Streaming data: independent streams per rank, read by the loader's workers in turn. The order of the images
-    depends on it. null: one per worker."""
+    depends on it. null: efficiency.dataloader_num_workers, or 20 if that is null too."""
     max_bad_fraction: float = field(metadata=FRACTION)
     """Largest fraction of unreadable images. The run stops once it is beyond doubt that more are: with 0.05, after 120
     images or so if 20 % cannot be read."""
@@ -645,8 +645,9 @@ class EfficiencyConfig:
     """Scale the loss and skip steps whose gradients overflow; for float16."""
     grad_scaler_growth_interval: int = field(metadata=COUNT)
     """Steps without overflow after which the scale doubles."""
-    dataloader_num_workers: int = field(metadata=NOT_NEGATIVE)
-    """Processes that read and decode images, per rank. 0 decodes in the training process."""
+    dataloader_num_workers: int | None = field(metadata=NOT_NEGATIVE)
+    """Processes that read and decode images, per rank. 0 decodes in the training process; null: as many as the rank has
+    cores, up to 20."""
     cache_dataset: bool
     """Keep the list of files of an image folder on disk, so that later starts need not read the whole tree."""
     compilation: CompilationConfig

@@ -544,6 +544,10 @@ def check_shared_memory(key: str, num_workers: int, batch_bytes: int, batch_key:
 # ------------------------------------------------------------------------------------------------- loader
 
 
+MOST_WORKERS = 20
+"""Of a rank, where efficiency.dataloader_num_workers leaves it open."""
+
+
 class PretrainLoader:
     """An endless iterator over the `Batch`es of one rank that can continue where another one stopped.
 
@@ -602,7 +606,8 @@ class PretrainLoader:
         self.pin_memory = pin_memory
         self.decode_device = decode_device or torch.device("cpu")
         self.start_method = start_method
-        self.num_workers = cfg.efficiency.dataloader_num_workers
+        workers = cfg.efficiency.dataloader_num_workers
+        self.num_workers = min(MOST_WORKERS, cores_of_this_rank()) if workers is None else workers
         self.bad_files = BadFiles(bad_files_path, data.max_bad_fraction)
         self._batches: Iterator[Any] | None = None
         self._restore(position or {})
@@ -709,7 +714,9 @@ class PretrainLoader:
         return total * (self.rank + 1) // self.world_size - total * self.rank // self.world_size
 
     def _restore_stream(self, position: dict[str, Any]) -> None:
-        wanted = self.cfg.data.stream_partitions or max(1, self.num_workers)
+        workers = self.cfg.efficiency.dataloader_num_workers
+        # Not by the number of cores, on which the order of the images would depend then.
+        wanted = self.cfg.data.stream_partitions or max(1, MOST_WORKERS if workers is None else workers)
         num_parts = position.get("num_parts", wanted * self.world_size)
         if num_parts % self.world_size:
             raise UserError(

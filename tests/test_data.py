@@ -684,6 +684,15 @@ def test_largest_divisor(number, limit, expected):
     assert largest_divisor(number, limit) == expected
 
 
+def test_without_a_number_there_is_a_worker_per_core_up_to_20(monkeypatch):
+    config = make_config("efficiency.dataloader_num_workers=null")
+    for cores, workers in ((1, 1), (3, 2), (8, 5), (64, 20)):
+        monkeypatch.setattr(data, "cores_of_this_rank", lambda cores=cores: cores)
+        assert PretrainLoader(config, dataset=MemoryDataset(9)).num_workers == min(cores, 20)
+        loader = PretrainLoader(config, dataset=MemoryStream(*[3] * 20))
+        assert (loader.num_workers, loader._num_parts) == (workers, 20)
+
+
 def test_workers_are_reduced_to_a_divisor_of_the_partitions_and_it_is_logged(caplog):
     config = make_config("data.stream_partitions=6", workers=5)
     with caplog.at_level(logging.INFO):
