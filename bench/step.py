@@ -71,7 +71,7 @@ def configure(args: argparse.Namespace, device: torch.device, batch: int, mode: 
         f"efficiency.compilation.cuda_graphs={str(mode == 'cudagraphs').lower()}",
     ]
     if device.type == "cpu":
-        sources.append("efficiency.param_dtype=positive_number32")
+        sources.append("efficiency.param_dtype=float32")
     sources += [*args.sources, f"optim.batch_size_per_gpu={batch}"]
     return load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, sources)
 

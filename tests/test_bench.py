@@ -318,7 +318,8 @@ def run_gpu_benchmark(folder, cases, **environment):
     copy.mkdir(parents=True)
     for name in ("gpu.sh", "results.py"):
         shutil.copy(ROOT / "bench" / name, copy)
-    shutil.copy(ROOT / "utils.py", copy.parent)
+    for path in ROOT.glob("*.py"):  # what results.py imports
+        shutil.copy(path, copy.parent)
     done = subprocess.run(
         ["bash", str(copy / "gpu.sh"), str(folder / "r.jsonl")],
         env={**os.environ, "PYTHON": str(fake), **environment},
