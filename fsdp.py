@@ -136,7 +136,7 @@ def attend_by_xformers(layers: Iterable[Any], device: torch.device, dtype: torch
     """
     key, remedy = "efficiency.attention=xformers", "use efficiency.attention=sdpa"
     try:
-        from xformers.ops import memory_efficient_attention
+        from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]  # optional
     except ImportError as error:
         raise UserError(f"{key}: the package is not installed ({error}); pip install xformers, or {remedy}") from error
 

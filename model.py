@@ -235,7 +235,7 @@ class _Rows(torch.autograd.Function):
 
 
 def _rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    return _Rows.apply(x, index, inverse)  # pyright: ignore[reportReturnType]  # a tensor
+    return _Rows.apply(x, index, inverse)
 
 
 def _norm_in_dtype_of(x: Tensor, norm: nn.Module) -> Tensor:

@@ -33,6 +33,8 @@ def golden_on_this_rank(mode: str, copies: int) -> tuple[list[dict[str, float]],
     import test_train_capi as golden
 
     state = golden.golden_state(f"efficiency.fsdp={mode}")
+    for parameter in golden.frequencies(state):
+        parameter.requires_grad_()  # the golden norm of the gradients has theirs in it
     records = []
     for step in range(golden.META["steps"]):
         images = [image for image in golden.golden_batches(step, 6) for _ in range(copies)]
