@@ -46,7 +46,14 @@ print(results.README.read_text())
 
 def test_a_recorded_commit_is_that_of_the_code_whatever_was_recorded_before(tmp_path):
     (tmp_path / "bench").mkdir()
-    for name in ("utils.py", "bench/results.py", "bench/README.md", "bench/results.jsonl"):
+    for name in (
+        "utils.py",
+        "config.py",
+        "default_eval_config.py",
+        "bench/results.py",
+        "bench/README.md",
+        "bench/results.jsonl",
+    ):
         shutil.copy(ROOT / name, tmp_path / name)
 
     def git(*args):
