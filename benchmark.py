@@ -17,7 +17,6 @@ with command_line(__doc__, __name__) as parser:
     add_sources(parser)
 
 import ast
-import contextlib
 import hashlib
 import inspect
 import json
@@ -28,7 +27,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -195,9 +194,8 @@ class Task:
 
     def write_state(self, **state: Any) -> None:
         """Replace it."""
-        with writing():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text_atomically(self.folder / STATE, json.dumps(state, indent=2) + "\n")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(self.folder / STATE, json.dumps(state, indent=2) + "\n")
 
     def outcome(self) -> dict[str, Any] | None:
         """The script's result file, which may be incomplete."""
@@ -269,15 +267,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise UserError(f"{path} cannot be read (it is no JSON object); delete it to evaluate anew")
     return content
-
-
-@contextlib.contextmanager
-def writing() -> Iterator[None]:
-    """Explain what cannot be written: a file is where a folder should be, or the disk is full, for example."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or 'the output'} cannot be written: {error.strerror or error}") from error
 
 
 def read_evals(path_name: str, changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -403,9 +392,8 @@ def run_here(task: Task, nproc_per_node: int) -> Status:
     """Run the script in processes of its own, so that its memory is free afterwards; output also goes to log.txt."""
     task.write_state(request=task.request())
     config, log = task.folder / "config.yaml", task.folder / "log.txt"
-    with writing():
-        config.write_text(dump_yaml(task.config))
-        log.write_text("")
+    config.write_text(dump_yaml(task.config))
+    log.write_text("")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}"]
     command = [*(launcher if nproc_per_node > 1 else []), str(task.script), str(config)]
     logger.info("%s: python %s", task.title, " ".join(command))
@@ -554,10 +542,8 @@ def benchmark(cfg: BenchmarkConfig) -> int:
             content["random" if task.is_random else "evaluations"][task.name] = describe(task, status, base)
             content["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             content["notes"] = [*cfg.notes, *differences(content)]
-            with writing():
-                write_text_atomically(base / "results.json", json.dumps(content, indent=2) + "\n")
-        with writing():
-            write_report(base / "report.html", content, run_dir)
+            write_text_atomically(base / "results.json", json.dumps(content, indent=2) + "\n")
+        write_report(base / "report.html", content, run_dir)
 
         lines = ["", text_table(content), ""]
         lines += [
