@@ -60,7 +60,7 @@ from evaluation import (
 )
 from sources import BadImageError, ImageDataset
 from utils import UserError
-from weights import read_state_dict
+from weights import check_values, read_state_dict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,9 +122,8 @@ class VisualizationsConfig(EvaluationConfig):
     """[number of an image in the data set, row, column] of the patch whose nearest ones are looked for; null for the
     middle of the first image drawn."""
     clustering_checkpoint: str | None = None
-    """Where the teacher's clustering head is: a training checkpoint or the folder of a run, whose origin must be
-    trusted as torch reads an index that can run code; or a weights file with the keys `clustering.layer.weight` and
-    `.bias`. null draws no clusters."""
+    """Where the teacher's clustering head is: a training checkpoint, the folder of a run, or a weights file with the
+    keys `clustering.layer.weight` and `.bias`. null draws no clusters."""
     dictionary_atoms: list[int] = field(
         default_factory=lambda: [3, 6, 10],
         metadata=within(
@@ -581,17 +580,19 @@ def read_clustering_head(source: str, module: nn.Module, width: int) -> Clusteri
     else:
         loaded = read_state_dict(source, key="clustering_checkpoint")
         tensors = {key.removeprefix("clustering."): value for key, value in loaded.items()}
-    found = "layer.weight" in tensors
+    head = {key: tensors[key] for key in ("layer.weight", "layer.bias") if tensors.get(key) is not None}
+    is_head = all(isinstance(value, Tensor) for value in head.values()) and "layer.weight" in head
     remedy = "has no tensor clustering.layer.weight; give the folder of a CAPI training run, whose checkpoints do"
-    require(found, "clustering_checkpoint", source, remedy)
-    weight = tensors["layer.weight"]
+    require(is_head, "clustering_checkpoint", source, remedy)
+    check_values(head, dict.fromkeys(head, torch.empty(0)), source)
+    weight = head["layer.weight"]
     remedy = (
         f"its head takes features of width {weight.shape[-1]}, and the model gives {width}; give that of this model"
     )
     require(weight.shape[-1] == width, "clustering_checkpoint", source, remedy)
     if is_teacher is False:
         logger.warning("%s was trained with other weights than these: its clusters say little here", source)
-    return ClusteringHead(weight, tensors.get("layer.bias"), is_teacher=is_teacher)
+    return ClusteringHead(weight, head.get("layer.bias"), is_teacher=is_teacher)
 
 
 def _read_training_checkpoint(step: Path, source: str, module: nn.Module) -> tuple[dict[str, Tensor], bool | None]:

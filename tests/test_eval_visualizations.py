@@ -447,6 +447,13 @@ def test_clustering_head_must_fit_be_there_and_be_readable(place, checkpoint, tm
     assert "has no training checkpoint; give the run's folder" in message(tmp_path / "empty")
     torch.save({"backbone.weight": torch.zeros(2)}, tmp_path / "student.pth")
     assert "has no tensor clustering.layer.weight" in message(tmp_path / "student.pth")
+    for unfit, says in (
+        (torch.full((7, 16), torch.nan), "not all finite: layer.weight (112 of 112 values)"),
+        (torch.ones(7, 16, dtype=torch.int64), "layer.weight (int64)"),
+        ({"nested": 3}, "has no tensor clustering.layer.weight"),
+    ):
+        torch.save({"clustering.layer.weight": unfit}, tmp_path / "unfit.pth")
+        assert says in message(tmp_path / "unfit.pth")
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     step = Checkpoints(checkpoint, keep=1).newest()
