@@ -770,10 +770,8 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         if module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype):
             return getattr(torch, global_name)
-        if (module_name, global_name) == (
-            "builtins",
-            "getattr",
-        ):  # how early Python 3.11 pickles members of enumerations
+        if (module_name, global_name) == ("builtins", "getattr"):
+            # Early Python 3.11 pickles members of enumerations so; there is no other attribute to be had.
             return lambda _, name: _MEM_FORMAT_ENCODING[name]
         if global_name not in self.ALLOWED.get(module_name, ()):
             raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
