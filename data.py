@@ -476,6 +476,23 @@ def wait_for_batch(batches: Iterator[Any], key: str, num_workers: int) -> Any:
     )
 
 
+def read_batches(loader: DataLoader[Any], key: str) -> Iterator[Any]:
+    """The batches of a `DataLoader` whose `timeout` is `worker_poll_s`; the workers end with the iterator.
+
+    Args:
+        loader: gives anything but None.
+        key: configuration key of the number of workers.
+
+    Raises: UserError as `wait_for_batch`.
+    """
+    batches = iter(loader)
+    try:
+        while (batch := wait_for_batch(batches, key, loader.num_workers)) is not None:
+            yield batch
+    finally:
+        end_workers(batches)
+
+
 def worker_poll_s(num_workers: int) -> float:
     """`DataLoader(timeout=)` with which it looks for dead workers while it waits."""
     return 1.0 if num_workers else 0.0
@@ -490,9 +507,33 @@ def dead_workers_explained(key: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+        if not str(error).startswith(DEAD_WORKER):
             raise
         raise _killed(key) from error
+
+
+def end_workers(batches: Iterator[Any]) -> None:
+    """Stop the workers of an iterator over a `DataLoader` now, rather than when the garbage collector comes by."""
+    workers = getattr(batches, "_workers", [])  # private, as is the rest; none are there if this process reads
+    if not workers:
+        return
+    # Ours ignore SIGTERM, so one that hangs in a read would outlive us, and each would be waited for.
+    killer = threading.Timer(CLOSE_TIMEOUT_S, lambda: [worker.kill() for worker in workers])
+    killer.start()
+    try:
+        batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+    except RuntimeError as error:  # the death of one that was forked shows anywhere, but here it is of no matter
+        if not str(error).startswith(DEAD_WORKER):
+            raise
+    finally:
+        killer.cancel()
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+
+
+DEAD_WORKER = "DataLoader worker (pid"
+"""How torch begins to say that a worker of a `DataLoader` is dead."""
 
 
 def _killed(key: str) -> UserError:
@@ -641,17 +682,8 @@ class PretrainLoader:
         """Stop the workers. Iterating on starts them again, after the last batch that was handed out."""
         atexit.unregister(self.close)
         batches, self._batches = self._batches, None
-        if batches is not None and self.num_workers:
-            workers = batches._workers  # pyright: ignore[reportAttributeAccessIssue]
-            # They ignore SIGTERM, so one that hangs in a read would outlive us, and each would be waited for.
-            killer = threading.Timer(CLOSE_TIMEOUT_S, lambda: [worker.kill() for worker in workers])
-            killer.start()
-            # Private, but else the workers would stop only when the garbage collector comes by.
-            batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
-            killer.cancel()
-            for worker in workers:
-                if worker.is_alive():
-                    worker.kill()
+        if batches is not None:
+            end_workers(batches)
 
     def check_shared_memory(self) -> None:
         """Check that the batches of all workers fit into the shared memory of this machine.

@@ -49,7 +49,7 @@ from config import (
     require,
     within,
 )
-from data import EpochOrder, derive_seed, largest_divisor, seeded, wait_for_batch, worker_poll_s
+from data import EpochOrder, derive_seed, largest_divisor, read_batches, seeded, worker_poll_s
 from distributed import all_reduce_sum_, barrier, broadcast_object, gather_objects, rank, world_size
 from evaluation import (
     Evaluation,
@@ -518,8 +518,7 @@ def train_batches(
         pin_memory=pin,
         timeout=worker_poll_s(num_workers),
     )
-    batches = iter(loader)
-    while (batch := wait_for_batch(batches, "num_workers", num_workers)) is not None:
+    for batch in read_batches(loader, "num_workers"):
         if isinstance(batch, UserError):
             raise batch
         yield batch

@@ -46,7 +46,7 @@ from data import (
     IMAGENET_STD,
     check_shared_memory,
     dead_workers_explained,
-    wait_for_batch,
+    read_batches,
     worker_poll_s,
     workers_that_fit,
 )
@@ -370,8 +370,7 @@ class ImageBatches:
         with tqdm(
             total=len(self.share), desc=self.title, unit="img", disable=True if quiet else None, leave=False
         ) as bar:
-            batches = iter(self.loader)
-            while (batch := wait_for_batch(batches, "num_workers", self.num_workers)) is not None:
+            for batch in read_batches(self.loader, "num_workers"):
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch

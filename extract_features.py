@@ -36,7 +36,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from config import COUNT, DTYPE, MISSING, changed_keys, one_of, require
-from data import wait_for_batch, worker_poll_s
+from data import read_batches, worker_poll_s
 from distributed import barrier, broadcast_object, rank, world_size
 from evaluation import Evaluation, EvaluationConfig, Features, FrozenModel, Results, reader_processes
 from pixels import log_pixels
@@ -362,12 +362,12 @@ def _extract_dataset(cfg: FeaturesConfig, model: FrozenModel, dataset: ImageData
         logger.info("%d of %d shards of this process are there already", len(mine) - len(missing), len(mine))
     numbers = [images[i : i + cfg.batch_size] for _, images in missing for i in range(0, len(images), cfg.batch_size)]
     loader = _loader(cfg, _ByNumber(dataset, _reader(cfg)), len(numbers), batch_sampler=numbers)
-    batches = iter(loader)
+    batches = read_batches(loader, "num_workers")
     with _bar(sum(len(images) for _, images in missing)) as bar:
         for path, images in missing:
             writer = Writer(cfg, len(images), made_of)
             while writer.num_seen < len(images):
-                batch = wait_for_batch(batches, "num_workers", loader.num_workers)
+                batch = next(batches)
                 writer.add(batch, model)
                 bar.update(len(batch))
             writer.write(path, is_last=True)
@@ -385,8 +385,7 @@ def _extract_stream(cfg: FeaturesConfig, model: FrozenModel, stream: ImageStream
             data = _InOrder(stream, part, number * cfg.shard_size, _reader(cfg), cfg)
             writer = Writer(cfg, cfg.shard_size, made_of)
             loader = _loader(cfg, data, 1, batch_size=None)
-            batches = iter(loader)
-            while (batch := wait_for_batch(batches, "num_workers", loader.num_workers)) is not None:
+            for batch in read_batches(loader, "num_workers"):
                 if writer.num_seen == cfg.shard_size:
                     writer.write(_path(cfg, part, number), is_last=False)
                     number += 1

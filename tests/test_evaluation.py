@@ -23,6 +23,7 @@ from runs import FAKE_EVALUATION, make_images
 from samples import encode, photo
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import model
 import weights
@@ -441,6 +442,21 @@ def test_a_killed_worker_of_an_evaluation_is_explained_with_its_key():
          dead_workers_explained("num_workers"):  # fmt: skip
         for _ in ImageBatches(EightImages(killed=True), as_tensor, batch_size=2, num_workers=2):
             pass
+
+
+def test_a_worker_whose_death_shows_while_they_are_stopped_is_of_no_matter(monkeypatch):
+    shut_down, deaths = _MultiProcessingDataLoaderIter._shutdown_workers, iter(["DataLoader worker (pid 1) is killed"])
+
+    def noticing(iterator):
+        shut_down(iterator)
+        for death in deaths:
+            raise RuntimeError(death)
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_shutdown_workers", noticing)
+    batches = iter(ImageBatches(EightImages(killed=False), as_tensor, batch_size=2, num_workers=2))
+    next(batches)
+    batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert next(deaths, None) is None
 
 
 def test_an_evaluation_uses_no_more_workers_than_its_batches_fit_into_the_shared_memory(monkeypatch):
