@@ -18,7 +18,7 @@ import re
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,6 @@ T = TypeVar("T")
 Modules = Mapping[str, nn.Module]
 Optimizers = Mapping[str, tuple[nn.Module, Optimizer]]
 
-MODEL_DEFINING_KEYS = ("model", "capi.num_clusters", "capi.clustering_kwargs.bias")
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -117,6 +116,7 @@ class Checkpoints:
     Args:
         output_dir: folder of the run, on a file system that all ranks share.
         keep: how many of the newest checkpoints stay on disk; so does the one that the user chose to go on from.
+        model_keys: keys and sections of the configuration that say which weights there are; see `check_compatible`.
         async_save: save in the background. All ranks must then construct the object together, and `close` it, or use
             it as a context.
     """
@@ -124,12 +124,15 @@ class Checkpoints:
     finished: Path | None
     """The checkpoint that this object loaded or finished saving last."""
 
-    def __init__(self, output_dir: str | Path, *, keep: int, async_save: bool = False) -> None:
+    def __init__(
+        self, output_dir: str | Path, *, keep: int, model_keys: Sequence[str] = ("model",), async_save: bool = False
+    ) -> None:
         assert keep >= 1
         self.output_dir = Path(output_dir)
         self.directory = self.output_dir / "checkpoints"
         self._home = self.output_dir.stat() if self.output_dir.is_dir() else None
         self.keep = keep
+        self.model_keys = model_keys
         self.finished = None
         self._thread = _one_thread() if async_save else None
         self._group = _group_of_the_thread() if async_save and is_distributed() else None
@@ -361,7 +364,7 @@ class Checkpoints:
                 f"({type(error).__name__}: {error})"
             ) from error
         if config is not None:
-            for key, (old, new) in check_compatible(state.config, config).items():
+            for key, (old, new) in check_compatible(state.config, config, self.model_keys).items():
                 logger.info("changed since the checkpoint: %s: %r -> %r", key, old, new)
         for kind, given in (("modules", modules), ("optimizers", optimizers)):
             if saved[kind] != sorted(given):
@@ -454,18 +457,21 @@ class Checkpoints:
         )
 
 
-def check_compatible(saved_config: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def check_compatible(
+    saved_config: dict[str, Any], config: dict[str, Any], model_keys: Sequence[str]
+) -> dict[str, tuple[Any, Any]]:
     """Check that a checkpoint's model is the configured one.
 
     Args:
         saved_config: resolved configuration in the checkpoint, as nested dicts.
         config: resolved configuration of this run.
+        model_keys: keys and sections that define the model.
 
     Returns: the other keys that differ, as `a.b` -> (saved, now).
     Raises: UserError listing every model-defining key that differs, with both values.
     """
     changed = changed_keys(saved_config, config)
-    breaking = [key for key in changed if any(f"{key}.".startswith(f"{part}.") for part in MODEL_DEFINING_KEYS)]
+    breaking = [key for key in changed if any(f"{key}.".startswith(f"{part}.") for part in model_keys)]
     if breaking:
         listing = "; ".join(f"{key} is {changed[key][0]!r} there and {changed[key][1]!r} now" for key in breaking)
         raise UserError(

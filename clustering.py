@@ -4,6 +4,8 @@ Axis order matters: the clustering head works on `[positions, batch, d]`, so tha
 its own over the images of the batch (CAPI, arXiv:2502.08769, section 3).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -195,3 +197,39 @@ class WeightNormLinear(nn.Module):
         v = self.weight_v.float()
         weight = v * (self.weight_g.float() / (v.norm(dim=1, keepdim=True) + 1e-8))
         return F.linear(x, weight)
+
+
+@torch.no_grad()
+def prototype_usage(counts: Int[Tensor, " k"], mass: Float[Tensor, " k"]) -> dict[str, Float[Tensor, ""]]:
+    """How many of the k prototypes are in use, by two measures.
+
+    Args:
+        counts: tokens for which the prototype has the largest assignment.
+        mass: sum of its assignments.
+
+    Returns: `prototypes_used`, prototypes with a count above 0; `prototype_perplexity`, exp of the entropy of the mass.
+    """
+    mass = mass.detach().to(torch.float32 if mass.device.type == "mps" else torch.float64)
+    perplexity = torch.special.entr(mass / mass.sum()).sum().exp()
+    return {"prototypes_used": (counts > 0).sum().float(), "prototype_perplexity": perplexity.float()}
+
+
+def normalized_entropy(entropy: Float[Tensor, ""], num_clusters: int) -> Float[Tensor, ""]:
+    """Entropy as a fraction of that of a uniform choice among `num_clusters`: 0 is certain, 1 knows nothing."""
+    return entropy / math.log(num_clusters)
+
+
+def batch_warning(global_batch_size: int, num_clusters: int) -> str | None:
+    """What to tell a user whose batch is too small for the number of prototypes, or None.
+
+    Published is one image per prototype (16384 each); the limits here are a rule of thumb.
+    """
+    if global_batch_size * 8 >= num_clusters:
+        return None
+    return (
+        f"The global batch of {global_batch_size} images is small for capi.num_clusters={num_clusters}. At each patch "
+        f"position Sinkhorn shares the images out among all prototypes, {global_batch_size / num_clusters:.2g} images "
+        "each (1 in the paper), so that targets are spread over prototypes that no image is close to. Use at most "
+        f"capi.num_clusters={global_batch_size * 8}, better {global_batch_size * 4} or fewer, a larger "
+        "optim.batch_size_per_gpu, or optim.accumulation_steps, over which Sinkhorn balances as over one batch."
+    )

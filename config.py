@@ -18,7 +18,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
@@ -316,7 +316,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """One `optim.WarmupThenCosine` over `optim.total_iters` steps."""
+    """A value for every step: zeros, a linear warm-up, then part of a half cosine; see `optim.scheduled`."""
 
     start_warmup_value: float = field(metadata=NOT_NEGATIVE)
     """Value at the first warm-up step."""
@@ -355,101 +355,38 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class ClusteringHeadConfig:
-    """Arguments of `clustering.OnlineClustering`."""
-
-    target_temp: float = field(metadata=POSITIVE)
-    """Temperature of the Sinkhorn targets, 0.06 in the paper."""
-    pred_temp: float = field(metadata=POSITIVE)
-    """Temperature of the head's own prediction in the clustering loss, 0.12."""
-    n_sk_iter: int = field(metadata=COUNT)
-    """Sinkhorn-Knopp rounds, 3."""
-    bias: bool
-    """Whether the head's linear layer has a bias."""
-    positionwise_sk: bool
-    """True: one Sinkhorn problem per patch position (paper, section 3.2). False: one over all tokens."""
-
-
-@dataclass(frozen=True)
-class ClusteringOptimizerConfig:
-    """The clustering head's own optimizer."""
-
-    optimizer: str = field(metadata=one_of("AdamW"))
-    betas: tuple[float, float] = field(metadata=BETA)
-    weight_decay: float = field(metadata=NOT_NEGATIVE)
-    lr_schedule: ScheduleConfig
-
-
-@dataclass(frozen=True)
-class CapiMethodConfig:
-    """The method: clustering and prediction."""
-
-    num_clusters: int = field(metadata=within(at_least=2))
-    """Prototypes K, 16384 in the paper. Needs a global batch that is not far smaller."""
-    student_temp: float = field(metadata=POSITIVE)
-    """Temperature of the student's prediction, 0.12."""
-    clustering_chunk: int | None = field(metadata=COUNT)
-    """Patch positions clustered at a time; only memory and speed depend on it. null: chosen by memory."""
-    clustering_kernel: str = field(metadata=one_of("auto", "torch", "triton"))
-    """torch; triton, which has kernels of its own for GPUs; or auto: triton on a GPU where it is installed."""
-    clustering_kwargs: ClusteringHeadConfig
-    clustering_optimizer: ClusteringOptimizerConfig
-
-
-@dataclass(frozen=True)
 class OptimConfig:
-    """Length of training, batch, and the student's optimizer and schedules."""
+    """Length of training, batch, and the student's optimizer; a method adds its own keys and schedules."""
 
     total_iters: int = field(metadata=COUNT)
     """Optimizer updates of the whole training."""
     batch_size_per_gpu: int = field(metadata=COUNT)
     """Images per forward pass on one rank; global batch = this x accumulation_steps x ranks."""
     accumulation_steps: int = field(metadata=COUNT)
-    """Forward passes per update. Sinkhorn balances over all of them: the same result as one large batch."""
+    """Forward passes per update: a larger batch in the same memory."""
     clip_grad: float | None = field(metadata=POSITIVE)
     """Largest norm of the student's gradient, or null for no clipping (the paper's choice)."""
     optimizer: str = field(metadata=one_of("AdamW"))
     betas: tuple[float, float] = field(metadata=BETA)
-    weight_decay: float = field(metadata=NOT_NEGATIVE)
     lr_schedule: ScheduleConfig
-    patch_embed_lr_mult: float = field(metadata=NOT_NEGATIVE)
-    """Learning-rate multiplier of the patch embedding, 0.2."""
-    rope_lr_mult: float = field(metadata=NOT_NEGATIVE)
-    """Learning-rate multiplier of the rotary frequencies, 0: they stay as initialised."""
-    layernorm_wd_mult: float = field(metadata=NOT_NEGATIVE)
-    """Weight-decay multiplier of norm weights, 0.1."""
-    momentum_schedule: ScheduleConfig
-    """EMA momentum m in ema = m * ema + (1 - m) * student."""
 
     def __post_init__(self) -> None:
-        """Check that the schedules fit, and that momentum stays an average."""
+        """Check that the schedule fits."""
         self.lr_schedule.check("optim.lr_schedule", self.total_iters)
-        self.momentum_schedule.check("optim.momentum_schedule", self.total_iters)
-        for key in ("start_warmup_value", "base_value", "final_value"):
-            value = getattr(self.momentum_schedule, key)
-            require(value <= 1, f"optim.momentum_schedule.{key}", value, "must lie in [0, 1]")
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Images, crops and masks."""
+class ImagesConfig:
+    """Images and crops; a method adds its masks."""
 
     dataset: str
     """Data URL (README lists the sources), or the path of a folder of images."""
-    mask_ratio: float = field(metadata=BETWEEN_0_AND_1)
-    """Fraction of the patches that the student does not see, 0.65."""
-    prediction_subsampling: float = field(metadata=within(above=0, at_most=1))
-    """Fraction of the hidden patches that are predicted, 0.05 (the authors: about 0.2 is better)."""
     crop_scale: tuple[float, float] = field(metadata=within(above=0, at_most=1, ascending=True))
     """Area range of the random crop, as fractions of the image."""
     images_size: int = field(metadata=COUNT)
     """Side of the square crop in pixels, a multiple of model.patch_size."""
     do_hflip: bool
     """Flip half of the images."""
-    masking_generator: str = field(metadata=one_of("InverseBlock", "Block", "Uniform"))
-    """InverseBlock (a block stays visible), Block or Uniform; see masking.py."""
-    masking_generator_kwargs: dict[str, Any]
-    """Arguments of the generator, `roll` for the two block kinds."""
     stream_shuffle_block: int = field(metadata=COUNT)
     """Streaming data: samples that are read ahead and shuffled together. 1 keeps the order of the stream."""
     stream_partitions: int | None = field(metadata=COUNT)
@@ -461,122 +398,6 @@ class DataConfig:
     decode: str = field(metadata=one_of("cpu", "gpu"))
     """cpu: the loader's workers decode. gpu: JPEG files go to the CUDA device, which decodes and crops them. The crops
     are the same boxes; colours differ by a few grey levels, since the decoders do."""
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Arguments of `model.RotaryEmbedding`."""
-
-    max_freq: float = field(metadata=POSITIVE)
-    """Highest frequency, in turns over the image."""
-    min_freq: float = field(metadata=POSITIVE)
-
-    def __post_init__(self) -> None:
-        """Check the order."""
-        key = "model.transformers_kwargs.block_kwargs.attn_kwargs.rope_kwargs.min_freq"
-        require(self.min_freq <= self.max_freq, key, self.min_freq, f"must be at most max_freq={self.max_freq}")
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Arguments of `model.Attention`."""
-
-    num_heads: int = field(metadata=COUNT)
-    qkv_bias: bool
-    proj_bias: bool
-    rope_kwargs: RopeConfig
-
-
-@dataclass(frozen=True)
-class BlockConfig:
-    """Arguments of `model.Block`."""
-
-    drop_path_type: str = field(metadata=one_of("efficient", "naive"))
-    """efficient (the branch runs on a subset of the images) or naive (its result is masked)."""
-    attn_kwargs: AttentionConfig
-
-
-@dataclass(frozen=True)
-class TransformersConfig:
-    """What encoder and predictor share."""
-
-    embed_dim: int = field(metadata=COUNT)
-    drop_path_rate: float = field(metadata=within(at_least=0, below=1))
-    block_kwargs: BlockConfig
-
-
-@dataclass(frozen=True)
-class DepthConfig:
-    """Depth of one tower."""
-
-    depth: int = field(metadata=COUNT)
-
-
-NORM_SWITCHES = {"RMSNorm": ("elementwise_affine",), "LayerNorm": ("elementwise_affine", "bias")}
-"""Norms of torch.nn that work here, and which of their arguments are true or false."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Arguments of `model.EncoderDecoder`."""
-
-    patch_size: int = field(metadata=COUNT)
-    in_chans: int = field(metadata=COUNT)
-    norm_layer_type: str = field(metadata=one_of(*NORM_SWITCHES))
-    """Norm of torch.nn: RMSNorm or LayerNorm."""
-    norm_layer_kwargs: dict[str, Any]
-    """Its arguments: eps and elementwise_affine, for LayerNorm also bias."""
-    final_norm_kwargs: dict[str, Any]
-    """What is different for the norm after the last block."""
-    n_registers: int = field(metadata=NOT_NEGATIVE)
-    register_coordinates: str = field(metadata=one_of("edge", "zeros"))
-    """edge (spread over the border of the image, so a multiple of 4) or zeros."""
-    scale_reg_to_visible: bool
-    out_layer: int = field(metadata=within())
-    transformers_kwargs: TransformersConfig
-    encoder_kwargs: DepthConfig
-    decoder_kwargs: DepthConfig
-
-    def __post_init__(self) -> None:
-        """Check the norm, and rules between sizes."""
-        for key in ("norm_layer_kwargs", "final_norm_kwargs"):
-            for name, value in getattr(self, key).items():
-                if name == "eps":
-                    remedy = "must be a number above 0, such as 1e-5"
-                    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-                    require(is_number and 0 < value < math.inf, f"model.{key}.eps", value, remedy)
-                else:
-                    known = NORM_SWITCHES[self.norm_layer_type]
-                    remedy = f"{self.norm_layer_type} takes eps, {' and '.join(known)}"
-                    require(name in known, f"model.{key}.{name}", value, remedy)
-                    require(isinstance(value, bool), f"model.{key}.{name}", value, "must be true or false")
-        if self.register_coordinates == "edge":
-            require(
-                self.n_registers % 4 == 0,
-                "model.n_registers",
-                self.n_registers,
-                "must be a multiple of 4 with model.register_coordinates=edge (one quarter per side); "
-                "change it, or use model.register_coordinates=zeros",
-            )
-        towers = self.transformers_kwargs
-        heads = towers.block_kwargs.attn_kwargs.num_heads
-        require(
-            towers.embed_dim % (4 * heads) == 0,
-            "model.transformers_kwargs.embed_dim",
-            towers.embed_dim,
-            f"must be a multiple of 4 x num_heads = {4 * heads}, so that rotary embedding can split each head in four",
-        )
-        depth = self.encoder_kwargs.depth
-        require(
-            -depth - 1 <= self.out_layer <= depth,
-            "model.out_layer",
-            self.out_layer,
-            f"must lie in [{-depth - 1}, {depth}], as model.encoder_kwargs.depth={depth}",
-        )
-
-    def kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for `model.EncoderDecoder`."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -677,8 +498,8 @@ class EvalConfig:
     """Steps between evaluations; 0 for none before the end."""
     final: bool
     """Whether it also runs after the last step."""
-    model_to_eval: str = field(metadata=one_of("student", "student_ema"))
-    """student or student_ema."""
+    model_to_eval: str
+    """Which of the networks that a run exports, such as student_ema."""
     model_setup_script: str
     """Model file whose loader builds the model."""
     eval_config: dict[str, dict[str, Any] | None] = field(metadata=NAMES)
@@ -754,37 +575,25 @@ def script_keys(script: Path) -> set[str] | None:
 
 
 @dataclass(frozen=True)
-class CapiConfig:
-    """Everything `train_capi.py` reads."""
+class TrainingConfig:
+    """The sections that every training has; a method adds its own."""
+
+    EXPORTS: ClassVar[tuple[str, ...]] = ()
+    """Names of the networks that a training of this method exports, the one to use first."""
 
     launcher: LauncherConfig
     train: TrainConfig
-    capi: CapiMethodConfig
     optim: OptimConfig
-    data: DataConfig
-    model: ModelConfig
+    data: ImagesConfig
     efficiency: EfficiencyConfig
     evals: dict[str, EvalConfig | None] | None = field(metadata=NAMES)
     """Named sets of evaluations; null for none, evals.<name>=null to leave one out."""
 
     def __post_init__(self) -> None:
-        """Check rules that span sections."""
-        self.capi.clustering_optimizer.lr_schedule.check(
-            "capi.clustering_optimizer.lr_schedule", self.optim.total_iters
-        )
-        size, patch = self.data.images_size, self.model.patch_size
-        nearest = max(patch, round(size / patch) * patch)
-        require(
-            size % patch == 0,
-            "data.images_size",
-            size,
-            f"must be a multiple of model.patch_size={patch}; the nearest is {nearest}",
-        )
-
-    @property
-    def grid_size(self) -> int:
-        """Patches along one side of a crop."""
-        return self.data.images_size // self.model.patch_size
+        """Check that what is evaluated is exported."""
+        for name, entry in (self.evals or {}).items():
+            if entry is not None:
+                require_one_of(f"evals.{name}.model_to_eval", entry.model_to_eval, self.EXPORTS)
 
 
 ConfigT = TypeVar("ConfigT")
@@ -812,7 +621,7 @@ def load_config(schema: type[ConfigT], default_path: Path | None, sources: list[
         merged = merge(merged, values)
         if default_path is None or not is_file or not Path(source).samefile(default_path):
             typed = merge(typed, values)
-    if issubclass(schema, CapiConfig):
+    if issubclass(schema, TrainingConfig):
         _allow_downloads(merged, typed)
     return build(schema, merged)
 

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from config import CapiConfig
 from sources import JpegFile, as_bytes_tensor, jpeg_decoder, silent_decoders
 from utils import UserError
 
@@ -187,12 +186,12 @@ def _decode_alone(decode_jpeg: Callable[..., Any], file: Tensor, device: torch.d
     return reason
 
 
-def check_decode(cfg: CapiConfig, device: torch.device) -> None:
+def check_decode(decode: str, device: torch.device) -> None:
     """Check that `device` can do what data.decode asks of it.
 
     Raises: UserError if it cannot.
     """
-    if cfg.data.decode == "cpu":
+    if decode == "cpu":
         return
     remedy = "use data.decode=cpu and as many efficiency.dataloader_num_workers as there are cores"
     if device.type != "cuda":

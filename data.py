@@ -7,7 +7,6 @@ and the position is all that a checkpoint has to keep: a resumed run sees what t
 
 import atexit
 import functools
-import hashlib
 import itertools
 import json
 import logging
@@ -31,10 +30,9 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from config import CapiConfig
+from config import ImagesConfig
 from crops import CROP_RATIO, Crop, EncodedCrop, EncodedCrops, cut, draw_crop
 from distributed import gather_objects, ranks_of_this_machine
-from masking import MaskingGenerator, MaskPlan, draw_positions, make_masking_generator
 from sources import (
     BadImageError,
     ImageDataset,
@@ -44,7 +42,7 @@ from sources import (
     make_dataset,
     silent_decoders,
 )
-from utils import UserError
+from utils import UserError, derive_seed, largest_divisor
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +61,6 @@ CLOSE_TIMEOUT_S = 5.0
 """After so long, workers that are asked to end are killed: one may hang in a read."""
 MAX_WAIT_FRACTION = 0.1
 """Of the time between two log lines; beyond it, training is told to use more workers."""
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on every part: different purposes and positions give unrelated random streams."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 @functools.cache
@@ -93,12 +85,8 @@ class Batch:
     """Masked images of one forward pass on one rank."""
 
     images: UInt8[Tensor, "b 3 h w"]
-    visible_indices: Int64[Tensor, " b*v"]
-    """Patches that the student sees, as image * n + position, image-major and ascending."""
-    predict_indices: Int64[Tensor, " b*m"]
-    """Hidden patches that are predicted, likewise."""
-    host_predict_indices: Int64[Tensor, " b*m"]
-    """`predict_indices` on the CPU, wherever the batch is: what depends on them need not wait for the device."""
+    masks: dict[str, Tensor]
+    """What the masks of these images say, by the names that the method gives it."""
     sample_ids: Int64[Tensor, " b"]
     """Index in the dataset; of a stream, the running number within that stream."""
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -111,22 +99,29 @@ class Batch:
     """With data.decode=gpu, until `PretrainLoader` hands the batch out: the images that `images` lacks."""
     make_s: float = 0.0
     """Seconds that one process took to read, decode and crop it."""
+    host_masks: dict[str, Tensor] = field(default_factory=dict)
+    """`masks` on the CPU, once `to` was called: what depends on them need not wait for the device."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensor fields that travel to the device, by name."""
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor) and name != "host_predict_indices"
-        }
+    def tensors(self) -> list[Tensor]:
+        """The tensors that travel to the device."""
+        return [self.images, *self.masks.values(), self.sample_ids]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The batch with its tensors on `device`."""
-        return replace(self, **{n: t.to(device, non_blocking=non_blocking) for n, t in self.tensors().items()})
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return replace(moved, host_masks=self.host_masks or self.masks)
 
     def pin_memory(self) -> Self:
         """The batch in page-locked memory, from which a GPU copies without waiting."""
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self.tensors().items()})
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        masks = {name: change(mask) for name, mask in self.masks.items()}
+        return replace(self, images=change(self.images), masks=masks, sample_ids=change(self.sample_ids))
+
+
+Masks = Callable[[list[tuple[int, ...]]], dict[str, Tensor]]
+"""Draws the masks of a batch: one key for each of its images, from which, and a seed, all randomness follows."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +132,7 @@ class _Failure:
 
 
 class SampleMaker:
-    """Turns samples into crops and masks, each a function of (seed, key of the sample) alone."""
+    """Turns samples into crops, each a function of (seed, key of the sample) alone, and these into masked batches."""
 
     def __init__(
         self,
@@ -146,16 +141,14 @@ class SampleMaker:
         image_size: int,
         crop_scale: tuple[float, float],
         do_hflip: bool,
-        masking_generator: MaskingGenerator,
-        plan: MaskPlan,
+        masks: Masks,
         encoded: bool = False,
     ) -> None:
         self.seed = seed
         self.image_size = image_size
         self.crop_scale = crop_scale
         self.do_hflip = do_hflip
-        self.masking_generator = masking_generator
-        self.plan = plan
+        self.masks = masks
         self.encoded = encoded
 
     def reduction(self, width: int, height: int) -> int:
@@ -192,11 +185,6 @@ class SampleMaker:
     def _draw(self, width: int, height: int, key: tuple[int, ...]) -> Crop:
         return draw_crop(width, height, self.crop_scale, self.do_hflip, self.seed, *key)
 
-    def mask(self, *key: int) -> tuple[Int64[Tensor, " v"], Int64[Tensor, " m"]]:
-        """Visible and predict positions."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "mask", *key))
-        return draw_positions(self.plan, self.masking_generator, generator)
-
     def batch(
         self,
         crops: list[Tensor | EncodedCrop],
@@ -204,16 +192,11 @@ class SampleMaker:
         sample_ids: list[int],
         bad: list[tuple[str, str]],
     ) -> Batch:
-        """Stack crops, and draw the mask of each."""
-        visible, predict = zip(*(self.mask(*key) for key in keys), strict=True)
-        first_patch = torch.arange(len(keys)).unsqueeze(1) * self.plan.num_patches
-        predict_indices = (torch.stack(predict) + first_patch).flatten()
+        """Stack crops, and draw their masks."""
         files = {row: crop for row, crop in enumerate(crops) if isinstance(crop, EncodedCrop)}
         return Batch(
             images=_stack([crop for crop in crops if isinstance(crop, Tensor)], self.image_size),
-            visible_indices=(torch.stack(visible) + first_patch).flatten(),
-            predict_indices=predict_indices,
-            host_predict_indices=predict_indices,
+            masks=self.masks(keys),
             sample_ids=torch.tensor(sample_ids),
             bad=bad,
             encoded=EncodedCrops.pack(files, len(crops)) if self.encoded else None,
@@ -597,7 +580,12 @@ class PretrainLoader:
     Streaming data: see `StreamPart`; the order depends on the number of ranks and of `data.stream_partitions`.
 
     Args:
-        cfg: the whole configuration; train.seed, data, optim.batch_size_per_gpu and efficiency are used.
+        images: the data, and how images are cropped.
+        masks: draws the masks of a batch; workers call it, so it has to be picklable.
+        seed: of order and crops.
+        batch_size: images per batch of one rank.
+        num_workers: processes that read; None for as many as the rank has cores, up to `MOST_WORKERS`.
+        keep_listing: whether the list of files of an image folder is kept on disk for later starts.
         dataset: what `make_dataset` gave; by default that of data.dataset.
         rank: this process.
         world_size: number of processes.
@@ -607,13 +595,18 @@ class PretrainLoader:
         bad_files_path: JSON lines file that unreadable images are added to, each once.
         start_method: of the workers. forkserver and spawn need a script with `if __name__ == "__main__"`.
 
-    Raises: UserError if the data, the masks or the position do not fit the configuration.
+    Raises: UserError if the data or the position do not fit the configuration.
     """
 
     def __init__(
         self,
-        cfg: CapiConfig,
+        images: ImagesConfig,
+        masks: Masks,
         *,
+        seed: int,
+        batch_size: int,
+        num_workers: int | None = None,
+        keep_listing: bool = False,
         dataset: ImageDataset | ImageStream | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -624,32 +617,31 @@ class PretrainLoader:
         start_method: str = "forkserver",
     ) -> None:
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
-        data = cfg.data
-        if cfg.model.in_chans != 3:
-            raise UserError(f"model.in_chans={cfg.model.in_chans}: images are RGB; use model.in_chans=3")
         self.maker = SampleMaker(
-            seed=cfg.train.seed,
-            image_size=data.images_size,
-            crop_scale=data.crop_scale,
-            do_hflip=data.do_hflip,
-            masking_generator=make_masking_generator(data.masking_generator, **data.masking_generator_kwargs),
-            plan=MaskPlan(cfg.grid_size, cfg.grid_size, data.mask_ratio, data.prediction_subsampling),
-            encoded=data.decode == "gpu",
+            seed=seed,
+            image_size=images.images_size,
+            crop_scale=images.crop_scale,
+            do_hflip=images.do_hflip,
+            masks=masks,
+            encoded=images.decode == "gpu",
         )
         if dataset is None:
-            listing_cache = cache_root() / "image_listings" if cfg.efficiency.cache_dataset else None
-            dataset = make_dataset(data.dataset, listing_cache=listing_cache)
+            dataset = make_dataset(
+                images.dataset, listing_cache=cache_root() / "image_listings" if keep_listing else None
+            )
         assert isinstance(dataset, ImageDataset | ImageStream)
-        self.cfg = cfg
+        self.images = images
+        self.seed = seed
+        self.batch_size = batch_size
         self.dataset = dataset
         self.rank = rank
         self.world_size = world_size
         self.pin_memory = pin_memory
         self.decode_device = decode_device or torch.device("cpu")
         self.start_method = start_method
-        workers = cfg.efficiency.dataloader_num_workers
-        self.num_workers = min(MOST_WORKERS, cores_of_this_rank()) if workers is None else workers
-        self.bad_files = BadFiles(bad_files_path, data.max_bad_fraction)
+        self._wanted_workers = num_workers
+        self.num_workers = min(MOST_WORKERS, cores_of_this_rank()) if num_workers is None else num_workers
+        self.bad_files = BadFiles(bad_files_path, images.max_bad_fraction)
         self._batches: Iterator[Any] | None = None
         self._restore(position or {})
 
@@ -690,12 +682,11 @@ class PretrainLoader:
 
         Raises: UserError if they do not.
         """
-        plan, cfg = self.maker.plan, self.cfg
-        bytes_per_image = 3 * self.maker.image_size**2 + 8 * (plan.num_visible + plan.num_predict + 1)
+        masks = sum(mask.nbytes for mask in self.maker.masks([(row,) for row in range(self.batch_size)]).values())
         check_shared_memory(
             "efficiency.dataloader_num_workers",
             self.num_workers,
-            cfg.optim.batch_size_per_gpu * bytes_per_image,
+            self.batch_size * (3 * self.maker.image_size**2 + 8) + masks,
             "optim.batch_size_per_gpu",
         )
 
@@ -705,7 +696,7 @@ class PretrainLoader:
             what = f"stream of {self.dataset.num_shards:,} shards, {len(self._parts)} parts per rank"
         else:
             what = f"{len(self.dataset):,} images"
-        return f"{self.cfg.data.dataset}: {what}, {self.num_workers} workers per rank"
+        return f"{self.images.dataset}: {what}, {self.num_workers} workers per rank"
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch that was handed out; can be written as JSON. Of a stream: of this rank."""
@@ -725,7 +716,7 @@ class PretrainLoader:
         kind = "map" if isinstance(self.dataset, ImageDataset) else "stream"
         if position and position["kind"] != kind:
             raise UserError(
-                f"data.dataset={self.cfg.data.dataset}: the run to continue read a {position['kind']} dataset, this is "
+                f"data.dataset={self.images.dataset}: the run to continue read a {position['kind']} dataset, this is "
                 f"a {kind} dataset; give the same data, or start a new run in another train.output_dir"
             )
         self.bad_files.seen = self._share_of(position.get("seen", 0))
@@ -746,9 +737,9 @@ class PretrainLoader:
         return total * (self.rank + 1) // self.world_size - total * self.rank // self.world_size
 
     def _restore_stream(self, position: dict[str, Any]) -> None:
-        workers = self.cfg.efficiency.dataloader_num_workers
         # Not by the number of cores, on which the order of the images would depend then.
-        wanted = self.cfg.data.stream_partitions or max(1, MOST_WORKERS if workers is None else workers)
+        workers = MOST_WORKERS if self._wanted_workers is None else self._wanted_workers
+        wanted = self.images.stream_partitions or max(1, workers)
         num_parts = position.get("num_parts", wanted * self.world_size)
         if num_parts % self.world_size:
             raise UserError(
@@ -756,7 +747,7 @@ class PretrainLoader:
                 f"{self.world_size} ranks; use a number of ranks that divides {num_parts}"
             )
         partitions = num_parts // self.world_size
-        if self.cfg.data.stream_partitions not in {None, partitions}:
+        if self.images.stream_partitions not in {None, partitions}:
             logger.warning("data.stream_partitions is %d, as in the run that is continued", partitions)
         self._parts = list(range(self.rank * partitions, (self.rank + 1) * partitions))
         self._num_parts = num_parts
@@ -775,7 +766,7 @@ class PretrainLoader:
 
     def _advance(self, batch: Batch) -> None:
         if isinstance(self.dataset, ImageDataset):
-            self._samples += self.world_size * self.cfg.optim.batch_size_per_gpu
+            self._samples += self.world_size * self.batch_size
             return
         assert batch.stream_state is not None
         part = self._parts[self._next_batch % len(self._parts)]
@@ -783,18 +774,17 @@ class PretrainLoader:
         self._next_batch += 1
 
     def _make_loader(self) -> DataLoader[Any]:
-        batch_size = self.cfg.optim.batch_size_per_gpu
         if isinstance(self.dataset, ImageDataset):
-            order = EpochOrder(len(self.dataset), self.cfg.train.seed)
+            order = EpochOrder(len(self.dataset), self.seed)
             batches: Dataset[Any] = MapBatches(self.dataset, self.maker)
-            sampler = order.batches(self._samples, self.rank, self.world_size, batch_size)
+            sampler = order.batches(self._samples, self.rank, self.world_size, self.batch_size)
         else:
             sampler = None
             batches = StreamBatches(
                 self.dataset,
                 self.maker,
-                batch_size=batch_size,
-                block_size=self.cfg.data.stream_shuffle_block,
+                batch_size=self.batch_size,
+                block_size=self.images.stream_shuffle_block,
                 parts=self._parts,
                 num_parts=self._num_parts,
                 states=self._part_states,
@@ -891,11 +881,6 @@ def merge_positions(positions: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` that is at most `limit`."""
-    return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)
-
-
 def _identity(batch: Any) -> Any:
     return batch
 
@@ -943,7 +928,7 @@ class DevicePrefetcher:
             batch = self._copied or self._copy_next(self._copy_stream)
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._copy_stream)
-            for tensor in batch.tensors().values():
+            for tensor in batch.tensors():
                 tensor.record_stream(current)  # else its memory could be reused while this step still reads it
             self._copied = self._copy_next(self._copy_stream)
         self._position = batch.position

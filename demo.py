@@ -39,12 +39,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoint import Checkpoints
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from evaluation import EvaluationConfig, FrozenModel, load_model_file
-from masking import MaskPlan, draw_positions, make_masking_generator
+from masking import draw_positions, make_masking_generator
 from metrics import read_metrics
 from report import GREEN, VERMILLION, columns, draw_curves, percent, write_report
 from sources import ImageDataset, SegmentationDataset, make_dataset
+from train_capi import CapiConfig, mask_plan
 from utils import UserError, ending_in_words, start_python
 
 if TYPE_CHECKING:
@@ -268,7 +269,7 @@ def features(model: FrozenModel, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tens
 
 def draw_visible(cfg: CapiConfig, num_images: int) -> Bool[Tensor, "b hp wp"]:
     """Which patches the student sees, as the training draws it."""
-    plan = MaskPlan(cfg.grid_size, cfg.grid_size, cfg.data.mask_ratio, cfg.data.prediction_subsampling)
+    plan = mask_plan(cfg)
     masking = make_masking_generator(cfg.data.masking_generator, **cfg.data.masking_generator_kwargs)
     generator = torch.Generator().manual_seed(cfg.train.seed)
     visible = torch.zeros(num_images, cfg.grid_size**2, dtype=torch.bool)

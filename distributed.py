@@ -257,6 +257,14 @@ def all_reduce_sum_(x: Tensor) -> Tensor:
     return x
 
 
+def mean_over_ranks(scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The mean of each scalar over the ranks, in float64 if there are several."""
+    if world_size() == 1:
+        return scalars
+    means = all_reduce_sum_(torch.stack([value.double() for value in scalars.values()])) / world_size()
+    return dict(zip(scalars, means, strict=True))
+
+
 def max_over_ranks(value: int) -> int:
     """The largest `value` of any rank. It travels between hosts, so nothing waits for a GPU."""
     return int(all_reduce_max_(torch.tensor(value)).item())

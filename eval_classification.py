@@ -44,12 +44,13 @@ from config import (
     COUNT,
     NOT_NEGATIVE,
     POSITIVE,
+    ScheduleConfig,
     changed_keys,
     one_of,
     require,
     within,
 )
-from data import EpochOrder, derive_seed, largest_divisor, read_batches, seeded, worker_poll_s
+from data import EpochOrder, read_batches, seeded, worker_poll_s
 from distributed import all_reduce_sum_, barrier, broadcast_object, gather_objects, rank, world_size
 from evaluation import (
     Evaluation,
@@ -66,9 +67,9 @@ from evaluation import (
 )
 from logreg import fit_logistic
 from neighbors import nearest, weighted_vote
-from optim import WarmupThenCosine
+from optim import scheduled
 from sources import BadImageError, HubDataset, ImageDataset, TorchvisionDataset, match_classes
-from utils import UserError, due
+from utils import UserError, derive_seed, due, largest_divisor
 
 logger = logging.getLogger("eval_classification")
 
@@ -814,14 +815,17 @@ def train_classifiers(
     cfg: ClassificationConfig, model: FrozenModel, splits: Splits, training: Training, checkpoint: CheckpointFile
 ) -> None:
     """Train all classifiers to the end."""
-    schedule = WarmupThenCosine(1.0, 0.0, cfg.n_iters, cfg.warmup_iters)
+    schedule = ScheduleConfig(
+        start_warmup_value=0.0, base_value=1.0, final_value=0.0, warmup_iters=cfg.warmup_iters, freeze_iters=0,
+        truncate_cos=1.0,
+    )  # fmt: skip
     pin = model.device.type == "cuda"
     batches = train_batches(cfg, splits.train, splits.fit, training.step, pin=pin)
     quiet = True if rank() > 0 else None
     with tqdm(total=cfg.n_iters, initial=training.step, desc="classifiers", unit="step", disable=quiet) as bar:
         while training.step < cfg.n_iters:
             images, labels = next(batches)
-            losses = train_step(training, model, images, labels, schedule(training.step))
+            losses = train_step(training, model, images, labels, scheduled(schedule, training.step, cfg.n_iters))
             bar.update()
             if training.step == cfg.n_iters or due(training.step, cfg.save_checkpoint_period):
                 images_of_val = image_batches(cfg, model, splits.val, splits.val_indices, "validation")

@@ -29,7 +29,6 @@ from PIL import Image
 from torch import Tensor
 
 from config import BETWEEN_0_AND_1, COUNT, NOT_NEGATIVE, one_of, require, within
-from data import derive_seed
 from distributed import all_gather_rows, all_reduce_sum_, gather_objects, rank, world_size
 from evaluation import (
     Evaluation,
@@ -46,7 +45,7 @@ from evaluation import (
 from logreg import fit_logistic
 from neighbors import DISTANCES, TRAIN_CHUNK, majority_votes, nearest
 from sources import UNLABELLED, ImageDataset, SegmentationDataset, match_classes
-from utils import UserError
+from utils import UserError, derive_seed
 from weights import save_safetensors
 
 if TYPE_CHECKING:

@@ -39,8 +39,9 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoints, export_weights, read_weights
 from clustering import L2NormLinear
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
+from config import DEFAULT_PRETRAIN_CONFIG, load_config, to_yaml
 from model import EncoderDecoder
+from train_capi import CapiConfig
 from utils import UserError, ending_in_words, replacing, setup_logging, write_text_atomically
 from weights import load_backbone_weights, read_state_dict, save_safetensors
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Generator, Tensor
 
-from utils import UserError
+from utils import UserError, derive_seed
 
 MIN_ASPECT_RATIO = 0.5
 MAX_ASPECT_RATIO = 2.0
@@ -164,6 +164,31 @@ def draw_positions(
     assert len(hidden) == plan.num_masked, f"the mask hides {len(hidden)} patches, not {plan.num_masked}"
     chosen = torch.randperm(plan.num_masked, generator=generator)[: plan.num_predict]
     return (~mask).nonzero().squeeze(1), hidden[chosen.sort().values]
+
+
+@dataclass(frozen=True)
+class PatchMasks:
+    """Draws which patches of each image of a batch are visible and which are predicted.
+
+    Args:
+        plan: how many.
+        generator: draws the mask of one image.
+        seed: from which, and the key of an image, its mask follows.
+    """
+
+    plan: MaskPlan
+    generator: MaskingGenerator
+    seed: int
+
+    def __call__(self, keys: list[tuple[int, ...]]) -> dict[str, Int64[Tensor, " patches"]]:
+        """`visible_indices` [b*v] and `predict_indices` [b*m], as image * n + position, image-major and ascending."""
+        visible, predict = [], []
+        for row, key in enumerate(keys):
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "mask", *key))
+            seen, predicted = draw_positions(self.plan, self.generator, generator)
+            visible.append(seen + row * self.plan.num_patches)
+            predict.append(predicted + row * self.plan.num_patches)
+        return {"visible_indices": torch.cat(visible), "predict_indices": torch.cat(predict)}
 
 
 def _block_size(height: int, width: int, area: int, u_aspect: float) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """What a run says about itself: averaged scalars, their log files, health, speed, and the alarm for non-finite losses.
 
-Nothing here waits for the accelerator except where a docstring says so. Cost models at the end are arithmetic on plain
-numbers. Reductions over ranks belong to the caller.
+Nothing here waits for the accelerator except where a docstring says so. Reductions over ranks belong to the caller.
 """
 
 import importlib
@@ -67,7 +66,6 @@ class Metrics:
     Args:
         output_dir: folder of metrics.jsonl.
         loggers: further places, any of tensorboard, wandb, mlflow, trackio.
-        run_name: name of the run in those; None takes the name of the folder.
         config: values that wandb, mlflow, trackio and tensorboard store with the run.
         enabled: False on all ranks but 0: nothing is written, averages are still returned.
 
@@ -79,44 +77,33 @@ class Metrics:
         output_dir: Path,
         loggers: Sequence[str] = (),
         *,
-        run_name: str | None = None,
         config: Mapping[str, Any] | None = None,
         enabled: bool = True,
     ) -> None:
         self.path = output_dir / "metrics.jsonl"
-        self._run_name = run_name or output_dir.resolve().name
+        self._run_name = output_dir.resolve().name
         self._config, self._enabled = dict(config or {}), enabled
         self._modules = {name: _import_logger(name) for name in loggers} if enabled else {}
         self._loggers: dict[str, Logger] = {}
         self._sums: dict[str, Tensor | float] = {}
-        self._counts: dict[str, int] = {}  # absent for totals
+        self._counts: dict[str, int] = {}
         self._run_ids: dict[str, str] = {}
         self._kept_step = 0
 
     def update(self, **scalars: Scalar) -> None:
         """Count these values in the averages of the current window. Does not wait for the device."""
-        self._add(scalars)
-        for name in scalars:
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def update_totals(self, **scalars: Scalar) -> None:
-        """Add these values to sums over the current window, for things that are counted: skipped steps, bad images."""
-        self._add(scalars)
-
-    def _add(self, scalars: Mapping[str, Scalar]) -> None:
         for name, value in scalars.items():
+            self._counts[name] = self._counts.get(name, 0) + 1
             if isinstance(value, Tensor):
                 value = value.detach().to(_widest_float(value.device)).reshape(())  # noqa: PLW2901  # same quantity
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def write(self, step: int, **extra: int | float) -> dict[str, int | float]:
-        """End the window: write and return `step`, averages, totals and `extra`. Waits for the device, once.
+        """End the window: write and return `step`, averages and `extra`. Waits for the device, once.
 
         Keys follow `step` in alphabetical order. NaN and infinities are null in the file: JSON has no word for them.
         """
-        values: dict[str, int | float] = {
-            name: total / self._counts.get(name, 1) for name, total in self._host_sums().items()
-        }
+        values: dict[str, int | float] = {name: total / self._counts[name] for name, total in self._host_sums().items()}
         assert not values.keys() & extra.keys(), f"metered and given: {values.keys() & extra.keys()}"
         values |= extra
         self._sums, self._counts = {}, {}
@@ -400,42 +387,6 @@ def norm_stats(features: Float[Tensor, "n d"]) -> tuple[Float[Tensor, ""], Float
     return norms.median(), norms.max()
 
 
-@torch.no_grad()
-def prototype_usage(counts: Int[Tensor, " k"], mass: Float[Tensor, " k"]) -> dict[str, Float[Tensor, ""]]:
-    """How many of the k prototypes are in use, by two measures.
-
-    Args:
-        counts: tokens for which the prototype has the largest assignment.
-        mass: sum of its assignments.
-
-    Returns: `prototypes_used`, prototypes with a count above 0; `prototype_perplexity`, exp of the entropy of the mass.
-    """
-    mass = mass.detach().to(_widest_float(mass.device))
-    perplexity = torch.special.entr(mass / mass.sum()).sum().exp()
-    return {"prototypes_used": (counts > 0).sum().float(), "prototype_perplexity": perplexity.float()}
-
-
-def normalized_entropy(entropy: Float[Tensor, ""], num_clusters: int) -> Float[Tensor, ""]:
-    """Entropy as a fraction of that of a uniform choice among `num_clusters`: 0 is certain, 1 knows nothing."""
-    return entropy / math.log(num_clusters)
-
-
-def batch_warning(global_batch_size: int, num_clusters: int) -> str | None:
-    """What to tell a user whose batch is too small for the number of prototypes, or None.
-
-    Published is one image per prototype (16384 each); the limits here are a rule of thumb.
-    """
-    if global_batch_size * 8 >= num_clusters:
-        return None
-    return (
-        f"The global batch of {global_batch_size} images is small for capi.num_clusters={num_clusters}. At each patch "
-        f"position Sinkhorn shares the images out among all prototypes, {global_batch_size / num_clusters:.2g} images "
-        "each (1 in the paper), so that targets are spread over prototypes that no image is close to. Use at most "
-        f"capi.num_clusters={global_batch_size * 8}, better {global_batch_size * 4} or fewer, a larger "
-        "optim.batch_size_per_gpu, or optim.accumulation_steps, over which Sinkhorn balances as over one batch."
-    )
-
-
 # --- Speed -----------------------------------------------------------------------------------------------------------
 
 _PEAK_FLOPS = (
@@ -471,7 +422,7 @@ class Throughput:
 
     Args:
         images_per_step: images of one optimizer step, on all ranks together.
-        flops_per_image: from `training_flops_per_image`.
+        flops_per_image: model FLOPs of one step per image; see flops.py.
         device: this rank's device.
         world_size: ranks.
         param_dtype: precision of the matmuls; decides against which peak utilisation is measured.
@@ -537,134 +488,6 @@ def peak_memory_gib(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-# --- Cost models -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """Sizes that decide what one CAPI step costs per image."""
-
-    embed_dim: int
-    encoder_depth: int
-    decoder_depth: int
-    num_heads: int
-    num_registers: int
-    patch_size: int
-    num_patches: int
-    num_visible: int
-    """Patches that the student sees."""
-    num_predict: int
-    """Positions that it predicts."""
-    num_clusters: int
-    in_chans: int = 3
-    drop_path_rate: float = 0.0
-    """For drop_path_type=efficient, whose skipped branches cost nothing; leave it at 0 for naive."""
-
-
-def _block_flops(d: int, queries: int, context: int) -> int:
-    """Forward pass of one block: projections, attention, MLP with hidden width 4 d. A multiply-add is 2 FLOPs."""
-    query_and_output, keys_and_values, mlp = 2 * d * d * queries, 2 * d * d * context, 8 * d * d * queries
-    return 2 * (query_and_output + keys_and_values + 2 * queries * context * d + mlp)
-
-
-def _embedding_flops(shape: StepShape) -> int:
-    return 2 * shape.num_patches * shape.in_chans * shape.patch_size**2 * shape.embed_dim
-
-
-def encoder_flops_per_image(shape: StepShape) -> int:
-    """FLOPs of the encoder's forward pass on all patches of an image: 1.70e11 for ViT-L/14 at 224 pixels."""
-    num_tokens = shape.num_patches + shape.num_registers
-    return _embedding_flops(shape) + shape.encoder_depth * _block_flops(shape.embed_dim, num_tokens, num_tokens)
-
-
-def step_flops_per_image(shape: StepShape, batch_size: int | None = None) -> dict[str, int | float]:
-    """Model FLOPs of the parts of one CAPI step per image: matmuls alone, recomputation not counted.
-
-    Args:
-        shape: sizes of model and step.
-        batch_size: images per forward pass, of which drop path keeps a whole number; None counts its expectation.
-
-    Returns: `teacher`: forward on all patches. `clustering`: forward and weight gradient, as the head's input needs no
-        gradient. `student`: encoder on visible patches, predictor and head, forward and backward, a backward pass being
-        two forward passes.
-    """
-    d, context = shape.embed_dim, shape.num_visible + shape.num_registers
-    blocks = shape.encoder_depth * _block_flops(d, context, context)
-    blocks += shape.decoder_depth * _block_flops(d, shape.num_predict, context)
-    student_head = 2 * shape.num_predict * d * shape.num_clusters
-    clustering_head = 2 * shape.num_patches * d * shape.num_clusters
-    # The image needs no gradient either: the student's embedding costs forward and weight gradient, of all patches.
-    student = 2 * _embedding_flops(shape) + 3 * (_kept(shape, batch_size) * blocks + student_head)
-    return {"teacher": encoder_flops_per_image(shape), "clustering": 2 * clustering_head, "student": student}
-
-
-def _kept(shape: StepShape, batch_size: int | None) -> float:
-    """Fraction of the images on which a branch runs."""
-    keep = 1.0 - shape.drop_path_rate
-    return keep if batch_size is None or keep == 1 else max(int(batch_size * keep), 1) / batch_size
-
-
-def training_flops_per_image(shape: StepShape, batch_size: int | None = None) -> int | float:
-    """Model FLOPs of one CAPI step per image: the sum of `step_flops_per_image`."""
-    return sum(step_flops_per_image(shape, batch_size).values())
-
-
-def attention_recomputation_per_image(shape: StepShape, batch_size: int | None = None) -> int | float:
-    """FLOPs that fused attention adds in the student's backward pass, which are no model FLOPs: the scores again."""
-    context = shape.num_visible + shape.num_registers
-    queries = shape.encoder_depth * context + shape.decoder_depth * shape.num_predict
-    return _kept(shape, batch_size) * 2 * shape.embed_dim * queries * context
-
-
-def num_backbone_parameters(shape: StepShape) -> int:
-    """Parameters of `model.EncoderDecoder` with RMSNorm and blocks without biases (the defaults)."""
-    d = shape.embed_dim
-    matrices, norms, rotary_frequencies = 12 * d * d, 2 * d, 2 * (d // shape.num_heads)
-    blocks = (shape.encoder_depth + shape.decoder_depth) * (matrices + norms + rotary_frequencies)
-    mask_token, patch_embedding = d, shape.in_chans * shape.patch_size**2 * d + d
-    return blocks + patch_embedding + shape.num_registers * d + mask_token
-
-
-def device_memory_estimate(
-    shape: StepShape, *, batch_size: int, param_bytes: int, recompute: bool, world_size: int
-) -> dict[str, int | float]:
-    """A rough estimate, for planning, of what one device holds: exact for weights, a factor 1.5 or so for the rest.
-
-    Args:
-        shape: sizes of model and step.
-        batch_size: images per forward pass on this device.
-        param_bytes: bytes of an activation: 2 for bfloat16, 4 for float32.
-        recompute: whether blocks keep the results of matmuls and attention only.
-        world_size: ranks among which weights, gradients, optimizer state and average are sharded.
-
-    Returns: `parameters` (backbone and both heads, a number), and in GiB: `state` (float32 weights, gradients and two
-        AdamW moments of student and clustering head, and the average), `activations` (of the student, kept for its
-        backward pass), `clustering` (teacher features and logits), and `total`, the state and the larger of those two.
-    """
-    d = shape.embed_dim
-    head = shape.num_clusters * (d + 1)  # one per prototype more: a bias in the teacher's, a magnitude in the student's
-    student = num_backbone_parameters(shape) + head
-    state = 4 * (4 * (student + head) + student) / world_size
-    # Values per channel that a block keeps of each of its tokens, and in the predictor of each context token (keys and
-    # values). Without recomputation they were counted on the model with saved_tensors_hooks.
-    own, context = (10, 2) if recompute else (28, 8)
-    values = (shape.num_visible + shape.num_registers) * (shape.encoder_depth * own + shape.decoder_depth * context)
-    values += shape.num_predict * shape.decoder_depth * own
-    activations = batch_size * (values * d * param_bytes + 3 * 4 * shape.num_predict * shape.num_clusters)
-    logits = 4 * batch_size * shape.num_clusters  # of one position
-    budget = 2**28 if world_size == 1 else 2**30  # as clustering.OnlineClustering takes them on a GPU
-    chunk = min(max(budget, logits), logits * shape.num_patches)
-    features = batch_size * (shape.num_patches + shape.num_registers) * d * (4 + 12 * param_bytes)
-    clustering = 4 * chunk + features
-    return {
-        "parameters": student + head,
-        "state": state / 2**30,
-        "activations": activations / 2**30,
-        "clustering": clustering / 2**30,
-        "total": (state + max(activations, clustering)) / 2**30,
-    }
 
 
 # --- Profiling -------------------------------------------------------------------------------------------------------

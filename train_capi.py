@@ -7,100 +7,329 @@
 Later files and overrides win over earlier ones, and all over default_pretrain_config.yaml.
 """
 
-from utils import add_sources, command_line
+from utils import add_training_options, command_line
 
 with command_line(__doc__, __name__) as parser:
-    add_sources(parser)
-    parser.add_argument("--dry-run", action="store_true", help="say what would be trained and stop")
-    parser.add_argument("--print-config", action="store_true", help="check and print the resolved config and stop")
-    parser.add_argument("--export", action="store_true", help="write the weights of the newest checkpoint and stop")
+    add_training_options(parser)
 
-import contextlib
 import functools
-import gc
 import logging
+import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-import metrics
-from checkpoint import Checkpoints, SavedState, claim_output_dir, export_weights, largest_magnitude
-from clustering import L2NormLinear, OnlineClustering, entropy, soft_cross_entropy
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, build, changed_keys, load_config, to_yaml
-from crops import check_decode
-from data import (
-    Batch,
-    DevicePrefetcher,
-    PretrainLoader,
-    WorkerAdvice,
-    cores_of_this_rank,
-    derive_seed,
-    merge_positions,
-    normalize,
+from checkpoint import SavedState
+from clustering import (
+    L2NormLinear,
+    OnlineClustering,
+    batch_warning,
+    entropy,
+    normalized_entropy,
+    prototype_usage,
+    soft_cross_entropy,
 )
-from distributed import all_reduce_sum_, pick_device, rank, session, world_size
-from evals import EvalRuns, plan_evals
-from fsdp import (
-    Sharding,
-    attend_by_xformers,
-    average_gradients_,
-    compile_blocks,
-    compile_function,
-    kept_compilations,
-    multiply_in_fp8,
-    parallelize,
-    recompute_blocks,
+from config import (
+    BETA,
+    BETWEEN_0_AND_1,
+    COUNT,
+    DEFAULT_PRETRAIN_CONFIG,
+    NOT_NEGATIVE,
+    POSITIVE,
+    ImagesConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    load_config,
+    one_of,
+    require,
+    within,
 )
+from data import Batch, PretrainLoader
+from distributed import all_reduce_sum_, mean_over_ranks, rank, world_size
+from flops import StepShape, device_memory_estimate, training_flops_per_image
 from fused_clustering import use_triton
-from launch import StopRequest, requeue, was_requeued
-from masking import MaskPlan, make_masking_generator
-from metrics import FiniteWatch, Metrics, Profile, StepShape, Throughput, training_flops_per_image
-from model import Attention, Block, EncoderDecoder, RotaryEmbedding
-from optim import (
-    Hyper,
-    ema_update_,
-    grad_norm,
-    hyper_at,
-    make_clustering_optimizer,
-    make_student_optimizer,
-    set_hyper,
+from masking import MaskPlan, PatchMasks, make_masking_generator
+from metrics import effective_rank, norm_stats
+from model import EncoderDecoder, RotaryEmbedding
+from optim import ema_update_, make_adamw, multipliers, scheduled, set_rates_
+from training import (
+    Run,
+    TrainState,
+    describe,
+    global_batch_size,
+    milestones,
+    run_command,
+    sent_to,
+    warn_of_another_course,
+    weights_to_start_from,
 )
-from pixels import log_pixels, sample_pixels
-from probe import Probe
-from utils import (
-    UserError,
-    due,
-    ending_in_words,
-    git_revision,
-    setup_logging,
-    write_text_atomically,
-    writing_explained,
-)
+from utils import UserError, derive_seed, ending_in_words, setup_logging
 from weights import backbone_part, load_backbone_weights, read_state_dict
 
 logger = logging.getLogger("capi")
 
-COURSE_KEYS = ("optim.", "capi.student_temp.", "capi.clustering_kwargs.", "capi.clustering_optimizer.")
+COURSE_KEYS = ("optim", "capi.student_temp", "capi.clustering_kwargs", "capi.clustering_optimizer")
 """What the rest of a training depends on: a change when it continues is a warning."""
-SCHEDULED = {"lr": "learning rate", "clustering_lr": "that of the clustering head", "momentum": "EMA momentum"}
-"""Fields of `Hyper`, for people."""
-BATCH_KEYS = ("optim.batch_size_per_gpu.", "optim.accumulation_steps.")
-"""Of these, what may be divided otherwise over ranks: their product with the number of ranks counts."""
-WATCHED = ("capi_loss", "clustering_loss", "grad_norm", "clustering_grad_norm")
+FINITE = ("capi_loss", "clustering_loss", "grad_norm", "clustering_grad_norm")
 """Scalars of a step that must be finite."""
 HEALTH_TOKENS = 4096
 """Teacher patch tokens from which the health metrics are computed."""
-SMALLEST_SCALE = 1e-4
-"""Of the loss, 30 skipped steps below the scale at the start: gradients that still overflow are not finite anyway."""
+
+# --- Knobs: the sections of the configuration that are CAPI's own ----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClusteringHeadConfig:
+    """Arguments of `clustering.OnlineClustering`."""
+
+    target_temp: float = field(metadata=POSITIVE)
+    """Temperature of the Sinkhorn targets, 0.06 in the paper."""
+    pred_temp: float = field(metadata=POSITIVE)
+    """Temperature of the head's own prediction in the clustering loss, 0.12."""
+    n_sk_iter: int = field(metadata=COUNT)
+    """Sinkhorn-Knopp rounds, 3."""
+    bias: bool
+    """Whether the head's linear layer has a bias."""
+    positionwise_sk: bool
+    """True: one Sinkhorn problem per patch position (paper, section 3.2). False: one over all tokens."""
+
+
+@dataclass(frozen=True)
+class ClusteringOptimizerConfig:
+    """The clustering head's own optimizer."""
+
+    optimizer: str = field(metadata=one_of("AdamW"))
+    betas: tuple[float, float] = field(metadata=BETA)
+    weight_decay: float = field(metadata=NOT_NEGATIVE)
+    lr_schedule: ScheduleConfig
+
+
+@dataclass(frozen=True)
+class CapiMethodConfig:
+    """The method: clustering and prediction."""
+
+    num_clusters: int = field(metadata=within(at_least=2))
+    """Prototypes K, 16384 in the paper. Needs a global batch that is not far smaller."""
+    student_temp: float = field(metadata=POSITIVE)
+    """Temperature of the student's prediction, 0.12."""
+    clustering_chunk: int | None = field(metadata=COUNT)
+    """Patch positions clustered at a time; only memory and speed depend on it. null: chosen by memory."""
+    clustering_kernel: str = field(metadata=one_of("auto", "torch", "triton"))
+    """torch; triton, which has kernels of its own for GPUs; or auto: triton on a GPU where it is installed."""
+    clustering_kwargs: ClusteringHeadConfig
+    clustering_optimizer: ClusteringOptimizerConfig
+
+
+@dataclass(frozen=True)
+class CapiOptimConfig(OptimConfig):
+    """Batch, and the student's optimizer and schedules. Sinkhorn balances over all accumulation steps as over one
+    large batch."""
+
+    weight_decay: float = field(metadata=NOT_NEGATIVE)
+    patch_embed_lr_mult: float = field(metadata=NOT_NEGATIVE)
+    """Learning-rate multiplier of the patch embedding, 0.2."""
+    rope_lr_mult: float = field(metadata=NOT_NEGATIVE)
+    """Learning-rate multiplier of the rotary frequencies, 0: they stay as initialised."""
+    layernorm_wd_mult: float = field(metadata=NOT_NEGATIVE)
+    """Weight-decay multiplier of norm weights, 0.1."""
+    momentum_schedule: ScheduleConfig
+    """EMA momentum m in ema = m * ema + (1 - m) * student."""
+
+    def __post_init__(self) -> None:
+        """Check that the schedules fit, and that momentum stays an average."""
+        super().__post_init__()
+        self.momentum_schedule.check("optim.momentum_schedule", self.total_iters)
+        for key in ("start_warmup_value", "base_value", "final_value"):
+            value = getattr(self.momentum_schedule, key)
+            require(value <= 1, f"optim.momentum_schedule.{key}", value, "must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class CapiDataConfig(ImagesConfig):
+    """Images, crops and masks."""
+
+    mask_ratio: float = field(metadata=BETWEEN_0_AND_1)
+    """Fraction of the patches that the student does not see, 0.65."""
+    prediction_subsampling: float = field(metadata=within(above=0, at_most=1))
+    """Fraction of the hidden patches that are predicted, 0.05 (the authors: about 0.2 is better)."""
+    masking_generator: str = field(metadata=one_of("InverseBlock", "Block", "Uniform"))
+    """InverseBlock (a block stays visible), Block or Uniform; see masking.py."""
+    masking_generator_kwargs: dict[str, Any]
+    """Arguments of the generator, `roll` for the two block kinds."""
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Arguments of `model.RotaryEmbedding`."""
+
+    max_freq: float = field(metadata=POSITIVE)
+    """Highest frequency, in turns over the image."""
+    min_freq: float = field(metadata=POSITIVE)
+
+    def __post_init__(self) -> None:
+        """Check the order."""
+        key = "model.transformers_kwargs.block_kwargs.attn_kwargs.rope_kwargs.min_freq"
+        require(self.min_freq <= self.max_freq, key, self.min_freq, f"must be at most max_freq={self.max_freq}")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Arguments of `model.Attention`."""
+
+    num_heads: int = field(metadata=COUNT)
+    qkv_bias: bool
+    proj_bias: bool
+    rope_kwargs: RopeConfig
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Arguments of `model.Block`."""
+
+    drop_path_type: str = field(metadata=one_of("efficient", "naive"))
+    """efficient (the branch runs on a subset of the images) or naive (its result is masked)."""
+    attn_kwargs: AttentionConfig
+
+
+@dataclass(frozen=True)
+class TransformersConfig:
+    """What encoder and predictor share."""
+
+    embed_dim: int = field(metadata=COUNT)
+    drop_path_rate: float = field(metadata=within(at_least=0, below=1))
+    block_kwargs: BlockConfig
+
+
+@dataclass(frozen=True)
+class DepthConfig:
+    """Depth of one tower."""
+
+    depth: int = field(metadata=COUNT)
+
+
+NORM_SWITCHES = {"RMSNorm": ("elementwise_affine",), "LayerNorm": ("elementwise_affine", "bias")}
+"""Norms of torch.nn that work here, and which of their arguments are true or false."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Arguments of `model.EncoderDecoder`."""
+
+    patch_size: int = field(metadata=COUNT)
+    in_chans: int = field(metadata=COUNT)
+    norm_layer_type: str = field(metadata=one_of(*NORM_SWITCHES))
+    """Norm of torch.nn: RMSNorm or LayerNorm."""
+    norm_layer_kwargs: dict[str, Any]
+    """Its arguments: eps and elementwise_affine, for LayerNorm also bias."""
+    final_norm_kwargs: dict[str, Any]
+    """What is different for the norm after the last block."""
+    n_registers: int = field(metadata=NOT_NEGATIVE)
+    register_coordinates: str = field(metadata=one_of("edge", "zeros"))
+    """edge (spread over the border of the image, so a multiple of 4) or zeros."""
+    scale_reg_to_visible: bool
+    out_layer: int = field(metadata=within())
+    transformers_kwargs: TransformersConfig
+    encoder_kwargs: DepthConfig
+    decoder_kwargs: DepthConfig
+
+    def __post_init__(self) -> None:
+        """Check the norm, and rules between sizes."""
+        for key in ("norm_layer_kwargs", "final_norm_kwargs"):
+            for name, value in getattr(self, key).items():
+                if name == "eps":
+                    remedy = "must be a number above 0, such as 1e-5"
+                    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                    require(is_number and 0 < value < math.inf, f"model.{key}.eps", value, remedy)
+                else:
+                    known = NORM_SWITCHES[self.norm_layer_type]
+                    remedy = f"{self.norm_layer_type} takes eps, {' and '.join(known)}"
+                    require(name in known, f"model.{key}.{name}", value, remedy)
+                    require(isinstance(value, bool), f"model.{key}.{name}", value, "must be true or false")
+        if self.register_coordinates == "edge":
+            require(
+                self.n_registers % 4 == 0,
+                "model.n_registers",
+                self.n_registers,
+                "must be a multiple of 4 with model.register_coordinates=edge (one quarter per side); "
+                "change it, or use model.register_coordinates=zeros",
+            )
+        towers = self.transformers_kwargs
+        heads = towers.block_kwargs.attn_kwargs.num_heads
+        require(
+            towers.embed_dim % (4 * heads) == 0,
+            "model.transformers_kwargs.embed_dim",
+            towers.embed_dim,
+            f"must be a multiple of 4 x num_heads = {4 * heads}, so that rotary embedding can split each head in four",
+        )
+        depth = self.encoder_kwargs.depth
+        require(
+            -depth - 1 <= self.out_layer <= depth,
+            "model.out_layer",
+            self.out_layer,
+            f"must lie in [{-depth - 1}, {depth}], as model.encoder_kwargs.depth={depth}",
+        )
+
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `model.EncoderDecoder`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CapiConfig(TrainingConfig):
+    """Everything `train_capi.py` reads."""
+
+    EXPORTS: ClassVar[tuple[str, ...]] = ("student_ema", "student")
+
+    optim: CapiOptimConfig
+    data: CapiDataConfig
+    model: ModelConfig
+    capi: CapiMethodConfig
+
+    def __post_init__(self) -> None:
+        """Check rules that span sections."""
+        super().__post_init__()
+        self.capi.clustering_optimizer.lr_schedule.check(
+            "capi.clustering_optimizer.lr_schedule", self.optim.total_iters
+        )
+        size, patch = self.data.images_size, self.model.patch_size
+        nearest = max(patch, round(size / patch) * patch)
+        require(
+            size % patch == 0,
+            "data.images_size",
+            size,
+            f"must be a multiple of model.patch_size={patch}; the nearest is {nearest}",
+        )
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a crop."""
+        return self.data.images_size // self.model.patch_size
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Scheduled values of one update."""
+
+    lr: float
+    clustering_lr: float
+    momentum: float
+    """EMA momentum m in ema = m * ema + (1 - m) * student."""
+
+
+def hyper_at(step: int, cfg: CapiConfig) -> Hyper:
+    """Scheduled values of the update after `step` finished ones. Pure, so a resumed run has nothing to restore."""
+    schedules = (cfg.optim.lr_schedule, cfg.capi.clustering_optimizer.lr_schedule, cfg.optim.momentum_schedule)
+    return Hyper(*(scheduled(schedule, step, cfg.optim.total_iters) for schedule in schedules))
+
+
+# --- State and step --------------------------------------------------------------------------------------------------
 
 
 def do_teacher(
@@ -132,62 +361,46 @@ def do_student(
     return per_token.sum() if per_token.device.type == "mps" else per_token.double().sum()  # mps has no float64
 
 
-class TrainState:
-    """Everything a checkpoint holds, and how one update acts on it.
+class CapiState(TrainState):
+    """Everything a checkpoint holds.
 
     Modules: `student` {backbone, head}; `student_ema`, their moving average, whose backbone is the teacher and which is
     what a run exports; `clustering`, the teacher's head.
     """
 
+    MODEL_KEYS = ("model", "capi.num_clusters", "capi.clustering_kwargs.bias")
+
     def __init__(
         self, cfg: CapiConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
     ) -> None:
-        self.cfg, self.device, self.step = cfg, device, 0
-        self.dtype: torch.dtype = getattr(torch, cfg.efficiency.param_dtype)
-        efficiency = cfg.efficiency
-        self.sharding = Sharding(
-            mode=efficiency.fsdp,
-            param_dtype=self.dtype,
-            reduce_dtype=getattr(torch, efficiency.reduce_dtype),
-            bucket_mib=efficiency.fsdp_bucket_mib,
-            prefetch=efficiency.fsdp_prefetch,
-        )
         use_triton(cfg.capi.clustering_kernel, device)  # raises early
-        torch.manual_seed(derive_seed(cfg.train.seed, "init"))
-        # One after the other: where weights are divided, no rank ever holds two whole modules.
-        self.student = _materialise(self._make_student, device)
-        if efficiency.attention == "xformers":
-            attend_by_xformers(_attention_of(self.student), device, self.dtype)
-        if init_from is not None and rank() == 0:
-            start_from(self.student["backbone"], init_from)
-        recompute_blocks(_blocks_of(self.student), efficiency.rematerialization)
-        if compiled:
-            compile_blocks(_blocks_of(self.student), efficiency.compilation.do_student, self.sharding)
-        parallelize(self.student, self.sharding, device, _blocks_of(self.student))
-        self.student_ema = _materialise(self._make_student, device).requires_grad_(False).eval()
-        if efficiency.attention == "xformers":
-            attend_by_xformers(_attention_of(self.student_ema), device, self.dtype)
-        if efficiency.teacher_fp8:
-            multiply_in_fp8(_blocks_of(self.student_ema), device)
-        if compiled:
-            compile_blocks(_blocks_of(self.student_ema), efficiency.compilation.do_teacher, self.sharding)
-        parallelize(self.student_ema, self.sharding, device, _blocks_of(self.student_ema))
-        ema_update_(self.student_ema, self.student, 0.0)
-        self.clustering = _materialise(self._make_clustering, device)
-        parallelize(self.clustering, self.sharding, device)
-        self.do_teacher, self.do_student = do_teacher, do_student
-        if compiled:
-            key, options = "efficiency.compilation", efficiency.compilation
-            how = {"device": device, "sharding": self.sharding, "cuda_graphs": options.cuda_graphs}
-            self.do_teacher = compile_function(do_teacher, options.do_teacher, f"{key}.do_teacher", **how)
-            self.do_student = compile_function(do_student, options.do_student, f"{key}.do_student", **how)
-        self.student_optimizer = make_student_optimizer(self.student, cfg)
-        self.clustering_optimizer = make_clustering_optimizer(self.clustering, cfg)
-        self.scaler = torch.amp.GradScaler(
-            device.type,
-            enabled=efficiency.grad_scaler,
-            growth_interval=efficiency.grad_scaler_growth_interval,
+        super().__init__(cfg, device, compiled=compiled)
+        self.cfg = cfg
+        compilation = cfg.efficiency.compilation
+        self.student = self.place(
+            self._make_student,
+            compilation.do_student,
+            load=None if init_from is None else functools.partial(start_from, path_or_url=init_from),
         )
+        self.student_ema = self.place(self._make_student, compilation.do_teacher, is_teacher=True)
+        ema_update_(self.student_ema, self.student, 0.0)
+        self.clustering = self.place(self._make_clustering)
+        self.modules = {"student": self.student, "student_ema": self.student_ema, "clustering": self.clustering}
+        self.do_teacher = self.compile(do_teacher, "do_teacher")
+        self.do_student = self.compile(do_student, "do_student")
+        optim = cfg.optim
+        by_name = multipliers(
+            self.student,
+            patch_embed_lr_mult=optim.patch_embed_lr_mult,
+            rope_lr_mult=optim.rope_lr_mult,
+            layernorm_wd_mult=optim.layernorm_wd_mult,
+        )
+        self.student_optimizer = make_adamw(self.student, optim.betas, by_name)
+        self.clustering_optimizer = make_adamw(self.clustering, cfg.capi.clustering_optimizer.betas)
+        self.optimizers = {
+            "student": (self.student, self.student_optimizer),
+            "clustering": (self.clustering, self.clustering_optimizer),
+        }
 
     def _make_student(self) -> nn.ModuleDict:
         backbone = EncoderDecoder(**self.cfg.model.kwargs())
@@ -203,86 +416,20 @@ class TrainState:
         width = self.cfg.model.transformers_kwargs.embed_dim
         return OnlineClustering(width, self.cfg.capi.num_clusters, **asdict(self.cfg.capi.clustering_kwargs))
 
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """Modules by their name in checkpoints."""
-        return {"student": self.student, "student_ema": self.student_ema, "clustering": self.clustering}
-
-    @property
-    def optimizers(self) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
-        """Optimizers by their name in checkpoints, with the module they update."""
-        return {
-            "student": (self.student, self.student_optimizer),
-            "clustering": (self.clustering, self.clustering_optimizer),
-        }
-
-    def apply_gradients(self, hyper: Hyper) -> dict[str, Tensor]:
-        """Update student, average and clustering head, in that order, or none of them if float16 gradients overflowed.
-
-        Returns: the gradient norms of student, before clipping, and clustering head. Nothing if the update was skipped,
-            which is no fault unless smaller and smaller scales do not help.
-        """
-        set_hyper(self.student_optimizer, self.clustering_optimizer, hyper)
-        for module in (self.student, self.clustering):
-            average_gradients_(module, self.sharding)
-        scaled = self.scaler.is_enabled()
-        if scaled:
-            self.scaler.unscale_(self.student_optimizer)
-            self.scaler.unscale_(self.clustering_optimizer)
-        norm = grad_norm(self.student)
-        norms = {"grad_norm": _whole(norm), "clustering_grad_norm": _whole(grad_norm(self.clustering))}
-        # Only float16 has to know on the host whether to skip; elsewhere nothing waits for the device.
-        skip = scaled and not bool(sum(norms.values(), torch.zeros((), device=self.device)).isfinite())
-        if not skip:
-            if self.cfg.optim.clip_grad is not None:
-                nn.utils.clip_grads_with_norm_(list(self.student.parameters()), self.cfg.optim.clip_grad, norm)
-            self.student_optimizer.step()
-            ema_update_(self.student_ema, self.student, hyper.momentum)
-            self.clustering_optimizer.step()
-        if scaled:
-            self.scaler.update()
-        return {} if skip and self.scaler.get_scale() > SMALLEST_SCALE else norms
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        """The teacher's patch features, not compiled, for batches of any size."""
+        return do_teacher(self.student_ema["backbone"], images, self.dtype)
 
 
-def _blocks_of(module: nn.Module) -> list[nn.Module]:
-    return [submodule for submodule in module.modules() if isinstance(submodule, Block)]
-
-
-def _attention_of(module: nn.Module) -> list[nn.Module]:
-    return [submodule for submodule in module.modules() if isinstance(submodule, Attention)]
-
-
-def _whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def _materialise(make: Any, device: torch.device) -> Any:
-    """Build on the meta device, then fill the real storage: a parameter that no `init_weights` reaches stays NaN.
-
-    On rank 0 alone: `parallelize` brings its weights to the others.
-    """
-    with torch.device("meta"):
-        module = make()
-    if rank() > 0:
-        return module
-    module.to_empty(device=device)
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.fill_(torch.nan)
-    parts: Any = module.children() if isinstance(module, nn.ModuleDict) else [module]
-    for child in parts:
-        child.init_weights()
-    return module
-
-
-def start_from(backbone: nn.Module, path_or_url: str) -> None:
-    """Copy the weights of `train.init_from` into a fresh backbone, and say what stays random.
+def start_from(student: nn.ModuleDict, path_or_url: str) -> None:
+    """Copy the weights of `train.init_from` into a fresh student's backbone, and say what stays random.
 
     A predictor that is missing as a whole does. So do the heads: the released weights have no clustering head, and the
     student's is of no use with the prototypes of another one.
 
     Raises: UserError if the weights do not fit.
     """
+    backbone = student["backbone"]
     weights = backbone_part(read_state_dict(path_or_url, key="train.init_from"), path_or_url)
     parts = ("decoder.", "dec_norm.", "mask_token")
     predictor = {key: value for key, value in backbone.state_dict().items() if key.startswith(parts)}
@@ -297,40 +444,38 @@ def start_from(backbone: nn.Module, path_or_url: str) -> None:
 
 
 def train_step(
-    state: TrainState, batches: Sequence[Batch], hyper: Hyper, *, with_usage: bool = False, with_health: bool = False
+    state: CapiState, batches: Sequence[Batch], hyper: Hyper, *, with_usage: bool = False, with_health: bool = False
 ) -> dict[str, Tensor]:
     """One update of student, average and clustering head. Returns detached scalars, still on the device.
 
     Args:
         state: changed in place.
         batches: normalised images and indices of the accumulation steps, equally many images each, on the device.
-        hyper: learning rates, weight decay and momentum of this update.
+        hyper: learning rates and momentum of this update.
         with_usage: also say how many prototypes are used.
         with_health: also compute effective rank and norms of the teacher's features.
     """
     cfg = state.cfg
     random = torch.Generator().manual_seed(derive_seed(cfg.train.seed, "drop-path", state.step, rank()))
-    state.student_optimizer.zero_grad()
-    state.clustering_optimizer.zero_grad()
-    torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs gave, gradients above all, is not needed
+    set_rates_(state.student_optimizer, hyper.lr, cfg.optim.weight_decay)
+    set_rates_(state.clustering_optimizer, hyper.clustering_lr, cfg.capi.clustering_optimizer.weight_decay)
+    state.zero_grad()
 
     # Targets are balanced over the images of all accumulation steps: the same problem as one large batch.
     teacher: Any = state.student_ema["backbone"]
     features = torch.cat([state.do_teacher(teacher, batch.images, state.dtype) for batch in batches])
     images_before = range(0, len(features), len(features) // len(batches))
     predict_indices = torch.cat(
-        [b.host_predict_indices + i * features.shape[1] for b, i in zip(batches, images_before, strict=True)]
+        [b.host_masks["predict_indices"] + i * features.shape[1] for b, i in zip(batches, images_before, strict=True)]
     )
-    one = torch.ones((), device=state.device)
-    autocast = torch.autocast(state.device.type, state.dtype, enabled=state.dtype != torch.float32)
-    with autocast:
+    with torch.autocast(state.device.type, state.dtype, enabled=state.dtype != torch.float32):
         clustering = state.clustering.step(
             features.transpose(0, 1),
             predict_indices,
             chunk=cfg.capi.clustering_chunk,
             kernel=cfg.capi.clustering_kernel,
             with_usage=with_usage,
-            loss_scale=state.scaler.scale(one),
+            loss_scale=state.scaler.scale(torch.ones((), device=state.device)),
         )
 
     student: Any = state.student["backbone"]
@@ -340,15 +485,15 @@ def train_step(
         summed = state.do_student(
             state.student,
             batch.images,
-            batch.visible_indices,
-            batch.predict_indices,
+            batch.masks["visible_indices"],
+            batch.masks["predict_indices"],
             targets,
-            None if drop_path is None else _sent_to(state.device, drop_path),
+            None if drop_path is None else sent_to(state.device, drop_path),
             cfg.capi.student_temp,
             state.dtype,
         )
         loss = summed / len(predict_indices)
-        state.scaler.scale(loss).backward()
+        state.backward(loss)
         capi_loss = capi_loss + loss.detach()
 
     target_entropy = entropy(clustering.targets).mean()
@@ -357,291 +502,87 @@ def train_step(
         "clustering_loss": clustering.loss,
         "loss": capi_loss + clustering.loss,
         "target_entropy": target_entropy,
-        "target_entropy_rel": metrics.normalized_entropy(target_entropy, cfg.capi.num_clusters),
+        "target_entropy_rel": normalized_entropy(target_entropy, cfg.capi.num_clusters),
     }
     if clustering.counts is not None and clustering.mass is not None:
-        scalars |= metrics.prototype_usage(all_reduce_sum_(clustering.counts), all_reduce_sum_(clustering.mass))
+        scalars |= prototype_usage(all_reduce_sum_(clustering.counts), all_reduce_sum_(clustering.mass))
     if with_health:
         scalars |= _health(features)
-    return _mean_over_ranks(scalars) | state.apply_gradients(hyper)
 
-
-def _sent_to(device: torch.device, x: Tensor) -> Tensor:
-    """A copy of a tensor of the CPU that the host does not wait for."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-def _mean_over_ranks(scalars: dict[str, Tensor]) -> dict[str, Tensor]:
-    if world_size() == 1:
-        return scalars
-    means = all_reduce_sum_(torch.stack([value.double() for value in scalars.values()])) / world_size()
-    return dict(zip(scalars, means, strict=True))
+    updated, norms = state.apply_gradients()
+    if updated:
+        ema_update_(state.student_ema, state.student, hyper.momentum)
+    return mean_over_ranks(scalars) | norms
 
 
 def _health(features: Float[Tensor, "b n d"]) -> dict[str, Tensor]:
     tokens = features.flatten(0, 1)
     tokens = tokens[:: -(-len(tokens) // HEALTH_TOKENS)].float()
-    median, largest = metrics.norm_stats(tokens)
-    return {"teacher_rank": metrics.effective_rank(tokens), "feature_norm_median": median, "feature_norm_max": largest}
+    median, largest = norm_stats(tokens)
+    return {"teacher_rank": effective_rank(tokens), "feature_norm_median": median, "feature_norm_max": largest}
+
+
+# --- The run ---------------------------------------------------------------------------------------------------------
 
 
 def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
     """Train up to `optim.total_iters` finished updates, or until a signal; continue what is in `output_dir`."""
-    check_decode(cfg, device)
-    saving = cfg.train.checkpointing
-    checkpoints = Checkpoints(output_dir, keep=saving.max_to_keep, async_save=saving.async_save)
-    continues = cfg.train.resume_from is not None or checkpoints.newest() is not None
-    state = TrainState(cfg, device, init_from=None if continues else cfg.train.init_from)
-    saved = restore(state, checkpoints)
-    meters = Metrics(output_dir, cfg.train.loggers, config=asdict(cfg), enabled=rank() == 0)
-    meters.truncate_after(state.step, keep_copy=cfg.train.resume_from is not None)
-    if saved is not None:
-        meters.load_state_dict(saved.extra["metrics"])
-    if rank() == 0:
-        write_text_atomically(output_dir / "config.yaml", to_yaml(cfg))
-    log_start(cfg, state, saved)
-    probe = None
-    if cfg.train.probe.every > 0:
-        probe = Probe(
-            cfg.train.probe,
-            images_size=cfg.data.images_size,
-            batch_size=cfg.optim.batch_size_per_gpu,
-            device=device,
-        )
-
-    total, every = cfg.optim.total_iters, cfg.train.log_loss_every
-    with StopRequest() as stop:
-        with contextlib.ExitStack() as stack:
-            stack.callback(meters.close)
-            stack.enter_context(checkpoints)
-            loader = stack.enter_context(
-                PretrainLoader(
-                    cfg,
-                    rank=rank(),
-                    world_size=world_size(),
-                    position=merge_positions([each["data"] for each in saved.rank_extra]) if saved else None,
-                    pin_memory=device.type == "cuda",
-                    decode_device=device,
-                    bad_files_path=output_dir / "bad_files.jsonl",
-                )
-            )
-            loader.check_shared_memory()
-            if rank() == 0:
-                log_pixels(loader.dataset, "data.dataset")
-            batches = DevicePrefetcher(loader, device)
-            advice = WorkerAdvice(batches, cores_of_this_rank())
-            profile = stack.enter_context(
-                Profile(output_dir, cfg.train.profiling and rank() == 0, num_steps=total - state.step, device=device)
-            )
-            if rank() == 0:
-                stack.enter_context(logging_redirect_tqdm())  # its handler knows no levels, and would make others talk
-            bar = stack.enter_context(
-                tqdm(
-                    total=total,
-                    initial=state.step,
-                    unit="step",
-                    disable=None if rank() == 0 else True,
-                    dynamic_ncols=True,
-                )
-            )
-            stack.enter_context(_manual_garbage_collection())
-            evals = EvalRuns(output_dir, cfg.evals, cfg.launcher, device=cfg.train.device, kept_step=state.step)
-            stack.callback(evals.close)
-            export_now = functools.partial(export_one, state)
-            watch, speed = FiniteWatch(), _throughput(cfg, device)
-            waited = 0.0
-
-            @contextlib.contextmanager
-            def writes() -> Iterator[None]:
-                """One rank alone writes here: the others learn at the next agreement that it cannot."""
-                with stop.faults(), writing_explained(output_dir, "train.output_dir"):
-                    yield
-
-            def next_inputs() -> list[Batch]:
-                """Of the next update; none if there is a reason to stop, which the next agreement tells all ranks."""
-                steps = cfg.optim.accumulation_steps
-                with writes():  # bad files are listed
-                    return stop.wait_for(lambda: [_on_device(next(batches)) for _ in range(steps)]) or []
-                return []
-
-            inputs = next_inputs() if state.step < total else []
-            stopping = stop.agreed()
-            while state.step < total and not stopping:
-                hyper = hyper_at(state.step, cfg)
-                step = state.step + 1  # finished updates after this one: checkpoint 3750 holds 3750 updates
-                done, logs = step == total, step == total or due(step, every)
-                scalars = train_step(
-                    state, inputs, hyper, with_usage=logs, with_health=due(step, cfg.train.health_every)
-                )
-                state.step = step
-                meters.update(**scalars, lr=hyper.lr, clustering_lr=hyper.clustering_lr, momentum=hyper.momentum)
-                watch.update(step, **{name: scalars[name] for name in WATCHED if name in scalars})
-                position = batches.state_dict()
-                if not done:
-                    inputs = next_inputs()
-                speed.step(batches.wait_s - waited)
-                waited = batches.wait_s
-                with writes():
-                    profile.step()
-                bar.update()
-                stopping = stop.agreed()
-                saves = done or stopping or due(step, saving.period)
-                if saves:  # a finite gradient can still throw the weights out of range
-                    watch.update(step, weights=largest_magnitude(state.modules, state.optimizers))
-                if saves or evals.are_due(step) or due(step, cfg.train.nan_check_period):
-                    watch.check(checkpoints.last)
-                if logs:
-                    with writes():
-                        log_step(cfg, bar, meters.write(step, **speed.read(total - step)))
-                    if line := advice.read():
-                        logger.warning(line)
-                    gc.collect(1)
-                if probe is not None and (done or due(step, cfg.train.probe.every)):
-                    scores = probe(functools.partial(encode, state))
-                    with writes():
-                        log_probe(meters.append(step, scores))
-                if saves:
-                    checkpoints.save(
-                        step,
-                        modules=state.modules,
-                        optimizers=state.optimizers,
-                        extra={"metrics": meters.state_dict(), "scaler": state.scaler.state_dict()},
-                        rank_extra={"data": position},
-                        config_yaml=to_yaml(cfg),
-                    )
-                if done or stopping:
-                    checkpoints.wait()  # here, where a second signal does not end it
-                if not done and not stopping:
-                    evals.launch_due(step, export_now, stop)
-                if logs:
-                    with writes():
-                        evals.record(meters, step)
-            if state.step == total:
-                evals.launch_due(total, export_now, stop, final=True)
-                evals.wait(stop)
-                with writes():
-                    evals.record(meters, total)
-            stop.agreed()  # of faults after the last step
-        if stop.is_fault or state.step < total:
-            logger.info("stopped by %s after %d of %d steps; the same command continues", stop.name, state.step, total)
-            if not stop.is_fault:
-                requeue(stop)
-            return
-    for path in export(state, output_dir):
-        logger.info("exported %s", path)
+    state = CapiState(cfg, device, init_from=weights_to_start_from(cfg, output_dir))
+    with Run(
+        cfg,
+        state,
+        output_dir,
+        make_loader=functools.partial(make_loader, cfg),
+        encode=state.encode,
+        log_line=functools.partial(log_line, cfg),
+        finite=FINITE,
+        flops_per_image=training_flops_per_image(step_shape(cfg)),
+        opening=opening(cfg, state),
+        warnings=warnings(cfg),
+        on_resume=functools.partial(warn_if_changed, cfg=cfg),
+    ) as run:
+        while not run.is_over():
+            hyper = hyper_at(state.step, cfg)
+            scalars = train_step(state, run.next_batches(), hyper, with_usage=run.logs, with_health=run.looks_at_health)
+            state.step += 1  # finished updates: checkpoint 3750 holds 3750
+            run.count(scalars, asdict(hyper))
+            run.log()
+            run.save()
+            run.evaluate()
+    run.export()
 
 
-def restore(state: TrainState, checkpoints: Checkpoints) -> SavedState | None:
-    """Load the checkpoint that the config chooses into `state`: `resume_from`, or the newest with `auto_resume`.
+def make_loader(cfg: CapiConfig, **place: Any) -> PretrainLoader:
+    """The loader of a training; `place` says where it runs and where it continues, see `PretrainLoader`.
 
-    Raises: UserError if it is damaged, or holds another model or numbers that are not finite, or if there are
-        checkpoints and `auto_resume` is off.
+    Raises: UserError if data or masks do not fit the configuration.
     """
-    cfg = state.cfg
-    places: dict[str, Any] = {"modules": state.modules, "optimizers": state.optimizers, "config": asdict(cfg)}
-    if cfg.train.resume_from is not None:
-        saved = checkpoints.restore(cfg.train.resume_from, **places, restarted=was_requeued())
-    elif cfg.train.auto_resume:
-        saved = checkpoints.restore_latest(**places)
-    else:
-        if checkpoints.newest() is not None:
-            raise UserError(
-                f"train.auto_resume=false, but train.output_dir={cfg.train.output_dir!r} has checkpoints of an earlier "
-                "run; choose another train.output_dir, or continue it with train.auto_resume=true"
-            )
-        return None
-    if saved is not None:
-        if not bool(largest_magnitude(state.modules, state.optimizers).isfinite()):
-            raise UserError(
-                f"The checkpoint {str(saved.path)!r} holds weights or optimizer state that are NaN or infinite: it was "
-                f"saved after training had diverged. {checkpoints.remedy(saved.path)}"
-            )
-        state.step = saved.step
-        state.scaler.load_state_dict(saved.extra["scaler"])
-        warn_of_another_course(saved, cfg)
-    return saved
-
-
-def warn_of_another_course(saved: SavedState, cfg: CapiConfig) -> None:
-    """Warn of keys that shape the rest of the training and are others than at the checkpoint, and of what they move."""
-    told = [
-        f"{key} {old!r} -> {new!r}"
-        for key, (old, new) in changed_keys(saved.config, asdict(cfg)).items()
-        if f"{key}.".startswith(COURSE_KEYS) and f"{key}." not in BATCH_KEYS
-    ]
-    old = saved.config["optim"]
-    old_batch = old["batch_size_per_gpu"] * old["accumulation_steps"] * saved.world_size
-    if old_batch != global_batch_size(cfg):
-        told.append(f"images of one update, on all ranks, {old_batch} -> {global_batch_size(cfg)}")
-    if not told:
-        return
-    try:
-        optim, capi = (
-            build(type(now), saved.config[key], key) for key, now in (("optim", cfg.optim), ("capi", cfg.capi))
-        )
-    except UserError as error:
-        moves = f"the schedules there cannot be compared: {error}"
-    else:
-        before, after = (asdict(hyper_at(saved.step, each)) for each in (replace(cfg, optim=optim, capi=capi), cfg))
-        moved = [f"{SCHEDULED[key]} {before[key]:.4g} -> {after[key]:.4g}" for key in SCHEDULED]
-        moves = f"at this step: {', '.join(moved)}"
-    logger.warning(
-        "other than at the checkpoint, which changes the rest of the training: %s; %s", ", ".join(told), moves
+    if cfg.model.in_chans != 3:
+        raise UserError(f"model.in_chans={cfg.model.in_chans}: images are RGB; use model.in_chans=3")
+    generator = make_masking_generator(cfg.data.masking_generator, **cfg.data.masking_generator_kwargs)
+    return PretrainLoader(
+        cfg.data,
+        PatchMasks(mask_plan(cfg), generator, cfg.train.seed),
+        seed=cfg.train.seed,
+        batch_size=cfg.optim.batch_size_per_gpu,
+        num_workers=cfg.efficiency.dataloader_num_workers,
+        keep_listing=cfg.efficiency.cache_dataset,
+        **place,
     )
 
 
-def encode(state: TrainState, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-    """The teacher's patch features, not compiled, for batches of any size."""
-    backbone: Any = state.student_ema["backbone"]
-    return do_teacher(backbone, images, state.dtype)
+def warn_if_changed(saved: SavedState, cfg: CapiConfig) -> None:
+    """Warn of keys that shape the rest of the training and are others than at the checkpoint."""
 
+    def values(step: int, cfg: CapiConfig) -> dict[str, float]:
+        hyper = hyper_at(step, cfg)
+        return {
+            "learning rate": hyper.lr,
+            "that of the clustering head": hyper.clustering_lr,
+            "EMA momentum": hyper.momentum,
+        }
 
-def export_one(state: TrainState, name: str, path: Path) -> None:
-    """Write `student` or `student_ema` in the format of the released weights, with its config beside it."""
-    module: Any = state.modules[name]
-    export_weights(path, dict(module.items()), to_yaml(state.cfg))
-
-
-def export(state: TrainState, output_dir: Path) -> list[Path]:
-    """Write both to the folder of the run."""
-    paths = [output_dir / f"{name}.pth" for name in ("student", "student_ema")]
-    for path in paths:
-        export_one(state, path.stem, path)
-    return paths
-
-
-def export_newest(cfg: CapiConfig, output_dir: Path) -> None:
-    """Export the checkpoint that training would continue from, on the CPU.
-
-    Raises: UserError if there is none.
-    """
-    state = TrainState(cfg, torch.device("cpu"), compiled=False)
-    if restore(state, Checkpoints(output_dir, keep=cfg.train.checkpointing.max_to_keep)) is None:
-        raise UserError(f"train.output_dir={cfg.train.output_dir!r} has no checkpoint to export; train first")
-    sys.stdout.writelines(f"{path}\n" for path in export(state, output_dir))
-
-
-def _on_device(batch: Batch) -> Batch:
-    return replace(batch, images=normalize(batch.images))
-
-
-@contextlib.contextmanager
-def _manual_garbage_collection() -> Any:
-    """Collect at log steps only, so that no collection falls into a step, or on some ranks and not on others."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
-
-
-def compiles(cfg: CapiConfig, device: torch.device) -> bool:
-    """Whether a training compiles anything: the functions of the step, or kernels for a GPU."""
-    options = cfg.efficiency.compilation
-    return device.type == "cuda" or not (options.do_teacher.disable and options.do_student.disable)
+    warn_of_another_course(saved, cfg, COURSE_KEYS, values)
 
 
 def mask_plan(cfg: CapiConfig) -> MaskPlan:
@@ -650,11 +591,6 @@ def mask_plan(cfg: CapiConfig) -> MaskPlan:
     Raises: UserError if nothing would be visible or predicted.
     """
     return MaskPlan(cfg.grid_size, cfg.grid_size, cfg.data.mask_ratio, cfg.data.prediction_subsampling)
-
-
-def global_batch_size(cfg: CapiConfig) -> int:
-    """Images of one update, on all ranks."""
-    return cfg.optim.batch_size_per_gpu * cfg.optim.accumulation_steps * world_size()
 
 
 def step_shape(cfg: CapiConfig) -> StepShape:
@@ -676,120 +612,66 @@ def step_shape(cfg: CapiConfig) -> StepShape:
     )
 
 
-def _throughput(cfg: CapiConfig, device: torch.device) -> Throughput:
-    flops_per_image = training_flops_per_image(step_shape(cfg))
-    dtype = cfg.efficiency.param_dtype
-    return Throughput(global_batch_size(cfg), flops_per_image, device, world_size(), param_dtype=dtype)
-
-
-def log_start(cfg: CapiConfig, state: TrainState, saved: SavedState | None) -> None:
-    """Say what runs where, and warn about what will not go well."""
-    logger.info(
-        "torch %s on %s, %d process(es), code %s", torch.__version__, state.device, world_size(), git_revision()
+def opening(cfg: CapiConfig, state: CapiState) -> str:
+    """What is trained, in a line of the log."""
+    plan, parameters = mask_plan(cfg), sum(p.numel() for p in state.student["backbone"].parameters())
+    return (
+        f"{parameters / 1e6:.1f}M backbone parameters; {plan.num_patches} patches per image: {plan.num_visible} "
+        f"visible, {plan.num_masked} hidden, {plan.num_predict} predicted; {global_batch_size(cfg.optim)} images per step"
     )
-    plan = mask_plan(cfg)
-    logger.info(
-        "%.1fM backbone parameters; %d patches per image: %d visible, %d hidden, %d predicted; %d images per step",
-        sum(p.numel() for p in state.student["backbone"].parameters()) / 1e6,
-        plan.num_patches,
-        plan.num_visible,
-        plan.num_masked,
-        plan.num_predict,
-        global_batch_size(cfg),
-    )
-    warning = metrics.batch_warning(global_batch_size(cfg), cfg.capi.num_clusters)
-    if warning:
-        logger.warning(warning)
-    if saved is None:
-        logger.info("starting at step 0 of %d", cfg.optim.total_iters)
-    else:
-        logger.info("continuing %s at step %d of %d", saved.path, saved.step, cfg.optim.total_iters)
 
 
-def log_step(cfg: CapiConfig, bar: Any, values: dict[str, float]) -> None:
-    """One line for people. On a terminal the bar has steps and time already."""
-    mfu = f", MFU {values['mfu']:.1%}" if "mfu" in values else ""
-    minutes, seconds = divmod(round(values["eta_s"]), 60)
-    logger.info(
-        "step %d/%d  capi %.3f  clustering %.3f  entropy %.2f nats (%.2f of log K)  prototypes %d/%d  lr %.1e"
-        "  |  %.1f img/s%s, data wait %.0f%%, %.1f GiB, %d:%02d left",
-        values["step"],
-        cfg.optim.total_iters,
-        values["capi_loss"],
-        values["clustering_loss"],
-        values["target_entropy"],
-        values["target_entropy_rel"],
-        values["prototypes_used"],
-        cfg.capi.num_clusters,
-        values["lr"],
-        values["images_per_s"],
-        mfu,
-        100 * values["data_wait"],
-        values["memory_gib"],
-        minutes,
-        seconds,
-    )
-    bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+def warnings(cfg: CapiConfig) -> list[str]:
+    """What is not going to go well."""
+    warning = batch_warning(global_batch_size(cfg.optim), cfg.capi.num_clusters)
+    return [] if warning is None else [warning]
 
 
-def log_probe(values: dict[str, float]) -> None:
-    """One line for people."""
-    logger.info(
-        "step %d  probe: k-NN %.1f %%, linear %.1f %%, in %.1f s",
-        values["step"],
-        100 * values["probe_knn"],
-        100 * values["probe_linear"],
-        values["probe_s"],
+def log_line(cfg: CapiConfig, values: Mapping[str, float]) -> str:
+    """How it goes, in a line of the log."""
+    return (
+        f"capi {values['capi_loss']:.3f}  clustering {values['clustering_loss']:.3f}  "
+        f"entropy {values['target_entropy']:.2f} nats ({values['target_entropy_rel']:.2f} of log K)  "
+        f"prototypes {int(values['prototypes_used'])}/{cfg.capi.num_clusters}"
     )
 
 
 def dry_run(cfg: CapiConfig) -> str:
     """What a training with this config would be, without training: data, grid, tokens, parameters, schedule, memory."""
-    device, plan, optim = pick_device(cfg.train.device), mask_plan(cfg), cfg.optim
-    check_decode(cfg, device)
+    plan, shape = mask_plan(cfg), step_shape(cfg)
     with torch.device("meta"):
         backbone = EncoderDecoder(**cfg.model.kwargs())
     parameters = sum(p.numel() for p in backbone.parameters())
-    with PretrainLoader(cfg, rank=0, world_size=1, position=None, pin_memory=False, bad_files_path=None) as loader:
-        loader.check_shared_memory()
-        images, pixels = loader.describe(), sample_pixels(loader.dataset)
-    memory = metrics.device_memory_estimate(
-        step_shape(cfg),
-        batch_size=optim.batch_size_per_gpu,
+    memory = device_memory_estimate(
+        shape,
+        batch_size=cfg.optim.batch_size_per_gpu,
         param_bytes=4 if cfg.efficiency.param_dtype == "float32" else 2,
         recompute=cfg.efficiency.rematerialization.enabled,
         world_size=world_size(),
     )
-    milestones = sorted(
-        {0, optim.lr_schedule.warmup_steps(optim.total_iters), optim.total_iters // 2, optim.total_iters - 1}
-    )
-    lines = [
-        f"data         {images}",
-        *(f"pixels       {line}" for line in pixels.lines()),
-        f"batch        {global_batch_size(cfg)} images = {optim.batch_size_per_gpu} per forward pass x "
-        f"{optim.accumulation_steps} accumulation steps x {world_size()} process(es)",
-        f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {plan.num_patches} patches of "
-        f"{cfg.model.patch_size} px",
-        f"tokens       {plan.num_visible} visible, {plan.num_masked} masked, {plan.num_predict} of them predicted; "
-        f"{cfg.model.n_registers} registers",
-        f"parameters   {parameters:,} in the backbone; {cfg.capi.num_clusters:,} prototypes in each head",
-        f"device       {device}, {cfg.efficiency.param_dtype}",
-        f"memory       about {memory['total']:.1f} GiB per device, an estimate: {memory['state']:.1f} for weights, "
-        f"gradients, optimizer and average; {memory['activations']:.1f} for the student's activations; "
-        f"{memory['clustering']:.1f} for teacher and clustering",
-        f"compute      {training_flops_per_image(step_shape(cfg)) / 1e12:.4f} TFLOP per image",
-        "schedule     step         lr         momentum   clustering lr",
-    ]
-    for step in milestones:
+    schedule = ["schedule     step         lr         momentum   clustering lr"]
+    for step in milestones(cfg.optim):
         hyper = hyper_at(step, cfg)
-        lines.append(f"             {step:<12} {hyper.lr:<10.3g} {hyper.momentum:<10.6g} {hyper.clustering_lr:.3g}")
-    planned = plan_evals(cfg.evals)
-    if isinstance(planned, UserError):
-        raise planned
-    lines += [f"evaluation   {line}" for line in planned[1]]
-    warning = metrics.batch_warning(global_batch_size(cfg), cfg.capi.num_clusters)
-    warnings = [*pixels.warnings(), *([warning] if warning else [])]
-    return "\n".join([*lines, *(f"warning      {warning}" for warning in warnings)]) + "\n"
+        schedule.append(f"             {step:<12} {hyper.lr:<10.3g} {hyper.momentum:<10.6g} {hyper.clustering_lr:.3g}")
+    return describe(
+        cfg,
+        functools.partial(make_loader, cfg),
+        sizes=[
+            f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {plan.num_patches} patches "
+            f"of {cfg.model.patch_size} px",
+            f"tokens       {plan.num_visible} visible, {plan.num_masked} masked, {plan.num_predict} of them predicted; "
+            f"{cfg.model.n_registers} registers",
+            f"parameters   {parameters:,} in the backbone; {cfg.capi.num_clusters:,} prototypes in each head",
+        ],
+        costs=[
+            f"memory       about {memory['total']:.1f} GiB per device, an estimate: {memory['state']:.1f} for weights, "
+            f"gradients, optimizer and average; {memory['activations']:.1f} for the student's activations; "
+            f"{memory['clustering']:.1f} for teacher and clustering",
+            f"compute      {training_flops_per_image(shape) / 1e12:.4f} TFLOP per image",
+        ],
+        schedule=schedule,
+        warnings=warnings(cfg),
+    )
 
 
 @ending_in_words
@@ -800,22 +682,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, args.sources)
     mask_plan(cfg)
     make_masking_generator(cfg.data.masking_generator, **cfg.data.masking_generator_kwargs)
-    if args.print_config:
-        sys.stdout.write(to_yaml(cfg))
-        return 0
-    if args.dry_run:
-        sys.stdout.write(dry_run(cfg))
-        return 0
-    with session(cfg.train.device) as device, claim_output_dir(cfg.train.output_dir) as output_dir:
-        setup_logging(output_dir / "log.txt" if rank() == 0 else None, quiet=rank() != 0)
-        if args.export:
-            export_newest(cfg, output_dir)
-        elif compiles(cfg, device):
-            with kept_compilations(output_dir / "compile_cache"):
-                train(cfg, output_dir, device)
-        else:
-            train(cfg, output_dir, device)
-    return 0
+    return run_command(
+        args,
+        cfg,
+        dry_run=lambda: dry_run(cfg),
+        train=functools.partial(train, cfg),
+        make_state=functools.partial(CapiState, cfg, compiled=False),
+    )
 
 
 if __name__ == "__main__":

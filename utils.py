@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -131,6 +132,28 @@ def _stdout_has_reader() -> bool:
 def add_sources(parser: argparse.ArgumentParser) -> None:
     """Add `sources`, what `config.load_config` merges."""
     parser.add_argument("sources", nargs="*", metavar="config.yaml | a.b=c", help="in order; later ones win")
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every training script takes: `sources`, and what to do with them instead of training."""
+    add_sources(parser)
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained and stop")
+    parser.add_argument("--print-config", action="store_true", help="check and print the resolved config and stop")
+    parser.add_argument("--export", action="store_true", help="write the weights of the newest checkpoint and stop")
+
+
+# --- Numbers ---------------------------------------------------------------------------------------------------------
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on every part: different purposes and positions give unrelated random streams."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`."""
+    return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)
 
 
 # --- Child processes -------------------------------------------------------------------------------------------------

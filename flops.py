@@ -1,0 +1,131 @@
+"""What a training step costs per image, as arithmetic on sizes: model FLOPs, parameters, memory.
+
+Blocks and encoders are those of model.py, for every method; the step is CAPI's.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Sizes that decide what one CAPI step costs per image."""
+
+    embed_dim: int
+    encoder_depth: int
+    decoder_depth: int
+    num_heads: int
+    num_registers: int
+    patch_size: int
+    num_patches: int
+    num_visible: int
+    """Patches that the student sees."""
+    num_predict: int
+    """Positions that it predicts."""
+    num_clusters: int
+    in_chans: int = 3
+    drop_path_rate: float = 0.0
+    """For drop_path_type=efficient, whose skipped branches cost nothing; leave it at 0 for naive."""
+
+
+def _block_flops(d: int, queries: int, context: int) -> int:
+    """Forward pass of one block: projections, attention, MLP with hidden width 4 d. A multiply-add is 2 FLOPs."""
+    query_and_output, keys_and_values, mlp = 2 * d * d * queries, 2 * d * d * context, 8 * d * d * queries
+    return 2 * (query_and_output + keys_and_values + 2 * queries * context * d + mlp)
+
+
+def _embedding_flops(shape: StepShape) -> int:
+    return 2 * shape.num_patches * shape.in_chans * shape.patch_size**2 * shape.embed_dim
+
+
+def encoder_flops_per_image(shape: StepShape) -> int:
+    """FLOPs of the encoder's forward pass on all patches of an image: 1.70e11 for ViT-L/14 at 224 pixels."""
+    num_tokens = shape.num_patches + shape.num_registers
+    return _embedding_flops(shape) + shape.encoder_depth * _block_flops(shape.embed_dim, num_tokens, num_tokens)
+
+
+def step_flops_per_image(shape: StepShape, batch_size: int | None = None) -> dict[str, int | float]:
+    """Model FLOPs of the parts of one CAPI step per image: matmuls alone, recomputation not counted.
+
+    Args:
+        shape: sizes of model and step.
+        batch_size: images per forward pass, of which drop path keeps a whole number; None counts its expectation.
+
+    Returns: `teacher`: forward on all patches. `clustering`: forward and weight gradient, as the head's input needs no
+        gradient. `student`: encoder on visible patches, predictor and head, forward and backward, a backward pass being
+        two forward passes.
+    """
+    d, context = shape.embed_dim, shape.num_visible + shape.num_registers
+    blocks = shape.encoder_depth * _block_flops(d, context, context)
+    blocks += shape.decoder_depth * _block_flops(d, shape.num_predict, context)
+    student_head = 2 * shape.num_predict * d * shape.num_clusters
+    clustering_head = 2 * shape.num_patches * d * shape.num_clusters
+    # The image needs no gradient either: the student's embedding costs forward and weight gradient, of all patches.
+    student = 2 * _embedding_flops(shape) + 3 * (_kept(shape, batch_size) * blocks + student_head)
+    return {"teacher": encoder_flops_per_image(shape), "clustering": 2 * clustering_head, "student": student}
+
+
+def _kept(shape: StepShape, batch_size: int | None) -> float:
+    """Fraction of the images on which a branch runs."""
+    keep = 1.0 - shape.drop_path_rate
+    return keep if batch_size is None or keep == 1 else max(int(batch_size * keep), 1) / batch_size
+
+
+def training_flops_per_image(shape: StepShape, batch_size: int | None = None) -> int | float:
+    """Model FLOPs of one CAPI step per image: the sum of `step_flops_per_image`."""
+    return sum(step_flops_per_image(shape, batch_size).values())
+
+
+def attention_recomputation_per_image(shape: StepShape, batch_size: int | None = None) -> int | float:
+    """FLOPs that fused attention adds in the student's backward pass, which are no model FLOPs: the scores again."""
+    context = shape.num_visible + shape.num_registers
+    queries = shape.encoder_depth * context + shape.decoder_depth * shape.num_predict
+    return _kept(shape, batch_size) * 2 * shape.embed_dim * queries * context
+
+
+def num_backbone_parameters(shape: StepShape) -> int:
+    """Parameters of `model.EncoderDecoder` with RMSNorm and blocks without biases (the defaults)."""
+    d = shape.embed_dim
+    matrices, norms, rotary_frequencies = 12 * d * d, 2 * d, 2 * (d // shape.num_heads)
+    blocks = (shape.encoder_depth + shape.decoder_depth) * (matrices + norms + rotary_frequencies)
+    mask_token, patch_embedding = d, shape.in_chans * shape.patch_size**2 * d + d
+    return blocks + patch_embedding + shape.num_registers * d + mask_token
+
+
+def device_memory_estimate(
+    shape: StepShape, *, batch_size: int, param_bytes: int, recompute: bool, world_size: int
+) -> dict[str, int | float]:
+    """A rough estimate, for planning, of what one device holds: exact for weights, a factor 1.5 or so for the rest.
+
+    Args:
+        shape: sizes of model and step.
+        batch_size: images per forward pass on this device.
+        param_bytes: bytes of an activation: 2 for bfloat16, 4 for float32.
+        recompute: whether blocks keep the results of matmuls and attention only.
+        world_size: ranks among which weights, gradients, optimizer state and average are sharded.
+
+    Returns: `parameters` (backbone and both heads, a number), and in GiB: `state` (float32 weights, gradients and two
+        AdamW moments of student and clustering head, and the average), `activations` (of the student, kept for its
+        backward pass), `clustering` (teacher features and logits), and `total`, the state and the larger of those two.
+    """
+    d = shape.embed_dim
+    head = shape.num_clusters * (d + 1)  # one per prototype more: a bias in the teacher's, a magnitude in the student's
+    student = num_backbone_parameters(shape) + head
+    state = 4 * (4 * (student + head) + student) / world_size
+    # Values per channel that a block keeps of each of its tokens, and in the predictor of each context token (keys and
+    # values). Without recomputation they were counted on the model with saved_tensors_hooks.
+    own, context = (10, 2) if recompute else (28, 8)
+    values = (shape.num_visible + shape.num_registers) * (shape.encoder_depth * own + shape.decoder_depth * context)
+    values += shape.num_predict * shape.decoder_depth * own
+    activations = batch_size * (values * d * param_bytes + 3 * 4 * shape.num_predict * shape.num_clusters)
+    logits = 4 * batch_size * shape.num_clusters  # of one position
+    budget = 2**28 if world_size == 1 else 2**30  # as clustering.OnlineClustering takes them on a GPU
+    chunk = min(max(budget, logits), logits * shape.num_patches)
+    features = batch_size * (shape.num_patches + shape.num_registers) * d * (4 + 12 * param_bytes)
+    clustering = 4 * chunk + features
+    return {
+        "parameters": student + head,
+        "state": state / 2**30,
+        "activations": activations / 2**30,
+        "clustering": clustering / 2**30,
+        "total": (state + max(activations, clustering)) / 2**30,
+    }

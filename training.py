@@ -1,0 +1,759 @@
+"""What every training has around its step: the state that a checkpoint holds, and a `Run` that watches the loop.
+
+A method is a script with its configuration, its state and its step. The loop stays in the script:
+
+    with Run(cfg, state, output_dir, ...) as run:
+        while not run.is_over():
+            scalars = train_step(state, run.next_batches(), ...)
+            state.step += 1
+            run.count(scalars, ...)
+            run.log()
+            run.save()
+            run.evaluate()
+    run.export()
+
+`Run` never calls the step, and nothing here knows which method runs: it is told in plain values and callables.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from checkpoint import Checkpoints, SavedState, claim_output_dir, export_weights, largest_magnitude
+from config import CompileConfig, OptimConfig, TrainingConfig, build, changed_keys, to_yaml
+from crops import check_decode
+from data import Batch, DevicePrefetcher, PretrainLoader, WorkerAdvice, cores_of_this_rank, merge_positions, normalize
+from distributed import pick_device, rank, session, world_size
+from evals import EvalRuns, plan_evals
+from fsdp import (
+    Sharding,
+    attend_by_xformers,
+    average_gradients_,
+    compile_blocks,
+    compile_function,
+    kept_compilations,
+    multiply_in_fp8,
+    parallelize,
+    recompute_blocks,
+)
+from launch import StopRequest, requeue, was_requeued
+from metrics import FiniteWatch, Metrics, Profile, Throughput
+from model import Attention, Block
+from optim import grad_norm
+from pixels import log_pixels, sample_pixels
+from probe import Probe
+from utils import (
+    UserError,
+    derive_seed,
+    due,
+    git_revision,
+    setup_logging,
+    write_text_atomically,
+    writing_explained,
+)
+
+logger = logging.getLogger("capi")
+
+M = TypeVar("M", bound=nn.Module)
+
+SMALLEST_SCALE = 1e-4
+"""Of the loss, 30 skipped steps below the scale at the start: gradients that still overflow are not finite anyway."""
+BATCH_KEYS = ("optim.batch_size_per_gpu.", "optim.accumulation_steps.")
+"""What may be divided otherwise over ranks: their product with the number of ranks counts."""
+
+
+class TrainState:
+    """Everything a checkpoint holds, and how an update acts on it; a method's state inherits from it.
+
+    Its constructor calls this one, which seeds the initial weights, builds its networks with `place`, and fills
+    `modules` and `optimizers`, under the names that checkpoints have. The one called `student` is the one whose
+    gradient `optim.clip_grad` limits.
+    """
+
+    MODEL_KEYS: ClassVar[tuple[str, ...]] = ("model",)
+    """Keys and sections of the configuration that say which weights there are."""
+
+    def __init__(self, cfg: TrainingConfig, device: torch.device, *, compiled: bool = True) -> None:
+        efficiency = cfg.efficiency
+        self.device, self.step, self.efficiency, self.compiled = device, 0, efficiency, compiled
+        self.training_config = cfg
+        self.dtype: torch.dtype = getattr(torch, efficiency.param_dtype)
+        self.sharding = Sharding(
+            mode=efficiency.fsdp,
+            param_dtype=self.dtype,
+            reduce_dtype=getattr(torch, efficiency.reduce_dtype),
+            bucket_mib=efficiency.fsdp_bucket_mib,
+            prefetch=efficiency.fsdp_prefetch,
+        )
+        self.scaler = torch.amp.GradScaler(
+            device.type, enabled=efficiency.grad_scaler, growth_interval=efficiency.grad_scaler_growth_interval
+        )
+        self.modules: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
+        self.parts: dict[str, Any] = {"scaler": self.scaler}  # the same on all ranks; each has a state_dict
+        self.position: dict[str, Any] | None = None  # in the data, of this rank, after the last finished update
+        torch.manual_seed(derive_seed(cfg.train.seed, "init"))
+
+    def place(
+        self,
+        make: Callable[[], M],
+        compilation: CompileConfig | None = None,
+        *,
+        is_teacher: bool = False,
+        load: Callable[[M], None] | None = None,
+    ) -> M:
+        """Build a network and put it on the device as `efficiency` says: recomputed, compiled and divided over ranks.
+
+        One after the other: where weights are divided, no rank ever holds two whole networks.
+
+        Args:
+            make: builds it; every part has an `init_weights`.
+            compilation: how its blocks are compiled; None for not.
+            is_teacher: whether it gets no gradient.
+            load: changes its weights before they are divided; called on rank 0 alone.
+        """
+        module = _materialise(make, self.device)
+        if load is not None and rank() == 0:
+            load(module)
+        blocks: list[nn.Module] = [part for part in module.modules() if isinstance(part, Block)]
+        if self.efficiency.attention == "xformers":
+            attention: list[nn.Module] = [part for part in module.modules() if isinstance(part, Attention)]
+            attend_by_xformers(attention, self.device, self.dtype)
+        if is_teacher:
+            module.requires_grad_(False).eval()
+            if self.efficiency.teacher_fp8:
+                multiply_in_fp8(blocks, self.device)
+        else:
+            recompute_blocks(blocks, self.efficiency.rematerialization)
+        if compilation is not None and self.compiled:
+            compile_blocks(blocks, compilation, self.sharding)
+        parallelize(module, self.sharding, self.device, blocks)
+        return module
+
+    def compile(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """A function of tensors, compiled as `efficiency.compilation.<name>` says."""
+        if not self.compiled:
+            return function
+        options = self.efficiency.compilation
+        return compile_function(
+            function,
+            getattr(options, name),
+            f"efficiency.compilation.{name}",
+            device=self.device,
+            sharding=self.sharding,
+            cuda_graphs=options.cuda_graphs,
+        )
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the last update."""
+        for _, optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        # What the graphs of the last step gave, gradients above all, is not needed any more.
+        torch.compiler.cudagraph_mark_step_begin()
+
+    def backward(self, loss: Float[Tensor, ""]) -> None:
+        """Add the gradients of a loss, scaled where float16 needs it."""
+        self.scaler.scale(loss).backward()
+
+    def apply_gradients(self) -> tuple[bool, dict[str, Tensor]]:
+        """Average the gradients over the ranks and step all optimizers, or none of them if float16 ones overflowed.
+
+        Returns: whether they were stepped; and the norm of each module's gradients, before clipping: `grad_norm` of the
+            student, `<name>_grad_norm` of others. None if the update was skipped, which is no fault unless smaller and
+            smaller scales do not help.
+        """
+        for module, _ in self.optimizers.values():
+            average_gradients_(module, self.sharding)
+        scaled = self.scaler.is_enabled()
+        if scaled:
+            for _, optimizer in self.optimizers.values():
+                self.scaler.unscale_(optimizer)
+        local = {name: grad_norm(module) for name, (module, _) in self.optimizers.items()}
+        norms = {
+            "grad_norm" if name == "student" else f"{name}_grad_norm": norm.full_tensor()
+            if isinstance(norm, DTensor)
+            else norm
+            for name, norm in local.items()
+        }
+        # Only float16 has to know on the host whether to skip; elsewhere nothing waits for the device.
+        skip = scaled and not bool(sum(norms.values(), torch.zeros((), device=self.device)).isfinite())
+        if not skip:
+            limit = self.training_config.optim.clip_grad
+            if limit is not None:
+                nn.utils.clip_grads_with_norm_(list(self.modules["student"].parameters()), limit, local["student"])
+            for _, optimizer in self.optimizers.values():
+                optimizer.step()
+        if scaled:
+            self.scaler.update()
+        return not skip, {} if skip and self.scaler.get_scale() > SMALLEST_SCALE else norms
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `Checkpoints.save` takes beside the step and the configuration."""
+        return {
+            "modules": self.modules,
+            "optimizers": self.optimizers,
+            "extra": {name: part.state_dict() for name, part in self.parts.items()},
+            "rank_extra": {"data": self.position},
+        }
+
+    def load_state_dict(self, saved: SavedState) -> None:
+        """Take over what is beside the tensors, which `Checkpoints` has loaded in place."""
+        self.step = saved.step
+        for name, part in self.parts.items():
+            part.load_state_dict(saved.extra[name])
+        self.position = merge_positions([of_rank["data"] for of_rank in saved.rank_extra])
+
+
+def _materialise(make: Callable[[], M], device: torch.device) -> M:
+    """Build on the meta device, then fill the real storage: a parameter that no `init_weights` reaches stays NaN.
+
+    On rank 0 alone: `parallelize` brings its weights to the others.
+    """
+    with torch.device("meta"):
+        module = make()
+    if rank() > 0:
+        return module
+    module.to_empty(device=device)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.fill_(torch.nan)
+    parts: Any = module.children() if isinstance(module, nn.ModuleDict) else [module]
+    for part in parts:
+        part.init_weights()
+    return module
+
+
+def sent_to(device: torch.device, x: Tensor) -> Tensor:
+    """A copy of a tensor of the CPU that the host does not wait for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def global_batch_size(optim: OptimConfig) -> int:
+    """Images of one update, on all ranks."""
+    return optim.batch_size_per_gpu * optim.accumulation_steps * world_size()
+
+
+# --- Going on from a checkpoint, and exports -------------------------------------------------------------------------
+
+
+def make_checkpoints(cfg: TrainingConfig, state_type: type[TrainState], output_dir: Path) -> Checkpoints:
+    """The checkpoints of a run."""
+    saving = cfg.train.checkpointing
+    return Checkpoints(
+        output_dir, keep=saving.max_to_keep, async_save=saving.async_save, model_keys=state_type.MODEL_KEYS
+    )
+
+
+def weights_to_start_from(cfg: TrainingConfig, output_dir: Path) -> str | None:
+    """`train.init_from`, unless the training continues from a checkpoint."""
+    continues = cfg.train.resume_from is not None or Checkpoints(output_dir, keep=1).newest() is not None
+    return None if continues else cfg.train.init_from
+
+
+def restore(state: TrainState, checkpoints: Checkpoints) -> SavedState | None:
+    """Load the checkpoint that the config chooses into `state`: `resume_from`, or the newest with `auto_resume`.
+
+    Raises: UserError if it is damaged, or holds another model or numbers that are not finite, or if there are
+        checkpoints and `auto_resume` is off.
+    """
+    train = state.training_config.train
+    places: dict[str, Any] = {
+        "modules": state.modules,
+        "optimizers": state.optimizers,
+        "config": dataclasses.asdict(state.training_config),
+    }
+    if train.resume_from is not None:
+        saved = checkpoints.restore(train.resume_from, **places, restarted=was_requeued())
+    elif train.auto_resume:
+        saved = checkpoints.restore_latest(**places)
+    else:
+        if checkpoints.newest() is not None:
+            raise UserError(
+                f"train.auto_resume=false, but train.output_dir={train.output_dir!r} has checkpoints of an earlier "
+                "run; choose another train.output_dir, or continue it with train.auto_resume=true"
+            )
+        return None
+    if saved is not None:
+        if not bool(largest_magnitude(state.modules, state.optimizers).isfinite()):
+            raise UserError(
+                f"The checkpoint {str(saved.path)!r} holds weights or optimizer state that are NaN or infinite: it was "
+                f"saved after training had diverged. {checkpoints.remedy(saved.path)}"
+            )
+        state.load_state_dict(saved)
+    return saved
+
+
+def warn_of_another_course(
+    saved: SavedState,
+    cfg: TrainingConfig,
+    course_keys: Sequence[str],
+    scheduled_values: Callable[[int, Any], Mapping[str, float]],
+) -> None:
+    """Warn of keys that shape the rest of the training and are others than at the checkpoint, and of what they move.
+
+    Args:
+        saved: the checkpoint.
+        cfg: of this run.
+        course_keys: keys and sections that the rest of a training depends on.
+        scheduled_values: the scheduled values of a step with a configuration, by their names for people.
+    """
+    told = [
+        f"{key} {old!r} -> {new!r}"
+        for key, (old, new) in changed_keys(saved.config, dataclasses.asdict(cfg)).items()
+        if any(f"{key}.".startswith(f"{part}.") for part in course_keys) and f"{key}." not in BATCH_KEYS
+    ]
+    optim = saved.config["optim"]
+    old_batch = optim["batch_size_per_gpu"] * optim["accumulation_steps"] * saved.world_size
+    if old_batch != global_batch_size(cfg.optim):
+        told.append(f"images of one update, on all ranks, {old_batch} -> {global_batch_size(cfg.optim)}")
+    if not told:
+        return
+    try:
+        sections = {
+            name: build(type(getattr(cfg, name)), saved.config[name], name)
+            for name in dict.fromkeys(key.partition(".")[0] for key in course_keys)
+        }
+    except UserError as error:
+        moves = f"the schedules there cannot be compared: {error}"
+    else:
+        before = scheduled_values(saved.step, dataclasses.replace(cfg, **sections))
+        after = scheduled_values(saved.step, cfg)
+        moves = "at this step: " + ", ".join(f"{name} {before[name]:.4g} -> {after[name]:.4g}" for name in after)
+    logger.warning(
+        "other than at the checkpoint, which changes the rest of the training: %s; %s", ", ".join(told), moves
+    )
+
+
+def export(state: TrainState, name: str, path: Path) -> None:
+    """Write a network in the format of released weights, with its config beside it; every rank calls it.
+
+    Args:
+        state: of the training.
+        name: one of the configuration's `EXPORTS`, a module of named parts.
+        path: of the file.
+    """
+    parts: Any = state.modules[name]
+    export_weights(path, dict(parts.items()), to_yaml(state.training_config))
+
+
+def export_all(state: TrainState, output_dir: Path) -> list[Path]:
+    """Write every network that this method exports to the folder of the run; returns the files."""
+    paths = [output_dir / f"{name}.pth" for name in sorted(state.training_config.EXPORTS)]
+    for path in paths:
+        export(state, path.stem, path)
+    return paths
+
+
+def export_newest(state: TrainState, output_dir: Path) -> list[Path]:
+    """Export the checkpoint that training would continue from; returns the files.
+
+    Args:
+        state: a fresh one, on the CPU.
+        output_dir: folder of the run.
+
+    Raises: UserError if there is none.
+    """
+    cfg = state.training_config
+    checkpoints = Checkpoints(output_dir, keep=cfg.train.checkpointing.max_to_keep, model_keys=state.MODEL_KEYS)
+    if restore(state, checkpoints) is None:
+        raise UserError(f"train.output_dir={cfg.train.output_dir!r} has no checkpoint to export; train first")
+    return export_all(state, output_dir)
+
+
+# --- The run ---------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """Everything that watches a training, as a context around its loop; all ranks go through it together.
+
+    It owns the data, averages and log, bar, speed, profile, probe, evaluations, checkpoints, signals and garbage. Its
+    beginning restores `state`; the end of the block closes all of it, and puts a Slurm job that was asked to stop back
+    into the queue. The methods are called once per update, in the order of the module's docstring; each does what is
+    due after that update.
+
+    Args:
+        cfg: of the training.
+        state: freshly built.
+        output_dir: folder of the run, which this process has claimed.
+        make_loader: makes the data loader of this rank; takes the keyword arguments of `PretrainLoader` that say where
+            it runs and where it continues.
+        encode: patch features [b, n, d] of the network that is probed, of normalised images.
+        log_line: the part of a log line that says how the method does, from the averages.
+        finite: names of those scalars of a step that have to be finite.
+        flops_per_image: model FLOPs of a step per image.
+        opening: what is trained, for the log.
+        warnings: what is not going to go well, for the log.
+        on_resume: told of the checkpoint that the training continues from.
+
+    Raises: UserError for what cannot be read, written or restored.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainingConfig,
+        state: TrainState,
+        output_dir: Path,
+        *,
+        make_loader: Callable[..., PretrainLoader],
+        encode: Callable[[Tensor], Tensor],
+        log_line: Callable[[Mapping[str, float]], str],
+        finite: Sequence[str],
+        flops_per_image: float,
+        opening: str,
+        warnings: Sequence[str] = (),
+        on_resume: Callable[[SavedState], None] = lambda _: None,
+    ) -> None:
+        self.cfg, self.state, self.output_dir, self.device = cfg, state, output_dir, state.device
+        self.total = cfg.optim.total_iters
+        self._make_loader, self._encode, self._log_line, self._finite = make_loader, encode, log_line, finite
+        check_decode(cfg.data.decode, self.device)
+        self.checkpoints = make_checkpoints(cfg, type(state), output_dir)
+        self.meters = Metrics(output_dir, cfg.train.loggers, config=dataclasses.asdict(cfg), enabled=rank() == 0)
+        state.parts["metrics"] = self.meters
+        saved = restore(state, self.checkpoints)
+        if saved is not None:
+            on_resume(saved)
+        self.meters.truncate_after(state.step, keep_copy=cfg.train.resume_from is not None)
+        if rank() == 0:
+            write_text_atomically(output_dir / "config.yaml", to_yaml(cfg))
+        self._open_log(saved, opening, warnings)
+        self.probe = None
+        if cfg.train.probe.every > 0:
+            self.probe = Probe(
+                cfg.train.probe,
+                images_size=cfg.data.images_size,
+                batch_size=cfg.optim.batch_size_per_gpu,
+                device=self.device,
+            )
+        self.watch = FiniteWatch()
+        self.speed = Throughput(
+            global_batch_size(cfg.optim),
+            flops_per_image,
+            self.device,
+            world_size(),
+            param_dtype=cfg.efficiency.param_dtype,
+        )
+        self.step = state.step  # finished updates once the one under way is
+        self._waited = 0.0
+
+    def _open_log(self, saved: SavedState | None, opening: str, warnings: Sequence[str]) -> None:
+        versions = (torch.__version__, self.device, world_size(), git_revision())
+        logger.info("torch %s on %s, %d process(es), code %s", *versions)
+        logger.info("%s", opening)
+        for warning in warnings:
+            logger.warning("%s", warning)
+        if saved is None:
+            logger.info("starting at step 0 of %d", self.total)
+        else:
+            logger.info("continuing %s at step %d of %d", saved.path, saved.step, self.total)
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self.stop = stack.enter_context(StopRequest())
+            stack.push(self._leave)
+            stack.callback(self.meters.close)
+            stack.enter_context(self.checkpoints)
+            loader = stack.enter_context(
+                self._make_loader(
+                    rank=rank(),
+                    world_size=world_size(),
+                    position=self.state.position,
+                    pin_memory=self.device.type == "cuda",
+                    decode_device=self.device,
+                    bad_files_path=self.output_dir / "bad_files.jsonl",
+                )
+            )
+            loader.check_shared_memory()
+            if rank() == 0:
+                log_pixels(loader.dataset, "data.dataset")
+            self.batches = DevicePrefetcher(loader, self.device)
+            self.advice = WorkerAdvice(self.batches, cores_of_this_rank())
+            num_steps, enabled = self.total - self.state.step, self.cfg.train.profiling and rank() == 0
+            self.profile = stack.enter_context(
+                Profile(self.output_dir, enabled, num_steps=num_steps, device=self.device)
+            )
+            if rank() == 0:
+                stack.enter_context(logging_redirect_tqdm())  # its handler knows no levels, and would make others talk
+            self.bar = stack.enter_context(
+                tqdm(
+                    total=self.total,
+                    initial=self.state.step,
+                    unit="step",
+                    disable=None if rank() == 0 else True,
+                    dynamic_ncols=True,
+                )
+            )
+            stack.enter_context(_collected_by_hand())
+            self.evals = EvalRuns(
+                self.output_dir,
+                self.cfg.evals,
+                self.cfg.launcher,
+                device=self.cfg.train.device,
+                kept_step=self.state.step,
+            )
+            stack.callback(self.evals.close)
+            stack.push(self._finish)
+            self._inputs = self._read() if self.state.step < self.total else []
+            self._stopping = self.stop.agreed()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> bool:
+        return bool(self._stack.__exit__(*error))
+
+    def is_over(self) -> bool:
+        """Whether all updates are done, or all ranks have agreed to stop."""
+        return self.state.step >= self.total or self._stopping
+
+    def next_batches(self) -> list[Batch]:
+        """The normalised batches of the next update, one per accumulation step, on the device."""
+        self.step = self.state.step + 1
+        return self._inputs
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the update under way is the last one."""
+        return self.step == self.total
+
+    @property
+    def logs(self) -> bool:
+        """Whether a log line follows on the update under way."""
+        return self.is_last or due(self.step, self.cfg.train.log_loss_every)
+
+    @property
+    def looks_at_health(self) -> bool:
+        """Whether the update under way computes the costlier health metrics."""
+        return due(self.step, self.cfg.train.health_every)
+
+    def count(self, scalars: Mapping[str, Tensor], hyper: Mapping[str, float]) -> None:
+        """Take in a finished update, without waiting for the device, and read the batches of the next one.
+
+        Args:
+            scalars: what the step returned.
+            hyper: its scheduled values, logged beside these.
+
+        Raises: NonFiniteError, where it is looked for, if a scalar was not finite; the run cannot go on from there.
+        """
+        assert self.step == self.state.step, "count follows on `state.step += 1`"
+        self.meters.update(**scalars, **hyper)
+        self.watch.update(self.step, **{name: scalars[name] for name in self._finite if name in scalars})
+        self.state.position = self.batches.state_dict()
+        if not self.is_last:
+            self._inputs = self._read()  # while the device works on this one
+        self.speed.step(self.batches.wait_s - self._waited)
+        self._waited = self.batches.wait_s
+        with self._writes():
+            self.profile.step()
+        self.bar.update()
+        self._stopping = self.stop.agreed()
+        if self._saves:  # a finite gradient can still throw the weights out of range
+            self.watch.update(self.step, weights=largest_magnitude(self.state.modules, self.state.optimizers))
+        if self._saves or self.evals.are_due(self.step) or due(self.step, self.cfg.train.nan_check_period):
+            self.watch.check(self.checkpoints.last)
+
+    def log(self) -> None:
+        """Where they are due, write the averages since the last line, and the scores of the probe."""
+        if self.logs:
+            with self._writes():
+                self._log(self.meters.write(self.step, **self.speed.read(self.total - self.step)))
+            if line := self.advice.read():
+                logger.warning(line)
+            gc.collect(1)
+        if self.probe is not None and (self.is_last or due(self.step, self.cfg.train.probe.every)):
+            scores = self.probe(self._encode)
+            with self._writes():
+                self._log_probe(self.meters.append(self.step, scores))
+
+    def save(self) -> None:
+        """Where it is due, save a checkpoint; on disk it is only later with `train.checkpointing.async_save`."""
+        if self._saves:
+            self.checkpoints.save(self.step, **self.state.state_dict(), config_yaml=to_yaml(self.cfg))
+        if self.is_last or self._stopping:
+            self.checkpoints.wait()  # here, where a second signal does not end it
+
+    def evaluate(self) -> None:
+        """Launch the evaluations that are due, and write down the scores of those that have ended."""
+        if not self.is_last and not self._stopping:
+            self.evals.launch_due(self.step, self._export, self.stop)
+        if self.logs:
+            with self._writes():
+                self.evals.record(self.meters, self.step)
+
+    def export(self) -> None:
+        """After the block, export the networks if the training is complete."""
+        if self.state.step < self.total:
+            return
+        for path in export_all(self.state, self.output_dir):
+            logger.info("exported %s", path)
+
+    @property
+    def _saves(self) -> bool:
+        return self.is_last or self._stopping or due(self.step, self.cfg.train.checkpointing.period)
+
+    def _export(self, name: str, path: Path) -> None:
+        export(self.state, name, path)
+
+    @contextlib.contextmanager
+    def _writes(self) -> Iterator[None]:
+        """One rank alone writes here: the others learn at the next agreement that it cannot."""
+        with self.stop.faults(), writing_explained(self.output_dir, "train.output_dir"):
+            yield
+
+    def _read(self) -> list[Batch]:
+        """Batches of the next update; none if there is a reason to stop, which the next agreement tells all ranks."""
+
+        def read() -> list[Batch]:
+            batches = [next(self.batches) for _ in range(self.cfg.optim.accumulation_steps)]
+            return [dataclasses.replace(batch, images=normalize(batch.images)) for batch in batches]
+
+        with self._writes():  # bad files are listed
+            return self.stop.wait_for(read) or []
+        return []
+
+    def _log(self, values: Mapping[str, float]) -> None:
+        """One line for people. On a terminal the bar has steps and time already."""
+        mfu = f", MFU {values['mfu']:.1%}" if "mfu" in values else ""
+        minutes, seconds = divmod(round(values["eta_s"]), 60)
+        logger.info(
+            "step %d/%d  %s  lr %.1e  |  %.1f img/s%s, data wait %.0f%%, %.1f GiB, %d:%02d left",
+            *(values["step"], self.total, self._log_line(values), values["lr"], values["images_per_s"], mfu),
+            *(100 * values["data_wait"], values["memory_gib"], minutes, seconds),
+        )
+        self.bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+
+    def _log_probe(self, values: Mapping[str, float]) -> None:
+        logger.info(
+            "step %d  probe: k-NN %.1f %%, linear %.1f %%, in %.1f s",
+            *(values["step"], 100 * values["probe_knn"], 100 * values["probe_linear"], values["probe_s"]),
+        )
+
+    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
+        """At the end of the block, while all is open: the last evaluations, and an agreement on faults since."""
+        if kind is not None:
+            return
+        if self.state.step == self.total:
+            self.evals.launch_due(self.total, self._export, self.stop, final=True)
+            self.evals.wait(self.stop)
+            with self._writes():
+                self.evals.record(self.meters, self.total)
+        self.stop.agreed()
+
+    def _leave(self, kind: type[BaseException] | None, *_: object) -> None:
+        """At the end of the block, once all is closed: say why the run stops, and queue a job of Slurm again."""
+        if kind is not None or not (self.stop.is_fault or self.state.step < self.total):
+            return
+        places = (self.stop.name, self.state.step, self.total)
+        logger.info("stopped by %s after %d of %d steps; the same command continues", *places)
+        if not self.stop.is_fault:
+            requeue(self.stop)
+
+
+@contextlib.contextmanager
+def _collected_by_hand() -> Iterator[None]:
+    """Collect garbage at log steps only, so that it falls into no step, or into some ranks' and not into others'."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+def run_command(
+    args: argparse.Namespace,
+    cfg: TrainingConfig,
+    *,
+    dry_run: Callable[[], str],
+    train: Callable[[Path, torch.device], None],
+    make_state: Callable[[torch.device], TrainState],
+) -> int:
+    """Do what the options of `utils.add_training_options` ask for. Returns the exit code.
+
+    Args:
+        args: the parsed command line.
+        cfg: what its sources gave.
+        dry_run: says what would be trained.
+        train: trains in a folder, on a device.
+        make_state: builds a state, not compiled, to export from.
+    """
+    if args.print_config:
+        sys.stdout.write(to_yaml(cfg))
+        return 0
+    if args.dry_run:
+        sys.stdout.write(dry_run())
+        return 0
+    with session(cfg.train.device) as device, claim_output_dir(cfg.train.output_dir) as output_dir:
+        setup_logging(output_dir / "log.txt" if rank() == 0 else None, quiet=rank() != 0)
+        if args.export:
+            sys.stdout.writelines(f"{path}\n" for path in export_newest(make_state(torch.device("cpu")), output_dir))
+            return 0
+        options = cfg.efficiency.compilation
+        compiles = device.type == "cuda" or not (options.do_teacher.disable and options.do_student.disable)
+        with kept_compilations(output_dir / "compile_cache") if compiles else contextlib.nullcontext():
+            train(output_dir, device)
+    return 0
+
+
+def describe(
+    cfg: TrainingConfig,
+    make_loader: Callable[..., PretrainLoader],
+    *,
+    sizes: Sequence[str],
+    costs: Sequence[str],
+    schedule: Sequence[str],
+    warnings: Sequence[str],
+) -> str:
+    """What a training with this config would be, without training: the text of `--dry-run`.
+
+    Args:
+        cfg: of the training.
+        make_loader: as for `Run`.
+        sizes, costs: lines about image, tokens and parameters, and about memory and compute.
+        schedule: lines of a table, one per step of `milestones`, under a head.
+        warnings: what is not going to go well.
+    """
+    device, optim = pick_device(cfg.train.device), cfg.optim
+    check_decode(cfg.data.decode, device)
+    with make_loader(rank=0, world_size=1, position=None, pin_memory=False, bad_files_path=None) as loader:
+        loader.check_shared_memory()
+        images, pixels = loader.describe(), sample_pixels(loader.dataset)
+    planned = plan_evals(cfg.evals)
+    if isinstance(planned, UserError):
+        raise planned
+    lines = [
+        f"data         {images}",
+        *(f"pixels       {line}" for line in pixels.lines()),
+        f"batch        {global_batch_size(optim)} images = {optim.batch_size_per_gpu} per forward pass x "
+        f"{optim.accumulation_steps} accumulation steps x {world_size()} process(es)",
+        *sizes,
+        f"device       {device}, {cfg.efficiency.param_dtype}",
+        *costs,
+        *schedule,
+        *(f"evaluation   {line}" for line in planned[1]),
+        *(f"warning      {warning}" for warning in [*pixels.warnings(), *warnings]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def milestones(optim: OptimConfig) -> list[int]:
+    """Steps at which schedules are worth showing: start, end of the warm-up, middle and last step."""
+    total = optim.total_iters
+    return sorted({0, optim.lr_schedule.warmup_steps(total), total // 2, total - 1})
