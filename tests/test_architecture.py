@@ -1,6 +1,7 @@
 """The house map: who may import whom, and what no file may do."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,15 @@ def test_nothing_loads_code_from_files_or_hides_errors(path):
 
 
 SCRIPTS = [path.name for path in MODULES if '\nif __name__ == "__main__":' in path.read_text()]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("tests/test_*.py")), ids=lambda path: path.stem)
+def test_test_files_do_not_import_each_other(path):
+    """Not in code that they start in a process of its own either."""
+    imported = re.findall(r"^ *(?:import|from) (test_\w+)", path.read_text(), flags=re.MULTILINE)
+    assert not imported, (
+        f"{path.name} imports {imported}; what test files share belongs in golden.py, runs.py, samples.py"
+    )
 
 
 def test_the_scripts_are_known():

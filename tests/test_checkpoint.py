@@ -28,7 +28,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
-from test_model import tiny_model
+from golden import tiny_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import FileSystemReader

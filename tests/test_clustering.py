@@ -2,25 +2,22 @@
 
 import copy
 import math
-from typing import Any
 
 import pytest
 import torch
-from conftest import load_golden, seeded
+from conftest import seeded
+from golden import CLUSTERING, golden_head, golden_step
 from torch import Tensor
 
 import fused_clustering
 from clustering import L2NormLinear, OnlineClustering, entropy, sinkhorn_knopp, soft_cross_entropy
-from fused_clustering import ClusteringStep
 from utils import UserError
-
-GOLDEN, _META = load_golden("clustering")
 
 
 @pytest.mark.parametrize("n_iterations", [1, 3, 10])
 def test_sinkhorn_matches_golden(n_iterations):
-    actual = sinkhorn_knopp(GOLDEN["sinkhorn.in"], n_iterations)
-    torch.testing.assert_close(actual, GOLDEN[f"sinkhorn.out_{n_iterations}"], atol=1e-6, rtol=1e-5)
+    actual = sinkhorn_knopp(CLUSTERING["sinkhorn.in"], n_iterations)
+    torch.testing.assert_close(actual, CLUSTERING[f"sinkhorn.out_{n_iterations}"], atol=1e-6, rtol=1e-5)
 
 
 def log_domain_oracle(logits: Tensor, n_iterations: int) -> Tensor:
@@ -84,17 +81,6 @@ def test_sinkhorn_in_half_precision_is_that_of_float32(dtype):
     torch.testing.assert_close(assignments.float(), sinkhorn_knopp(logits.float(), 3), atol=5e-3, rtol=0)
 
 
-def golden_head(positionwise: bool) -> tuple[OnlineClustering, dict[str, Tensor]]:
-    prefix = f"clustering.positionwise_{positionwise}."
-    tensors = {k.removeprefix(prefix): v for k, v in GOLDEN.items() if k.startswith(prefix)}
-    k, d = tensors["weight"].shape
-    head = OnlineClustering(
-        d, k, bias=True, n_sk_iter=3, target_temp=0.06, pred_temp=0.12, positionwise_sk=positionwise
-    )
-    head.load_state_dict({"layer.weight": tensors["weight"], "layer.bias": tensors["bias"]})
-    return head, tensors
-
-
 @pytest.mark.parametrize("positionwise", [True, False])
 def test_clustering_head_matches_golden(positionwise):
     head, golden = golden_head(positionwise)
@@ -104,21 +90,6 @@ def test_clustering_head_matches_golden(positionwise):
     torch.testing.assert_close(loss.detach(), golden["loss"][0], rtol=1e-6, atol=0)
     torch.testing.assert_close(head.layer.weight.grad, golden["grad_weight"], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(head.layer.bias.grad, golden["grad_bias"], atol=1e-5, rtol=1e-4)
-
-
-def golden_step(head: OnlineClustering, golden: dict[str, Tensor], **how: Any) -> ClusteringStep:
-    """A step on the golden features, whose targets, loss and gradients must be golden."""
-    p, b, _ = golden["x"].shape
-    predict_indices = torch.randperm(p * b, generator=seeded(0))[:25]
-    step = head.step(golden["x"], predict_indices, **how)
-    expected = golden["assignments"][predict_indices % p, predict_indices // p]
-    torch.testing.assert_close(step.targets, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(step.loss, golden["loss"][0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(head.layer.weight.grad, golden["grad_weight"], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(head.layer.bias.grad, golden["grad_bias"], atol=1e-5, rtol=1e-4)
-    if step.mass is not None:
-        torch.testing.assert_close(step.mass, golden["assignments"].sum((0, 1)), atol=1e-4, rtol=1e-4)
-    return step
 
 
 @pytest.mark.parametrize("positionwise", [True, False])
@@ -191,18 +162,18 @@ def test_no_gradient_reaches_the_features():
 
 
 def test_student_head_matches_golden():
-    k, d = GOLDEN["student_head.weight_v"].shape
+    k, d = CLUSTERING["student_head.weight_v"].shape
     head = L2NormLinear(d, k)
-    head.load_state_dict({f"last_layer.{n}": GOLDEN[f"student_head.{n}"] for n in ("weight_g", "weight_v")})
-    x = GOLDEN["student_head.x"].clone().requires_grad_()
+    head.load_state_dict({f"last_layer.{n}": CLUSTERING[f"student_head.{n}"] for n in ("weight_g", "weight_v")})
+    x = CLUSTERING["student_head.x"].clone().requires_grad_()
     out = head(x)
-    loss = soft_cross_entropy(GOLDEN["student_head.target"], out, 0.12).mean()
+    loss = soft_cross_entropy(CLUSTERING["student_head.target"], out, 0.12).mean()
     loss.backward()
-    torch.testing.assert_close(out.detach(), GOLDEN["student_head.out"], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(loss.detach(), GOLDEN["student_head.loss_temp_0.12"][0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(x.grad, GOLDEN["student_head.grad_x"], atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(head.last_layer.weight_g.grad, GOLDEN["student_head.grad_g"], atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(head.last_layer.weight_v.grad, GOLDEN["student_head.grad_v"], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(out.detach(), CLUSTERING["student_head.out"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(loss.detach(), CLUSTERING["student_head.loss_temp_0.12"][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(x.grad, CLUSTERING["student_head.grad_x"], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(head.last_layer.weight_g.grad, CLUSTERING["student_head.grad_g"], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(head.last_layer.weight_v.grad, CLUSTERING["student_head.grad_v"], atol=1e-6, rtol=1e-4)
 
 
 def test_student_head_works_in_bfloat16():

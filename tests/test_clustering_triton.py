@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
+from golden import golden_head, golden_step
 from ranks import run_on_ranks
-from test_clustering import golden_head, golden_step
 
 from clustering import OnlineClustering
 from fused_clustering import use_triton

@@ -16,25 +16,25 @@ import train_capi
 
 CODE = """
     import torch, torch._dynamo
-    import test_train_capi as golden
-    from train_capi import train_step
+    from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+    from golden import DROP_PATH, GOLDEN_CONFIG, golden_batches
+    from train_capi import TrainState, train_step
     from optim import hyper_at
 
     torch.set_num_threads(2)
-    small = ["model.encoder_kwargs.depth=1", "model.decoder_kwargs.depth=1", golden.DROP_PATH]
-    golden.GOLDEN_CONFIG += small
+    small = ["model.encoder_kwargs.depth=1", "model.decoder_kwargs.depth=1", DROP_PATH]
     def state(disable):
-        cfg = golden.load_config(golden.CapiConfig, golden.DEFAULT_PRETRAIN_CONFIG, [
-            *golden.GOLDEN_CONFIG, *small,
+        cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [
+            *GOLDEN_CONFIG, *small,
             f"efficiency.compilation.do_teacher.disable={disable}",
             f"efficiency.compilation.do_student.disable={disable}",
         ])
-        return golden.train_capi.TrainState(cfg, torch.device("cpu"))
+        return TrainState(cfg, torch.device("cpu"))
     eager, compiled = state("true"), state("false")
     for i in range(4):
         torch._dynamo.config.error_on_recompile = i > 1
-        a = train_step(eager, golden.golden_batches(i, 1), hyper_at(i, eager.cfg))
-        b = train_step(compiled, golden.golden_batches(i, 1), hyper_at(i, eager.cfg))
+        a = train_step(eager, golden_batches(i, 1), hyper_at(i, eager.cfg))
+        b = train_step(compiled, golden_batches(i, 1), hyper_at(i, eager.cfg))
         for name in ("capi_loss", "clustering_loss", "grad_norm"):
             torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6, msg=f"{name} at step {i}")
     for (name, p), q in zip(eager.student.named_parameters(), compiled.student.parameters(), strict=True):
@@ -64,7 +64,7 @@ def test_compiled_steps_equal_eager_steps():
 
 GRAPHS = """
     import functools, torch, plan
-    import test_train_capi as golden
+    from golden import DROP_PATH, NAIVE, golden_batches, golden_state
     from train_capi import do_student, do_teacher, train_step
     from optim import hyper_at
 
@@ -86,12 +86,12 @@ GRAPHS = """
             found.extend(f"{function.__name__}, {name}: {node}" for node in graph.graph.nodes if is_random(node))
         return function(*args)
 
-    for more in ([], [golden.NAIVE]):
+    for more in ([], [NAIVE]):
         found, traced, tables = [], {}, []
-        state = golden.golden_state(golden.DROP_PATH, *more)
+        state = golden_state(DROP_PATH, *more)
         state.do_teacher = functools.partial(random_operators, do_teacher)
         state.do_student = functools.partial(random_operators, do_student)
-        train_step(state, golden.golden_batches(0, 1), hyper_at(0, state.cfg))
+        train_step(state, golden_batches(0, 1), hyper_at(0, state.cfg))
         assert traced == {"do_teacher": {"inference"}, "do_student": {"forward", "backward"}}, traced
         assert not found, found
         # Three blocks of the teacher; three of the student's encoder; two of its predictor, with queries and keys.

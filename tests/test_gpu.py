@@ -6,8 +6,8 @@ import textwrap
 import pytest
 import torch
 from conftest import ROOT, run_cli
+from golden import GOLDEN_CONFIG, golden_batches
 from runs import make_images, metrics_of, run_main, tiny
-from test_train_capi import GOLDEN_CONFIG, golden_batches
 
 import train_capi
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
@@ -39,22 +39,23 @@ def test_drop_path_of_a_compiled_step_follows_seed_and_step_on_a_gpu():
 
 DROP_PATH = """
     import dataclasses, torch
-    import test_train_capi as golden
+    from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+    from golden import DROP_PATH, GOLDEN_CONFIG, golden_batches, golden_part, load_whole
     from optim import hyper_at
     from train_capi import TrainState, train_step
 
-    (batch,) = golden.golden_batches(0, 1)
+    (batch,) = golden_batches(0, 1)
     losses = {}
     for device, disable in (("cpu", "true"), ("cuda", "true"), ("cuda", "false")):
-        cfg = golden.load_config(golden.CapiConfig, golden.DEFAULT_PRETRAIN_CONFIG, [
-            *golden.GOLDEN_CONFIG, golden.DROP_PATH, f"train.device={device}",
+        cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [
+            *GOLDEN_CONFIG, DROP_PATH, f"train.device={device}",
             f"efficiency.compilation.do_teacher.disable={disable}",
             f"efficiency.compilation.do_student.disable={disable}",
         ])
         state = TrainState(cfg, torch.device(device))
         for name, module in state.modules.items():
             name = name if name == "clustering" else "student"
-            golden.load_whole(module, golden.part(f"init.{name}."))
+            load_whole(module, golden_part(f"init.{name}."))
         mine = dataclasses.replace(batch.to(device), host_predict_indices=batch.host_predict_indices)
         # Learning rates are 0 at step 0: the loss depends on the images that are dropped, and on nothing before.
         for step in (0, 1, 2, 3, 1, 2):

@@ -7,8 +7,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from golden import tiny_model
 from safetensors.torch import load_file
-from test_model import tiny_model
 
 from model import EncoderDecoder
 from utils import UserError

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, load_golden, load_golden_json, seeded
+from golden import tiny_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,21 +20,6 @@ from clustering import L2NormLinear, OnlineClustering
 from model import EncoderDecoder, RotaryEmbedding, edge_coordinates, load_model
 from utils import UserError
 from weights import load_backbone_weights, save_safetensors
-
-
-def tiny_model(**changes: Any) -> EncoderDecoder:
-    kwargs: dict[str, Any] = {
-        "patch_size": 4,
-        "n_registers": 4,
-        "transformers_kwargs": {
-            "embed_dim": 32,
-            "drop_path_rate": 0.0,
-            "block_kwargs": {"attn_kwargs": {"num_heads": 2}},
-        },
-        "encoder_kwargs": {"depth": 2},
-        "decoder_kwargs": {"depth": 2},
-    }
-    return EncoderDecoder(**(kwargs | changes))
 
 
 def with_drop_path(rate: float, kind: str) -> dict[str, Any]:
@@ -577,8 +563,8 @@ def test_another_output_format_is_refused():
 
 COMPILE_AND_EXPORT = """
     import torch, torch._dynamo
+    from golden import tiny_model
     from model import Features
-    from test_model import tiny_model
 
     model = tiny_model(encoder_kwargs={"depth": 1}, decoder_kwargs={"depth": 1}).eval()
     images = [torch.randn(b, 3, h, w) for b, h, w in ((2, 16, 24), (3, 8, 8), (5, 20, 12), (2, 24, 24))]

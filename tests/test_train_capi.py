@@ -11,90 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, load_golden, load_golden_json, run_cli
+from conftest import ROOT, load_golden_json, run_cli
+from golden import DROP_PATH, GOLDEN_CONFIG, NAIVE, frequencies, golden_batches, golden_part, golden_state
 from runs import KillableRun, assert_same_run, logged_steps, make_images, metrics_of, run_main, tiny
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor
 
 import train_capi
 from checkpoint import SavedState
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
-from data import Batch, derive_seed
+from data import derive_seed
 from model import Residual
 from optim import hyper_at
 from train_capi import warn_of_another_course
 
-GOLDEN, META = load_golden("trajectory_default")
-GOLDEN_CONFIG = [
-    "train.device=cpu",
-    f"capi.num_clusters={META['num_clusters']}",
-    f"data.images_size={META['image'][-1]}",
-    f"optim.total_iters={META['steps']}",
-    "optim.lr_schedule.warmup_iters=2",
-    "optim.momentum_schedule.warmup_iters=2",
-    f"optim.momentum_schedule.base_value={META['optim']['momentum']['base_value']}",
-    "capi.clustering_optimizer.lr_schedule.warmup_iters=2",
-    "model.transformers_kwargs.embed_dim=64",
-    "model.transformers_kwargs.drop_path_rate=0",
-    "model.transformers_kwargs.block_kwargs.attn_kwargs.num_heads=4",
-    "model.encoder_kwargs.depth=3",
-    "model.decoder_kwargs.depth=2",
-    "efficiency.param_dtype=float32",
-    "efficiency.compilation.do_teacher.disable=true",
-    "efficiency.compilation.do_student.disable=true",
-]
-
-
-def part(prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in GOLDEN.items() if key.startswith(prefix)}
-
-
 FP8 = "efficiency.teacher_fp8=true"
-
-
-def golden_state(*overrides: str) -> train_capi.TrainState:
-    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*GOLDEN_CONFIG, *overrides])
-    state = train_capi.TrainState(cfg, torch.device("cpu"))
-    load_whole(state.student, part("init.student."))
-    load_whole(state.student_ema, part("init.student."))
-    load_whole(state.clustering, part("init.clustering."))
-    return state
-
-
-def load_whole(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Whole weights into a module that may be divided over ranks."""
-    parameters = dict(module.named_parameters())
-    assert parameters.keys() == weights.keys()
-    with torch.no_grad():
-        for key, parameter in parameters.items():
-            is_divided = isinstance(parameter, DTensor)
-            parts = (parameter.device_mesh, parameter.placements) if is_divided else ()
-            parameter.copy_(distribute_tensor(weights[key], *parts) if is_divided else weights[key])
-
-
-def golden_batches(step: int, accumulation_steps: int) -> list[Batch]:
-    """The step's six images as so many batches."""
-    tensors = part(f"step{step}.")
-    per_batch = len(tensors["images"]) // accumulation_steps
-    num_patches = 36
-    batches = []
-    for i in range(accumulation_steps):
-        share = {name: tensors[name].chunk(accumulation_steps)[i] for name in tensors}
-        offset = i * per_batch * num_patches
-        batches.append(
-            Batch(
-                images=share["images"],
-                visible_indices=share["visible_indices"] - offset,
-                predict_indices=share["predict_indices"] - offset,
-                host_predict_indices=share["predict_indices"] - offset,
-                sample_ids=torch.arange(per_batch),
-            )
-        )
-    return batches
-
-
-def frequencies(state: train_capi.TrainState) -> list[nn.Parameter]:
-    return [parameter for name, parameter in state.student.named_parameters() if name.endswith("rope.freqs")]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +54,7 @@ def test_eight_steps_reproduce_the_golden_trajectory(accumulation_steps, overrid
         assert hyper.momentum == pytest.approx(expected["momentum"])
         assert hyper.clustering_lr == pytest.approx(expected["clustering_lr"])
     for name, module in state.modules.items():
-        for key, value in part(f"final.{name}.").items():
+        for key, value in golden_part(f"final.{name}.").items():
             torch.testing.assert_close(module.state_dict()[key], value, atol=1e-5, rtol=0, msg=f"{name}.{key}")
 
 
@@ -203,10 +133,6 @@ def test_a_teacher_in_fp8_changes_the_targets_a_little_and_the_student_not_at_al
 def test_fp8_needs_bfloat16(tmp_path, capsys):
     assert run_main(tiny("/nowhere", tmp_path, FP8)) == 2
     assert "efficiency.teacher_fp8=True: results are bfloat16; set efficiency.param_dtype" in capsys.readouterr().err
-
-
-DROP_PATH = "model.transformers_kwargs.drop_path_rate=0.3"
-NAIVE = "model.transformers_kwargs.block_kwargs.drop_path_type=naive"
 
 
 def test_drop_path_of_a_step_depends_on_seed_and_step_alone():

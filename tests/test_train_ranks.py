@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import load_golden_json
+from golden import META, NUM_PATCHES, frequencies, golden_batches, golden_part, golden_state
 from ranks import launched, run_on_ranks
 from runs import assert_same_run, make_images, tiny
 from torch import Tensor
@@ -30,14 +31,12 @@ GLOBAL_BATCH = 12
 
 def golden_on_this_rank(mode: str, copies: int) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Eight golden steps with this rank's share of so many copies of the six images; losses, and the final weights."""
-    import test_train_capi as golden
-
-    state = golden.golden_state(f"efficiency.fsdp={mode}")
-    for parameter in golden.frequencies(state):
+    state = golden_state(f"efficiency.fsdp={mode}")
+    for parameter in frequencies(state):
         parameter.requires_grad_()  # the golden norm of the gradients has theirs in it
     records = []
-    for step in range(golden.META["steps"]):
-        images = [image for image in golden.golden_batches(step, 6) for _ in range(copies)]
+    for step in range(META["steps"]):
+        images = [image for image in golden_batches(step, 6) for _ in range(copies)]
         share = len(images) // dist.get_world_size()
         mine = joined(images[share * dist.get_rank() :][:share])
         scalars = train_capi.train_step(state, [mine], hyper_at(step, state.cfg))
@@ -48,9 +47,8 @@ def golden_on_this_rank(mode: str, copies: int) -> tuple[list[dict[str, float]],
 
 def joined(batches: list[Batch]) -> Batch:
     """Batches of one image as one batch."""
-    num_patches = 36
     visible, predict = (
-        torch.cat([getattr(batch, name) + num_patches * i for i, batch in enumerate(batches)])
+        torch.cat([getattr(batch, name) + NUM_PATCHES * i for i, batch in enumerate(batches)])
         for name in ("visible_indices", "predict_indices")
     )
     return Batch(
@@ -78,8 +76,6 @@ def whole(x: Tensor) -> Tensor:
 )
 def test_the_golden_trajectory_on_ranks(num_ranks, mode, copies):
     """Six images do not divide by four: there every image comes twice, which changes no mean and no balance."""
-    import test_train_capi as golden
-
     for records, weights in run_on_ranks(golden_on_this_rank, num_ranks, mode, copies):
         for actual, expected in zip(records, load_golden_json("trajectory_default"), strict=True):
             assert actual["capi_loss"] == pytest.approx(expected["capi_loss"], rel=1e-6)
@@ -87,7 +83,7 @@ def test_the_golden_trajectory_on_ranks(num_ranks, mode, copies):
             assert actual["target_entropy"] == pytest.approx(expected["target_entropy"], rel=1e-5)
             assert actual["grad_norm"] == pytest.approx(expected["student_grad_norm"], rel=1e-5)
         for name in ("student", "student_ema", "clustering"):
-            for key, value in golden.part(f"final.{name}.").items():
+            for key, value in golden_part(f"final.{name}.").items():
                 torch.testing.assert_close(weights[f"{name}.{key}"], value, atol=1e-5, rtol=0, msg=f"{name}.{key}")
 
 
