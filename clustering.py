@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distributed import all_reduce_max_, all_reduce_sum_
-from fused_clustering import (
+from speed.clustering import (
     SHIFT,
     SINKHORN_EPS,
     ClusteringStep,

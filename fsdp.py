@@ -1,4 +1,4 @@
-"""How a model is recomputed, compiled and divided over ranks, from outside: models know nothing of it.
+"""How a model is divided over ranks, from outside: models know nothing of it.
 
 `parallelize` makes every rank hold 1/n of each weight, its gradient, its optimizer state and its average. Three ways:
 
@@ -9,8 +9,8 @@
   Eagerly, every read gathers and the gathered weight lives until the backward pass is done with it. If a
   rematerialisation policy recomputes `_c10d_functional::all_gather_into_tensor` and `_c10d_functional::wait_tensor`,
   blocks free it after the forward pass and gather again: fully sharded instead of gradient-sharded.
-  Compiled (`compile_function`), `overlap_collectives` groups and orders the collectives so that they run beside the
-  computation.
+  Compiled (`speed.compiling.compile_function`), `overlap_collectives` groups and orders the collectives so that they
+  run beside the computation.
 - `fully_shard`, torch's FSDP2: a cross-check and a way out.
 - `none`: whole weights everywhere; `average_gradients_` after the backward pass.
 
@@ -19,23 +19,13 @@ so that no rank ever holds whole gradients: n steps communicate n times as much 
 `none` communicates once per update.
 """
 
-import contextlib
-import fcntl
 import functools
-import hashlib
 import heapq
-import importlib
 import logging
 import math
-import os
-import platform
-import shutil
-import struct
-import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -43,25 +33,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from config import CompileConfig, RematerializationConfig
-from distributed import barrier, is_distributed, rank, world_size
+from distributed import is_distributed, world_size
 from utils import UserError
 
 logger = logging.getLogger("capi")
 
-CHANGED_IN_PLACE = frozenset({"aten::mean"})
-"""Operators whose result torch itself changes in place afterwards (RMSNorm adds its eps): it cannot be kept."""
-
-FP8_CAPABILITY = (8, 9)
-"""Compute capability of the first GPUs that multiply 8-bit floats: Ada."""
-
 KEPT_IN_FLOAT32 = ("freqs", "mask_token", "norm", "weight_g", "weight_v")
 """Parts of parameter names that are gathered in float32 whatever `param_dtype` is: the model computes with them in
 float32 (rotary angles, weight normalisation, the predictor's residual stream), or casts them itself (norms)."""
-
-FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -91,248 +71,6 @@ class Sharding:
     def dtype_of(self, name: str) -> torch.dtype:
         """Precision in which the parameter of this full name is used."""
         return torch.float32 if set(name.split(".")) & set(self.kept_in_float32) else self.param_dtype
-
-
-def recompute_blocks(blocks: Iterable[nn.Module], cfg: RematerializationConfig) -> None:
-    """Make each block drop what the policy says in the forward pass and compute it again in the backward pass.
-
-    State-dict keys stay as they are. Block by block, so that at most one block's dropped activations are alive again.
-
-    Raises: UserError for an operator name that torch does not know.
-    """
-    if not cfg.enabled:
-        return
-    policy = _operator_policy(cfg)
-    for block in blocks:
-        block.forward = _recomputed(block.forward, policy)
-
-
-def multiply_in_fp8(blocks: Iterable[nn.Module], device: torch.device) -> None:
-    """Make the linear layers of blocks without gradient multiply in 8-bit floats (e4m3), scaled row by row.
-
-    Every token's features and every output's weights are divided by their largest magnitude, so that one large value
-    costs its own row its precision and no other. Results are bfloat16.
-
-    Raises: UserError if the GPU has no such units. A CPU computes it too, without being faster.
-    """
-    if device.type not in ("cuda", "cpu") or (
-        device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY
-    ):
-        raise UserError(
-            f"efficiency.teacher_fp8=true: {device.type} has no 8-bit float matmuls here, NVIDIA GPUs have them from "
-            "compute capability 8.9 on; set it to false"
-        )
-    for block in blocks:
-        for linear in block.modules():
-            if isinstance(linear, nn.Linear):
-                forward: Any = functools.partial(_linear_in_fp8, linear)
-                linear.forward = forward
-
-
-def attend_by_xformers(layers: Iterable[Any], device: torch.device, dtype: torch.dtype) -> None:
-    """Make attention layers (`model.Attention`) call xformers' kernels instead of torch's.
-
-    Raises: UserError if it is not installed, or has none for this device and precision.
-    """
-    key, remedy = "efficiency.attention=xformers", "use efficiency.attention=sdpa"
-    try:
-        from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]  # optional
-    except ImportError as error:
-        raise UserError(f"{key}: the package is not installed ({error}); pip install xformers, or {remedy}") from error
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """From and to `[b, heads, n, dh]`; xformers has the tokens before the heads."""
-        return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
-    for layer in layers:
-        width = layer.proj.in_features // layer.num_heads
-        tried = [torch.zeros(1, layer.num_heads, 8, width, device=device, dtype=dtype) for _ in range(3)]
-        try:
-            attend(*(x.requires_grad_() for x in tried))
-        except NotImplementedError as error:
-            reason = (
-                f"it has no kernel for {dtype} and heads of width {width} on {device.type}, as it is installed here"
-            )
-            raise UserError(f"{key}: {reason}; {remedy}") from error
-        layer.attend = attend
-
-
-def _linear_in_fp8(linear: nn.Linear, x: Tensor) -> Tensor:
-    tokens, token_scales = _to_fp8(x.flatten(0, -2))
-    weight, weight_scales = _to_fp8(linear.weight)
-    by_row = F.ScalingType.RowWise
-    scales = token_scales, by_row, weight_scales.T, by_row
-    out = F.scaled_mm(tokens, weight.T, *scales, output_dtype=torch.bfloat16, use_fast_accum=True)
-    out = out.unflatten(0, x.shape[:-1])
-    return out if linear.bias is None else out + linear.bias.to(out.dtype)
-
-
-def _to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows divided by a scale `[rows, 1]` each, such that the largest magnitude is the largest number of the format."""
-    x = x.float()
-    scales = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
-    return (x / scales).to(torch.float8_e4m3fn), scales
-
-
-def _operator_policy(cfg: RematerializationConfig) -> Callable[..., CheckpointPolicy]:
-    if torch.distributed.is_available():
-        importlib.import_module("torch.distributed._functional_collectives")  # registers _c10d_functional
-    for name in cfg.policy:
-        namespace, _, operator = name.partition("::")
-        known = operator and hasattr(torch.ops, namespace) and hasattr(getattr(torch.ops, namespace), operator)
-        comes_later = namespace.startswith("xformers")  # when that is imported, if ever
-        if not known and not comes_later and not (namespace == "_c10d_functional" and not dist.is_available()):
-            raise UserError(
-                f"efficiency.rematerialization.policy.{name}: torch has no such operator; "
-                "names look like aten::mm, without the overload"
-            )
-    recompute = dict(cfg.policy)
-
-    def policy(_ctx: object, operator: Any, *_args: object, **_kwargs: object) -> CheckpointPolicy:
-        schema = getattr(operator, "_schema", None)
-        name = schema.name if schema is not None else str(operator)
-        in_place = name in CHANGED_IN_PLACE or (schema is not None and schema.is_mutable)
-        if in_place or recompute.get(name, cfg.default):
-            return CheckpointPolicy.PREFER_RECOMPUTE
-        return CheckpointPolicy.MUST_SAVE
-
-    return policy
-
-
-def _recomputed(forward: Callable[..., Any], policy: Callable[..., CheckpointPolicy]) -> Callable[..., Any]:
-    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-
-    @functools.wraps(forward)
-    def wrapped(*args: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args)
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts)
-
-    return wrapped
-
-
-def compile_function(
-    function: FunctionT,
-    cfg: CompileConfig,
-    key: str,
-    device: torch.device,
-    sharding: Sharding | None = None,
-    *,
-    cuda_graphs: bool = False,
-) -> FunctionT:
-    """`torch.compile` with the options of a config section, or the function itself if it is disabled there.
-
-    With weights divided by `simple`, the compiled graphs' collectives are ordered by `overlap_collectives`. With
-    `fully_shard`, whose hooks cannot be compiled, `compile_blocks` compiles what is between them instead.
-
-    With `cuda_graphs` on a CUDA device, forward and backward passes are replayed as CUDA graphs: launching costs one
-    call per graph. Parameters stay where they are, other arguments are copied in. Results, gradients included, are
-    overwritten by the replay after the next `torch.compiler.cudagraph_mark_step_begin`, which the caller calls when it
-    needs none of them any longer.
-
-    Raises: UserError if the code is to run on a CPU and there is no C++ compiler, or if graphs are asked for where
-        weights are divided.
-    """
-    divided = sharding if sharding is not None and sharding.mode != "none" and is_distributed() else None
-    if cuda_graphs and divided:
-        raise UserError(
-            "efficiency.compilation.cuda_graphs=true: not with weights divided over ranks, whose collectives are "
-            "ordered otherwise; set it to false, or efficiency.fsdp=none"
-        )
-    if cfg.disable or (divided and divided.mode == "fully_shard"):
-        return function
-    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "gcc")):
-        raise UserError(
-            f"{key}.disable=false: compiling for a CPU needs a C++ compiler and none was found; "
-            f"install g++, or set {key}.disable=true"
-        )
-    options: dict[str, Any] | None = overlap_options(divided) if divided else None
-    if cuda_graphs and device.type == "cuda":
-        options = {"triton.cudagraphs": True}
-    elif cuda_graphs:
-        logger.info("efficiency.compilation.cuda_graphs: there are none on %s; %s runs without", device, key)
-    compiled = torch.compile(function, dynamic=cfg.dynamic, options=options)
-    return compiled  # pyright: ignore[reportReturnType]  # same signature
-
-
-def compile_blocks(blocks: Iterable[nn.Module], cfg: CompileConfig, sharding: Sharding) -> None:
-    """`torch.compile` each block in place, if `fully_shard` is to divide them; to be called before `parallelize`."""
-    if not cfg.disable and sharding.mode == "fully_shard" and is_distributed():
-        # torch.compile asks gathered weights, which are no leaves, whether they have a gradient.
-        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-        for block in blocks:
-            block.compile(dynamic=cfg.dynamic)
-
-
-@contextlib.contextmanager
-def kept_compilations(folder: Path) -> Iterator[None]:
-    """Keep what is compiled until the block ends in `folder`, from which a later start with the same folder reads it.
-
-    All ranks use the same folder, on any number of machines. It is safe: inductor and Triton call a file by a hash of
-    all that it was made from, bring it to its place by a rename, or hold a lock while a compiler writes it; so ranks
-    that make the same file at the same time replace it by its equal. Libraries for the CPU are made for the very
-    processor, so that each kind of processor has a folder of its own within.
-
-    The variables TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR tell inductor and Triton; the user's come first. Where
-    the folder cannot be written or has no locks, this does nothing, and they use folders of this machine.
-
-    Args:
-        folder: made if need be; git is told to ignore it, and so `launch.copy_code` leaves it out.
-    """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    own = folder.absolute() / _processor()
-    variables = {"TORCHINDUCTOR_CACHE_DIR": str(own), "TRITON_CACHE_DIR": str(own / "triton")}
-    before = {name: os.environ[name] for name in variables if name in os.environ}
-    # Importing torch._dynamo sets a variable to its default: what it holds then is nobody's choice.
-    chosen = {name for name, value in before.items() if value != os.path.abspath(default_cache_dir())}  # noqa: PTH100
-    variables = {name: value for name, value in variables.items() if name not in chosen}
-    try:
-        own.mkdir(parents=True, exist_ok=True)
-        (folder / ".gitignore").write_text("*\n")
-        with tempfile.TemporaryFile(dir=own) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if rank() == 0:
-            _remove_half_written(own)
-    except OSError as error:
-        logger.info("what is compiled is not kept for later starts: %s", error)
-        variables = {}
-    barrier()  # nobody compiles before what a killed run left is gone
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name in variables:
-            os.environ.pop(name, None)
-        os.environ.update(before)
-
-
-def _remove_half_written(folder: Path) -> None:
-    """Delete libraries that a linker was killed over: it writes in place, and a start that loads one would fail."""
-    for path in folder.rglob("*.so"):
-        if not _is_whole(path):
-            logger.info("%s is half written, by a run that was killed: it is compiled again", path)
-            path.unlink()
-
-
-def _is_whole(library: Path) -> bool:
-    """Whether an ELF file (64 bit, little-endian) reaches to the end of its table of sections, which comes last."""
-    with library.open("rb") as file:
-        header = file.read(64)
-    if header[:6] != b"\x7fELF\x02\x01":
-        return len(header) == 64 and any(header)  # of another system
-    (start,) = struct.unpack_from("<Q", header, 40)
-    size, number = struct.unpack_from("<HH", header, 58)
-    return start > 0 and library.stat().st_size >= start + size * number
-
-
-def _processor() -> str:
-    """A name for this kind of processor: the same where what the compiler makes for one also runs on another."""
-    described = platform.machine()
-    with contextlib.suppress(OSError):  # only Linux has it
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        described += "".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
-    return hashlib.sha256(described.encode()).hexdigest()[:8]
 
 
 def overlap_options(sharding: Sharding) -> dict[str, Any]:

@@ -54,11 +54,11 @@ from config import (
 from data import Batch, PretrainLoader
 from distributed import all_reduce_sum_, mean_over_ranks, rank, world_size
 from flops import StepShape, device_memory_estimate, training_flops_per_image
-from fused_clustering import use_triton
 from masking import MaskPlan, PatchMasks, make_masking_generator
 from metrics import effective_rank, norm_stats
 from model import EncoderDecoder, RotaryEmbedding
 from optim import ema_update_, make_adamw, multipliers, scheduled, set_rates_
+from speed.clustering import use_triton
 from training import (
     Run,
     TrainState,

@@ -38,23 +38,17 @@ from crops import check_decode
 from data import Batch, DevicePrefetcher, PretrainLoader, WorkerAdvice, cores_of_this_rank, merge_positions, normalize
 from distributed import pick_device, rank, session, world_size
 from evals import EvalRuns, plan_evals
-from fsdp import (
-    Sharding,
-    attend_by_xformers,
-    average_gradients_,
-    compile_blocks,
-    compile_function,
-    kept_compilations,
-    multiply_in_fp8,
-    parallelize,
-    recompute_blocks,
-)
+from fsdp import Sharding, average_gradients_, parallelize
 from launch import StopRequest, requeue, was_requeued
 from metrics import FiniteWatch, Metrics, Profile, Throughput
 from model import Attention, Block
 from optim import grad_norm
 from pixels import log_pixels, sample_pixels
 from probe import Probe
+from speed.attention import attend_by_xformers
+from speed.compiling import compile_blocks, compile_function, kept_compilations
+from speed.fp8 import multiply_in_fp8
+from speed.recomputing import recompute_blocks
 from utils import (
     UserError,
     derive_seed,

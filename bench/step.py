@@ -40,7 +40,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_capi
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
 from data import Batch
-from fsdp import kept_compilations
 from masking import draw_positions, make_masking_generator
 from metrics import (
     attention_recomputation_per_image,
@@ -50,6 +49,7 @@ from metrics import (
     step_flops_per_image,
 )
 from optim import hyper_at
+from speed.compiling import kept_compilations
 from train_capi import TrainState, mask_plan, pick_device, step_shape, train_step
 from utils import UserError
 

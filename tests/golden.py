@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from conftest import load_golden, seeded
+from fused_clustering import ClusteringStep
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -14,7 +15,6 @@ import train_capi
 from clustering import OnlineClustering
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
 from data import Batch
-from fused_clustering import ClusteringStep
 from model import EncoderDecoder
 
 TRAJECTORY, META = load_golden("trajectory_default")

@@ -12,39 +12,46 @@ from conftest import ROOT
 LAYERS = [
     {"utils", "default_eval_config"},
     {"weights"},
-    {"clustering_triton", "config", "distributed", "masking", "model", "sources"},
-    {"crops", "fused_clustering", "pixels"},
+    {"config", "distributed", "masking", "model", "sources", "speed.attention", "speed.clustering_triton", "speed.fp8"},
+    {"crops", "pixels", "speed.clustering", "speed.recomputing"},
     {"cae", "checkpoint", "clustering", "data", "fsdp", "ijepa", "launch", "logreg", "metrics", "neighbors",
      "optim"},
-    {"evaluation", "probe", "report"},
+    {"evaluation", "probe", "report", "speed.compiling"},
     {"evals"},
     {"train_capi", "train_ijepa", "train_cae", "train_distributed", "benchmark", "hubconf", "demo",
      "export", "extract_features", "eval_segmentation", "eval_classification", "eval_visualizations"},
 ]  # fmt: skip
 LAYER = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
-MODULES = sorted(ROOT.glob("*.py"))
+MODULES = sorted([*ROOT.glob("*.py"), *ROOT.glob("speed/[!_]*.py")])
 HEAVY = {"datasets", "submitit", "matplotlib", "sklearn", "scipy", "timm", "xformers", "huggingface_hub", "pandas"}
 
 
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
 def imported_modules(path: Path) -> list[str]:
-    """Top-level names of everything imported anywhere in the file, also inside functions."""
+    """Everything imported anywhere in the file, also inside functions: our modules by full name, others' packages."""
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.append(node.module)
-    return [name.split(".")[0] for name in names]
+    return [name if name in LAYER else name.split(".")[0] for name in names]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_imports_point_down(path):
-    assert path.stem in LAYER, f"{path.name} is not on the map; place it before adding it"
-    upward = [m for m in imported_modules(path) if m in LAYER and LAYER[m] >= LAYER[path.stem]]
-    assert not upward, f"{path.name} may only import lower layers, but imports {upward}"
+    name = module_name(path)
+    assert name in LAYER, f"{name} is not on the map; place it before adding it"
+    imported = imported_modules(path)
+    assert "speed" not in imported, f"{name} imports from the package instead of from a module on the map"
+    upward = [m for m in imported if m in LAYER and LAYER[m] >= LAYER[name]]
+    assert not upward, f"{name} may only import lower layers, but imports {upward}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_heavy_packages_are_imported_where_they_are_used(path):
     top_level = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {
@@ -55,7 +62,7 @@ def test_heavy_packages_are_imported_where_they_are_used(path):
     assert not names & HEAVY
 
 
-@pytest.mark.parametrize("path", [*MODULES, *sorted(ROOT.glob("baselines/*.py"))], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*MODULES, *sorted(ROOT.glob("baselines/*.py"))], ids=module_name)
 def test_nothing_loads_code_from_files_or_hides_errors(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ExceptHandler):

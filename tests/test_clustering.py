@@ -9,7 +9,7 @@ from conftest import seeded
 from golden import CLUSTERING, golden_head, golden_step
 from torch import Tensor
 
-import fused_clustering
+import speed.clustering
 from clustering import L2NormLinear, OnlineClustering, entropy, sinkhorn_knopp, soft_cross_entropy
 from utils import UserError
 
@@ -96,7 +96,7 @@ def test_clustering_head_matches_golden(positionwise):
 @pytest.mark.parametrize("chunk", [1, 7, 9, None])
 @pytest.mark.parametrize("block_bytes", [300, 2000, 2**22])  # 3 tokens of a position, 2 positions, all
 def test_chunks_and_blocks_change_nothing(positionwise, chunk, block_bytes, monkeypatch):
-    monkeypatch.setattr(fused_clustering, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(speed.clustering, "BLOCK_BYTES", block_bytes)
     head, golden = golden_head(positionwise)
     step = golden_step(head, golden, chunk=chunk, with_usage=True)
     first, second = golden["assignments"].topk(2).values.unbind(-1)
@@ -110,9 +110,9 @@ def test_chunks_and_blocks_change_nothing(positionwise, chunk, block_bytes, monk
 def test_positions_together_as_on_a_gpu_are_positions_one_by_one(positionwise, monkeypatch):
     head, golden = golden_head(positionwise)
     everything = slice(None), slice(None)
-    monkeypatch.setattr(fused_clustering._TorchChunk, "_blocks", lambda _: iter([everything]))
-    monkeypatch.setattr(fused_clustering, "is_distributed", lambda: True)  # whole chunks are balanced together then
-    monkeypatch.setattr(fused_clustering, "_over_ranks", lambda *_: iter(()))
+    monkeypatch.setattr(speed.clustering._TorchChunk, "_blocks", lambda _: iter([everything]))
+    monkeypatch.setattr(speed.clustering, "is_distributed", lambda: True)  # whole chunks are balanced together then
+    monkeypatch.setattr(speed.clustering, "_over_ranks", lambda *_: iter(()))
     golden_step(head, golden, chunk=4)
 
 

@@ -14,10 +14,10 @@ from golden import golden_head, golden_step
 from ranks import run_on_ranks
 
 from clustering import OnlineClustering
-from fused_clustering import use_triton
+from speed.clustering import use_triton
 from utils import UserError
 
-clustering_triton = pytest.importorskip("clustering_triton")  # triton is not installed everywhere
+clustering_triton = pytest.importorskip("speed.clustering_triton")  # triton is not installed everywhere
 TEMPERATURES = {"n_sk_iter": 3, "target_temp": 0.06, "pred_temp": 0.12}
 
 
@@ -94,7 +94,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import clustering_triton as kernels
+import speed.clustering_triton as kernels
 
 warnings.simplefilter("error")  # as in the tests that need a GPU
 names = ("rows_at_once", "columns_at_once")

@@ -16,18 +16,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, RematerializationConfig, load_config
-from fsdp import (
-    Sharding,
-    attend_by_xformers,
-    compile_function,
-    kept_compilations,
-    multiply_in_fp8,
-    overlap_collectives,
-    overlap_options,
-    parallelize,
-    recompute_blocks,
-)
+from fsdp import Sharding, overlap_collectives, overlap_options, parallelize
 from model import Attention, Block, EncoderDecoder
+from speed.attention import attend_by_xformers
+from speed.compiling import compile_function, kept_compilations
+from speed.fp8 import multiply_in_fp8
+from speed.recomputing import recompute_blocks
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -143,7 +137,7 @@ def test_cuda_graphs_are_asked_for_where_there_is_cuda(device, wanted, monkeypat
 def test_cuda_graphs_and_divided_weights_do_not_go_together(monkeypatch):
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, []).efficiency.compilation
     sharding = Sharding("simple", torch.bfloat16, torch.float32, 64, 1)
-    monkeypatch.setattr("fsdp.is_distributed", lambda: True)
+    monkeypatch.setattr("speed.compiling.is_distributed", lambda: True)
     with pytest.raises(UserError, match=r"cuda_graphs=true: not with weights divided"):
         compile_function(forward_backward, cfg.do_student, "x", torch.device("cuda"), sharding, cuda_graphs=True)
 
@@ -333,7 +327,7 @@ def test_what_is_compiled_goes_to_the_folder_until_the_block_ends(tmp_path):
 def test_each_kind_of_processor_has_libraries_of_its_own(tmp_path, monkeypatch):
     with kept_compilations(tmp_path):
         folders = cache_variables()
-    monkeypatch.setattr("fsdp._processor", lambda: "other")
+    monkeypatch.setattr("speed.compiling._processor", lambda: "other")
     with kept_compilations(tmp_path):
         assert not set(cache_variables().values()) & set(folders.values())
 

@@ -25,17 +25,10 @@ from checkpoint import Checkpoints
 from clustering import OnlineClustering
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
 from data import Batch
-from fsdp import (
-    Bucket,
-    Sharding,
-    average_gradients_,
-    overlap_collectives,
-    overlap_options,
-    parallelize,
-    recompute_blocks,
-)
+from fsdp import Bucket, Sharding, average_gradients_, overlap_collectives, overlap_options, parallelize
 from model import Block, EncoderDecoder
 from optim import Hyper, ema_update_
+from speed.recomputing import recompute_blocks
 from train_capi import TrainState, train_step
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ from ranks import run_on_ranks
 import distributed
 import launch
 from config import LauncherConfig
-from fsdp import kept_compilations
 from launch import HOLD_SIGNALS, Job, StopRequest, copy_code, requeue, was_requeued
+from speed.compiling import kept_compilations
 from utils import UserError
 
 
@@ -297,10 +297,12 @@ def repository(tmp_path, monkeypatch):
     root = tmp_path / "repository"
     (root / "configs").mkdir(parents=True)
     (root / "runs").mkdir()
+    (root / "speed").mkdir()
     for name in (
         "train.py",
         "default.yaml",
         "configs/small.yaml",
+        "speed/kernels.py",
         "notes.txt",
         "ignored.bin",
         "runs/log.txt",
@@ -331,7 +333,7 @@ def test_the_copy_of_the_code_has_what_git_has_and_new_files(repository, tmp_pat
     monkeypatch.setattr(launch, "LARGEST_UNTRACKED_MIB", 1)
     copy_code(tmp_path / "code", leave_out=repository / "runs")
     assert files_of(tmp_path / "code") == {
-        "train.py", "default.yaml", ".gitignore", "configs/small.yaml", "new.py", "REVISION",
+        "train.py", "default.yaml", ".gitignore", "configs/small.yaml", "speed/kernels.py", "new.py", "REVISION",
     }  # fmt: skip
     assert (tmp_path / "code" / "train.py").read_text() == "changed"
     assert "data.bin (1 MiB, not in git) is not copied" in caplog.text
@@ -350,4 +352,6 @@ def test_what_another_run_has_compiled_is_no_code(repository, tmp_path, monkeypa
 
 def test_without_git_the_copy_has_modules_and_configs(repository, tmp_path):
     copy_code(tmp_path / "code")
-    assert files_of(tmp_path / "code") == {"train.py", "new.py", "default.yaml", "configs/small.yaml", "REVISION"}
+    assert files_of(tmp_path / "code") == {
+        "train.py", "new.py", "default.yaml", "configs/small.yaml", "speed/kernels.py", "REVISION",
+    }  # fmt: skip

@@ -263,7 +263,7 @@ class _Pass:
         """Memory for a value per prototype; for Triton's kernels, with rows as far apart as they like them."""
         k = width = len(self.weight)
         if self.how.use_triton:
-            from clustering_triton import MULTIPLE
+            from speed.clustering_triton import MULTIPLE
 
             width = -(-k // MULTIPLE) * MULTIPLE
         return torch.empty(*shape, width, dtype=dtype, device=self.x.device)[..., :k]
@@ -311,7 +311,7 @@ class _Pass:
         """What computes with some logits of chunk `i`."""
         if self.exponentials is not None:
             return _TorchChunk(logits, self.exponentials[i % self.num_alive][: len(logits)], self.how)
-        from clustering_triton import TritonChunk
+        from speed.clustering_triton import TritonChunk
 
         temperatures = {"target_temp": self.how.target_temp, "pred_temp": self.how.pred_temp}
         return TritonChunk(logits, **temperatures, shift=SHIFT, eps=SINKHORN_EPS)

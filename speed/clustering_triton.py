@@ -1,4 +1,4 @@
-"""Triton kernels of the clustering head's step, for GPUs; `fused_clustering.py` says what they compute.
+"""Triton kernels of the clustering head's step, for GPUs; `speed/clustering.py` says what they compute.
 
 The logits stay in the precision of the matmul. With n Sinkhorn rounds they are read from memory n + 1 times: for the
 largest one and the mass of each prototype, once per further round, and for loss, targets and residuals (assignments
@@ -263,7 +263,7 @@ def warps(shape: tuple[int, int], values_per_thread: int) -> int:
 
 
 class TritonChunk:
-    """`fused_clustering.Chunk` on a GPU.
+    """`speed.clustering.Chunk` on a GPU.
 
     Args:
         logits: `[c, b, k]`, with rows a multiple of `MULTIPLE` apart; so are those of the targets.
