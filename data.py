@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from config import ImagesConfig
-from crops import CROP_RATIO, Crop, EncodedCrop, EncodedCrops, cut, draw_crop
+from crops import CROP_RATIO, Crop, cut, draw_crop
 from distributed import gather_objects, ranks_of_this_machine
 from sources import (
     BadImageError,
@@ -43,6 +43,9 @@ from sources import (
     silent_decoders,
 )
 from utils import UserError, derive_seed, largest_divisor
+
+if TYPE_CHECKING:  # else imported by data.decode=gpu alone
+    from speed.device_decode import EncodedCrop, EncodedCrops
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +98,7 @@ class Batch:
     """Streaming: where the stream of this batch stands after it."""
     position: dict[str, Any] | None = None
     """What `PretrainLoader.state_dict` was when this batch was handed out."""
-    encoded: EncodedCrops | None = None
+    encoded: "EncodedCrops | None" = None
     """With data.decode=gpu, until `PretrainLoader` hands the batch out: the images that `images` lacks."""
     make_s: float = 0.0
     """Seconds that one process took to read, decode and crop it."""
@@ -156,12 +159,16 @@ class SampleMaker:
         smallest_crop = min(math.sqrt(self.crop_scale[0] * width * height * CROP_RATIO[0]), width, height)
         return next((divisor for divisor in (8, 4, 2) if smallest_crop / divisor >= self.image_size), 1)
 
-    def make(self, sample: Sample, *key: int) -> UInt8[Tensor, "3 h w"] | EncodedCrop:
+    def make(self, sample: Sample, *key: int) -> "UInt8[Tensor, '3 h w'] | EncodedCrop":
         """What `batch` takes: a crop, or with data.decode=gpu the file that it is to be cut from.
 
-        Raises: BadImageError if the file cannot be read.
+        Raises: BadImageError if the file cannot be read, as far as that is known without decoding it.
         """
-        return self.crop_or_file(sample, *key) if self.encoded else self.crop(sample, *key)
+        if not self.encoded:
+            return self.crop(sample, *key)
+        from speed.device_decode import crop_or_file
+
+        return crop_or_file(sample, lambda w, h: self._draw(w, h, key), self.reduction, self.image_size)
 
     def crop(self, sample: Sample, *key: int) -> UInt8[Tensor, "3 h w"]:
         """A random crop, flipped half of the times, with the channels innermost in memory.
@@ -171,36 +178,40 @@ class SampleMaker:
         pixels = sample.pixels(self.reduction)
         return cut(pixels, self._draw(pixels.shape[2], pixels.shape[1], key), self.image_size)
 
-    def crop_or_file(self, sample: Sample, *key: int) -> UInt8[Tensor, "3 h w"] | EncodedCrop:
-        """As `crop`; but a JPEG that a GPU can decode as it is, with the box that `crop` would have cut.
-
-        Raises: BadImageError if the file cannot be read, as far as that is known without decoding it.
-        """
-        file = sample.jpeg_or_pixels(self.reduction)
-        if isinstance(file, Tensor):
-            return cut(file, self._draw(file.shape[2], file.shape[1], key), self.image_size)
-        box = self._draw(-(-file.width // file.divisor), -(-file.height // file.divisor), key)
-        return EncodedCrop(file, box.of_larger(file.divisor, file.height, file.width))
-
     def _draw(self, width: int, height: int, key: tuple[int, ...]) -> Crop:
         return draw_crop(width, height, self.crop_scale, self.do_hflip, self.seed, *key)
 
     def batch(
         self,
-        crops: list[Tensor | EncodedCrop],
+        crops: "list[Tensor | EncodedCrop]",
         keys: list[tuple[int, ...]],
         sample_ids: list[int],
         bad: list[tuple[str, str]],
     ) -> Batch:
         """Stack crops, and draw their masks."""
-        files = {row: crop for row, crop in enumerate(crops) if isinstance(crop, EncodedCrop)}
+        encoded = None
+        if self.encoded:
+            from speed.device_decode import EncodedCrops
+
+            encoded = EncodedCrops.pack(crops)
         return Batch(
             images=_stack([crop for crop in crops if isinstance(crop, Tensor)], self.image_size),
             masks=self.masks(keys),
             sample_ids=torch.tensor(sample_ids),
             bad=bad,
-            encoded=EncodedCrops.pack(files, len(crops)) if self.encoded else None,
+            encoded=encoded,
         )
+
+
+def check_decode(decode: str, device: torch.device) -> None:
+    """Check that `device` can do what data.decode asks of it.
+
+    Raises: UserError if it cannot.
+    """
+    if decode == "gpu":
+        from speed.device_decode import check_device
+
+        check_device(device)
 
 
 def _stack(crops: list[Tensor], size: int) -> UInt8[Tensor, "b 3 size size"]:
@@ -239,7 +250,7 @@ class MapBatches(Dataset[Any]):
         batch = self.maker.batch(crops, [(position,) for position, _ in pairs], sample_ids, bad)
         return replace(batch, make_s=time.perf_counter() - start)
 
-    def _readable(self, position: int, index: int, bad: list[tuple[str, str]]) -> tuple[Tensor | EncodedCrop, int]:
+    def _readable(self, position: int, index: int, bad: list[tuple[str, str]]) -> "tuple[Tensor | EncodedCrop, int]":
         """The crop for `position`: of image `index`, or of the first readable one of those that replace it."""
         tried: list[str] = []
         for attempt in range(MAX_REPLACEMENTS + 1):

@@ -144,44 +144,26 @@ class Sample:
 
         Raises: BadImageError if the file cannot be read.
         """
-        try:
+        with damage_named(self.name):
             return decode_image(self.read(), reduction)
-        except DECODE_ERRORS as error:
-            raise _as_bad_image(self.name, error) from error
 
     def pixels(self, reduction: Callable[[int, int], int] | None = None) -> UInt8[Tensor, "3 h w"]:
         """As `image`, as a tensor; see `decode_pixels`.
 
         Raises: BadImageError if the file cannot be read.
         """
-        try:
+        with damage_named(self.name):
             return decode_pixels(self.read(), reduction)
-        except DECODE_ERRORS as error:
-            raise _as_bad_image(self.name, error) from error
 
     def stored_and_seen(self) -> tuple[bytes | Image.Image, Image.Image, Image.Image]:
         """What `read` gives, the image in the mode in which it is stored, and as `image` gives it.
 
         Raises: BadImageError if the file cannot be read.
         """
-        try:
-            with silent_decoders():
-                data = self.read()
-                stored = _opened(data)
-                return data, stored, _decoded(stored, 1)
-        except DECODE_ERRORS as error:
-            raise _as_bad_image(self.name, error) from error
-
-    def jpeg_or_pixels(self, reduction: Callable[[int, int], int] | None = None) -> "JpegFile | UInt8[Tensor, '3 h w']":
-        """The file itself if it is a JPEG that every decoder takes, with what its header says; else as `pixels`.
-
-        Raises: BadImageError if the file cannot be read; damage within the JPEG shows only when it is decoded.
-        """
-        try:
+        with damage_named(self.name), silent_decoders():
             data = self.read()
-            return _jpeg_file(data, self.name, reduction) or decode_pixels(data, reduction)
-        except DECODE_ERRORS as error:
-            raise _as_bad_image(self.name, error) from error
+            stored = _opened(data)
+            return data, stored, _decoded(stored, 1)
 
     def target(self) -> Any:
         """The label; one that is an image comes from `decode_mask`.
@@ -197,27 +179,20 @@ class Sample:
             raise BadImageError(self.name, f"label: {type(error).__name__}: {error}") from error
 
 
-@dataclass(frozen=True)
-class JpegFile:
-    """A JPEG whose header was read and whose pixels were not."""
+@contextmanager
+def damage_named(name: str) -> Iterator[None]:
+    """Say which image it was that a block could not decode, in words for people.
 
-    name: str
-    """That of the sample."""
-    data: bytes
-    width: int
-    """In pixels."""
-    height: int
-    """Likewise."""
-    divisor: int
-    """By which a decoder on the CPU would shrink it."""
-
-
-def _as_bad_image(name: str, error: Exception) -> Exception:
-    if isinstance(error, UserError):
-        return error
-    if isinstance(error, UnidentifiedImageError):
-        return BadImageError(name, "not an image of a known format")
-    return BadImageError(name, f"{type(error).__name__}: {error}")
+    Raises: BadImageError with the image's `name` for whatever Pillow raises for damaged files. A UserError passes.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImageError(name, "not an image of a known format") from error
+    except DECODE_ERRORS as error:
+        raise BadImageError(name, f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -254,7 +229,7 @@ def decode_pixels(
     image = _opened(data)
     divisor = _divisor(image, reduction)
     decode_jpeg = jpeg_decoder()
-    is_plain = divisor == 1 and _is_jpeg(image, ("RGB", "L")) and _orientation(image) == 1
+    is_plain = divisor == 1 and image.format == "JPEG" and image.mode in ("RGB", "L") and exif_orientation(image) == 1
     if decode_jpeg and isinstance(data, bytes) and is_plain:
         try:
             return decode_jpeg(as_bytes_tensor(data), mode="RGB")
@@ -286,23 +261,8 @@ def turn_upright(pixels: UInt8[Tensor, "c h w"], orientation: int) -> UInt8[Tens
     return pixels.rot90(quarters, (1, 2)) if quarters else pixels  # against the clock; a turn by none would copy
 
 
-def _jpeg_file(data: bytes | Image.Image, name: str, reduction: Callable[[int, int], int] | None) -> JpegFile | None:
-    """None for what the CPU is to decode: other formats and colours, files that are turned by their EXIF orientation,
-    progressive ones, and those without an end."""
-    if not isinstance(data, bytes):
-        return None
-    image = _opened(data)
-    if not _is_jpeg(image, ("RGB",)) or "progressive" in image.info or b"\xff\xd9" not in data[-64:]:
-        return None
-    return JpegFile(name, data, *image.size, _divisor(image, reduction)) if _orientation(image) == 1 else None
-
-
 def _opened(data: bytes | Image.Image) -> Image.Image:
     return Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-
-
-def _is_jpeg(image: Image.Image, modes: tuple[str, ...]) -> bool:
-    return image.format == "JPEG" and image.mode in modes
 
 
 def _divisor(image: Image.Image, reduction: Callable[[int, int], int] | None) -> int:
@@ -316,7 +276,8 @@ def _decoded(image: Image.Image, divisor: int) -> Image.Image:
     return _to_rgb(ImageOps.exif_transpose(image))
 
 
-def _orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
+    """How an image file asks to be turned and mirrored, from 1 to 8; 1, as it is, without such a tag."""
     # Most files have neither, and reading EXIF takes as long as a tenth of the decoding.
     if not {"exif", "xmp"} & image.info.keys():
         return 1
@@ -369,7 +330,7 @@ def decode_mask(data: bytes | Image.Image, name: str) -> Image.Image:
     # Written so that NaN is refused.
     if not (low >= 0 and high <= 255) or (labels != labels.astype(np.uint8)).any():
         raise UserError(f"{name} has numbers from {low} to {high}, which are not all whole and from 0 to 255; {remedy}")
-    upright = turn_upright(torch.from_numpy(labels.astype(np.uint8)).unsqueeze(0), _orientation(image))
+    upright = turn_upright(torch.from_numpy(labels.astype(np.uint8)).unsqueeze(0), exif_orientation(image))
     return Image.fromarray(upright[0].numpy())
 
 

@@ -614,10 +614,11 @@ def step_shape(cfg: CapiConfig) -> StepShape:
 
 def opening(cfg: CapiConfig, state: CapiState) -> str:
     """What is trained, in a line of the log."""
-    plan, parameters = mask_plan(cfg), sum(p.numel() for p in state.student["backbone"].parameters())
+    plan, num_images = mask_plan(cfg), global_batch_size(cfg.optim)
+    parameters = sum(p.numel() for p in state.student["backbone"].parameters())
     return (
         f"{parameters / 1e6:.1f}M backbone parameters; {plan.num_patches} patches per image: {plan.num_visible} "
-        f"visible, {plan.num_masked} hidden, {plan.num_predict} predicted; {global_batch_size(cfg.optim)} images per step"
+        f"visible, {plan.num_masked} hidden, {plan.num_predict} predicted; {num_images} images per step"
     )
 
 

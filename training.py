@@ -34,8 +34,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from checkpoint import Checkpoints, SavedState, claim_output_dir, export_weights, largest_magnitude
 from config import CompileConfig, OptimConfig, TrainingConfig, build, changed_keys, to_yaml
-from crops import check_decode
-from data import Batch, DevicePrefetcher, PretrainLoader, WorkerAdvice, cores_of_this_rank, merge_positions, normalize
+from data import (
+    Batch,
+    DevicePrefetcher,
+    PretrainLoader,
+    WorkerAdvice,
+    check_decode,
+    cores_of_this_rank,
+    merge_positions,
+    normalize,
+)
 from distributed import pick_device, rank, session, world_size
 from evals import EvalRuns, plan_evals
 from fsdp import Sharding, average_gradients_, parallelize

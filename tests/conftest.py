@@ -12,6 +12,7 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 import pytest
 import torch
+from PIL import Image
 
 if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter, which it asks when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -69,4 +70,27 @@ def folder(tmp_path_factory):
     for index in range(10):
         parent = (root, root / "nested", root / "nested" / "deep")[index % 3]
         (parent / f"{index}.png").write_bytes(encode(photo(index)))
+    return root
+
+
+@pytest.fixture
+def jpegs(tmp_path):
+    """What data.decode=gpu tells apart: plain, turned, large and damaged JPEGs, and those that nvJPEG may refuse."""
+    root = tmp_path / "jpegs"
+    root.mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    pictures = {
+        "plain.jpg": encode(photo(0, 90, 70), "JPEG", quality=90),
+        "tall.jpg": encode(photo(1, 61, 143), "JPEG", quality=90),
+        "turned.jpg": encode(photo(2, 120, 80), "JPEG", quality=90, exif=turned),
+        "large.jpg": encode(photo(3, 701, 503), "JPEG", quality=90),
+        "progressive.jpg": encode(photo(4, 90, 70), "JPEG", progressive=True),
+        "cmyk.jpg": encode(photo(5, 90, 70).convert("CMYK"), "JPEG"),
+        "grey.jpg": encode(photo(6, 90, 70).convert("L"), "JPEG"),
+        "rgb.png": encode(photo(7, 90, 70)),
+        "cut.jpg": encode(photo(8, 90, 70), "JPEG")[:-40],
+    }
+    for name, content in pictures.items():
+        (root / name).write_bytes(content)
     return root

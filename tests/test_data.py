@@ -27,17 +27,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, run_cli
+from conftest import ROOT
 from PIL import Image
 from ranks import launched
 from runs import TINY
 from samples import age, encode, make_config, photo
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import crops
 import data
 import train_capi
-from crops import check_decode
 from data import (
     DevicePrefetcher,
     PretrainLoader,
@@ -48,7 +46,7 @@ from data import (
     merge_positions,
     normalize,
 )
-from sources import BadImageError, ImageDataset, ImageStream, Sample, decode_image, make_dataset, silent_decoders
+from sources import BadImageError, ImageDataset, ImageStream, Sample, decode_image, make_dataset
 from utils import UserError
 
 
@@ -199,129 +197,6 @@ def test_the_seed_changes_order_crops_and_masks():
         for seed in (0, 1)
     )
     assert all(one != other for one, other in zip(first, second, strict=True))
-
-
-# ------------------------------------------------------------------------------------ decoding on the device
-
-
-@pytest.fixture
-def jpegs(tmp_path):
-    """What data.decode=gpu tells apart: plain, turned, large and damaged JPEGs, and those that nvJPEG may refuse."""
-    root = tmp_path / "jpegs"
-    root.mkdir()
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    pictures = {
-        "plain.jpg": encode(photo(0, 90, 70), "JPEG", quality=90),
-        "tall.jpg": encode(photo(1, 61, 143), "JPEG", quality=90),
-        "turned.jpg": encode(photo(2, 120, 80), "JPEG", quality=90, exif=turned),
-        "large.jpg": encode(photo(3, 701, 503), "JPEG", quality=90),
-        "progressive.jpg": encode(photo(4, 90, 70), "JPEG", progressive=True),
-        "cmyk.jpg": encode(photo(5, 90, 70).convert("CMYK"), "JPEG"),
-        "grey.jpg": encode(photo(6, 90, 70).convert("L"), "JPEG"),
-        "rgb.png": encode(photo(7, 90, 70)),
-        "cut.jpg": encode(photo(8, 90, 70), "JPEG")[:-40],
-    }
-    for name, content in pictures.items():
-        (root / name).write_bytes(content)
-    return root
-
-
-GPU = ("data.decode=gpu", "data.max_bad_fraction=1.0")
-
-
-def test_decoding_on_the_device_gives_the_same_crops_masks_and_replacements(jpegs):
-    dataset = f"data.dataset={jpegs}"
-    with PretrainLoader(make_config(dataset, GPU[1], batch_size=12)) as on_cpu, \
-         PretrainLoader(make_config(dataset, *GPU, batch_size=12)) as on_device:  # fmt: skip
-        names = [Path(path).name for path in on_cpu.dataset.paths]
-        for _ in range(4):
-            expected, actual = next(on_cpu), next(on_device)
-            assert actual.encoded is None
-            for field in ("sample_ids", "visible_indices", "predict_indices", "bad"):
-                assert str(getattr(actual, field)) == str(getattr(expected, field)), field
-            error = (actual.images.int() - expected.images.int()).abs().float().mean((1, 2, 3))
-            for index, difference in zip(expected.sample_ids.tolist(), error.tolist(), strict=True):
-                # The large one is shrunk in one go here, and by the JPEG decoder and then in another there.
-                assert difference < (3 if names[index] == "large.jpg" else 0.5), names[index]
-
-
-def test_what_a_gpu_decodes_leaves_the_workers_as_files_and_the_rest_as_crops(jpegs):
-    loader = PretrainLoader(make_config(f"data.dataset={jpegs}", *GPU))
-    names = [Path(path).name for path in loader.dataset.paths]
-    with silent_decoders():
-        made = {
-            name: loader.maker.make(loader.dataset[index], index)
-            for index, name in enumerate(names)
-            if name != "cut.jpg"
-        }
-    encoded = {name for name, crop in made.items() if not torch.is_tensor(crop)}
-    assert encoded == {"plain.jpg", "tall.jpg", "large.jpg"}
-    batch = loader.maker.batch(list(made.values()), [(i,) for i in range(len(made))], list(range(len(made))), [])
-    assert len(batch.images) == 5
-    assert batch.encoded.names == [str(jpegs / name) for name in made if name in encoded]
-    assert len(batch.encoded.blob) == sum((jpegs / name).stat().st_size for name in encoded)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_that_decodes_on_the_device_resumes_exactly(jpegs, workers):
-    config = make_config(f"data.dataset={jpegs}", *GPU, batch_size=5, workers=workers)
-    straight = take(PretrainLoader(make_config(f"data.dataset={jpegs}", *GPU, batch_size=5)), 8)
-    with PretrainLoader(config) as loader:
-        start = [fingerprint(next(loader)) for _ in range(3)]
-        position = through_json(loader.state_dict())
-    assert start + take(PretrainLoader(config, position=position), 5) == straight
-
-
-def test_a_jpeg_that_shows_its_damage_on_the_device_is_replaced_within_the_batch_and_named(tmp_path):
-    good = encode(photo(0, 90, 70), "JPEG")
-    damaged = bytearray(good)
-    damaged[good.index(b"\xff\xc4") + 3] = 1  # a Huffman table that is too short; header and end stay whole
-    for index in range(5):
-        (tmp_path / f"{index}.jpg").write_bytes(damaged if index == 2 else encode(photo(index, 90, 70), "JPEG"))
-    overrides = (f"data.dataset={tmp_path}", *GPU)
-    path = tmp_path / "bad.jsonl"
-    with PretrainLoader(make_config(*overrides, batch_size=5), bad_files_path=path) as loader:
-        batch = next(loader)
-        position = loader.state_dict()
-    assert (position["bad"], position["seen"]) == (1, 6)
-    assert [name for name, _ in batch.bad] == [str(tmp_path / "2.jpg")]
-    assert str(tmp_path / "2.jpg") in path.read_text()
-    row = batch.sample_ids.tolist().index(2)
-    assert any(torch.equal(batch.images[row], batch.images[other]) for other in range(5) if other != row)
-    for index in range(5):
-        (tmp_path / f"{index}.jpg").write_bytes(damaged)
-    with pytest.raises(UserError, match=r"5 images in a row cannot be read, last .*\.jpg: "), \
-         PretrainLoader(make_config(*overrides, batch_size=5)) as loader:  # fmt: skip
-        next(loader)
-
-
-def test_decoding_on_a_gpu_without_one_is_refused_with_key_and_remedy(folder, tmp_path, monkeypatch):
-    where = [f"data.dataset={folder}", f"train.output_dir={tmp_path}/run", "train.device=cpu"]
-    done = run_cli("train_capi.py", *where, "data.decode=gpu")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "error: data.decode=gpu: needs a CUDA device, this run is on cpu; use data.decode=cpu" in done.stderr
-    monkeypatch.setattr(crops, "jpeg_decoder", lambda: None)
-    with pytest.raises(UserError, match="the package torchcodec is not installed"):
-        check_decode(make_config("data.decode=gpu"), torch.device("cuda"))
-    with pytest.raises(UserError, match=r"data\.decode='tpu': must be one of cpu, gpu"):
-        make_config("data.decode=tpu")
-
-
-@pytest.mark.gpu
-def test_a_gpu_decodes_the_crops_of_the_cpu_but_for_the_rounding_of_colours(jpegs):
-    dataset, device = f"data.dataset={jpegs}", torch.device("cuda")
-    check_decode(make_config(*GPU), device)
-    with PretrainLoader(make_config(dataset, GPU[1], batch_size=12)) as on_cpu, \
-         PretrainLoader(make_config(dataset, *GPU, batch_size=12), decode_device=device) as loader:  # fmt: skip
-        batches = DevicePrefetcher(loader, device)
-        for _ in range(3):
-            expected, actual = next(on_cpu), next(batches)
-            assert actual.images.is_cuda
-            assert actual.sample_ids.tolist() == expected.sample_ids.tolist()
-            error = (actual.images.cpu().int() - expected.images.int()).abs().float().mean((1, 2, 3))
-            assert error.max() < 5, "another box, orientation or colour"
 
 
 # ------------------------------------------------------------------------------- map-style order and resume

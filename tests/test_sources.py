@@ -475,24 +475,6 @@ def test_an_image_that_is_decoded_already_is_taken_as_it_is():
     np.testing.assert_array_equal(decode_pixels(image).permute(1, 2, 0), np.asarray(image))
 
 
-def test_only_plain_colour_jpegs_that_are_upright_are_left_to_a_gpu():
-    for name, content in KINDS.items():
-        file = Sample(name, lambda content=content: content).jpeg_or_pixels(lambda width, height: 4)
-        refused = any(word in name for word in ("progressive", "grey", "cmyk", "png", "PNG", "palette", "rgba"))
-        refused |= any(f"orientation {turned}" in name for turned in range(2, 9))
-        assert isinstance(file, sources.JpegFile) != refused, name
-        image = decode_image(content)
-        if isinstance(file, sources.JpegFile):
-            assert (file.width, file.height, file.divisor) == (*image.size, 4), name
-            assert file.data == content
-            with silent_decoders():
-                (raw,) = sources.jpeg_decoder()([sources.as_bytes_tensor(content)], mode="RGB")
-            np.testing.assert_array_equal(raw.permute(1, 2, 0), np.asarray(image))
-    cut_off = KINDS["jpeg {}"][:-2]
-    with pytest.raises(BadImageError), silent_decoders():
-        Sample("cut off", lambda: cut_off).jpeg_or_pixels()
-
-
 def test_a_decompression_bomb_is_a_bad_image(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(BadImageError, match="DecompressionBomb"):

@@ -1,0 +1,212 @@
+"""speed/device_decode.py: files leave the workers, and the device makes of them what a CPU would have made."""
+
+import json
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_cli
+from PIL import Image
+from samples import encode, make_config, photo
+from torchvision.transforms import functional as v1
+
+from crops import Crop
+from data import DevicePrefetcher, PretrainLoader, check_decode
+from sources import BadImageError, Sample, as_bytes_tensor, decode_image, jpeg_decoder, silent_decoders
+from speed import device_decode
+from speed.device_decode import EncodedCrop, crop_or_file, cut_in_float
+from utils import UserError
+
+GPU = ("data.decode=gpu", "data.max_bad_fraction=1.0")
+
+
+def seen(loader, count):
+    """Identity and pixels of the images of the next batches."""
+    batches = [next(loader) for _ in range(count)]
+    return [(batch.sample_ids.tolist(), batch.images.tolist()) for batch in batches]
+
+
+# ------------------------------------------------------------------------------------------------ in the workers
+
+
+def test_without_decoding_on_the_device_nothing_of_it_is_imported(jpegs):
+    code = """
+        import sys
+        from data import PretrainLoader
+        from samples import make_config
+        with PretrainLoader(make_config("data.dataset=%s", "data.max_bad_fraction=1.0")) as loader:
+            next(loader)
+        assert "speed.device_decode" not in sys.modules
+    """
+    done = run_cli("-c", textwrap.dedent(code) % jpegs, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def jpeg_kinds():
+    """JPEG files of many kinds, and other files, by name."""
+    kinds = {
+        **{f"plain, {options}": encode(photo(1, 61, 47), "JPEG", **options) for options in (
+            {}, {"quality": 95, "subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"keep_rgb": True},
+        )},
+        "plain, 1x1": encode(Image.new("RGB", (1, 1)), "JPEG"),
+        "progressive": encode(photo(1, 61, 47), "JPEG", progressive=True),
+        "grey": encode(photo(2, 61, 47).convert("L"), "JPEG"),
+        "cmyk": encode(photo(2, 61, 47).convert("CMYK"), "JPEG"),
+        "png": encode(photo(3)),
+    }  # fmt: skip
+    for orientation in range(10):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        turned = 2 <= orientation <= 8
+        kinds[f"{'turned' if turned else 'plain'}, {orientation}"] = encode(photo(5, 33, 18), "JPEG", exif=exif)
+    return kinds
+
+
+def whole(width, height):
+    return Crop(0, 0, height, width, flip=False)
+
+
+def test_only_plain_colour_jpegs_that_are_upright_are_left_to_a_gpu():
+    for name, content in jpeg_kinds().items():
+        sample = Sample(name, lambda content=content: content)
+        with silent_decoders():
+            made = crop_or_file(sample, whole, lambda width, height: 1, 16)
+        assert isinstance(made, EncodedCrop) == name.startswith("plain"), name
+        if isinstance(made, EncodedCrop):
+            image = decode_image(content)
+            assert (made.name, made.data, made.box) == (name, content, whole(*image.size)), name
+            with silent_decoders():
+                (pixels,) = jpeg_decoder()([as_bytes_tensor(content)], mode="RGB")
+            np.testing.assert_array_equal(pixels.permute(1, 2, 0), np.asarray(image), err_msg=name)
+    cut_off = encode(photo(1, 61, 47), "JPEG")[:-2]
+    with pytest.raises(BadImageError, match=r"^cut off: "), silent_decoders():
+        crop_or_file(Sample("cut off", lambda: cut_off), whole, lambda width, height: 1, 16)
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 4, 8])
+def test_a_box_is_drawn_in_the_image_that_a_cpu_would_decode_and_covers_the_same_part_of_the_whole_one(divisor):
+    content = encode(photo(0, 61, 47), "JPEG")
+    sizes = []
+
+    def draw(width, height):
+        sizes.append((width, height))
+        return Crop(1, 2, height - 1, width - 2, flip=True)
+
+    made = crop_or_file(Sample("x", lambda: content), draw, lambda width, height: divisor, 16)
+    assert sizes == [decode_image(content, lambda width, height: divisor).size]
+    assert made.box == Crop(divisor, 2 * divisor, 47 - divisor, 61 - 2 * divisor, flip=True)
+
+
+def test_plain_jpegs_leave_the_workers_as_files_and_the_rest_as_crops(jpegs):
+    loader = PretrainLoader(make_config(f"data.dataset={jpegs}", *GPU))
+    names = [Path(path).name for path in loader.dataset.paths]
+    with silent_decoders():
+        made = {
+            name: loader.maker.make(loader.dataset[index], index)
+            for index, name in enumerate(names)
+            if name != "cut.jpg"
+        }
+    encoded = {name for name, crop in made.items() if not torch.is_tensor(crop)}
+    assert encoded == {"plain.jpg", "tall.jpg", "large.jpg"}
+    batch = loader.maker.batch(list(made.values()), [(i,) for i in range(len(made))], list(range(len(made))), [])
+    assert len(batch.images) == 5
+    assert batch.encoded.names == [str(jpegs / name) for name in made if name in encoded]
+    assert len(batch.encoded.blob) == sum((jpegs / name).stat().st_size for name in encoded)
+
+
+# ------------------------------------------------------------------------------------------------ on the device
+
+
+@pytest.mark.parametrize("box", [(0, 0, 60, 80), (3, 7, 41, 50), (10, 0, 50, 33), (59, 79, 1, 1), (5, 5, 20, 24)])
+def test_a_crop_is_that_of_torchvision_on_a_pillow_image_within_rounding(box):
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    resized = v1.resized_crop(image, *box, [56, 56], v1.InterpolationMode.BICUBIC)
+    for flip, oracle in ((False, resized), (True, v1.hflip(resized))):
+        crop = cut_in_float(pixels, Crop(*box, flip=flip), 56)
+        assert (crop.dtype, crop.shape) == (torch.uint8, (3, 56, 56))
+        error = (crop.permute(1, 2, 0).numpy().astype(int) - np.asarray(oracle)).__abs__()
+        # Pillow rounds and clips between the two directions, which shows in noise: floats overshoot there.
+        assert error.max() <= 16, "more than rounding"
+        assert error.mean() < 0.4, "systematically different"
+
+
+def test_decoding_on_the_device_gives_the_same_crops_masks_and_replacements(jpegs):
+    dataset = f"data.dataset={jpegs}"
+    with PretrainLoader(make_config(dataset, GPU[1], batch_size=12)) as on_cpu, \
+         PretrainLoader(make_config(dataset, *GPU, batch_size=12)) as on_device:  # fmt: skip
+        names = [Path(path).name for path in on_cpu.dataset.paths]
+        for _ in range(4):
+            expected, actual = next(on_cpu), next(on_device)
+            assert actual.encoded is None
+            for field in ("sample_ids", "visible_indices", "predict_indices", "bad"):
+                assert str(getattr(actual, field)) == str(getattr(expected, field)), field
+            error = (actual.images.int() - expected.images.int()).abs().float().mean((1, 2, 3))
+            for index, difference in zip(expected.sample_ids.tolist(), error.tolist(), strict=True):
+                # The large one is shrunk in one go here, and by the JPEG decoder and then in another there.
+                assert difference < (3 if names[index] == "large.jpg" else 0.5), names[index]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_decodes_on_the_device_resumes_exactly(jpegs, workers):
+    config = make_config(f"data.dataset={jpegs}", *GPU, batch_size=5, workers=workers)
+    with PretrainLoader(make_config(f"data.dataset={jpegs}", *GPU, batch_size=5)) as loader:
+        straight = seen(loader, 8)
+    with PretrainLoader(config) as loader:
+        start = seen(loader, 3)
+        position = json.loads(json.dumps(loader.state_dict()))
+    with PretrainLoader(config, position=position) as loader:
+        assert start + seen(loader, 5) == straight
+
+
+def test_a_jpeg_that_shows_its_damage_on_the_device_is_replaced_within_the_batch_and_named(tmp_path):
+    good = encode(photo(0, 90, 70), "JPEG")
+    damaged = bytearray(good)
+    damaged[good.index(b"\xff\xc4") + 3] = 1  # a Huffman table that is too short; header and end stay whole
+    for index in range(5):
+        (tmp_path / f"{index}.jpg").write_bytes(damaged if index == 2 else encode(photo(index, 90, 70), "JPEG"))
+    overrides = (f"data.dataset={tmp_path}", *GPU)
+    path = tmp_path / "bad.jsonl"
+    with PretrainLoader(make_config(*overrides, batch_size=5), bad_files_path=path) as loader:
+        batch = next(loader)
+        position = loader.state_dict()
+    assert (position["bad"], position["seen"]) == (1, 6)
+    assert [name for name, _ in batch.bad] == [str(tmp_path / "2.jpg")]
+    assert str(tmp_path / "2.jpg") in path.read_text()
+    row = batch.sample_ids.tolist().index(2)
+    assert torch.equal(batch.images[row], batch.images[row - 1]), "not the one before it, or of the first the last"
+    for index in range(5):
+        (tmp_path / f"{index}.jpg").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"5 images in a row cannot be read, last .*\.jpg: "), \
+         PretrainLoader(make_config(*overrides, batch_size=5)) as loader:  # fmt: skip
+        next(loader)
+
+
+def test_decoding_on_a_gpu_without_one_is_refused_with_key_and_remedy(folder, tmp_path, monkeypatch):
+    where = [f"data.dataset={folder}", f"train.output_dir={tmp_path}/run", "train.device=cpu"]
+    done = run_cli("train_capi.py", *where, "data.decode=gpu")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "error: data.decode=gpu: needs a CUDA device, this run is on cpu; use data.decode=cpu" in done.stderr
+    monkeypatch.setattr(device_decode, "jpeg_decoder", lambda: None)
+    with pytest.raises(UserError, match="the package torchcodec is not installed"):
+        check_decode("gpu", torch.device("cuda"))
+    with pytest.raises(UserError, match=r"data\.decode='tpu': must be one of cpu, gpu"):
+        make_config("data.decode=tpu")
+
+
+@pytest.mark.gpu
+def test_a_gpu_decodes_the_crops_of_the_cpu_but_for_the_rounding_of_colours(jpegs):
+    dataset, device = f"data.dataset={jpegs}", torch.device("cuda")
+    check_decode("gpu", device)
+    with PretrainLoader(make_config(dataset, GPU[1], batch_size=12)) as on_cpu, \
+         PretrainLoader(make_config(dataset, *GPU, batch_size=12), decode_device=device) as loader:  # fmt: skip
+        batches = DevicePrefetcher(loader, device)
+        for _ in range(3):
+            expected, actual = next(on_cpu), next(batches)
+            assert actual.images.is_cuda
+            assert actual.sample_ids.tolist() == expected.sample_ids.tolist()
+            error = (actual.images.cpu().int() - expected.images.int()).abs().float().mean((1, 2, 3))
+            assert error.max() < 5, "another box, orientation or colour"
