@@ -8,13 +8,12 @@ decoded, and crops are resized in float32 instead of 8-bit fixed point.
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from crops import Crop, cut
 from sources import (
@@ -117,36 +116,100 @@ class EncodedCrops:
 
         Raises: UserError if none of the batch can be read.
         """
-        images = torch.empty(
-            self.num_rows, *others.shape[1:], dtype=torch.uint8, device=device, memory_format=torch.channels_last
-        )
-        sizes, rows = self.table[:, 0].tolist(), self.table[:, 1].tolist()
-        rest = sorted(set(range(self.num_rows)) - set(rows))
-        if rest:
-            images[torch.tensor(rest, device=device)] = others.to(device)
+        lengths, rows = self.table[:, 0].tolist(), self.table[:, 1].tolist()
+        crops: list[tuple[int, Tensor, Crop]] = []
         bad: dict[int, tuple[str, str]] = {}
-        decoded = _decode_jpegs(list(self.blob.split(sizes)) if sizes else [], device)
+        decoded = _decode_jpegs(list(self.blob.split(lengths)) if rows else [], device)
         for (_, row, *box, flip), name, pixels in zip(self.table.tolist(), self.names, decoded, strict=True):
             if isinstance(pixels, Tensor):
-                images[row] = cut_in_float(pixels, Crop(*box, flip=bool(flip)), others.shape[-1])
+                crops.append((row, pixels, Crop(*box, flip=bool(flip))))
             else:
                 bad[row] = (name, pixels)
-        readable = [row for row in range(self.num_rows) if row not in bad]
+        crops.sort(key=lambda crop: crop[2].height * crop[2].width)
+        readable = [*sorted(set(range(self.num_rows)) - set(rows)), *(row for row, *_ in crops)]
         if not readable:
             raise UserError(
                 f"data.dataset: {len(bad)} images in a row cannot be read, last {': '.join(bad.popitem()[1])}"
             )
+        place = {row: index for index, row in enumerate(readable)}
         for row in bad:
-            images[row] = images[max((r for r in readable if r < row), default=readable[-1])]
-        return images, list(bad.values())
+            place[row] = place[max((other for other in readable if other < row), default=max(readable))]
+        # To the device before crops are queued there: a copy from memory that is not pinned waits for them.
+        order = torch.tensor([place[row] for row in range(self.num_rows)]).to(device)
+        squares = cut_together([pixels for _, pixels, _ in crops], [box for *_, box in crops], others.shape[-1])
+        return torch.cat([others.to(device, non_blocking=True), *squares])[order], list(bad.values())
 
 
-def cut_in_float(pixels: UInt8[Tensor, "3 h w"], crop: Crop, size: int) -> UInt8[Tensor, "3 size size"]:
-    """As `crops.cut`, computed in float32 and rounded at the end: torch's 8-bit resizing is for CPUs alone."""
-    box = pixels[None, :, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    square = interpolate(box.float(), size=(size, size), mode="bicubic", antialias=True)
-    square = square.round_().clamp_(0, 255).to(torch.uint8)
-    return (square.flip(-1) if crop.flip else square)[0]
+PADDED_VALUES = 2**25
+"""Most colour values of boxes that are cut together, padding included: 128 MiB as float32."""
+
+
+def cut_together(
+    pixels: Sequence[UInt8[Tensor, "3 _ _"]], boxes: Sequence[Crop], size: int
+) -> list[UInt8[Tensor, "n 3 size size"]]:
+    """Crops of images of any sizes, in order, in some batches: as `crops.cut`, but in float32 and rounded at the end.
+
+    Resizing is linear, and the same for all columns, then for all rows: two matrix products. Boxes are padded to the
+    largest of their batch, so that few launches do for many images what would otherwise take some for each. It pays
+    that neighbours are of similar size.
+
+    Args:
+        pixels: one image per box, all on the same device.
+        boxes: what to cut out of each.
+        size: of the crops, in pixels.
+    """
+    if not boxes:
+        return []
+    lengths = [[box.height for box in boxes], [box.width for box in boxes]]
+    flips = [[False for _ in boxes], [box.flip for box in boxes]]
+    lines = torch.tensor([lengths, flips]).to(pixels[0].device)  # [lengths and flips, rows and columns, boxes]
+    squares, start = [], 0
+    while start < len(boxes):
+        end, height, width = _fitting(boxes, start)
+        # [n, h, 3, w], so that neither product needs another order of the axes. What is beyond a box counts 0 times.
+        padded = torch.empty(end - start, height, 3, width, dtype=torch.uint8, device=lines.device)
+        for room, image, box in zip(padded, pixels[start:end], boxes[start:end], strict=True):
+            part = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
+            room[: box.height, :, : box.width] = part.transpose(0, 1)
+        weights = _bicubic_weights(*lines[..., start:end].flatten(1), size, max(height, width))
+        of_rows, of_columns = weights.chunk(2)
+        columns = padded.flatten(1, 2).float() @ of_columns[..., :width].mT  # [n, h*3, size]
+        square = (of_rows[..., :height] @ columns.view(-1, height, 3 * size)).view(-1, size, 3, size)
+        squares.append(square.round_().clamp_(0, 255).to(torch.uint8).transpose(1, 2))
+        start = end
+    return squares
+
+
+def _fitting(boxes: Sequence[Crop], start: int) -> tuple[int, int, int]:
+    """End of the batch of boxes that begins at `start`, and the height and width to which they are padded."""
+    height, width = boxes[start].height, boxes[start].width
+    for end in range(start + 1, len(boxes)):
+        taller, wider = max(height, boxes[end].height), max(width, boxes[end].width)
+        if (end + 1 - start) * 3 * taller * wider > PADDED_VALUES:
+            return end, height, width
+        height, width = taller, wider
+    return len(boxes), height, width
+
+
+def _bicubic_weights(
+    lengths: Int64[Tensor, " n"], flips: Int64[Tensor, " n"], size: int, longest: int
+) -> Float[Tensor, "n size longest"]:
+    """By how much each pixel of a line of `lengths` counts in each of the `size` that it is resized to.
+
+    Keys' cubic with a = -1/2, stretched where the line shrinks, as Pillow and torch have it with antialiasing. The
+    cubic of 0 <= x < 2 is (1 - x) (2 - x)^2 / 2, plus (1 - x)^2 (2 x - 1) where x < 1.
+    """
+    lengths, flips = lengths.view(-1, 1, 1), flips.view(-1, 1, 1)
+    scale = lengths / size
+    target = torch.arange(size, device=lengths.device).view(-1, 1)
+    target = torch.where(flips > 0, size - 1 - target, target)
+    pixel = torch.arange(longest, device=lengths.device)
+    near = 1 - ((pixel + 0.5 - (target + 0.5) * scale) / scale.clamp_min(1)).abs_()
+    far = (near + 1).clamp_min_(0)
+    weights = far.square_().mul_(near).mul_(0.5)
+    weights += near.clamp_min_(0).square() * (1 - 2 * near)
+    weights *= pixel < lengths
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def _decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor | str]:
@@ -154,26 +217,34 @@ def _decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor | st
 
     TorchCodec decodes on the current stream and waits for it: what follows there may read the result, and free it.
     """
-    decode_jpeg = jpeg_decoder()
-    assert decode_jpeg is not None, "check_device was not called"
     if not files:
         return []
-    with silent_decoders():
-        try:
-            return decode_jpeg(files, mode="RGB", device=device)
-        except RuntimeError:
-            # The message does not say which of them it was.
-            return [_decode_alone(decode_jpeg, file, device) for file in files]
+    try:
+        return _decode(files, device)
+    except RuntimeError:
+        # The message does not say which of them it was.
+        return [_decode_alone(file, device) for file in files]
 
 
-def _decode_alone(decode_jpeg: Callable[..., Any], file: Tensor, device: torch.device) -> Tensor | str:
+def _decode_alone(file: Tensor, device: torch.device) -> Tensor | str:
     reason = ""
     for place in (device, torch.device("cpu")):  # the CPU's decoder has the last word on what is damaged
         try:
-            return decode_jpeg(file, mode="RGB", device=place).to(device)
+            return _decode([file], place)[0].to(device)
         except RuntimeError as error:
             reason = str(error)
     return reason
+
+
+def _decode(files: list[Tensor], device: torch.device) -> list[Tensor]:
+    decode_jpeg = jpeg_decoder()
+    assert decode_jpeg is not None, "check_device was not called"
+    if device.type == "cuda":
+        # nvJPEG's hardware engine does not wait for the stream that it is given, and TorchCodec 0.16 does not for it
+        # (its pull request 1634). Pixels would be written where the queued crops of the batch before still read.
+        torch.cuda.current_stream(device).synchronize()
+    with silent_decoders():
+        return decode_jpeg(files, mode="RGB", device=device)
 
 
 def check_device(device: torch.device) -> None:

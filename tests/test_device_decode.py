@@ -10,13 +10,15 @@ import torch
 from conftest import ROOT, run_cli
 from PIL import Image
 from samples import encode, make_config, photo
+from torch.nn.functional import interpolate
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as v1
 
 from crops import Crop
 from data import DevicePrefetcher, PretrainLoader, check_decode
 from sources import BadImageError, Sample, as_bytes_tensor, decode_image, jpeg_decoder, silent_decoders
 from speed import device_decode
-from speed.device_decode import EncodedCrop, crop_or_file, cut_in_float
+from speed.device_decode import EncodedCrop, EncodedCrops, crop_or_file, cut_together
 from utils import UserError
 
 GPU = ("data.decode=gpu", "data.max_bad_fraction=1.0")
@@ -119,18 +121,67 @@ def test_plain_jpegs_leave_the_workers_as_files_and_the_rest_as_crops(jpegs):
 # ------------------------------------------------------------------------------------------------ on the device
 
 
-@pytest.mark.parametrize("box", [(0, 0, 60, 80), (3, 7, 41, 50), (10, 0, 50, 33), (59, 79, 1, 1), (5, 5, 20, 24)])
-def test_a_crop_is_that_of_torchvision_on_a_pillow_image_within_rounding(box):
-    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    resized = v1.resized_crop(image, *box, [56, 56], v1.InterpolationMode.BICUBIC)
-    for flip, oracle in ((False, resized), (True, v1.hflip(resized))):
-        crop = cut_in_float(pixels, Crop(*box, flip=flip), 56)
-        assert (crop.dtype, crop.shape) == (torch.uint8, (3, 56, 56))
-        error = (crop.permute(1, 2, 0).numpy().astype(int) - np.asarray(oracle)).__abs__()
-        # Pillow rounds and clips between the two directions, which shows in noise: floats overshoot there.
-        assert error.max() <= 16, "more than rounding"
-        assert error.mean() < 0.4, "systematically different"
+def noise(seed, height, width):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (3, height, width), dtype=np.uint8))
+
+
+BOXES = [(0, 0, 60, 80), (3, 7, 41, 50), (10, 0, 50, 33), (59, 79, 1, 1), (5, 5, 20, 24), (0, 3, 60, 2), (1, 0, 3, 79)]
+
+
+def test_crops_are_those_of_torchvision_on_pillow_images_within_rounding():
+    pixels = [noise(seed, 60, 80) for seed, _ in enumerate(BOXES)]
+    for flip in (False, True):
+        (crops,) = cut_together(pixels, [Crop(*box, flip=flip) for box in BOXES], 56)
+        assert (crops.dtype, crops.shape) == (torch.uint8, (len(BOXES), 3, 56, 56))
+        for crop, image, box in zip(crops, pixels, BOXES, strict=True):
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            oracle = v1.resized_crop(picture, *box, [56, 56], v1.InterpolationMode.BICUBIC)
+            oracle = np.asarray(v1.hflip(oracle) if flip else oracle)
+            error = np.abs(crop.permute(1, 2, 0).numpy().astype(int) - oracle)
+            # Pillow rounds and clips between the two directions, which shows in noise: floats overshoot there.
+            assert error.max() <= 16, f"{box}: more than rounding"
+            assert error.mean() < 0.4, f"{box}: systematically different"
+
+
+@pytest.mark.parametrize("most_values", [1, 100_000, 2**25])
+def test_crops_that_are_cut_together_are_those_of_torch_one_by_one_but_for_ties(most_values, monkeypatch):
+    monkeypatch.setattr(device_decode, "PADDED_VALUES", most_values)
+    random = np.random.default_rng(0)
+    pixels, boxes, expected = [], [], []
+    for number in range(24):
+        height, width = random.integers(1, 300, 2).tolist()
+        h, w = int(random.integers(1, height + 1)), int(random.integers(1, width + 1))
+        top, left = int(random.integers(0, height - h + 1)), int(random.integers(0, width - w + 1))
+        pixels.append(noise(number, height, width))
+        boxes.append(Crop(top, left, h, w, flip=number % 2 == 0))
+        part = pixels[-1][None, :, top : top + h, left : left + w].float()
+        one = interpolate(part, (56, 56), mode="bicubic", antialias=True).round().clamp(0, 255).byte()[0]
+        expected.append(one.flip(-1) if number % 2 == 0 else one)
+    actual = cut_together(pixels, boxes, 56)
+    assert len(actual) == {1: 24, 2**25: 1}.get(most_values, len(actual)), "batches are not as large as they may be"
+    difference = (torch.cat(actual).int() - torch.stack(expected).int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 1e-4, "more than values halfway between two grey levels"
+
+
+def test_few_launches_cut_many_crops():
+    """On a GPU each operator that is no view is a launch at least; one by one, it was six or seven for each image."""
+    pixels = [noise(0, 60, 80)] * 100
+    with Launches() as launches:
+        cut_together(pixels, [Crop(*BOXES[number % 7], flip=False) for number in range(100)], 56)
+    assert launches.number < 150
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that compute something."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 def test_decoding_on_the_device_gives_the_same_crops_masks_and_replacements(jpegs):
@@ -210,3 +261,31 @@ def test_a_gpu_decodes_the_crops_of_the_cpu_but_for_the_rounding_of_colours(jpeg
             assert actual.sample_ids.tolist() == expected.sample_ids.tolist()
             error = (actual.images.cpu().int() - expected.images.int()).abs().float().mean((1, 2, 3))
             assert error.max() < 5, "another box, orientation or colour"
+
+
+@pytest.mark.gpu
+def test_a_gpu_decodes_nothing_into_memory_that_queued_work_still_reads(monkeypatch):
+    """The crops of one batch are still queued when the next one is decoded, and the pixels they read are freed."""
+    device, content = torch.device("cuda"), encode(photo(0, 640, 480), "JPEG", quality=90)
+    crops = EncodedCrops.pack([EncodedCrop("x", content, whole(640, 480))] * 8)
+    idle, places = [], set()
+
+    def decode_jpeg(*args, **kwargs):
+        idle.append(torch.cuda.current_stream().query())
+        decoded = jpeg_decoder()(*args, **kwargs)
+        places.update(pixels.data_ptr() for pixels in decoded)
+        return decoded
+
+    monkeypatch.setattr(device_decode, "jpeg_decoder", lambda: decode_jpeg)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        crops.decode(torch.empty(0, 3, 56, 56, dtype=torch.uint8), device)  # libraries load
+        places.clear()
+        freed = [torch.full((3, 480, 640), 7, dtype=torch.uint8, device=device) for _ in range(8)]
+        before = {pixels.data_ptr() for pixels in freed}
+        torch.cuda._sleep(200_000_000)  # cycles: about 0.1 s
+        sums = torch.stack([pixels.sum() for pixels in freed])
+        del freed
+        crops.decode(torch.empty(0, 3, 56, 56, dtype=torch.uint8), device)
+        assert before & places, "the memory was not used again: this test shows nothing"
+        assert sums.tolist() == [7 * 3 * 480 * 640] * 8, "overwritten while it was still to be read"
+    assert idle[-1], "the decoder was started beside work on its stream, for which TorchCodec 0.16 does not wait"
