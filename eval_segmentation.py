@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
 from config import BETWEEN_0_AND_1, COUNT, NOT_NEGATIVE, one_of, require, within
-from distributed import all_gather_rows, all_reduce_sum_, gather_objects, rank, world_size
+from distributed import all_gather_rows, all_reduce_sum_, gather_objects, rank
 from evaluation import (
     Evaluation,
     EvaluationConfig,
@@ -40,10 +40,9 @@ from evaluation import (
     extract,
     my_share,
     open_dataset,
-    split_off,
 )
-from logreg import fit_logistic
-from neighbors import DISTANCES, TRAIN_CHUNK, majority_votes, nearest
+from labels import choose_images, split_off
+from readouts import DISTANCES, TRAIN_CHUNK, fit_logistic, majority_votes, nearest, spread
 from sources import UNLABELLED, ImageDataset, SegmentationDataset, match_classes
 from utils import UserError, derive_seed
 from weights import save_safetensors
@@ -591,17 +590,15 @@ def choose_logreg(
         labels = data.labels[:num_rows].long().to(device)
         return fit_logistic(features, labels, num_classes, c, max_iter=cfg.logreg_max_iter, tol=cfg.logreg_tol)
 
-    mine = {}
-    for c in cfg.logreg_cs[rank() :: world_size()]:
+    def validate(c: float) -> float:
         predicted = linear_classifier(*fit(data.num_fit, c), pixels_per_patch)(data.features[data.num_fit :])
         truth = data.pixels[data.num_fit :].to(device)
         confusion = confusion_matrix(truth, predicted, data.ignore_labels)
-        mine[c] = segmentation_metrics(confusion, data.ignore_labels)["mIoU"]
-        logger.info("logistic regression, C=%.3g: %.4f validation mIoU", c, mine[c])
-    found: dict[float, float] = {}
-    for part in gather_objects(mine):
-        found |= part
-    scores = {c: found[c] for c in cfg.logreg_cs}
+        score = segmentation_metrics(confusion, data.ignore_labels)["mIoU"]
+        logger.info("logistic regression, C=%.3g: %.4f validation mIoU", c, score)
+        return score
+
+    scores = dict(zip(cfg.logreg_cs, spread(cfg.logreg_cs, validate), strict=True))
     best = max(scores, key=lambda c: scores[c])
     weight, bias = fit(data.num_refit, best)
     settings = {"C": best, "val_mIoU": scores[best], "search": {f"C={c:.3g}": score for c, score in scores.items()}}
@@ -609,28 +606,6 @@ def choose_logreg(
 
 
 # ------------------------------------------------------------------------------------------- few labelled images
-
-
-def choose_images(has_class: Bool[Tensor, "n c"], num: int, seed: int) -> list[int]:
-    """Images in which classes occur equally often, as far as that goes; all of them as soon as `num` allows.
-
-    One after the other: the image with the most of those classes that have occurred least so far; among equals, the
-    first in a random order.
-    """
-    order = torch.randperm(len(has_class), generator=torch.Generator().manual_seed(seed))
-    has_class = has_class[order]
-    is_free = torch.ones(len(order), dtype=torch.bool)
-    times = torch.zeros(has_class.shape[1], dtype=torch.int64)
-    chosen = []
-    for _ in range(num):
-        is_left = has_class[is_free].any(dim=0)
-        least = times[is_left].min() if is_left.any() else 0
-        gains = (has_class & is_left & (times == least)).sum(dim=1).where(is_free, -1)
-        best = int(gains.argmax())
-        is_free[best] = False
-        times += has_class[best]
-        chosen.append(int(order[best]))
-    return chosen
 
 
 def fit_on_few(

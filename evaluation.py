@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -243,54 +243,6 @@ def open_dataset(url: str, key: str) -> ImageDataset:
     if rank() == 0:
         log_pixels(dataset, key, only_warnings=True)
     return dataset
-
-
-def split_off(
-    num: int, fraction: float, seed: int, has_class: Bool[Tensor, "num c"] | None = None
-) -> tuple[Int64[Tensor, " kept"], Int64[Tensor, " held_out"]]:
-    """A random permutation of `num` images in two parts, the second with `fraction` of them (at least one).
-
-    If a class would be missing in a part, the parts are drawn by class instead, and the log says so. The only image of
-    a class is kept.
-
-    Args:
-        num: images.
-        fraction: of them that is held out.
-        seed: of the permutation.
-        has_class: whether an image is of a class, which it may be of several; None if that is unknown.
-
-    Raises: UserError if nothing would be left to fit.
-    """
-    order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
-    num_held_out = max(1, round(fraction * num))
-    if num_held_out >= num:
-        raise UserError(f"of {num} training images, {fraction:.0%} for validation leave none; give more images")
-    kept, held_out = order[:-num_held_out], order[-num_held_out:]
-    if has_class is None:
-        return kept, held_out
-    in_kept, in_held_out, in_several = has_class[kept].any(dim=0), has_class[held_out].any(dim=0), has_class.sum(0) > 1
-    if (in_held_out & ~in_kept).any() or (in_several & ~in_held_out).any():
-        logger.info("a random %.3g%% for validation would miss a class, so it is drawn by class", 100 * fraction)
-        kept, held_out = _split_by_class(has_class, fraction, order)
-    if not len(held_out):
-        raise UserError("every class has one training image, which leaves none for validation; give more images")
-    return kept, held_out
-
-
-def _split_by_class(has_class: Bool[Tensor, "num c"], fraction: float, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Class by class, the rarest first, as their images come in `order`: a part of them, but one at least of two."""
-    held_out = torch.zeros(len(order), dtype=torch.bool)
-    undecided = torch.ones(len(order), dtype=torch.bool)
-    counts = has_class.sum(dim=0)
-    for label in counts.argsort(stable=True).tolist():
-        count = int(counts[label])
-        wanted = min(max(1, round(fraction * count)), count - 1)
-        members = order[has_class[order, label]]
-        free = members[undecided[members]]
-        missing = wanted - int(held_out[members].sum())
-        held_out[free[: max(0, missing)]] = True
-        undecided[free] = False
-    return order[~held_out[order]], order[held_out[order]]
 
 
 Prepare = Callable[[Image.Image, Any], tuple[Tensor, ...]]

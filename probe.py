@@ -21,7 +21,7 @@ from torch import Tensor
 from config import ProbeConfig
 from data import normalize
 from distributed import all_gather_rows, rank, world_size
-from neighbors import nearest, weighted_vote
+from readouts import nearest, weighted_vote
 from sources import BadImageError, ImageStream, make_dataset, match_classes
 from utils import UserError
 

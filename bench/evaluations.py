@@ -36,10 +36,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval_classification import AttentiveClassifiers, LinearClassifiers, StackedAdamW, any_label_loss
 from eval_visualizations import Moments
-from logreg import fit_logistic
-from neighbors import majority_votes, nearest
+from readouts import (
+    AttentiveClassifiers,
+    LinearClassifiers,
+    StackedAdamW,
+    any_label_loss,
+    fit_logistic,
+    majority_votes,
+    nearest,
+)
 
 WIDTH, PIXELS, TOKENS, HEAD_DIM = 1024, 196, 256, 64
 KS = [1, 3, 10, 30]

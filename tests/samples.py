@@ -7,6 +7,9 @@ import numpy as np
 from PIL import Image
 
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from sources import ImageDataset, Sample
+
+COLOURS = {"blue": (30, 40, 220), "green": (40, 200, 50), "red": (210, 40, 30)}
 
 
 def make_config(*overrides, batch_size=4, workers=0):
@@ -39,3 +42,39 @@ def photo(seed, width=80, height=60):
 def age(root):
     for path in (root, *(path for path in root.rglob("*") if path.is_dir())):
         os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 60))
+
+
+def folder_url(path):
+    return f"torchvision://ImageFolder?root='{path}'"
+
+
+def save_colour_folders(root, **splits):
+    """Folders of images whose colour says the class, with noise: `root/<split>/<colour>`, so many per class."""
+    rng = np.random.default_rng(0)
+    for split, per_class in splits.items():
+        for name, colour in COLOURS.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                light = np.array(colour) + rng.normal(0, 110, 3)
+                pixels = np.clip(light + rng.normal(0, 70, (20, 24, 3)), 0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+
+
+class Listed(ImageDataset):
+    """Images of one colour, with any targets."""
+
+    def __init__(self, targets, mapping=None):
+        self.targets = targets
+        if mapping is not None:
+            self.get_imagenet_class_mapping = lambda: np.array(mapping)
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        target = self.targets[index]
+        labels = [label for label in (target if isinstance(target, list) else [target]) if label in (0, 1, 2)]
+        colour = list(COLOURS.values())[int(labels[0])] if labels else (0, 0, 0)
+        picture = Image.new("RGB", (16, 16), (colour[0] + index % 20, colour[1], colour[2]))
+        return Sample(f"image {index}", lambda: picture, lambda: target)

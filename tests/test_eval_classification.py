@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load_golden, run_cli, seeded
+from conftest import run_cli, seeded
 from PIL import Image
 from ranks import run_on_ranks
-from torch import nn
+from samples import COLOURS, Listed, folder_url, save_colour_folders
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,29 +20,18 @@ import eval_classification
 from config import load_config
 from eval_classification import (
     EVALUATION,
-    AttentiveClassifiers,
     CentreCropped,
     ClassificationConfig,
-    LinearClassifiers,
-    StackedAdamW,
-    Training,
-    any_label_loss,
-    any_match,
-    choose_rows,
-    fit_features,
-    open_labelled,
-    open_splits,
+    represent,
     start_training,
     train_batches,
-    train_step,
 )
 from evaluation import FrozenModel
+from labels import open_labelled, open_splits
 from model import EncoderDecoder
-from neighbors import weighted_vote
-from sources import Fields, HubDataset, ImageDataset, Sample
+from readouts import Training, train_step
 from utils import UserError
 
-COLOURS = {"blue": (30, 40, 220), "green": (40, 200, 50), "red": (210, 40, 30)}
 TINY_MODEL = """
 import torch
 from torch import nn
@@ -65,21 +54,9 @@ def __model_loader__(registers=2):
 def images(tmp_path_factory):
     """Folders of images whose colour says the class, with noise."""
     root = tmp_path_factory.mktemp("classes")
-    rng = np.random.default_rng(0)
-    for split, per_class in (("train", 20), ("test", 5)):
-        for name, colour in COLOURS.items():
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(per_class):
-                light = np.array(colour) + rng.normal(0, 110, 3)
-                pixels = np.clip(light + rng.normal(0, 70, (20, 24, 3)), 0, 255)
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    save_colour_folders(root, train=20, test=5)
     (root / "tiny.py").write_text(TINY_MODEL)
     return root
-
-
-def folder_url(path):
-    return f"torchvision://ImageFolder?root='{path}'"
 
 
 def arguments(images, output_dir, *overrides):
@@ -121,137 +98,7 @@ def error_of(capsys, *args):
     return capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------- numerics
-
-
-def test_attentive_classifier_equals_golden_wherever_it_is_in_the_stack():
-    golden, _ = load_golden("evaluation")
-    stack = AttentiveClassifiers(3, 128, 10)
-    key_weight, value_weight = golden["attnpool.kv.weight"].chunk(2)
-    values = {
-        "query": golden["attnpool.query_token"],
-        "key_weight": key_weight,
-        "value_weight": value_weight,
-        "value_bias": golden["attnpool.kv.bias"].chunk(2)[1],
-        "weight": golden["attnpool.linear.weight"],
-        "bias": golden["attnpool.linear.bias"],
-    }
-    with torch.no_grad():
-        for name, value in values.items():
-            getattr(stack, name)[1] = value
-        out = stack(golden["attnpool.x"])
-    torch.testing.assert_close(out[:, 1], golden["attnpool.out"], rtol=0, atol=1e-5)
-    assert not torch.allclose(out[:, 0], out[:, 1])
-
-
-def attention_by_the_book(stack, m, tokens):
-    """Keys and values of every token, for one of the stacked classifiers, in float64."""
-    dim = stack.query.shape[1]
-    keys = F.linear(tokens, stack.key_weight[m].double())
-    values = F.linear(tokens, stack.value_weight[m].double(), stack.value_bias[m].double())
-    keys, values = (x.unflatten(-1, (-1, stack.head_dim)).transpose(1, 2) for x in (keys, values))
-    query = stack.query[m].double().expand(len(tokens), 1, dim).unflatten(-1, (-1, stack.head_dim)).transpose(1, 2)
-    pooled = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(1)
-    return F.linear(pooled, stack.weight[m].double(), stack.bias[m].double())
-
-
-@pytest.mark.parametrize("dim", [128, 96, 8])
-def test_attentive_classifiers_and_their_gradients_equal_attention_by_the_book(dim):
-    stack = AttentiveClassifiers(3, dim, 5)
-    for parameter in stack.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    tokens = torch.randn(4, 7, dim, generator=seeded(0))
-    direction = torch.randn(4, 3, 5, generator=seeded(1))
-    out = stack(tokens)
-    expected = torch.stack([attention_by_the_book(stack, m, tokens.double()) for m in range(3)], dim=1)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
-    actual = torch.autograd.grad((out * direction).sum(), list(stack.parameters()))
-    wanted = torch.autograd.grad((expected * direction).sum(), list(stack.parameters()))
-    for (name, _), ours, theirs in zip(stack.named_parameters(), actual, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def test_linear_classifiers_equal_one_linear_layer_each():
-    stack = LinearClassifiers(3, 6, 4)
-    nn.init.normal_(stack.bias)
-    with torch.no_grad():
-        stack.weight.mul_(torch.arange(1, 4).view(3, 1, 1))
-    x = torch.randn(5, 6, generator=seeded(0))
-    for m in range(3):
-        torch.testing.assert_close(stack(x)[:, m], F.linear(x, stack.weight[m], stack.bias[m]))
-
-
-def test_stacked_adamw_equals_torch_adamw_of_each_classifier():
-    grid = [(1e-2, 0.05), (1e-3, 0.5), (3e-1, 0.0)]
-    stack = AttentiveClassifiers(len(grid), 8, 4)
-    alone = [{name: nn.Parameter(p[m].detach().clone()) for name, p in stack.named_parameters()} for m in range(3)]
-    others = [
-        torch.optim.AdamW(
-            [
-                {"params": [p], "weight_decay": 0.0 if name in ("bias", "value_bias") else wd}
-                for name, p in parameters.items()
-            ],
-            lr=lr,
-            betas=(0.9, 0.95),
-        )
-        for parameters, (lr, wd) in zip(alone, grid, strict=True)
-    ]
-    ours = StackedAdamW(stack, *torch.tensor(grid).T)
-    for number, lr_scale in enumerate((0.0, 0.5, 1.0, 0.7), 1):
-        for name, p in stack.named_parameters():
-            # The smallest are of the size of epsilon.
-            sizes = torch.tensor([1e-8, 1.0, 100.0]).view(-1, *[1] * (p.ndim - 1))
-            p.grad = torch.randn(p.shape, generator=seeded(number)) * sizes
-            for m in range(3):
-                alone[m][name].grad = p.grad[m].clone()
-        ours.step(number, lr_scale)
-        for optimizer, (lr, _) in zip(others, grid, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * lr_scale
-            optimizer.step()
-    for m, (name, p) in itertools.product(range(3), stack.named_parameters()):
-        torch.testing.assert_close(p[m], alone[m][name], rtol=1e-5, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}")
-
-
-def test_loss_is_cross_entropy_with_all_labels_of_an_image_as_target():
-    logits = torch.randn(3, 2, 4, generator=seeded(0), dtype=torch.float64)
-    labels = torch.tensor([[2, -1], [-1, 0], [1, 3]])
-    targets = torch.tensor([[0, 0, 1, 0], [1, 0, 0, 0], [0, 0.5, 0, 0.5]], dtype=torch.float64)
-    for m in range(2):
-        expected = F.cross_entropy(logits[:, m], targets)
-        torch.testing.assert_close(any_label_loss(logits, labels)[m], expected)
-
-
-def test_any_match_equals_golden():
-    golden, _ = load_golden("evaluation")
-    correct = any_match(golden["anymatch.preds"].permute(2, 0, 1), golden["anymatch.targets"])
-    expected = load_golden_accuracy()
-    torch.testing.assert_close(correct.float().mean(0), torch.tensor(expected))
-
-
-def load_golden_accuracy():
-    return json.loads((Path(__file__).parent / "golden" / "evaluation.json").read_text())["anymatch_top1"]
-
-
-def test_a_mapping_restricts_and_renumbers_the_classes():
-    logits = torch.tensor([[[9.0, 1.0, 2.0, 3.0]], [[9.0, 5.0, 4.0, 3.0]]])
-    labels = torch.tensor([[0], [1]])
-    assert any_match(logits, labels).flatten().tolist() == [True, False]
-    assert any_match(logits, labels, torch.tensor([3, 1])).flatten().tolist() == [True, True]
-
-
-def test_predictions_that_are_not_finite_are_wrong():
-    logits = torch.tensor([[[torch.nan, 1.0]], [[1.0, torch.nan]], [[-torch.inf, -torch.inf]]])
-    assert not any_match(logits, torch.tensor([[0, 1]] * 3)).any()
-
-
-def test_votes_are_weighted_by_similarity_and_counted_for_every_label():
-    similarity = torch.tensor([[0.9, 0.8, 0.7]])
-    labels = torch.tensor([[[1, -1], [0, 2], [0, -1]]])
-    near, second, third = (similarity[0] / 0.07).exp().tolist()
-    for k, expected in ((1, [0, near, 0, 0]), (3, [second + third, near, second, 0])):
-        votes = weighted_vote(similarity[:, :k], labels[:, :k], 4, 0.07)
-        torch.testing.assert_close(votes, torch.tensor([expected]))
+# -------------------------------------------------------------------------------------------------- numerics
 
 
 @pytest.mark.parametrize(("resize", "shorter"), [("null", 37), ("50", 50)])
@@ -286,22 +133,7 @@ def test_knn_equals_a_vote_over_sorted_distances_in_float64(images, tmp_path):
     assert 0.4 < result["top1"] < 1, "too easy or too hard to tell right from wrong"
 
 
-def test_logistic_regression_is_that_of_scikit_learn_on_standardised_features(images):
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    x = torch.randn(60, 5, generator=seeded(0)) * torch.tensor([1, 10, 0.1, 1, 0]) + 3
-    y = (x[:, 0] + torch.randn(60, generator=seeded(1)) > 3).long() + (x[:, 1] > 8).long()
-    ours = fit_features(config(images), x, y.unsqueeze(1), 3, 0.5, torch.device("cpu"))
-    theirs = make_pipeline(StandardScaler(), LogisticRegression(C=0.5, tol=1e-10)).fit(x.numpy(), y.numpy())
-    actual = ours.logits(x).squeeze(1).softmax(1)
-    torch.testing.assert_close(
-        actual.double(), torch.tensor(theirs.predict_proba(x.numpy())).double(), rtol=0, atol=2e-3
-    )
-
-
-# ------------------------------------------------------------------------------------------------- the cost
+# -------------------------------------------------------------------------------------------------- the cost
 
 
 class CountOperators(TorchDispatchMode):
@@ -314,6 +146,11 @@ class CountOperators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def step_on_images(training, model, images, labels):
+    features = model(images)
+    train_step(training, {name: represent(features, name) for name in training.classifiers}, labels, 1.0)
+
+
 def cost_of_a_step(images, *overrides):
     cfg = config(images, "out", "representations=[cls,avg_patch,patch]", *overrides)
     torch.manual_seed(0)
@@ -324,13 +161,13 @@ def cost_of_a_step(images, *overrides):
         decoder_kwargs={"depth": 1},
     )
     model = FrozenModel(module, cfg, torch.device("cpu"), "model.py")
-    shapes = {name: torch.Size([192]) for name in ("cls", "avg_patch", "patch")}
+    shapes = {name: torch.Size([192]) for name in ("cls", "avg_patch")} | {"patch": torch.Size([64, 192])}
     training = start_training(cfg, shapes, 100, torch.device("cpu"))
     batch = torch.zeros(8, 3, 64, 64, dtype=torch.uint8), torch.arange(8).unsqueeze(1)
     with CountOperators() as operators:
-        train_step(training, model, *batch, 1.0)
+        step_on_images(training, model, *batch)
     with FlopCounterMode(display=False) as counter:
-        train_step(training, model, *batch, 1.0)
+        step_on_images(training, model, *batch)
     return counter.get_total_flops(), operators.calls
 
 
@@ -343,7 +180,7 @@ def test_thirty_classifiers_per_representation_cost_less_than_three_times_one(im
     assert their_operators == operators_of_two, "the number of kernels grows with the number of classifiers"
 
 
-# ------------------------------------------------------------------------------------------ training classifiers
+# -------------------------------------------------------------------------------------- training classifiers
 
 
 def test_a_classifier_that_diverges_harms_no_other(images):
@@ -352,16 +189,16 @@ def test_a_classifier_that_diverges_harms_no_other(images):
     weights = []
     for other in ("2e-2", "1e30"):
         cfg = config(images, "out", f"learning_rates=[1e-2,{other}]", "weight_decays=[0.1]")
-        training = start_training(cfg, {n: torch.Size([s]) for n, s in SHAPES.items()}, 3, torch.device("cpu"))
+        training = start_training(cfg, SHAPES, 3, torch.device("cpu"))
         for _ in range(4):
-            train_step(training, model, *batch, 1.0)
+            step_on_images(training, model, *batch)
         weights.append(training.classifiers.state_dict())
     for name in weights[0]:
         assert torch.equal(weights[0][name][0], weights[1][name][0]), name
     assert not weights[1]["patch.weight"][1].isfinite().all(), "it was meant to diverge"
 
 
-SHAPES = {"cls": 8, "concat_objects": 16, "patch": 8}
+SHAPES = {"cls": torch.Size([8]), "concat_objects": torch.Size([16]), "patch": torch.Size([16, 8])}
 
 
 def frozen_tiny(images, registers=2):
@@ -464,34 +301,7 @@ def test_two_ranks_give_the_results_of_one(images, tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-# ---------------------------------------------------------------------------------------- labels and data sets
-
-
-class Listed(ImageDataset):
-    """Images of one colour, with any targets."""
-
-    def __init__(self, targets, mapping=None):
-        self.targets = targets
-        if mapping is not None:
-            self.get_imagenet_class_mapping = lambda: np.array(mapping)
-
-    def __len__(self):
-        return len(self.targets)
-
-    def __getitem__(self, index):
-        target = self.targets[index]
-        labels = [label for label in (target if isinstance(target, list) else [target]) if label in (0, 1, 2)]
-        colour = list(COLOURS.values())[int(labels[0])] if labels else (0, 0, 0)
-        picture = Image.new("RGB", (16, 16), (colour[0] + index % 20, colour[1], colour[2]))
-        return Sample(f"image {index}", lambda: picture, lambda: target)
-
-
-@pytest.fixture
-def listed(monkeypatch):
-    """Opens `listed://name` as one of these."""
-    known = {}
-    monkeypatch.setattr(eval_classification, "open_dataset", lambda url, key: known[url])
-    return known
+# -------------------------------------------------------------------------------------- labels and data sets
 
 
 def test_several_labels_and_none(images, tmp_path, listed):
@@ -511,93 +321,15 @@ def test_several_labels_and_none(images, tmp_path, listed):
     assert written["about"]["num_images"] == {"fit": 17, "validation": 7, "test/a": 4, "test/b": 2}
     assert written["about"]["test_classes"] == {"test/b": 2}
     assert written["results"]["knn_avg_patch"]["top1/a"] == 1
-    splits = open_splits(cfg)
+    splits = open_splits(
+        "train", None, cfg.test_dataset_names, val_proportion=cfg.val_proportion, num_classes=None, all_classes=True
+    )
     assert splits.tests["/b"].mapping is not None
     assert splits.tests["/b"].mapping.tolist() == [2, 0]
     assert splits.train.labels.tolist()[:4] == [[0], [1], [2], [0]]
 
 
-def test_class_folders_are_matched_by_name(images, tmp_path):
-    for name in ("red", "blue"):  # in a folder of their own, blue is 0 and red is 1
-        (tmp_path / "some").mkdir(exist_ok=True)
-        (tmp_path / "some" / name).symlink_to(images / "test" / name)
-    splits = open_splits(config(images, "out", f"test_dataset_names={folder_url(tmp_path / 'some')}"))
-    assert splits.tests[""].mapping is not None
-    assert splits.tests[""].mapping.tolist() == [0, 2]
-    splits = open_splits(config(images, "out", f"val_dataset_name={folder_url(images / 'test')}"))
-    assert splits.val_indices.tolist() == list(range(15))
-    assert len(splits.fit) == 60
-
-
-def test_labels_of_hub_datasets_are_read_at_once(listed):
-    import datasets
-
-    features = datasets.Features({"jpg": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "dog"])})
-    table = datasets.Dataset.from_dict({"jpg": ["missing"] * 3, "label": [1, -1, 0]}, features=features)
-    listed["url"] = HubDataset(table, Fields("hf://pets", "jpg", "label"))
-    data = open_labelled("url", "train_dataset_name")
-    assert data.labels.tolist() == [[1], [-1], [0]]
-    assert data.class_names == ["cat", "dog"]
-    assert data.labelled.tolist() == [0, 2]
-
-
-def test_the_column_of_labels_is_asked_for_where_none_is_known(listed):
-    import datasets
-
-    table = datasets.Dataset.from_dict({"jpg": ["missing"], "species": [1]})
-    listed["url"] = HubDataset(table, Fields("hf://pets", "jpg", None))
-    with pytest.raises(UserError, match=r"train_dataset_name=url: needs tgt_field=.* there are: 'jpg', 'species'"):
-        open_labelled("url", "train_dataset_name")
-
-
-def test_few_labels_are_so_many_of_each_class_and_differ_by_seed(images):
-    data = open_labelled(folder_url(images / "train"), "train_dataset_name")
-    for per_class, expected in ((3, 3), (0.1, 2), (0.001, 1), (1.0, 20)):
-        rows = choose_rows(data.labels, per_class, 0, data)
-        assert Counter(data.labels[rows].flatten().tolist()) == dict.fromkeys(range(3), expected)
-    assert not torch.equal(choose_rows(data.labels, 3, 0, data), choose_rows(data.labels, 3, 1, data))
-    assert torch.equal(choose_rows(data.labels, 3, 5, data), choose_rows(data.labels, 3, 5, data))
-
-
-def test_split_is_a_fixed_permutation(images):
-    first, again = (open_splits(config(images, "out", f"seed={seed}")) for seed in (0, 1))
-    assert torch.equal(first.val_indices, again.val_indices)
-    assert sorted([*first.fit.tolist(), *first.val_indices.tolist()]) == list(range(60))
-    assert len(first.val_indices) == 18
-
-
-@pytest.mark.parametrize(("proportion", "num_val"), [(0.02, 1), (0.1, 2), (0.98, 19)])
-def test_the_split_is_by_class_where_a_random_one_would_miss_a_class(listed, proportion, num_val, tmp_path, caplog):
-    caplog.set_level("INFO")
-    listed["train"] = listed["test"] = Listed([0] * 20 + [1] * 20 + [2] * 20 + ([] if proportion == 0.02 else [3] * 2))
-    keys = ("train_dataset_name=train", "test_dataset_names=test", f"val_proportion={proportion}")
-    cfg = config(tmp_path, "out", *keys)
-    splits = open_splits(cfg)
-    labels = splits.train.labels.squeeze(1)
-    counted = Counter(labels[splits.val_indices].tolist())
-    assert all(counted[label] == num_val for label in range(3)), counted
-    assert {*labels[splits.fit].tolist()} == {*labels[splits.val_indices].tolist()} == {*labels.tolist()}
-    assert sorted([*splits.fit.tolist(), *splits.val_indices.tolist()]) == list(range(len(labels)))
-    assert torch.equal(open_splits(cfg).val_indices, splits.val_indices)
-    assert "drawn by class" in caplog.text
-
-
-def test_the_only_image_of_a_class_is_trained_on(listed, tmp_path, caplog):
-    listed["train"] = listed["test"] = Listed([0] * 9 + [1] * 9 + [2])
-    splits = open_splits(config(tmp_path, "out", "train_dataset_name=train", "test_dataset_names=test"))
-    assert 18 in splits.fit.tolist()
-    assert "1 classes have one image, which is trained on and not validated: 2" in caplog.text
-
-
-def test_images_of_several_classes_are_split_so_that_each_class_is_on_both_sides(listed, tmp_path):
-    listed["train"] = listed["test"] = Listed([[0, 1]] * 20 + [[1, 2]] * 2 + [[0, 2]] + [1] * 10)
-    keys = ("train_dataset_name=train", "test_dataset_names=test", "val_proportion=0.1")
-    splits = open_splits(config(tmp_path, "out", *keys))
-    for part in (splits.fit, splits.val_indices):
-        assert {*splits.train.labels[part].flatten().tolist()} >= {0, 1, 2}
-
-
-# ------------------------------------------------------------------------------------------------ the command
+# ----------------------------------------------------------------------------------------------- the command
 
 
 def test_the_command_as_typed(images, tmp_path):
@@ -672,22 +404,6 @@ def test_mistakes_are_named_with_a_remedy(images, tmp_path, capsys, overrides, m
             (images / link).symlink_to(images / "test" / target)
     found = error_of(capsys, *arguments(images, tmp_path, *(o.replace("{images}", str(images)) for o in overrides)))
     assert message in found
-
-
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        ("cat", "a label is 'cat'"),
-        (1.5, "a label is '1.5'"),
-        (-2, "label -2 is out of range"),
-        (True, "a label is 'True'"),
-    ],
-)
-def test_labels_that_are_no_classes_are_named(listed, target, message):
-    listed["url"] = Listed([target])
-    with pytest.raises(UserError, match="train_dataset_name=url: ") as raised:
-        open_labelled("url", "train_dataset_name")
-    assert message in str(raised.value)
 
 
 def test_a_damaged_training_image_is_named(images, tmp_path, capsys):

@@ -21,7 +21,6 @@ from config import load_config
 from eval_segmentation import (
     STANDARDIZATIONS,
     Standardizer,
-    choose_images,
     confusion_matrix,
     from_patches,
     is_ignored,
@@ -29,7 +28,7 @@ from eval_segmentation import (
     segmentation_metrics,
     to_patches,
 )
-from neighbors import majority_votes, nearest
+from readouts import majority_votes, nearest
 from utils import UserError
 
 IGNORED = (0, 255)
@@ -488,21 +487,6 @@ def test_a_rare_class_is_held_out_too(own, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------- few labelled images
-
-
-def test_chosen_images_have_all_classes_equally_often():
-    one_each = torch.zeros(30, 4, dtype=torch.bool)
-    one_each[:, 0] = True  # a background
-    one_each[torch.arange(30), 1 + torch.tensor([0] * 26 + [1, 1, 2, 2])] = True
-    for seed in range(5):
-        chosen = choose_images(one_each, 3, seed)
-        assert one_each[chosen].sum(0).tolist() == [3, 1, 1, 1], "one image of each, however rare a class is"
-        assert one_each[choose_images(one_each, 6, seed)].sum(0).tolist() == [6, 2, 2, 2]
-        assert choose_images(one_each, 3, seed) == chosen
-    assert len({tuple(choose_images(one_each, 3, seed)) for seed in range(9)}) > 3, "seeds choose alike"
-    scenes = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.bool)
-    assert {*choose_images(scenes, 2, 0)} == {0, 1}, "two scenes have all four classes"
-    assert sorted(choose_images(torch.zeros(4, 2, dtype=torch.bool), 4, 0)) == [0, 1, 2, 3]
 
 
 @pytest.fixture(scope="module")

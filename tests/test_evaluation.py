@@ -40,7 +40,6 @@ from evaluation import (
     load_model_file,
     my_share,
     open_dataset,
-    split_off,
 )
 from sources import ImageDataset, Sample
 from utils import UserError
@@ -229,16 +228,6 @@ def test_weights_have_a_hash_of_their_own():
 
 
 # ------------------------------------------------------------------------------------------------ the images
-
-
-def test_a_split_is_a_permutation_and_a_function_of_its_seed():
-    kept, held_out = split_off(50, 0.1, seed=3)
-    assert len(held_out) == 5
-    assert sorted([*kept.tolist(), *held_out.tolist()]) == list(range(50))
-    assert torch.equal(split_off(50, 0.1, seed=3)[1], held_out)
-    assert not torch.equal(split_off(50, 0.1, seed=4)[1], held_out)
-    with pytest.raises(UserError, match="leave none"):
-        split_off(1, 0.1, seed=0)
 
 
 def prepare(image, target):
