@@ -32,7 +32,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoint import claim_output_dir
 from config import (
     COUNT,
     DEVICE,
@@ -56,7 +55,7 @@ from config import (
     require_one_of,
 )
 from evaluation import SPEED_KEYS, check_same_data, choose_output_dir, find_loader, hash_loader, model_name
-from launch import ROOT, Job, job_state
+from launch import ROOT, Job, claim_output_dir, job_state
 from report import check_entry, check_run, read_results, text_table, write_report
 from sources import did_you_mean, is_folder, make_dataset
 from utils import UserError, ended_with_block, ending_in_words, setup_logging, start_python, write_text_atomically

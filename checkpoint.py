@@ -1,4 +1,4 @@
-"""What outlives a process: training checkpoints, weights-only exports, and the claim of one run on its output folder.
+"""What outlives a process: training checkpoints, and exports of weights alone.
 
 A run that is killed at any instant, or whose disk fills up, loses the steps since its last save and nothing else. A
 checkpoint that cannot be read stops the run with the name of one that can; training never starts anew by itself.
@@ -7,22 +7,19 @@ checkpoint that cannot be read stops the run with the name of one that can; trai
 import contextlib
 import dataclasses
 import errno
-import fcntl
-import hashlib
 import json
 import logging
 import os
 import pickle
 import platform
 import re
-import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -37,27 +34,31 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from config import changed_keys
-from distributed import all_reduce_sum_, is_distributed, rank, world_size
+from distributed import (
+    all_reduce_sum_,
+    gather_objects,
+    is_distributed,
+    on_all_ranks,
+    on_rank_0,
+    rank,
+    world_size,
+)
 from utils import (
     UserError,
     fsync,
     git_revision,
+    hash_file,
     reason,
     remove,
     replacing,
     write_text_atomically,
-    writing_explained,
 )
 from weights import not_finite, published_key
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 Modules = Mapping[str, nn.Module]
 Optimizers = Mapping[str, tuple[nn.Module, Optimizer]]
-
-NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Checkpoints:
 
     Folders are ordered by the number in their name; modification times and symbolic links mean nothing. What a killed
     run left behind (`.tmp-`, `.trash-`) is deleted by the next `restore*` or `save`, so a run must hold
-    `claim_output_dir` when it calls them; `all`, `newest` and `load` change nothing on disk.
+    `launch.claim_output_dir` when it calls them; `all`, `newest` and `load` change nothing on disk.
 
     **Histories.** A run may start from a checkpoint that is not the newest one (`restore`), or from none at all in a
     folder that has some. Checkpoints beyond its starting step then belong to another history, and would be picked by
@@ -244,15 +245,15 @@ class Checkpoints:
     def _write(self, final: Path, tensors: dict[str, Tensor], state: dict[str, Any], config_yaml: str) -> None:
         group, temporary = self._group, self.directory / f".tmp-{final.name}"
         try:
-            _on_rank_0(lambda: self._make_room_for(temporary), group)
+            on_rank_0(lambda: self._make_room_for(temporary), group)
             _write_tensors(tensors, temporary, group)
-            manifests = _on_all_ranks(lambda: _describe_own_tensor_files(temporary), group)
-            state["rank_extra"] = _gather(state["rank_extra"], group)
-            state["versions"]["code"] = _on_rank_0(git_revision, group)
-            _on_rank_0(lambda: _write_texts(temporary, state, config_yaml, manifests), group)
-            _on_rank_0(lambda: self._publish(temporary, final), group)
+            manifests = on_all_ranks(lambda: _describe_own_tensor_files(temporary), group)
+            state["rank_extra"] = gather_objects(state["rank_extra"], group)
+            state["versions"]["code"] = on_rank_0(git_revision, group)
+            on_rank_0(lambda: _write_texts(temporary, state, config_yaml, manifests), group)
+            on_rank_0(lambda: self._publish(temporary, final), group)
         except OSError as error:
-            _on_rank_0(self._sweep, group)
+            on_rank_0(self._sweep, group)
             raise UserError(
                 f"The checkpoint of step {state['step']} could not be saved in {str(self.directory)!r}: "
                 f"{reason(error)}. {self._after_failure()}"
@@ -260,7 +261,7 @@ class Checkpoints:
         self._others_are_aside = True
         self.finished = final
         logger.info("saved %s", final)
-        _on_rank_0(self._delete_oldest, group)
+        on_rank_0(self._delete_oldest, group)
 
     def load(
         self, path: Path, *, modules: Modules, optimizers: Optimizers, config: dict[str, Any] | None = None
@@ -290,8 +291,8 @@ class Checkpoints:
         Raises: UserError if the newest one is damaged; it says which older one is good and how to choose it.
         """
         self.wait()
-        _on_rank_0(self._sweep)
-        path = _on_rank_0(self.newest)
+        on_rank_0(self._sweep)
+        path = on_rank_0(self.newest)
         if path is None:
             return None
         problem = _problem_with(path)
@@ -320,16 +321,14 @@ class Checkpoints:
         """
         self.wait()
         chosen = Path(resume_from)
-        _on_rank_0(self._sweep)
-        if restarted and _on_rank_0(
-            lambda: any(_chosen_ancestor(path) == str(chosen.resolve()) for path in self.all())
-        ):
+        on_rank_0(self._sweep)
+        if restarted and on_rank_0(lambda: any(_chosen_ancestor(path) == str(chosen.resolve()) for path in self.all())):
             logger.info("restarted: continuing after %s with the newest checkpoint that descends from it", chosen)
             state = self.restore_latest(modules=modules, optimizers=optimizers, config=config)
             assert state is not None
             return state
-        if not _on_rank_0(chosen.is_dir):
-            there = _on_rank_0(lambda: ", ".join(map(str, self.all())) or "none")
+        if not on_rank_0(chosen.is_dir):
+            there = on_rank_0(lambda: ", ".join(map(str, self.all())) or "none")
             raise UserError(
                 f"train.resume_from={str(resume_from)!r}: there is no such folder"
                 f"{' (a file of weights belongs into train.init_from)' if chosen.is_file() else ''}; "
@@ -437,7 +436,7 @@ class Checkpoints:
                 self._delete(path)
 
     def _after_failure(self) -> str:
-        newest = _on_rank_0(self.newest, self._group)
+        newest = on_rank_0(self.newest, self._group)
         if newest is None:
             return "There is no earlier checkpoint"
         return f"Earlier checkpoints are untouched; the newest is {str(newest)!r}"
@@ -447,7 +446,7 @@ class Checkpoints:
 
         Verifies the others, newest first, until one is good.
         """
-        others = [path for path in reversed(_on_rank_0(self.all)) if path.resolve() != damaged.resolve()]
+        others = [path for path in reversed(on_rank_0(self.all)) if path.resolve() != damaged.resolve()]
         good = next((path for path in others if _problem_with(path) is None and _holds_finite_numbers(path)), None)
         if good is None:
             return f"No other one in {str(self.directory)!r} is good. To start anew, choose another train.output_dir"
@@ -480,79 +479,6 @@ def check_compatible(
     return changed
 
 
-@contextlib.contextmanager
-def claim_output_dir(output_dir: str | Path, *, key: str = "train.output_dir") -> Iterator[Path]:
-    """Create `output_dir` and keep other runs out of it until the block ends; every rank calls it, rank 0 holds it.
-
-    The claim is a lock that the kernel takes from a dead process, so nothing has to be cleaned up after a crash.
-
-    Args:
-        output_dir: folder of a training or an evaluation.
-        key: of the configuration that names it.
-
-    Raises: UserError if another run holds the folder (it says which), or if it cannot be created or written, also for
-        errors of that kind in the block.
-    """
-    output_dir = Path(output_dir)
-    claim = _Claim(output_dir, key)
-    try:
-        refusal = _on_rank_0(claim.take)
-    except OSError as error:
-        claim.release()
-        raise UserError(
-            f"{key}={str(output_dir)!r} cannot be written: {reason(error)}; choose another folder"
-        ) from error
-    if refusal:
-        raise UserError(refusal)
-    try:
-        with writing_explained(output_dir, key):
-            yield output_dir
-    finally:
-        claim.release()
-
-
-class _Claim:
-    """An exclusive lock on `output_dir/.lock`, with the holder's name in the file."""
-
-    def __init__(self, output_dir: Path, key: str) -> None:
-        self.output_dir, self.key = output_dir, key
-        self.descriptor: int | None = None
-
-    def take(self) -> str | None:
-        """Take the lock; if another process holds it, return the sentence for the user."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 4096).decode(errors="replace").strip()
-            os.close(descriptor)
-            return (
-                f"{self.key}={str(self.output_dir)!r} is in use by another run ({holder or 'just starting'}); "
-                f"stop that run or choose another {self.key}"
-            )
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno not in NO_LOCKS_HERE:
-                raise
-            logger.warning(
-                "%s is on a file system without locks: a second run in it will not be noticed", self.output_dir
-            )
-            return None
-        self.descriptor = descriptor
-        # A forked data worker shares the lock; were it to outlive this process, it would go on holding it.
-        os.register_at_fork(after_in_child=self.release)
-        os.ftruncate(descriptor, 0)
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, started {started}\n".encode())
-        return None
-
-    def release(self) -> None:
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-            self.descriptor = None
-
-
 def export_weights(path: Path, modules: Modules, config_yaml: str) -> None:
     """Write weights alone for others to load; every rank calls it, rank 0 writes.
 
@@ -570,7 +496,7 @@ def export_weights(path: Path, modules: Modules, config_yaml: str) -> None:
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective, so on every rank
         if rank() == 0:
             weights[key] = full.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    if problem := _on_rank_0(lambda: not_finite(weights.items())):
+    if problem := on_rank_0(lambda: not_finite(weights.items())):
         raise UserError(
             f"The weights are not exported to {str(path)!r}: they are not all finite: {problem}. Export an earlier "
             "checkpoint: python export.py <its folder> <file>"
@@ -582,7 +508,7 @@ def export_weights(path: Path, modules: Modules, config_yaml: str) -> None:
         save_atomically(path, weights)
 
     try:
-        _on_rank_0(write)
+        on_rank_0(write)
     except OSError as error:
         raise UserError(f"The weights could not be exported to {str(path)!r}: {reason(error)}") from error
 
@@ -842,7 +768,7 @@ def _holds_finite_numbers(path: Path) -> bool:
         tensor = torch.empty(described[key].size, dtype=described[key].properties.dtype)
         load_tensors({key: tensor}, storage_reader=reader, no_dist=True)
         finite = finite and bool(tensor.isfinite().all())
-    return all(_gather(finite))
+    return all(gather_objects(finite))
 
 
 def _room_for(state_name: str, described: Any, parameter: Tensor) -> Tensor:
@@ -896,8 +822,7 @@ def _json_copy(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
 def _describe_own_tensor_files(directory: Path) -> dict[str, dict[str, Any]]:
@@ -928,7 +853,7 @@ def _write_texts(
 
 def _problem_with(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None; every rank calls it and verifies its share of the files."""
-    return next((problem for problem in _gather(_problem_with_share(path)) if problem), None)
+    return next((problem for problem in gather_objects(_problem_with_share(path)) if problem), None)
 
 
 def _problem_with_share(path: Path) -> str | None:
@@ -952,8 +877,7 @@ def _problem_with_share(path: Path) -> str | None:
     return None
 
 
-# Ranks, and the thread in the background. A failure of one rank is raised by all, so that none waits for a rank that
-# gave up. `group` None is that of training; the thread has its own, as collectives of two threads must not mix in one.
+# The thread in the background.
 
 
 def _one_thread() -> ThreadPoolExecutor:
@@ -967,30 +891,3 @@ def _group_of_the_thread() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     return group
-
-
-def _gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def _on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-    """Results of all ranks, once all are done. Raises on every rank the first OSError of any."""
-    result: T | None = None
-    failure: OSError | None = None
-    try:
-        result = action()
-    except OSError as error:
-        failure = error
-    outcomes = _gather((result, failure), group)
-    for _, error in outcomes:
-        if error is not None:
-            raise error
-    return [outcome for outcome, _ in outcomes]  # pyright: ignore[reportReturnType]  # None only where T is optional
-
-
-def _on_rank_0(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    return _on_all_ranks(lambda: action() if rank() == 0 else None, group)[0]  # pyright: ignore[reportReturnType]  # as above

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -282,13 +282,41 @@ def any_rank(flag: bool, device: torch.device | None = None) -> bool:
     return bool(all_reduce_max_(torch.tensor(int(flag), device=device)).item())
 
 
-def gather_objects(value: T) -> list[T]:
-    """`value` of every rank, in rank order, on every rank. Pickled: for small host data."""
-    if not is_distributed():
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """`value` of every rank, in rank order, on every rank. Pickled: for small host data.
+
+    Args:
+        value: this rank's.
+        group: of all ranks, for a thread beside the main one: collectives of two threads must not mix in one group.
+    """
+    if world_size() == 1:
         return [value]
     values: list[T | None] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values  # pyright: ignore[reportReturnType]  # all were filled
+
+
+def on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Do something on every rank, and return the results of all, in rank order, once all are done.
+
+    Raises: on every rank, the first UserError or OSError of any, so that none waits for a rank that gave up.
+    """
+    result: T | None = None
+    failure: UserError | OSError | None = None
+    try:
+        result = action()
+    except (UserError, OSError) as error:
+        failure = error
+    outcomes = gather_objects((result, failure), group)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [outcome for outcome, _ in outcomes]  # pyright: ignore[reportReturnType]  # None only where T is optional
+
+
+def on_rank_0(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Do something on rank 0 alone, and return its result, or raise its UserError or OSError, on every rank."""
+    return on_all_ranks(lambda: action() if rank() == 0 else None, group)[0]  # pyright: ignore[reportReturnType]  # as above
 
 
 def all_gather_rows(x: Tensor) -> Tensor:

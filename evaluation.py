@@ -28,7 +28,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from checkpoint import claim_output_dir
 from config import (
     COUNT,
     DEVICE,
@@ -50,7 +49,8 @@ from data import (
     worker_poll_s,
     workers_that_fit,
 )
-from distributed import all_gather_rows, barrier, broadcast_object, gather_objects, rank, session, world_size
+from distributed import all_gather_rows, barrier, broadcast_object, gather_objects, on_rank_0, rank, session, world_size
+from launch import claim_output_dir
 from pixels import log_pixels
 from sources import BadImageError, ImageDataset, ImageStream, make_dataset
 from utils import UserError, ending_in_words, git_revision, import_from_path, setup_logging, write_text_atomically
@@ -406,9 +406,7 @@ class Results:
         self.free_keys = cfg.free_keys
         self.about = about
         self.values: dict[str, Any] = {}
-        old = broadcast_object(self._open() if rank() == 0 else None)
-        if isinstance(old, UserError):
-            raise old
+        old = on_rank_0(self._open)
         if old is not None:
             self._check_same(old)
             self.values = old["results"]
@@ -416,24 +414,24 @@ class Results:
             self.about = old["about"] | about
             self._write()
 
-    def _open(self) -> dict[str, Any] | UserError | None:
-        """What an earlier run left. A mistake is returned, for all ranks to raise."""
+    def _open(self) -> dict[str, Any] | None:
+        """What an earlier run left, None if there was none."""
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            return UserError(
+            raise UserError(
                 f"output_dir={self.config['output_dir']} cannot be made: {error.strerror or error}; choose another one"
-            )
+            ) from error
         try:
             old = json.loads(self.path.read_text())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            return self._unreadable(str(error))
+            raise self._unreadable(str(error)) from error
         parts = [old.get(key) for key in ("results", "config", "about")] if isinstance(old, dict) else [None]
         whole = all(isinstance(part, dict) for part in parts)
         if not whole or not isinstance(old["about"].get("weights_sha256"), str):
-            return self._unreadable("it was not written by an evaluation")
+            raise self._unreadable("it was not written by an evaluation")
         return old
 
     def _unreadable(self, why: str) -> UserError:

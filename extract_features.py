@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from config import COUNT, DTYPE, MISSING, changed_keys, one_of, require
 from data import read_batches, worker_poll_s
-from distributed import barrier, broadcast_object, rank, world_size
+from distributed import barrier, on_rank_0, rank, world_size
 from evaluation import Evaluation, EvaluationConfig, Features, FrozenModel, Results, reader_processes
 from pixels import log_pixels
 from sources import BadImageError, ImageDataset, ImageStream, Sample, make_dataset
@@ -305,9 +305,7 @@ def extract_features(cfg: FeaturesConfig, model: FrozenModel, results: Results) 
     results.note(num_samples=size)
     results.note_data(dataset=dataset)
     made_of = results.identity()
-    mistake = broadcast_object(_check_shards(cfg, made_of) if rank() == 0 else None)
-    if mistake is not None:
-        raise mistake
+    on_rank_0(lambda: _check_shards(cfg, made_of))
     if isinstance(dataset, ImageStream):
         _extract_stream(cfg, model, dataset, made_of)
     else:
@@ -316,27 +314,23 @@ def extract_features(cfg: FeaturesConfig, model: FrozenModel, results: Results) 
     _summarise(cfg, results)
 
 
-def _check_shards(cfg: FeaturesConfig, made_of: dict[str, Any]) -> UserError | None:
-    """Make the folder. If it has shards of another model, other data or keys, the mistake, for all ranks to raise."""
+def _check_shards(cfg: FeaturesConfig, made_of: dict[str, Any]) -> None:
+    """Make the folder. Raises: UserError if it has shards of another model, of other data, or made with other keys."""
     try:
         _folder(cfg).mkdir(exist_ok=True)
     except OSError as error:
-        return UserError(f"{_folder(cfg)} cannot be made: {error.strerror or error}; move away what is there")
+        raise UserError(f"{_folder(cfg)} cannot be made: {error.strerror or error}; move away what is there") from error
     for path in sorted(_folder(cfg).iterdir()):
         if path.name.startswith(".") or path.suffix not in (".safetensors", ".parquet"):
             continue
-        try:
-            before = read_shard(path, only_notes=True).made_of
-        except UserError as error:
-            return error
+        before = read_shard(path, only_notes=True).made_of
         changed = changed_keys(before, made_of)
         if changed:
             what = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
-            return UserError(
+            raise UserError(
                 f"{path} has features of something else ({what if before else 'it does not say of what'}); choose "
                 f"another output_dir, or delete {_folder(cfg)} to extract them anew"
             )
-    return None
 
 
 def _loader(cfg: FeaturesConfig, data: Any, most_workers: int, **how: Any) -> DataLoader[Any]:

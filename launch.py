@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from config import LauncherConfig, is_one_line, require
-from utils import UserError, git_revision
+from utils import UserError, git_revision, lock_file, reason, writing_explained
 
 logger = logging.getLogger("launch")
 
@@ -158,6 +159,59 @@ class StopRequest:
 
         self._agreed = max_over_ranks(self._received)  # a signal that comes meanwhile counts the next time
         return self._agreed > 0
+
+
+# A run's folder.
+
+
+@contextlib.contextmanager
+def claim_output_dir(output_dir: str | Path, *, key: str = "train.output_dir") -> Iterator[Path]:
+    """Create `output_dir` and keep other runs out of it until the block ends; every rank calls it, rank 0 holds it.
+
+    The claim is a lock on `output_dir/.lock`, a file with the holder's name.
+
+    Args:
+        output_dir: folder of a training or an evaluation.
+        key: of the configuration that names it.
+
+    Raises: UserError if another run holds the folder (it says which), or if it cannot be created or written, also for
+        errors of that kind in the block.
+    """
+    from distributed import on_rank_0  # here, because submitting a job needs no torch
+
+    output_dir = Path(output_dir)
+    with contextlib.ExitStack() as claim:
+        try:
+            on_rank_0(lambda: _claim(output_dir, key, claim))
+        except OSError as error:
+            raise UserError(
+                f"{key}={str(output_dir)!r} cannot be written: {reason(error)}; choose another folder"
+            ) from error
+        with writing_explained(output_dir, key):
+            yield output_dir
+
+
+def _claim(output_dir: Path, key: str, claim: contextlib.ExitStack) -> None:
+    """Take the lock; `claim` gives it back when it is closed."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = output_dir / ".lock"
+    try:
+        descriptor = lock_file(lock, wait=False)
+    except BlockingIOError as error:
+        holder = lock.read_text(errors="replace").strip()
+        raise UserError(
+            f"{key}={str(output_dir)!r} is in use by another run ({holder or 'just starting'}); "
+            f"stop that run or choose another {key}"
+        ) from error
+    if descriptor is None:
+        logger.warning("%s is on a file system without locks: a second run in it will not be noticed", output_dir)
+        return
+    claim.callback(os.close, descriptor)
+    # A forked data worker shares the lock; were it to outlive this process, it would go on holding it.
+    os.register_at_fork(after_in_child=claim.close)
+    os.ftruncate(descriptor, 0)
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, started {started}\n".encode())
 
 
 # Requeue.

@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from checkpoint import Checkpoints, SavedState, claim_output_dir, export_weights, largest_magnitude
+from checkpoint import Checkpoints, SavedState, export_weights, largest_magnitude
 from config import CompileConfig, OptimConfig, TrainingConfig, build, changed_keys, to_yaml
 from data import (
     Batch,
@@ -47,7 +47,7 @@ from data import (
 from distributed import pick_device, rank, session, world_size
 from evals import EvalRuns, plan_evals
 from fsdp import Sharding, average_gradients_, parallelize
-from launch import StopRequest, requeue, was_requeued
+from launch import StopRequest, claim_output_dir, requeue, was_requeued
 from metrics import FiniteWatch, Metrics, Profile, Throughput
 from model import Attention, Block
 from optim import grad_norm

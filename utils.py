@@ -474,6 +474,51 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     fsync(path.parent)
 
 
+def hash_file(path: Path, algorithm: str = "sha256") -> str:
+    """The hash of a file's content in hexadecimal; `algorithm` is one of hashlib's, for detecting damage."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+
+
+NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def lock_file(path: Path, *, wait: bool = True) -> int | None:
+    """Lock a file, made if need be, against all other processes until the returned descriptor is closed.
+
+    The kernel takes the lock from a dead process, so nothing has to be cleaned up after a crash.
+
+    Args:
+        path: the file, whose content does not matter.
+        wait: whether to wait until no other process holds it.
+
+    Returns: the open file's descriptor; None where the system, or that file system, has no locks.
+    Raises: BlockingIOError if another process holds it and `wait` is False; OSError if the file cannot be made.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (ImportError, OSError) as error:
+        os.close(descriptor)
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS_HERE:
+            raise
+        return None
+    return descriptor
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Only one process at a time is in a block with this lock file; without locks (see `lock_file`) nobody waits."""
+    descriptor = lock_file(path)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def remove(path: Path) -> None:
     """Delete what has this name, if anything: a file, a folder with all in it, or a link but not what it points to."""
     if path.is_dir() and not path.is_symlink():

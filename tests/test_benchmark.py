@@ -18,8 +18,8 @@ from samples import encode, photo
 
 import benchmark
 import config
-from checkpoint import claim_output_dir
 from config import load_config
+from launch import claim_output_dir
 from sources import make_dataset
 from utils import UserError
 

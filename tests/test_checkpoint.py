@@ -13,7 +13,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -38,8 +37,9 @@ from torch.distributed.tensor import DTensor
 
 import checkpoint
 import eval_visualizations
-from checkpoint import Checkpoints, SavedState, check_compatible, claim_output_dir, export_weights
+from checkpoint import Checkpoints, SavedState, check_compatible, export_weights
 from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
+from launch import claim_output_dir
 from utils import UserError
 
 YAML = "model:\n  depth: 2\n"
@@ -1038,59 +1038,6 @@ def test_ranks_train_on_while_they_save(tmp_path):
     state = loaded.restore(checkpoints, checkpoints.directory / "step_000000002")
     assert (state.world_size, state.rank_extra) == (2, [{"rank": 0}, {"rank": 1}])
     assert_bitwise_equal(loaded.tensors(), torch.load(tmp_path / "expected.pth", weights_only=True))
-
-
-# The claim
-
-
-def hold(directory: str) -> None:
-    with claim_output_dir(directory):
-        worker = os.fork()
-        if worker:
-            sys.stdout.write(f"{worker}\n")
-            sys.stdout.flush()
-        signal.pause()
-
-
-def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
-    with start_python("hold", str(tmp_path)) as holder:
-        assert holder.stdout is not None
-        worker = int(holder.stdout.readline())
-        try:
-            with pytest.raises(UserError, match="is in use by another run") as caught, claim_output_dir(tmp_path):
-                pass
-            parts = (f"process {holder.pid}", socket.gethostname(), "started 20", f"train.output_dir={str(tmp_path)!r}")
-            assert all(part in str(caught.value) for part in parts)
-            holder.kill()
-            holder.wait(timeout=30)
-            with claim_output_dir(tmp_path):  # although a forked data worker of the dead run still lives
-                os.kill(worker, 0)
-        finally:
-            holder.kill()
-            os.kill(worker, signal.SIGKILL)
-
-
-def test_a_claim_ends_with_its_block(tmp_path):
-    for _ in range(2):
-        with claim_output_dir(tmp_path / "new" / "run") as directory:
-            assert directory.is_dir()
-            with pytest.raises(UserError, match=f"process {os.getpid()} "), claim_output_dir(directory):
-                pass
-
-
-def test_a_file_where_the_folder_should_be_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        message = r"train.output_dir=.*cannot be written: (File exists|Not a directory)"
-        with pytest.raises(UserError, match=message), claim_output_dir(path):
-            pass
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_write_permission_is_named(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot be written: Permission denied"), claim_output_dir(tmp_path / "run"):
-        pass
 
 
 # Configurations

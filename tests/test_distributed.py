@@ -177,6 +177,31 @@ def test_reductions_of_one_process():
     assert distributed.any_rank(True)
 
 
+def fail_on_rank(number: int, error: Exception):
+    def act() -> str:
+        if distributed.rank() == number:
+            raise error
+        return f"result of rank {distributed.rank()}"
+
+    results = []
+    for do in (distributed.on_all_ranks, distributed.on_rank_0):
+        try:
+            results.append(do(act))
+        except (UserError, OSError) as raised:
+            results.append((type(raised), str(raised)))
+    return results
+
+
+@pytest.mark.parametrize("error", [UserError("a mistake"), FileNotFoundError(2, "No such file", "x")], ids=repr)
+def test_what_one_rank_raises_is_raised_on_all(error):
+    raised = (type(error), str(error))
+    assert run_on_ranks(fail_on_rank, 2, 1, error) == [[raised, "result of rank 0"]] * 2
+    assert run_on_ranks(fail_on_rank, 2, 0, error) == [[raised, raised]] * 2
+    nowhere = ["result of rank 0", "result of rank 1"]
+    assert run_on_ranks(fail_on_rank, 2, 7, error) == [[nowhere, nowhere[0]]] * 2
+    assert fail_on_rank(0, error) == [raised, raised]
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_rank_without_peers_gives_up_and_says_where_it_looked(monkeypatch, rank):
     with session("cpu") as device:

@@ -1,5 +1,6 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from ranks import run_on_ranks
 import distributed
 import launch
 from config import LauncherConfig
-from launch import HOLD_SIGNALS, Job, StopRequest, copy_code, requeue, was_requeued
+from launch import HOLD_SIGNALS, Job, StopRequest, claim_output_dir, copy_code, requeue, was_requeued
 from speed.compiling import kept_compilations
 from utils import UserError
 
@@ -124,6 +125,62 @@ esac
 
 RUNNING = "JobId=7 JobState=RUNNING Reason=None Requeue=1 Restarts=1 BatchFlag=1 PreemptTime=None Command=/a b"
 PREEMPTED = RUNNING.replace("PreemptTime=None", "PreemptTime=2025-01-01T00:00:00")
+
+
+# A run's folder.
+
+
+def hold(directory: str) -> None:
+    with claim_output_dir(directory):
+        worker = os.fork()
+        if worker:
+            sys.stdout.write(f"{worker}\n")
+            sys.stdout.flush()
+        signal.pause()
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
+    code = "import sys, test_launch; test_launch.hold(sys.argv[1])"
+    environ = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as holder:
+        assert holder.stdout is not None
+        worker = int(holder.stdout.readline())
+        try:
+            with pytest.raises(UserError, match="is in use by another run") as caught, claim_output_dir(tmp_path):
+                pass
+            parts = (f"process {holder.pid}", socket.gethostname(), "started 20", f"train.output_dir={str(tmp_path)!r}")
+            assert all(part in str(caught.value) for part in parts)
+            holder.kill()
+            holder.wait(timeout=30)
+            with claim_output_dir(tmp_path):  # although a forked data worker of the dead run still lives
+                os.kill(worker, 0)
+        finally:
+            holder.kill()
+            os.kill(worker, signal.SIGKILL)
+
+
+def test_a_claim_ends_with_its_block(tmp_path):
+    for _ in range(2):
+        with claim_output_dir(tmp_path / "new" / "run") as directory:
+            assert directory.is_dir()
+            with pytest.raises(UserError, match=f"process {os.getpid()} "), claim_output_dir(directory):
+                pass
+
+
+def test_a_file_where_the_folder_should_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        message = r"train.output_dir=.*cannot be written: (File exists|Not a directory)"
+        with pytest.raises(UserError, match=message), claim_output_dir(path):
+            pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot be written: Permission denied"), claim_output_dir(tmp_path / "run"):
+        pass
 
 
 @pytest.fixture

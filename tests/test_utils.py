@@ -232,7 +232,7 @@ def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path: Path):
         f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
         "from utils import command_line\n"
         "with command_line('doc', __name__): pass\n"
-        "print('rank', os.environ['RANK'], flush=True)\n"
+        "os.write(1, f'rank {os.environ[\"RANK\"]}\\n'.encode())\n"  # in one piece: the ranks share the pipe
         "time.sleep(600)\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
