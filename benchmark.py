@@ -17,13 +17,10 @@ with command_line(__doc__, __name__) as parser:
     add_sources(parser)
 
 import ast
-import hashlib
 import inspect
 import json
 import logging
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -45,7 +42,6 @@ from config import (
     LauncherConfig,
     changed_keys,
     check_evaluation,
-    dump_yaml,
     find_file,
     load_config,
     merge,
@@ -55,10 +51,10 @@ from config import (
     require_one_of,
 )
 from evaluation import SPEED_KEYS, check_same_data, choose_output_dir, find_loader, hash_loader, model_name
-from launch import ROOT, Job, claim_output_dir, job_state
+from launch import ROOT, ScriptRun, Status, SubmittedJob, claim_output_dir
 from report import check_entry, check_run, read_results, text_table, write_report
 from sources import did_you_mean, is_folder, make_dataset
-from utils import UserError, ended_with_block, ending_in_words, setup_logging, start_python, write_text_atomically
+from utils import UserError, ended_with_block, ending_in_words, hash_file, setup_logging, write_text_atomically
 
 logger = logging.getLogger("benchmark")
 
@@ -154,25 +150,13 @@ class BenchmarkConfig:
 # --------------------------------------------------------------------------------------------- what is to be done
 
 
-@dataclass(frozen=True)
-class Task:
-    """One evaluation of one model."""
+@dataclass(kw_only=True)
+class Task(ScriptRun):
+    """One evaluation of one model, whose results are in its folder too."""
 
     name: str
     is_random: bool
-    script: Path
-    config: dict[str, Any]
     weights_file_sha256: str | None
-
-    @property
-    def title(self) -> str:
-        """For messages."""
-        return f"{self.name}, random initialisation" if self.is_random else self.name
-
-    @property
-    def folder(self) -> Path:
-        """Where it writes."""
-        return Path(self.config["output_dir"])
 
     def request(self) -> dict[str, Any]:
         """All that determines the results."""
@@ -191,8 +175,9 @@ class Task:
                 raise UserError(f"{path} was not written by benchmark.py; delete it to evaluate anew")
         return state
 
-    def write_state(self, **state: Any) -> None:
-        """Replace it."""
+    def write_state(self) -> None:
+        """Note, for later runs, what is asked for in this folder, and the job that does it."""
+        state = {"request": self.request()} | ({"job": self.job._asdict()} if self.job else {})
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self.folder / STATE, json.dumps(state, indent=2) + "\n")
 
@@ -334,8 +319,7 @@ def plan(cfg: BenchmarkConfig) -> list[Task]:
     sha256 = None
     if weights is not None and "://" not in str(weights):
         try:
-            with Path(weights).open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sha256 = hash_file(Path(weights))
         except OSError as error:
             raise UserError(f"pretrained_weights={weights}: cannot be read: {error.strerror}") from error
     if cfg.random_baseline:
@@ -351,7 +335,17 @@ def plan(cfg: BenchmarkConfig) -> list[Task]:
             keys = {key: value for key, value in entry.items() if key != "file"}
             folder = Path(cfg.output_dir, "random", name) if is_random else Path(cfg.output_dir, name)
             config = {"model_path": cfg.model_path, "model_loader_kwargs": loader_kwargs, "output_dir": str(folder)}
-            tasks.append(Task(name, is_random, scripts[name], passed_on | keys | config, None if is_random else sha256))
+            tasks.append(
+                Task(
+                    title=f"{name}, random initialisation" if is_random else name,
+                    script=scripts[name],
+                    config=passed_on | keys | config,
+                    folder=folder,
+                    name=name,
+                    is_random=is_random,
+                    weights_file_sha256=None if is_random else sha256,
+                )
+            )
     return tasks
 
 
@@ -377,73 +371,40 @@ def without_weights(loader_kwargs: Mapping[str, Any], parameters: Sequence[str])
 # ---------------------------------------------------------------------------------------------------- doing it
 
 
-@dataclass(frozen=True)
-class Status:
-    """How a task stands."""
-
-    word: str
-    """done, running, failed or left out."""
-    message: str = ""
-    log: str | None = None
-
-
 def run_here(task: Task, nproc_per_node: int) -> Status:
-    """Run the script in processes of its own, so that its memory is free afterwards; output also goes to log.txt."""
-    task.write_state(request=task.request())
-    config, log = task.folder / "config.yaml", task.folder / "log.txt"
-    config.write_text(dump_yaml(task.config))
-    log.write_text("")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}"]
-    command = [*(launcher if nproc_per_node > 1 else []), str(task.script), str(config)]
-    logger.info("%s: python %s", task.title, " ".join(command))
+    """Run the script and wait for it; what it says goes to stderr and log.txt."""
+    task.write_state()
     with (
-        log.open("w") as file,
-        start_python(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process,
+        task.log.open("w") as log,
+        task.start(nproc_per_node, stdout=subprocess.PIPE, text=True, errors="replace") as process,
         ended_with_block(process),
     ):
         assert process.stdout is not None
         for line in process.stdout:
-            file.write(line)
-            file.flush()
+            log.write(line)
+            log.flush()
             sys.stderr.write(f"    {line}")
-    if process.returncode == 0:
-        return Status("done", log=str(log))
-    logger.error("%s failed, see %s", task.title, log)
-    return Status("failed", f"{_how_it_ended(process.returncode)}: {_reason(log)} (log: {log})", str(log))
-
-
-def _how_it_ended(code: int) -> str:
-    if code == -signal.SIGKILL:
-        return "killed, perhaps because memory ran out"
-    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def _reason(log: Path) -> str:
-    """The line of a log that says what went wrong."""
-    lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"(\[rank\d+\]: ?)?([\w.]*Error|error):? ", line)]
-    return [*lines[-1:], *errors[-1:]][-1] if lines else "it said nothing."
+    status = task.status()
+    if status.word == "failed":
+        logger.error("%s failed, see %s", task.title, task.log)
+    return status
 
 
 def run_on_slurm(task: Task, launcher: LauncherConfig, *, retry: bool) -> Status:
     """Submit the script unless it was before, and say how the job stands."""
-    job = (task.state() or {}).get("job")
-    if job is not None:
-        where = f"Slurm job {job['number']}, log {job['log']}"
-        state = job_state(job["number"])
-        if state is not None:
-            return Status("running", f"{where}: {state.lower()}. The same command collects it later.", job["log"])
-        if task.is_done():  # in the moment between two looks
-            return Status("done", log=job["log"])
-        if not retry:
-            return Status("failed", f"{where}: ended without finishing; retry=true submits it again.", job["log"])
-    request = task.request()
-    task.write_state(request=request)
-    config_yaml = dump_yaml(task.config)
-    number, log = Job(task.script, config_yaml, task.folder, launcher).submit()
-    task.write_state(request=request, job={"number": number, "log": str(log)})
-    logger.info("%s: submitted job %s; its output: %s", task.title, number, log)
-    return Status("running", f"Slurm job {number}, log {log}: submitted. The same command collects it later.", str(log))
+    noted = (task.state() or {}).get("job")
+    task.job = SubmittedJob(noted["number"], noted["log"]) if noted else None
+    status = task.status()
+    if status.word == "failed" and not retry:
+        return replace(status, message=f"{status.message}; retry=true submits it again.")
+    if status.word in ("not started", "failed"):
+        task.job = None
+        task.write_state()
+        status = task.submit(launcher)
+        task.write_state()
+    if status.word == "running":
+        return replace(status, message=f"{status.message}. The same command collects it later.")
+    return status
 
 
 def check_slurm(tasks: Sequence[Task]) -> None:

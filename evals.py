@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from config import EvalConfig, LauncherConfig, chosen_evals, dump_yaml
-from distributed import any_rank, broadcast_object, rank
-from launch import ROOT, Job, StopRequest, job_state
+from distributed import any_rank, broadcast_object, on_rank_0, rank
+from launch import ROOT, ScriptRun, StopRequest, SubmittedJob
 from metrics import Metrics, read_metrics
 from report import read_results, score_rows
 from sources import is_on_disk
-from utils import UserError, due, end_process, remove, start_python, write_text_atomically
+from utils import UserError, due, end_process, remove
 
 logger = logging.getLogger("evals")
 
@@ -32,51 +32,36 @@ OF_RANKS = re.compile(r"RANK$|^LOCAL_|^GROUP_|^ROLE_|^WORLD_SIZE$|^MASTER_|^TORC
 """Environment variables by which an evaluation would take itself for a rank of the training."""
 
 
-@dataclass
-class _Launched:
-    """One evaluation set at one step, on rank 0."""
+@dataclass(kw_only=True)
+class _EvalRun(ScriptRun):
+    """One evaluation set at one step, on rank 0: benchmark.py on exported weights."""
 
     name: str
     step: int
-    folder: Path
-    process: subprocess.Popen[bytes] | None = None
 
     @property
     def weights(self) -> Path:
         return self.folder / "weights.pth"
 
     @property
-    def log(self) -> Path:
-        return self.folder / "log.txt"
-
-    @property
     def job_file(self) -> Path:
         return self.folder / "slurm_job"
 
-    def is_complete(self) -> bool:
+    def is_done(self) -> bool:
         """Whether benchmark.py came to its end, where it writes the report."""
         return (self.folder / "results" / "report.html").is_file()
 
-    def is_queued(self) -> bool:
-        """Whether it is a Slurm job that waits or runs."""
-        if not self.job_file.is_file():
-            return False
-        try:
-            return job_state(self.job_file.read_text()) is not None
-        except UserError as error:  # the run may go on where there is no Slurm
-            logger.warning("whether %s still runs as a Slurm job is unknown, so it starts anew: %s", self.folder, error)
-            return False
-
-    def is_running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+    def is_over(self) -> bool:
+        """Whether it ended; of a job, whether it came to its end, since Slurm is not to be asked at every step."""
+        return self.is_done() if self.process is None else self.process.poll() is not None
 
 
 def plan_evals(
     evals: Mapping[str, EvalConfig | None] | None,
-) -> tuple[dict[str, EvalConfig], list[str]] | UserError:
+) -> tuple[dict[str, EvalConfig], list[str]]:
     """The sets that are evaluated, without what would have to download data and may not, and a line for people on each.
 
-    A mistake in the URL of a data set is returned, for all ranks to raise.
+    Raises: UserError for a mistake in the URL of a data set.
     """
     kept: dict[str, EvalConfig] = {}
     lines = []
@@ -84,10 +69,7 @@ def plan_evals(
         if cfg is None:
             continue
         entries = chosen_evals(cfg.eval_config)
-        try:
-            missing = {} if cfg.download else {each: urls for each in entries if (urls := _not_here(entries[each]))}
-        except UserError as error:
-            return error
+        missing = {} if cfg.download else {each: urls for each in entries if (urls := _not_here(entries[each]))}
         chosen = {each: keys for each, keys in cfg.eval_config.items() if each not in missing}
         if chosen or not entries:
             kept[name] = replace(cfg, eval_config=chosen)
@@ -134,32 +116,24 @@ class EvalRuns:
         kept_step: int,
     ) -> None:
         self.output_dir, self.device = output_dir, device
-        planned: Any = broadcast_object(plan_evals(evals) if rank() == 0 else None)
-        if isinstance(planned, UserError):
-            raise planned
-        self.evals, lines = planned
+        self.evals, lines = on_rank_0(lambda: plan_evals(evals))
         """What is evaluated, the same on all ranks: by the data that rank 0 sees."""
         for line in lines:
             logger.info(line)
         self.launcher = replace(
             launcher, num_nodes=1, tasks_per_node=1, gpus_per_node=min(1, launcher.gpus_per_node), signal_delay_s=60
         )
-        self.pending: list[_Launched] = []
+        self.pending: list[_EvalRun] = []
         known: set[tuple[str, int]] = set()
         if rank() == 0:
-            for launched, is_over in self._earlier(kept_step):
-                known.add((launched.name, launched.step))
-                if is_over:
-                    continue
-                if launched.is_complete() or launched.is_queued():
-                    self.pending.append(launched)
-                else:
-                    logger.info("evals.%s of step %d was not finished; it starts anew", launched.name, launched.step)
-                    self._start(launched)
+            for run, is_settled in self._earlier(kept_step):
+                known.add((run.name, run.step))
+                if not is_settled:
+                    self._take_up(run)
         self.known = broadcast_object(known)
         """Sets and steps that have been launched, by this process or before."""
 
-    def _earlier(self, kept_step: int) -> Iterator[tuple[_Launched, bool]]:
+    def _earlier(self, kept_step: int) -> Iterator[tuple[_EvalRun, bool]]:
         """Launches of earlier processes up to a step, and whether they landed in the metrics or failed."""
         path = self.output_dir / "metrics.jsonl"
         recorded = {
@@ -170,10 +144,25 @@ class EvalRuns:
         }
         for name in self.evals:
             for folder in sorted((self.output_dir / "evals" / name).glob("step_" + "[0-9]" * 9)):
-                launched = _Launched(name, int(folder.name.removeprefix("step_")), folder)
-                is_over = (name, launched.step) in recorded or (folder / "failed").exists()
-                if launched.step <= kept_step and (is_over or launched.weights.is_file()):
-                    yield launched, is_over
+                run = self._run(name, int(folder.name.removeprefix("step_")))
+                is_settled = (name, run.step) in recorded or (folder / "failed").exists()
+                if run.step <= kept_step and (is_settled or run.weights.is_file()):
+                    yield run, is_settled
+
+    def _take_up(self, run: _EvalRun) -> None:
+        """Wait for what an earlier process launched, if it is done or still a job of Slurm's; else launch it anew."""
+        if run.job_file.is_file():
+            run.job = SubmittedJob(run.job_file.read_text(), "")
+        try:
+            is_under_way = run.is_done() or run.status().word in ("running", "done")
+        except UserError as error:  # the run may go on where there is no Slurm
+            logger.warning("whether %s still runs as a Slurm job is unknown, so it starts anew: %s", run.folder, error)
+            is_under_way = False
+        if is_under_way:
+            self.pending.append(run)
+        else:
+            logger.info("%s was not finished; it starts anew", run.title)
+            self._start(run)
 
     def launch_due(
         self, step: int, export: Callable[[str, Path], None], stop: StopRequest, *, final: bool = False
@@ -182,23 +171,24 @@ class EvalRuns:
 
         Args:
             step: finished updates.
-            export: writes `student` or `student_ema` to a path; every rank calls it.
+            export: writes the weights of a module, by the name that `model_to_eval` has for it, to a path; every rank
+                calls it.
             stop: ends the wait for an `inline` set.
             final: whether it was the last update.
         """
         for name in self._due(step, final=final):
             cfg = self.evals[name]
             self.known.add((name, step))
-            launched = _Launched(name, step, self.output_dir / "evals" / name / f"step_{step:09d}")
+            run = self._run(name, step)
             if rank() == 0:
-                _make_anew(launched.folder, self.output_dir)
+                _make_anew(run.folder, self.output_dir)
             try:
-                export(cfg.model_to_eval, launched.weights)
+                export(cfg.model_to_eval, run.weights)
             except UserError as error:  # a full disk, for example: on all ranks alike
-                logger.warning("evals.%s of step %d is left out: %s", name, step, error)
+                logger.warning("%s is left out: %s", run.title, error)
                 continue
             if rank() == 0:
-                self._start(launched)
+                self._start(run)
             if cfg.where == "inline":
                 self.wait(stop, only=name)
 
@@ -213,66 +203,57 @@ class EvalRuns:
             if (due(step, cfg.period) or (final and cfg.final)) and (name, step) not in self.known
         ]
 
-    def _start(self, launched: _Launched) -> None:
-        cfg = self.evals[launched.name]
-        try:
-            (launched.folder / "failed").unlink(missing_ok=True)
-            (launched.folder / "evals.yaml").write_text(dump_yaml(chosen_evals(cfg.eval_config)))
-            if self._where(cfg) == "slurm":
-                request = self._request(launched, cfg, device="auto")
-                job = Job(ROOT / "benchmark.py", dump_yaml(request), launched.folder, self.launcher)
-                number, log = job.submit()
-                launched.job_file.write_text(number)
-                logger.info("evals.%s of step %d is Slurm job %s, log %s", launched.name, launched.step, number, log)
-            else:
-                request = self._request(launched, cfg, device=self.device)
-                write_text_atomically(launched.folder / "config.yaml", dump_yaml(request))
-                command = [str(ROOT / "benchmark.py"), str(launched.folder / "config.yaml")]
-                environment = {key: value for key, value in os.environ.items() if not OF_RANKS.search(key)}
-                with launched.log.open("ab") as log:
-                    # In a session of its own: Ctrl-C is for the training, which ends this one in its own time.
-                    launched.process = start_python(
-                        command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment,
-                        start_new_session=True,
-                    )  # fmt: skip
-                logger.info("evals.%s of step %d started, log %s", launched.name, launched.step, launched.log)
-        except (OSError, UserError) as error:
-            self._fail(launched, str(error))
-            return
-        self.pending.append(launched)
-
-    def _where(self, cfg: EvalConfig) -> str:
-        return ("slurm" if "SLURM_JOB_ID" in os.environ else "process") if cfg.where == "auto" else cfg.where
-
-    def _request(self, launched: _Launched, cfg: EvalConfig, *, device: str) -> dict[str, Any]:
-        folder = launched.folder.absolute()
-        return {
-            "output_dir": str(folder / "results"),
-            "model_path": cfg.model_setup_script,
-            "model_loader_kwargs": {"pretrained_weights": str(launched.weights.absolute())},
-            "evals_config_path": str(folder / "evals.yaml"),
-            "name": f"{self.output_dir.absolute().name}, step {launched.step}",
+    def _run(self, name: str, step: int) -> _EvalRun:
+        folder = self.output_dir / "evals" / name / f"step_{step:09d}"
+        config = {
+            "output_dir": str(folder.absolute() / "results"),
+            "model_path": self.evals[name].model_setup_script,
+            "model_loader_kwargs": {"pretrained_weights": str(folder.absolute() / "weights.pth")},
+            "evals_config_path": str(folder.absolute() / "evals.yaml"),
+            "name": f"{self.output_dir.absolute().name}, step {step}",
             "random_baseline": False,
             "run_dir": str(self.output_dir.absolute()),
-            "device": device,
+            "device": "auto" if self._is_for_slurm(name) else self.device,
         }
+        title, script = f"evals.{name} of step {step}", ROOT / "benchmark.py"
+        return _EvalRun(title=title, script=script, config=config, folder=folder, name=name, step=step)
+
+    def _is_for_slurm(self, name: str) -> bool:
+        where = self.evals[name].where
+        return where == "slurm" or (where == "auto" and "SLURM_JOB_ID" in os.environ)
+
+    def _start(self, run: _EvalRun) -> None:
+        try:
+            (run.folder / "failed").unlink(missing_ok=True)
+            (run.folder / "evals.yaml").write_text(dump_yaml(chosen_evals(self.evals[run.name].eval_config)))
+            if self._is_for_slurm(run.name):
+                run.submit(self.launcher)
+                assert run.job is not None
+                run.job_file.write_text(run.job.number)
+            else:
+                environment = {key: value for key, value in os.environ.items() if not OF_RANKS.search(key)}
+                with run.log.open("ab") as log:
+                    # In a session of its own: Ctrl-C is for the training, which ends this one in its own time.
+                    run.start(stdout=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+        except (OSError, UserError) as error:
+            self._fail(run, str(error))
+            return
+        self.pending.append(run)
 
     def finished(self) -> list[tuple[int, dict[str, float]]]:
         """On rank 0, the step and the scores of every launch that has ended since the last call."""
         landed = []
-        for launched in list(self.pending):
-            if launched.is_running() or (launched.process is None and not launched.is_complete()):
-                continue
-            self.pending.remove(launched)
-            scores = self._read(launched, launched.folder / "results" / "results.json")
-            code = launched.process.returncode if launched.process is not None else 0
-            if code != 0 or not scores:
-                why = f"exit code {code}" if code else "no scores"
-                self._fail(launched, f"{why}, see {launched.log if launched.process else launched.folder}")
+        for run in [run for run in self.pending if run.is_over()]:
+            self.pending.remove(run)
+            scores = self._read(run)
+            if run.process is not None and run.process.returncode != 0:
+                self._fail(run, run.status().message)
+            elif not scores:
+                self._fail(run, f"no scores, see {run.log if run.process else run.folder}")
             else:
-                launched.weights.unlink(missing_ok=True)  # the checkpoint has them
+                run.weights.unlink(missing_ok=True)  # the checkpoint has them
             if scores:
-                landed.append((launched.step, scores))
+                landed.append((run.step, scores))
         return landed
 
     def record(self, meters: Metrics, step: int) -> None:
@@ -280,32 +261,32 @@ class EvalRuns:
         for eval_step, scores in self.finished():
             meters.append(step, {**scores, "eval_step": eval_step})
 
-    def _read(self, launched: _Launched, results: Path) -> dict[str, float]:
+    def _read(self, run: _EvalRun) -> dict[str, float]:
         try:
-            rows = score_rows(read_results(results))
+            rows = score_rows(read_results(run.folder / "results" / "results.json"))
         except UserError:
             return {}
         scores = {
-            f"eval/{launched.name}/{row.evaluation}/{row.method}/{row.metric}": row.values[0]
+            f"eval/{run.name}/{row.evaluation}/{row.method}/{row.metric}": row.values[0]
             for row in rows
             if row.values[0] is not None
         }
         for name, value in scores.items():
-            logger.info("step %d  %s  %.4f", launched.step, name, value)
+            logger.info("step %d  %s  %.4f", run.step, name, value)
         return scores
 
-    def _fail(self, launched: _Launched, why: str) -> None:
-        logger.warning("evals.%s of step %d failed, training goes on: %s", launched.name, launched.step, why)
+    def _fail(self, run: _EvalRun, why: str) -> None:
+        logger.warning("%s failed, training goes on: %s", run.title, why)
         try:
-            if launched.folder.is_dir():
-                (launched.folder / "failed").write_text(why + "\n")
+            if run.folder.is_dir():
+                (run.folder / "failed").write_text(why + "\n")
         except OSError as error:  # the disk is full, which may be why it failed
-            logger.warning("%s could not be marked as failed, and may start anew: %s", launched.folder, error)
+            logger.warning("%s could not be marked as failed, and may start anew: %s", run.folder, error)
 
     def wait(self, stop: StopRequest, only: str | None = None) -> None:
         """Wait for the processes on this machine, all or those of one set, or until the training is to stop."""
         while not stop.agreed():
-            running = [each for each in self.pending if each.is_running() and only in (None, each.name)]
+            running = [run for run in self._processes() if only in (None, run.name)]
             # A collective each time, so that no rank waits for longer than its timeout allows.
             if not any_rank(bool(running)):
                 return
@@ -313,10 +294,13 @@ class EvalRuns:
 
     def close(self) -> None:
         """End what still runs on this machine; it starts anew when the run continues."""
-        for launched in self.pending:
-            if launched.process is not None and launched.is_running():
-                logger.info("evals.%s of step %d is ended; it starts anew with the run", launched.name, launched.step)
-                end_process(launched.process, group=True)
+        for run in self._processes():
+            assert run.process is not None
+            logger.info("%s is ended; it starts anew with the run", run.title)
+            end_process(run.process, group=True)
+
+    def _processes(self) -> list[_EvalRun]:
+        return [run for run in self.pending if run.process is not None and not run.is_over()]
 
 
 def _make_anew(folder: Path, output_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""How a run starts on a Slurm cluster, how it is asked to stop, and how it gets back into the queue.
+"""How a script starts, here or on a Slurm cluster, how it stands, is asked to stop, and gets back into the queue.
 
 A job is one `srun` of a training script, one task per GPU, from a copy of the code. Slurm asks it to stop with SIGUSR2
 some time before its limit, and with SIGTERM when a more urgent job needs the nodes. The ranks agree on that between two
@@ -21,10 +21,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from config import LauncherConfig, is_one_line, require
-from utils import UserError, git_revision, lock_file, reason, writing_explained
+from config import LauncherConfig, dump_yaml, is_one_line, require
+from utils import (
+    UserError,
+    git_revision,
+    lock_file,
+    reason,
+    start_python,
+    write_text_atomically,
+    writing_explained,
+)
 
 logger = logging.getLogger("launch")
 
@@ -414,18 +422,6 @@ class Job:
         return executor
 
 
-def job_state(number: str) -> str | None:
-    """The state of a Slurm job such as PENDING, None if it is not in the queue any more."""
-    command = ["squeue", "--noheader", "--format=%T", f"--jobs={number}"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"squeue does not answer ({error}); try again later") from error
-    if done.returncode != 0 and "Invalid job id" not in done.stderr:
-        raise UserError(f"squeue does not answer ({done.stderr.strip()}); try again later")
-    return done.stdout.strip() or None
-
-
 def copy_code(destination: Path, *, leave_out: Path | None = None) -> None:
     """Copy this repository: what git tracks, and new files that it does not ignore; in a copy without git, the modules.
 
@@ -465,3 +461,126 @@ def _code_files() -> list[tuple[Path, bool]]:
         return [(path, True) for path in tracked] + [(path, False) for path in untracked]
     patterns = ("*.py", "*.yaml", "configs/**/*.yaml", "baselines/*.py", "speed/*.py")
     return [(path.relative_to(ROOT), True) for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+
+
+# A script that runs here or as a job, and how it stands.
+
+
+class SubmittedJob(NamedTuple):
+    """A job that Slurm has taken."""
+
+    number: str
+    """Slurm's name for it."""
+    log: str
+    """Path of the output of its rank 0."""
+
+    def __str__(self) -> str:
+        """As messages have it."""
+        return f"Slurm job {self.number}, log {self.log}"
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a script stands."""
+
+    word: str
+    """`not started`, `running`, `done` or `failed`; benchmark.py adds `left out`."""
+    message: str = ""
+    """For people: why it failed, or where it runs."""
+    log: str | None = None
+    """Path of its output."""
+
+
+@dataclass(kw_only=True)
+class ScriptRun:
+    """A script with its configuration, in processes of this machine or as a Slurm job, and how it stands.
+
+    Its folder has `config.yaml` and `log.txt` of the processes, or `jobs/` of Slurm (see `Job`). A job outlives the
+    process that submitted it: who comes later sets `job` to what was noted then. Processes here end with the one that
+    started them.
+    """
+
+    title: str
+    """What messages call it."""
+    script: Path
+    config: dict[str, Any]
+    folder: Path
+    job: SubmittedJob | None = None
+    process: "subprocess.Popen[Any] | None" = None
+
+    def is_done(self) -> bool:
+        """Whether the script came to its end, as far as what it wrote tells."""
+        raise NotImplementedError
+
+    @property
+    def log(self) -> Path:
+        """Output of the processes of this machine."""
+        return self.folder / "log.txt"
+
+    def start(self, nproc_per_node: int = 1, **options: Any) -> "subprocess.Popen[Any]":
+        """Start the script on this machine, in processes of its own, so that its memory is free afterwards.
+
+        Args:
+            nproc_per_node: processes; torchrun starts them if there are several.
+            options: of `subprocess.Popen`; among them where stdout goes, of which `log` should have a copy.
+        """
+        config = self.folder / "config.yaml"
+        write_text_atomically(config, dump_yaml(self.config))
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}"]
+        command = [*(torchrun if nproc_per_node > 1 else []), str(self.script), str(config)]
+        logger.info("%s: python %s", self.title, " ".join(command))
+        self.job, self.process = None, start_python(command, stderr=subprocess.STDOUT, **options)
+        return self.process
+
+    def submit(self, launcher: LauncherConfig) -> Status:
+        """Submit the script as a job of this size. Raises: UserError if Slurm refuses."""
+        number, log = Job(self.script, dump_yaml(self.config), self.folder, launcher).submit()
+        self.job, self.process = SubmittedJob(number, str(log)), None
+        logger.info("%s is Slurm job %s, log %s", self.title, number, log)
+        return Status("running", f"{self.job}: submitted", self.job.log)
+
+    def status(self) -> Status:
+        """How it stands at this moment; of a job, Slurm is asked. Raises: UserError if Slurm does not answer."""
+        if self.process is not None:
+            code, log = self.process.poll(), str(self.log)
+            if code is None:
+                return Status("running", f"process {self.process.pid}, log {log}", log)
+            if code == 0:
+                return Status("done", log=log)
+            return Status("failed", f"{_how_it_ended(code)}: {_last_error(self.log)} (log: {log})", log)
+        if self.job is None:
+            return Status("done" if self.is_done() else "not started")
+        state = job_state(self.job.number)
+        if state is not None:
+            return Status("running", f"{self.job}: {state.lower()}", self.job.log)
+        if self.is_done():
+            return Status("done", log=self.job.log)
+        return Status("failed", f"{self.job}: ended without finishing", self.job.log)
+
+
+def _how_it_ended(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "killed, perhaps because memory ran out"
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _last_error(log: Path) -> str:
+    """The line of a log that says what went wrong, of several ranks that of the script and not of torchrun."""
+    try:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError as error:
+        return f"what it said cannot be read: {reason(error)}"
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]: ?)?([\w.]*Error|error):? ", line)]
+    return [*lines[-1:], *errors[-1:]][-1] if lines else "it said nothing."
+
+
+def job_state(number: str) -> str | None:
+    """The state of a Slurm job such as PENDING, None if it is not in the queue any more."""
+    command = ["squeue", "--noheader", "--format=%T", f"--jobs={number}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"squeue does not answer ({error}); try again later") from error
+    if done.returncode != 0 and "Invalid job id" not in done.stderr:
+        raise UserError(f"squeue does not answer ({done.stderr.strip()}); try again later")
+    return done.stdout.strip() or None

@@ -737,9 +737,6 @@ def describe(
     with make_loader(rank=0, world_size=1, position=None, pin_memory=False, bad_files_path=None) as loader:
         loader.check_shared_memory()
         images, pixels = loader.describe(), sample_pixels(loader.dataset)
-    planned = plan_evals(cfg.evals)
-    if isinstance(planned, UserError):
-        raise planned
     lines = [
         f"data         {images}",
         *(f"pixels       {line}" for line in pixels.lines()),
@@ -749,7 +746,7 @@ def describe(
         f"device       {device}, {cfg.efficiency.param_dtype}",
         *costs,
         *schedule,
-        *(f"evaluation   {line}" for line in planned[1]),
+        *(f"evaluation   {line}" for line in plan_evals(cfg.evals)[1]),
         *(f"warning      {warning}" for warning in [*pixels.warnings(), *warnings]),
     ]
     return "\n".join(lines) + "\n"

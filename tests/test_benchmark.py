@@ -469,16 +469,6 @@ def test_a_killed_script_is_a_failure(here, capsys):
     assert "one: failed. killed, perhaps because memory ran out: it begins" in capsys.readouterr().out
 
 
-def test_the_reason_of_several_ranks_is_that_of_the_script(tmp_path):
-    log = tmp_path / "log.txt"
-    log.write_text("ok\n[rank1]: ValueError: too small\n[rank1]: more\nx.ChildFailedError: \n=====\n")
-    assert benchmark._reason(log) == "[rank1]: ValueError: too small"
-    log.write_text("first\nlast\n")
-    assert benchmark._reason(log) == "last"
-    log.write_text("")
-    assert benchmark._reason(log) == "it said nothing."
-
-
 @pytest.mark.slow
 def test_with_several_processes_torchrun_starts_them(here):
     assert benchmark.main([*NO_RANDOM, "evals.two=null", "nproc_per_node=2"]) == 0

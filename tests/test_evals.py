@@ -122,7 +122,7 @@ def test_what_did_not_land_before_a_kill_starts_anew(finished, place, tmp_path, 
     # It was a Slurm job, and the run goes on where there is no Slurm to ask about it.
     (run / "evals" / "last" / "step_000000006" / "slurm_job").write_text("17")
     (run / "evals" / "last" / "step_000000006" / "results" / "report.html").unlink()
-    monkeypatch.setattr("evals.job_state", no_slurm)
+    monkeypatch.setattr("launch.job_state", no_slurm)
     assert run_main(command(place, place / "config.yaml", run, "optim.batch_size_per_gpu=4")) == 0
     again = [record for record in eval_records(run) if "eval/last/fake/sum/top1" in record]
     assert again == [json.loads(line) for line in lost]

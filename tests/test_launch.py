@@ -14,7 +14,18 @@ from ranks import run_on_ranks
 import distributed
 import launch
 from config import LauncherConfig
-from launch import HOLD_SIGNALS, Job, StopRequest, claim_output_dir, copy_code, requeue, was_requeued
+from launch import (
+    HOLD_SIGNALS,
+    Job,
+    ScriptRun,
+    Status,
+    StopRequest,
+    SubmittedJob,
+    claim_output_dir,
+    copy_code,
+    requeue,
+    was_requeued,
+)
 from speed.compiling import kept_compilations
 from utils import UserError
 
@@ -412,3 +423,68 @@ def test_without_git_the_copy_has_modules_and_configs(repository, tmp_path):
     assert files_of(tmp_path / "code") == {
         "train.py", "new.py", "default.yaml", "configs/small.yaml", "speed/kernels.py", "REVISION",
     }  # fmt: skip
+
+
+# A script that runs here or as a job.
+
+
+def script_run(folder: Path, code: str) -> ScriptRun:
+    folder.mkdir(exist_ok=True)
+    (folder / "script.py").write_text(code)
+    return ScriptRun(title="mine", script=folder / "script.py", config={"key": 1}, folder=folder)
+
+
+def started(folder: Path, code: str, **options: Any) -> ScriptRun:
+    run = script_run(folder, code)
+    with run.log.open("w") as log:
+        run.start(stdout=log, **options)
+    return run
+
+
+def test_a_script_that_runs_here_is_running_until_it_has_ended(tmp_path):
+    run = started(tmp_path, "import sys; input(); print(open(sys.argv[1]).read())", stdin=subprocess.PIPE)
+    assert run.process is not None
+    assert run.status().word == "running"
+    run.process.communicate(b"go on\n")
+    assert run.status() == Status("done", log=str(tmp_path / "log.txt"))
+    assert run.log.read_text() == "key: 1\n\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        # Of several ranks, the script speaks before torchrun does.
+        ("ok\n[rank1]: ValueError: small\n[rank1]: more\nx.ChildFailedError: \n===\n", "[rank1]: ValueError: small"),
+        ("first\nlast\n", "last"),
+        ("", "it said nothing."),
+    ],
+)
+def test_a_failure_is_told_in_the_scripts_own_words(tmp_path, output, reason):
+    run = started(tmp_path, f"import sys; print({output!r}); sys.exit(3)")
+    assert run.process is not None
+    run.process.wait()
+    log = str(tmp_path / "log.txt")
+    assert run.status() == Status("failed", f"exit code 3: {reason} (log: {log})", log)
+    run.log.unlink()
+    assert "exit code 3: what it said cannot be read: No such file" in run.status().message
+
+
+@pytest.mark.parametrize(
+    ("in_queue", "is_done", "expected"),
+    [
+        ("PENDING", False, Status("running", "Slurm job 17, log x: pending", "x")),
+        ("", True, Status("done", log="x")),
+        ("", False, Status("failed", "Slurm job 17, log x: ended without finishing", "x")),
+    ],
+)
+def test_a_job_stands_as_slurm_says_and_has_failed_if_it_left_without_results(
+    tmp_path, monkeypatch, in_queue, is_done, expected
+):
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{in_queue}'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(ScriptRun, "is_done", lambda _: is_done)
+    run = script_run(tmp_path / "run", "")
+    assert run.status() == Status("done" if is_done else "not started"), "nobody has started it"
+    run.job = SubmittedJob("17", "x")
+    assert run.status() == expected
