@@ -34,10 +34,11 @@ from results import add_arguments, print_table, record, whole_number
 from torch import Tensor
 from torchvision import transforms
 
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from crops import cut, draw_crop
-from data import IMAGENET_MEAN, IMAGENET_STD, PretrainLoader, normalize
+from data import IMAGENET_MEAN, IMAGENET_STD, normalize
 from sources import as_bytes_tensor, decode_pixels, jpeg_decoder, silent_decoders
+from train_capi import CapiConfig, make_loader
 
 WIDTH, HEIGHT, SIZE, BATCH = 500, 400, 224, 64
 TRANSFORM = transforms.Compose(
@@ -107,7 +108,7 @@ def our_batches(url: str, *overrides: str, decode_device: torch.device | None = 
         "efficiency.cache_dataset=false",
         *overrides,
     ]
-    return PretrainLoader(load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, sources), decode_device=decode_device)
+    return make_loader(load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, sources), decode_device=decode_device)
 
 
 def gpu_batches(url: str) -> Callable[[], None]:

@@ -45,12 +45,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from clustering import L2NormLinear
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, argument, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, argument, load_config
+from flops import device_memory_estimate, training_flops_per_image
 from fsdp import Bucket, Sharding, overlap_collectives, parallelize
-from metrics import device_memory_estimate, training_flops_per_image
 from model import Block, EncoderDecoder
 from speed.recomputing import recompute_blocks
-from train_capi import do_student, do_teacher, mask_plan, step_shape
+from train_capi import CapiConfig, do_student, do_teacher, mask_plan, step_shape
 from utils import UserError
 
 

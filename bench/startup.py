@@ -54,7 +54,7 @@ def timed(name, function):
 import train_capi
 parts = {"imports": time.monotonic() - started}
 train_capi.PretrainLoader = timed("data", train_capi.PretrainLoader)
-train_capi.TrainState = timed("model", train_capi.TrainState)
+train_capi.CapiState = timed("model", train_capi.CapiState)
 train_capi.train_step = timed("first step", train_capi.train_step)
 code = train_capi.main(sys.argv[2:])
 sys.stdout.write(json.dumps(parts) + "\\n")

@@ -13,7 +13,7 @@ write over the bandwidth of a copy measured here. With a `--mode` other than eag
 recorded first; and at the end, how long the first step takes with an empty compile cache (`cold`) and with a filled
 one (`warm`; in the same process, so that what Python has loaded stays).
 `counted` is what torch.utils.flop_counter counts on one eager step of at most 16 images, `formula` what
-`metrics.step_flops_per_image` says, with the scores that fused attention computes again in the backward pass added for
+`flops.step_flops_per_image` says, with the scores that fused attention computes again in the backward pass added for
 this comparison alone. The counter does not see kernels in Triton, such as the clustering head's on a GPU.
 """
 
@@ -38,19 +38,13 @@ from results import add_arguments, print_table, record, whole_number
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_capi
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from data import Batch
+from flops import attention_recomputation_per_image, num_backbone_parameters, step_flops_per_image
 from masking import draw_positions, make_masking_generator
-from metrics import (
-    attention_recomputation_per_image,
-    num_backbone_parameters,
-    peak_flops,
-    peak_memory_gib,
-    step_flops_per_image,
-)
-from optim import hyper_at
+from metrics import peak_flops, peak_memory_gib
 from speed.compiling import kept_compilations
-from train_capi import TrainState, mask_plan, pick_device, step_shape, train_step
+from train_capi import CapiConfig, CapiState, hyper_at, mask_plan, pick_device, step_shape, train_step
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +71,7 @@ def configure(args: argparse.Namespace, device: torch.device, batch: int, mode: 
 
 
 def make_batch(cfg: CapiConfig, device: torch.device) -> Batch:
-    """Noise, with masks as in training. The host's copy of the indices stays there, or the step would wait for it."""
+    """Noise, with masks as in training."""
     plan, size, b = mask_plan(cfg), cfg.data.images_size, cfg.optim.batch_size_per_gpu
     generator = make_masking_generator(cfg.data.masking_generator, **cfg.data.masking_generator_kwargs)
     random = torch.Generator().manual_seed(0)
@@ -85,12 +79,8 @@ def make_batch(cfg: CapiConfig, device: torch.device) -> Batch:
     visible, predict = (torch.cat([d[k] + i * plan.num_patches for i, d in enumerate(drawn)]) for k in (0, 1))
     images = torch.randn(b, cfg.model.in_chans, size, size, generator=random)
     return Batch(
-        images=images.to(device),
-        visible_indices=visible.to(device),
-        predict_indices=predict.to(device),
-        host_predict_indices=predict,
-        sample_ids=torch.arange(b),
-    )
+        images=images, masks={"visible_indices": visible, "predict_indices": predict}, sample_ids=torch.arange(b)
+    ).to(device)
 
 
 class Step:
@@ -98,7 +88,7 @@ class Step:
 
     def __init__(self, cfg: CapiConfig, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
-        self.state, self.batch = TrainState(cfg, device), make_batch(cfg, device)
+        self.state, self.batch = CapiState(cfg, device), make_batch(cfg, device)
 
     def __call__(self) -> None:
         """Run one step; on a GPU this returns before it is done."""
@@ -182,7 +172,7 @@ class PartTimer:
         return wrapper
 
     @contextlib.contextmanager
-    def watching(self, state: TrainState) -> Iterator[None]:
+    def watching(self, state: CapiState) -> Iterator[None]:
         """Wrap the functions that a step calls, and put them back."""
         before = {name: getattr(state, name) for name in ("do_teacher", "do_student")}
         ema_update = train_capi.ema_update_

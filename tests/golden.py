@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from conftest import load_golden, seeded
-from fused_clustering import ClusteringStep
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import train_capi
 from clustering import OnlineClustering
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from data import Batch
 from model import EncoderDecoder
+from speed.clustering import ClusteringStep
+from train_capi import CapiConfig
 
 TRAJECTORY, META = load_golden("trajectory_default")
 CLUSTERING, _ = load_golden("clustering")
@@ -49,10 +50,10 @@ def golden_part(prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in TRAJECTORY.items() if key.startswith(prefix)}
 
 
-def golden_state(*overrides: str) -> train_capi.TrainState:
+def golden_state(*overrides: str) -> train_capi.CapiState:
     """The state before the golden trajectory's first step, on the CPU."""
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*GOLDEN_CONFIG, *overrides])
-    state = train_capi.TrainState(cfg, torch.device("cpu"))
+    state = train_capi.CapiState(cfg, torch.device("cpu"))
     load_whole(state.student, golden_part("init.student."))
     load_whole(state.student_ema, golden_part("init.student."))
     load_whole(state.clustering, golden_part("init.clustering."))
@@ -81,16 +82,14 @@ def golden_batches(step: int, accumulation_steps: int) -> list[Batch]:
         batches.append(
             Batch(
                 images=share["images"],
-                visible_indices=share["visible_indices"] - offset,
-                predict_indices=share["predict_indices"] - offset,
-                host_predict_indices=share["predict_indices"] - offset,
+                masks={name: share[name] - offset for name in ("visible_indices", "predict_indices")},
                 sample_ids=torch.arange(per_batch),
-            )
+            ).to("cpu")
         )
     return batches
 
 
-def frequencies(state: train_capi.TrainState) -> list[nn.Parameter]:
+def frequencies(state: train_capi.CapiState) -> list[nn.Parameter]:
     """The student's rotary frequencies, which learn only if they are asked to."""
     return [parameter for name, parameter in state.student.named_parameters() if name.endswith("rope.freqs")]
 

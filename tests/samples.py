@@ -6,8 +6,9 @@ import os
 import numpy as np
 from PIL import Image
 
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from sources import ImageDataset, Sample
+from train_capi import CapiConfig
 
 COLOURS = {"blue": (30, 40, 220), "green": (40, 200, 50), "red": (210, 40, 30)}
 

@@ -231,7 +231,7 @@ CUDA_GRAPHS = """
     import sys
     sys.path.insert(0, "bench")
     import torch, step, test_bench
-    from optim import hyper_at
+    from train_capi import hyper_at
     from train_capi import train_step
     cuda, args = torch.device("cuda"), test_bench.arguments("efficiency.param_dtype=float32")
     losses = {}

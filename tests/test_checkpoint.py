@@ -38,8 +38,9 @@ from torch.distributed.tensor import DTensor
 import checkpoint
 import eval_visualizations
 from checkpoint import Checkpoints, SavedState, check_compatible, export_weights
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
+from config import DEFAULT_PRETRAIN_CONFIG, load_config, to_yaml
 from launch import claim_output_dir
+from train_capi import CapiConfig
 from utils import UserError
 
 YAML = "model:\n  depth: 2\n"

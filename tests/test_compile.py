@@ -16,10 +16,11 @@ import train_capi
 
 CODE = """
     import torch, torch._dynamo
-    from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+    from config import DEFAULT_PRETRAIN_CONFIG, load_config
+    from train_capi import CapiConfig
     from golden import DROP_PATH, GOLDEN_CONFIG, golden_batches
-    from train_capi import TrainState, train_step
-    from optim import hyper_at
+    from train_capi import CapiState, train_step
+    from train_capi import hyper_at
 
     torch.set_num_threads(2)
     small = ["model.encoder_kwargs.depth=1", "model.decoder_kwargs.depth=1", DROP_PATH]
@@ -29,7 +30,7 @@ CODE = """
             f"efficiency.compilation.do_teacher.disable={disable}",
             f"efficiency.compilation.do_student.disable={disable}",
         ])
-        return TrainState(cfg, torch.device("cpu"))
+        return CapiState(cfg, torch.device("cpu"))
     eager, compiled = state("true"), state("false")
     for i in range(4):
         torch._dynamo.config.error_on_recompile = i > 1
@@ -66,7 +67,7 @@ GRAPHS = """
     import functools, torch, plan
     from golden import DROP_PATH, NAIVE, golden_batches, golden_state
     from train_capi import do_student, do_teacher, train_step
-    from optim import hyper_at
+    from train_capi import hyper_at
 
     def is_random(node):
         if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):

@@ -18,17 +18,8 @@ import eval_segmentation
 import eval_visualizations
 import evaluation
 import extract_features
-from config import (
-    DEFAULT_PRETRAIN_CONFIG,
-    MISSING,
-    CapiConfig,
-    ModelConfig,
-    allowed_of,
-    argument,
-    changed_keys,
-    load_config,
-    to_yaml,
-)
+from config import DEFAULT_PRETRAIN_CONFIG, MISSING, allowed_of, argument, changed_keys, load_config, to_yaml
+from train_capi import CapiConfig, ModelConfig
 from utils import UserError
 
 

@@ -47,6 +47,7 @@ from data import (
     normalize,
 )
 from sources import BadImageError, ImageDataset, ImageStream, Sample, decode_image, make_dataset
+from train_capi import make_loader
 from utils import UserError
 
 
@@ -81,8 +82,8 @@ def fingerprint(batch):
     return (
         batch.sample_ids.tolist(),
         hashlib.sha256(batch.images.numpy().tobytes()).hexdigest(),
-        batch.visible_indices.tolist(),
-        batch.predict_indices.tolist(),
+        batch.masks["visible_indices"].tolist(),
+        batch.masks["predict_indices"].tolist(),
     )
 
 
@@ -105,11 +106,11 @@ def through_json(position):
 
 def test_a_batch_has_uint8_images_and_flat_indices(folder):
     config = make_config(f"data.dataset={folder}", batch_size=5)
-    with PretrainLoader(config) as loader:
+    with make_loader(config) as loader:
         batch = next(loader)
     assert batch.images.shape == (5, 3, 56, 56)
     assert batch.images.dtype == torch.uint8
-    visible, predict = batch.visible_indices.view(5, 6), batch.predict_indices.view(5, 3)
+    visible, predict = batch.masks["visible_indices"].view(5, 6), batch.masks["predict_indices"].view(5, 3)
     for image in range(5):
         positions = {*visible[image].tolist(), *predict[image].tolist()}
         assert len(positions) == 9, "a visible patch is predicted"
@@ -135,7 +136,7 @@ def test_crops_keep_the_permitted_area_and_ratio_and_half_are_flipped(monkeypatc
     rows, columns = np.mgrid[0:200, 0:250]
     source = np.stack([columns, rows, np.zeros_like(rows)], -1).astype(np.uint8)
     content = encode(Image.fromarray(source))
-    maker = PretrainLoader(make_config("data.crop_scale=[0.3, 0.5]"), dataset=MemoryDataset(1)).maker
+    maker = make_loader(make_config("data.crop_scale=[0.3, 0.5]"), dataset=MemoryDataset(1)).maker
     flips, areas = 0, []
     for key in range(200):
         crop = maker.crop(Sample("x", lambda: content), key).float()
@@ -147,7 +148,7 @@ def test_crops_keep_the_permitted_area_and_ratio_and_half_are_flipped(monkeypatc
     assert 0.27 <= min(areas) < 0.33
     assert 0.47 < max(areas) <= 0.53
     assert 70 <= flips <= 130
-    unflipped = PretrainLoader(make_config("data.do_hflip=false"), dataset=MemoryDataset(1)).maker
+    unflipped = make_loader(make_config("data.do_hflip=false"), dataset=MemoryDataset(1)).maker
     for key in range(20):
         crop = unflipped.crop(Sample("x", lambda: content), key).float()
         assert crop[0, :, 0].mean() < crop[0, :, -1].mean(), "flipped although do_hflip=false"
@@ -169,7 +170,7 @@ class Outputs(TorchDispatchMode):
 
 def test_pixels_are_bytes_until_they_are_on_the_device_and_no_batch_collects_garbage(jpegs, monkeypatch):
     monkeypatch.setattr(gc, "collect", lambda *_: pytest.fail("a batch collects garbage"))
-    with PretrainLoader(make_config(f"data.dataset={jpegs}", batch_size=6)) as loader, Outputs() as made:
+    with make_loader(make_config(f"data.dataset={jpegs}", batch_size=6)) as loader, Outputs() as made:
         batches = [next(loader) for _ in range(3)]
     assert max(made.floats, default=0) < 3 * 56 * 56, "pixels were turned into floats before they reached the device"
     for batch in batches:
@@ -181,7 +182,7 @@ def test_pixels_are_bytes_until_they_are_on_the_device_and_no_batch_collects_gar
 
 def test_the_global_random_numbers_are_left_alone():
     before = torch.get_rng_state()
-    take(PretrainLoader(make_config(), dataset=MemoryDataset(6)), 3)
+    take(make_loader(make_config(), dataset=MemoryDataset(6)), 3)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -193,7 +194,7 @@ def test_seeds_of_different_purposes_and_positions_differ():
 
 def test_the_seed_changes_order_crops_and_masks():
     first, second = (
-        take(PretrainLoader(make_config(f"train.seed={seed}", batch_size=8), dataset=MemoryDataset(8)), 1)[0]
+        take(make_loader(make_config(f"train.seed={seed}", batch_size=8), dataset=MemoryDataset(8)), 1)[0]
         for seed in (0, 1)
     )
     assert all(one != other for one, other in zip(first, second, strict=True))
@@ -203,7 +204,7 @@ def test_the_seed_changes_order_crops_and_masks():
 
 
 def test_each_epoch_shows_every_image_once_in_a_new_order():
-    shown = ids(PretrainLoader(make_config(batch_size=3), dataset=MemoryDataset(9)), 12)
+    shown = ids(make_loader(make_config(batch_size=3), dataset=MemoryDataset(9)), 12)
     epochs = [shown[start : start + 9] for start in range(0, 36, 9)]
     assert all(sorted(epoch) == list(range(9)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -211,14 +212,14 @@ def test_each_epoch_shows_every_image_once_in_a_new_order():
 
 @pytest.mark.parametrize("size", [1, 3, 5])
 def test_a_batch_may_be_larger_than_the_dataset(size):
-    shown = ids(PretrainLoader(make_config(batch_size=8), dataset=MemoryDataset(size)), 5)
+    shown = ids(make_loader(make_config(batch_size=8), dataset=MemoryDataset(size)), 5)
     for start in range(0, 40 - size, size):
         assert sorted(shown[start : start + size]) == list(range(size))
 
 
 def test_an_image_that_returns_is_cropped_and_masked_anew():
     dataset = MemoryDataset(1)
-    batches = take(PretrainLoader(make_config(batch_size=1), dataset=dataset), 8)
+    batches = take(make_loader(make_config(batch_size=1), dataset=dataset), 8)
     assert len({images for _, images, _, _ in batches}) == 8
     assert len({tuple(visible) for _, _, visible, _ in batches}) > 3
 
@@ -226,10 +227,10 @@ def test_an_image_that_returns_is_cropped_and_masked_anew():
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_ranks_together_see_what_one_rank_sees(world_size):
     dataset = MemoryDataset(11)
-    alone = ids(PretrainLoader(make_config(batch_size=8), dataset=dataset), 6)
+    alone = ids(make_loader(make_config(batch_size=8), dataset=dataset), 6)
     config = make_config(batch_size=8 // world_size)
     ranks = [
-        ids(PretrainLoader(config, dataset=dataset, rank=rank, world_size=world_size), 6) for rank in range(world_size)
+        ids(make_loader(config, dataset=dataset, rank=rank, world_size=world_size), 6) for rank in range(world_size)
     ]
     per_rank = 8 // world_size
     together = [
@@ -242,20 +243,20 @@ def test_ranks_together_see_what_one_rank_sees(world_size):
 @pytest.mark.parametrize("stop_at", [1, 3, 7])  # 10 images in batches of 4: within an epoch, at its end, past it
 def test_a_resumed_run_continues_as_the_uninterrupted_one(folder, stop_at):
     config = make_config(f"data.dataset={folder}")
-    straight = take(PretrainLoader(config), 10)
-    with PretrainLoader(config) as loader:
+    straight = take(make_loader(config), 10)
+    with make_loader(config) as loader:
         for _ in range(stop_at):
             next(loader)
         position = through_json(loader.state_dict())
-    assert take(PretrainLoader(config, position=position), 10 - stop_at) == straight[stop_at:]
+    assert take(make_loader(config, position=position), 10 - stop_at) == straight[stop_at:]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 8])
 def test_a_run_resumes_on_another_number_of_ranks_up_to_epoch_10(world_size):
     dataset = MemoryDataset(7)
-    straight = ids(PretrainLoader(make_config(batch_size=8), dataset=dataset), 10)
+    straight = ids(make_loader(make_config(batch_size=8), dataset=dataset), 10)
     config = make_config(batch_size=2)
-    loaders = [PretrainLoader(config, dataset=dataset, rank=rank, world_size=4) for rank in range(4)]
+    loaders = [make_loader(config, dataset=dataset, rank=rank, world_size=4) for rank in range(4)]
     for _ in range(3):
         for loader in loaders:
             next(loader)
@@ -264,7 +265,7 @@ def test_a_run_resumes_on_another_number_of_ranks_up_to_epoch_10(world_size):
     assert position["seen"] == 24
     after = make_config(batch_size=8 // world_size)
     resumed = [
-        PretrainLoader(after, dataset=dataset, rank=rank, world_size=world_size, position=position)
+        make_loader(after, dataset=dataset, rank=rank, world_size=world_size, position=position)
         for rank in range(world_size)
     ]
     together = [index for _ in range(7) for loader in resumed for index in next(loader).sample_ids.tolist()]
@@ -275,31 +276,31 @@ def test_a_run_resumes_on_another_number_of_ranks_up_to_epoch_10(world_size):
 
 def test_closing_and_going_on_continues_after_the_last_batch(folder):
     config = make_config(f"data.dataset={folder}")
-    straight = take(PretrainLoader(config), 4)
-    loader = PretrainLoader(config)
+    straight = take(make_loader(config), 4)
+    loader = make_loader(config)
     first = [fingerprint(next(loader)) for _ in range(2)]
     loader.close()
     assert first + take(loader, 2) == straight
 
 
 def test_a_changed_dataset_is_told(caplog):
-    position = PretrainLoader(make_config(), dataset=MemoryDataset(5)).state_dict()
+    position = make_loader(make_config(), dataset=MemoryDataset(5)).state_dict()
     with caplog.at_level(logging.WARNING):
-        PretrainLoader(make_config(), dataset=MemoryDataset(6), position=position)
+        make_loader(make_config(), dataset=MemoryDataset(6), position=position)
     assert "data.dataset has 6 images, it had 5" in caplog.text
     with pytest.raises(UserError, match=r"data\.dataset=none: the run to continue read a map dataset"):
-        PretrainLoader(make_config(), dataset=MemoryStream(5), position=position)
+        make_loader(make_config(), dataset=MemoryStream(5), position=position)
 
 
 def test_in_chans_other_than_3_is_refused():
     with pytest.raises(UserError, match=r"model\.in_chans=4: images are RGB"):
-        PretrainLoader(make_config("model.in_chans=4"), dataset=MemoryDataset(1))
+        make_loader(make_config("model.in_chans=4"), dataset=MemoryDataset(1))
 
 
 def test_describe_says_what_is_read(folder):
-    described = PretrainLoader(make_config(f"data.dataset={folder}")).describe()
+    described = make_loader(make_config(f"data.dataset={folder}")).describe()
     assert described == f"{folder}: 10 images, 0 workers per rank"
-    described = PretrainLoader(make_config("data.stream_partitions=3"), dataset=MemoryStream(5, 6)).describe()
+    described = make_loader(make_config("data.stream_partitions=3"), dataset=MemoryStream(5, 6)).describe()
     assert described == "none: stream of 2 shards, 3 parts per rank, 0 workers per rank"
 
 
@@ -309,8 +310,8 @@ def test_describe_says_what_is_read(folder):
 def test_an_unreadable_image_is_replaced_the_same_way_every_time(tmp_path):
     dataset = MemoryDataset(6, bad={2, 4})
     config = make_config("data.max_bad_fraction=1.0")
-    one = take(PretrainLoader(config, dataset=dataset, bad_files_path=tmp_path / "bad.jsonl"), 6)
-    two = take(PretrainLoader(config, dataset=dataset), 6)
+    one = take(make_loader(config, dataset=dataset, bad_files_path=tmp_path / "bad.jsonl"), 6)
+    two = take(make_loader(config, dataset=dataset), 6)
     assert one == two
     shown = [index for sample_ids, *_ in one for index in sample_ids]
     assert len(shown) == 24
@@ -324,14 +325,14 @@ def test_counts_and_names_of_bad_images_survive_a_restart(tmp_path):
     path = tmp_path / "bad.jsonl"
     dataset = MemoryDataset(6, bad={2})
     config = make_config("data.max_bad_fraction=1.0")
-    with PretrainLoader(config, dataset=dataset, bad_files_path=path) as loader:
+    with make_loader(config, dataset=dataset, bad_files_path=path) as loader:
         batches = [next(loader) for _ in range(6)]
         position = through_json(loader.state_dict())
     assert position["bad"] == sum(len(batch.bad) for batch in batches) > 1
     assert position["seen"] == 24 + position["bad"]
     with path.open("a") as file:
         file.write('{"file": "cut o')
-    with PretrainLoader(config, dataset=dataset, bad_files_path=path, position=position) as loader:
+    with make_loader(config, dataset=dataset, bad_files_path=path, position=position) as loader:
         for _ in range(6):
             next(loader)
         assert loader.state_dict()["bad"] > position["bad"]
@@ -347,7 +348,7 @@ def test_counts_of_all_ranks_are_added_up_and_dealt_out_without_loss(world_size)
     merged = merge_positions(positions)
     assert (merged["seen"], merged["bad"]) == (44, 4)
     loaders = [
-        PretrainLoader(make_config(), dataset=dataset, rank=rank, world_size=world_size, position=merged)
+        make_loader(make_config(), dataset=dataset, rank=rank, world_size=world_size, position=merged)
         for rank in range(world_size)
     ]
     assert merge_positions([loader.state_dict() for loader in loaders]) == merged
@@ -355,7 +356,7 @@ def test_counts_of_all_ranks_are_added_up_and_dealt_out_without_loss(world_size)
 
 def test_too_many_bad_images_stop_the_run(tmp_path):
     path = tmp_path / "bad_files.jsonl"
-    loader = PretrainLoader(make_config(), dataset=MemoryDataset(20, bad=range(6, 12)), bad_files_path=path)
+    loader = make_loader(make_config(), dataset=MemoryDataset(20, bad=range(6, 12)), bad_files_path=path)
     with pytest.raises(UserError) as error, loader:
         for _ in range(100):
             next(loader)
@@ -402,14 +403,14 @@ def test_the_limits_of_bad_images_zero_and_one_mean_what_they_say():
 
 def test_a_few_bad_images_do_not_stop_a_short_run():
     dataset = MemoryDataset(100, bad={3, 50})
-    take(PretrainLoader(make_config(batch_size=10), dataset=dataset), 10)
+    take(make_loader(make_config(batch_size=10), dataset=dataset), 10)
 
 
 def test_a_dataset_without_readable_images_is_an_error_that_names_some():
     with pytest.raises(UserError, match=r"21 images in a row cannot be read, last image \d"):
-        next(PretrainLoader(make_config(), dataset=MemoryDataset(5, bad=range(5))))
+        next(make_loader(make_config(), dataset=MemoryDataset(5, bad=range(5))))
     with pytest.raises(UserError, match=r"200 images in a row cannot be read, last sample \d"):
-        next(PretrainLoader(make_config(), dataset=MemoryStream(300, bad=range(300))))
+        next(make_loader(make_config(), dataset=MemoryStream(300, bad=range(300))))
 
 
 def test_a_corrupt_file_in_a_folder_is_named_by_its_path(tmp_path):
@@ -418,7 +419,7 @@ def test_a_corrupt_file_in_a_folder_is_named_by_its_path(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(encode(photo(0), "JPEG")[:500])
     path = tmp_path / "bad.jsonl"
     config = make_config(f"data.dataset={tmp_path}", "data.max_bad_fraction=1.0")
-    assert set(ids(PretrainLoader(config, bad_files_path=path), 5)) == {1}
+    assert set(ids(make_loader(config, bad_files_path=path), 5)) == {1}
     names = {json.loads(line)["file"] for line in path.read_text().splitlines()}
     assert names == {str(tmp_path / "text.jpg"), str(tmp_path / "cut.jpg")}
 
@@ -437,7 +438,7 @@ def names_of(stream, config, batches, rank=0, world_size=1):
 
     spied = copy.copy(stream)
     spied.read_shard = read_shard
-    with PretrainLoader(config, dataset=spied, rank=rank, world_size=world_size) as loader:
+    with make_loader(config, dataset=spied, rank=rank, world_size=world_size) as loader:
         for _ in range(batches):
             next(loader)
     return seen
@@ -507,10 +508,10 @@ def test_a_resumed_stream_continues_as_the_uninterrupted_one(stop_at, partitions
         f"data.stream_partitions={partitions}", "data.stream_shuffle_block=5", "data.max_bad_fraction=1.0"
     )
     for rank in range(2):
-        straight = take(PretrainLoader(config, dataset=stream, rank=rank, world_size=2), 12)
-        with PretrainLoader(config, dataset=stream, rank=rank, world_size=2) as loader:
+        straight = take(make_loader(config, dataset=stream, rank=rank, world_size=2), 12)
+        with make_loader(config, dataset=stream, rank=rank, world_size=2) as loader:
             position = [next(loader) for _ in range(stop_at)][-1].position
-        resumed = PretrainLoader(config, dataset=stream, rank=rank, world_size=2, position=through_json(position))
+        resumed = make_loader(config, dataset=stream, rank=rank, world_size=2, position=through_json(position))
         assert take(resumed, 12 - stop_at) == straight[stop_at:]
 
 
@@ -520,7 +521,7 @@ def test_positions_of_ranks_merge_and_can_be_dealt_to_another_number_of_ranks():
 
     def run(world_size, steps, position=None, config=config):
         loaders = [
-            PretrainLoader(config, dataset=stream, rank=rank, world_size=world_size, position=position)
+            make_loader(config, dataset=stream, rank=rank, world_size=world_size, position=position)
             for rank in range(world_size)
         ]
         batches = [[fingerprint(next(loader)) for loader in loaders] for _ in range(steps)]
@@ -538,16 +539,16 @@ def test_positions_of_ranks_merge_and_can_be_dealt_to_another_number_of_ranks():
     }
     assert merged["parts"]["0"]["samples"] == position["parts"]["0"]["samples"] + 3
     with pytest.raises(UserError, match="4 parts, which cannot be dealt out to 3 ranks"):
-        PretrainLoader(config, dataset=stream, rank=0, world_size=3, position=position)
-    alone = PretrainLoader(config, dataset=stream, rank=0, world_size=2).state_dict()
+        make_loader(config, dataset=stream, rank=0, world_size=3, position=position)
+    alone = make_loader(config, dataset=stream, rank=0, world_size=2).state_dict()
     with pytest.raises(AssertionError, match="merge_positions"):
-        PretrainLoader(config, dataset=stream, rank=1, world_size=2, position=alone)
+        make_loader(config, dataset=stream, rank=1, world_size=2, position=alone)
 
 
 def test_a_part_without_samples_is_an_error_with_the_remedy():
     config = make_config("data.stream_partitions=5")
     with pytest.raises(UserError, match=r"part 3 of the 5 .*data\.stream_partitions"), \
-         PretrainLoader(config, dataset=MemoryStream(3)) as loader:  # fmt: skip
+         make_loader(config, dataset=MemoryStream(3)) as loader:  # fmt: skip
         for _ in range(5):
             next(loader)
 
@@ -563,15 +564,15 @@ def test_without_a_number_there_is_a_worker_per_core_up_to_20(monkeypatch):
     config = make_config("efficiency.dataloader_num_workers=null")
     for cores, workers in ((1, 1), (3, 2), (8, 5), (64, 20)):
         monkeypatch.setattr(data, "cores_of_this_rank", lambda cores=cores: cores)
-        assert PretrainLoader(config, dataset=MemoryDataset(9)).num_workers == min(cores, 20)
-        loader = PretrainLoader(config, dataset=MemoryStream(*[3] * 20))
+        assert make_loader(config, dataset=MemoryDataset(9)).num_workers == min(cores, 20)
+        loader = make_loader(config, dataset=MemoryStream(*[3] * 20))
         assert (loader.num_workers, loader._num_parts) == (workers, 20)
 
 
 def test_workers_are_reduced_to_a_divisor_of_the_partitions_and_it_is_logged(caplog):
     config = make_config("data.stream_partitions=6", workers=5)
     with caplog.at_level(logging.INFO):
-        loader = PretrainLoader(config, dataset=MemoryStream(*[3] * 6))
+        loader = make_loader(config, dataset=MemoryStream(*[3] * 6))
     assert "3 workers per rank" in loader.describe()
     assert "3 workers instead of efficiency.dataloader_num_workers=5" in caplog.text
 
@@ -646,7 +647,7 @@ def test_a_local_stream_resumes_exactly_past_the_end_of_an_epoch(shards, kind, f
         "data.stream_partitions=2", batch_size=3,
     )  # fmt: skip
     path = tmp_path / "bad.jsonl"
-    with PretrainLoader(config, bad_files_path=path) as loader:
+    with make_loader(config, bad_files_path=path) as loader:
         batches = [next(loader) for _ in range(10)]
     straight = [fingerprint(batch) for batch in batches]
     assert len({images for _, images, _, _ in straight}) == 10
@@ -655,7 +656,7 @@ def test_a_local_stream_resumes_exactly_past_the_end_of_an_epoch(shards, kind, f
     assert state["epoch"] >= 1, "the test does not pass the end of an epoch"
     for stop_at in (1, 6):
         position = through_json(batches[stop_at - 1].position)
-        assert take(PretrainLoader(config, position=position), 10 - stop_at) == straight[stop_at:]
+        assert take(make_loader(config, position=position), 10 - stop_at) == straight[stop_at:]
     if files == "*":
         (record,) = [json.loads(line) for line in path.read_text().splitlines()]
         assert "shard" in record["file"] or "0009" in record["file"]
@@ -684,7 +685,7 @@ def test_a_damaged_shard_is_named_counted_once_an_epoch_and_training_goes_on_als
         f"data.dataset={hub_url(damaged_shards, kind)}", "data.max_bad_fraction=1.0", "data.stream_shuffle_block=4",
         batch_size=3,
     )  # fmt: skip
-    with PretrainLoader(config, bad_files_path=path) as loader:
+    with make_loader(config, bad_files_path=path) as loader:
         batches = [next(loader) for _ in range(10)]
     straight = [fingerprint(batch) for batch in batches]
     ending = {"webdataset": "tar"}.get(kind, kind)
@@ -697,7 +698,7 @@ def test_a_damaged_shard_is_named_counted_once_an_epoch_and_training_goes_on_als
     assert "cannot be read from sample" in record["reason"]
     for stop_at in range(1, 10):
         position = through_json(batches[stop_at - 1].position)
-        with PretrainLoader(config, position=position) as loader:
+        with make_loader(config, position=position) as loader:
             rest = [next(loader) for _ in range(10 - stop_at)]
         assert [fingerprint(batch) for batch in rest] == straight[stop_at:]
         assert rest[-1].position["bad"] == 2, "a damaged shard was counted twice after a restart"
@@ -733,7 +734,7 @@ def test_a_map_style_parquet_dataset_reads_and_counts_bad_images(shards):
     config = make_config(
         f"data.dataset={hub_url(shards, 'parquet', streaming=False)}", "data.max_bad_fraction=1.0", batch_size=6
     )
-    with PretrainLoader(config) as loader:
+    with make_loader(config) as loader:
         assert "18 images" in loader.describe()
         shown = [next(loader) for _ in range(3)]
     assert 9 not in [index for batch in shown for index in batch.sample_ids.tolist()]
@@ -854,8 +855,8 @@ def test_two_workers_give_what_none_gives_and_a_resumed_run_too(folder, tmp_path
         (tmp_path / "images" / path.name).write_bytes(path.read_bytes())
     (tmp_path / "images" / "text.jpg").write_bytes(b"text")
     overrides = (f"data.dataset={tmp_path}/images", "data.max_bad_fraction=1.0")
-    expected = take(PretrainLoader(make_config(*overrides)), 9)
-    with PretrainLoader(make_config(*overrides, workers=2), bad_files_path=tmp_path / "bad.jsonl") as loader:
+    expected = take(make_loader(make_config(*overrides)), 9)
+    with make_loader(make_config(*overrides, workers=2), bad_files_path=tmp_path / "bad.jsonl") as loader:
         batches = [next(loader) for _ in range(5)]
         assert [fingerprint(batch) for batch in batches] == expected[:5]
         # Batches that the workers have made beyond these must not count.
@@ -863,7 +864,7 @@ def test_two_workers_give_what_none_gives_and_a_resumed_run_too(folder, tmp_path
         assert loader.state_dict()["samples"] == 20
         position = through_json(loader.state_dict())
     assert "text.jpg" in (tmp_path / "bad.jsonl").read_text()
-    assert take(PretrainLoader(make_config(*overrides, workers=2), position=position), 4) == expected[5:]
+    assert take(make_loader(make_config(*overrides, workers=2), position=position), 4) == expected[5:]
 
 
 def test_a_stream_is_the_same_with_two_workers_also_when_resumed_at_an_odd_batch(shards):
@@ -871,18 +872,18 @@ def test_a_stream_is_the_same_with_two_workers_also_when_resumed_at_an_odd_batch
         f"data.dataset={hub_url(shards, 'webdataset')}", "data.stream_shuffle_block=4", "data.max_bad_fraction=1.0",
         "data.stream_partitions=2",
     )  # fmt: skip
-    expected = take(PretrainLoader(make_config(*overrides, batch_size=2)), 14)
-    with PretrainLoader(make_config(*overrides, batch_size=2, workers=2)) as loader:
+    expected = take(make_loader(make_config(*overrides, batch_size=2)), 14)
+    with make_loader(make_config(*overrides, batch_size=2, workers=2)) as loader:
         assert "2 workers per rank" in loader.describe()
         start = [fingerprint(next(loader)) for _ in range(5)]
         position = through_json(loader.state_dict())
     assert start == expected[:5]
-    assert take(PretrainLoader(make_config(*overrides, batch_size=2, workers=2), position=position), 9) == expected[5:]
+    assert take(make_loader(make_config(*overrides, batch_size=2, workers=2), position=position), 9) == expected[5:]
 
 
 def test_an_error_in_a_worker_arrives_as_a_plain_message():
     config = make_config("data.stream_partitions=4", workers=1)
-    with pytest.raises(UserError) as error, PretrainLoader(config, dataset=make_two_samples()) as loader:
+    with pytest.raises(UserError) as error, make_loader(config, dataset=make_two_samples()) as loader:
         for _ in range(4):
             next(loader)
     assert "Traceback" not in str(error.value)
@@ -907,8 +908,8 @@ def _one_pixel():
 
 def test_workers_outlive_the_signals_of_a_launcher(folder):
     config = make_config(f"data.dataset={folder}", workers=2)
-    expected = take(PretrainLoader(make_config(f"data.dataset={folder}")), 12)
-    with PretrainLoader(config) as loader:
+    expected = take(make_loader(make_config(f"data.dataset={folder}")), 12)
+    with make_loader(config) as loader:
         start = [fingerprint(next(loader)) for _ in range(2)]  # one of each worker: both have started
         workers = getattr(loader._batches, "_workers")  # noqa: B009  # not known to the type checker
         for worker in workers:
@@ -923,7 +924,7 @@ def workers_of(loader):
 
 
 def test_a_worker_that_was_killed_is_explained_in_one_line_with_key_and_remedy(folder):
-    with pytest.raises(UserError) as error, PretrainLoader(make_config(f"data.dataset={folder}", workers=2)) as loader:
+    with pytest.raises(UserError) as error, make_loader(make_config(f"data.dataset={folder}", workers=2)) as loader:
         next(loader)
         os.kill(workers_of(loader)[0].pid, signal.SIGKILL)
         for _ in range(20):
@@ -951,7 +952,7 @@ class Stuck(ImageDataset):
 def test_a_batch_that_never_comes_is_an_error_and_its_workers_are_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BATCH_TIMEOUT_S", 0.1)
     monkeypatch.setattr(data, "CLOSE_TIMEOUT_S", 0.1)
-    loader = PretrainLoader(make_config(workers=2), dataset=Stuck(tmp_path / "pipe"))
+    loader = make_loader(make_config(workers=2), dataset=Stuck(tmp_path / "pipe"))
     with pytest.raises(UserError) as error:
         next(loader)
     assert str(error.value).startswith("efficiency.dataloader_num_workers=2: no batch came for 0 s; does the disk")
@@ -963,7 +964,7 @@ def test_a_batch_that_never_comes_is_an_error_and_its_workers_are_ended(tmp_path
 
 
 def test_batches_that_do_not_fit_into_the_shared_memory_are_refused_before_the_start(folder, monkeypatch):
-    with PretrainLoader(make_config(f"data.dataset={folder}")) as loader:
+    with make_loader(make_config(f"data.dataset={folder}")) as loader:
         size = sum(tensor.nbytes for tensor in next(loader).tensors().values())
     loader.num_workers = 3
     for batches, fits in ((8, True), (7, False)):  # 2 per worker, one in use and one on its way
@@ -1077,7 +1078,7 @@ def test_workers_end_when_the_trainer_is_killed(folder, tmp_path):
         "from config import CapiConfig, DEFAULT_PRETRAIN_CONFIG, load_config\n"
         "from data import PretrainLoader\n"
         "if __name__ == '__main__':\n"
-        "    loader = PretrainLoader(load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, sys.argv[1:]))\n"
+        "    loader = make_loader(load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, sys.argv[1:]))\n"
         "    next(loader)\n"
         "    print(*[worker.pid for worker in loader._batches._workers], flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -1100,16 +1101,16 @@ def test_workers_end_when_the_trainer_is_killed(folder, tmp_path):
 @pytest.mark.parametrize("start_method", ["spawn", "fork"])
 def test_other_ways_to_start_workers_give_the_same(folder, start_method):
     config = make_config(f"data.dataset={folder}", workers=2)
-    expected = take(PretrainLoader(make_config(f"data.dataset={folder}")), 4)
+    expected = take(make_loader(make_config(f"data.dataset={folder}")), 4)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-        assert take(PretrainLoader(config, start_method=start_method), 4) == expected
+        assert take(make_loader(config, start_method=start_method), 4) == expected
 
 
 def test_the_prefetcher_hands_out_the_loaders_batches_and_their_position(folder):
     config = make_config(f"data.dataset={folder}")
-    straight = take(PretrainLoader(config), 4)
-    loader = PretrainLoader(config)
+    straight = take(make_loader(config), 4)
+    loader = make_loader(config)
     batches = DevicePrefetcher(loader, torch.device("cpu"))
     assert batches.state_dict() == loader.state_dict()
     assert [fingerprint(next(batches)) for _ in range(4)] == straight
@@ -1120,8 +1121,8 @@ def test_the_prefetcher_hands_out_the_loaders_batches_and_their_position(folder)
 @pytest.mark.gpu
 def test_the_prefetcher_copies_ahead_and_keeps_the_position_of_the_batch_in_use(folder):
     config = make_config(f"data.dataset={folder}", workers=2)
-    straight = take(PretrainLoader(make_config(f"data.dataset={folder}")), 8)
-    with PretrainLoader(config, pin_memory=True) as loader:
+    straight = take(make_loader(make_config(f"data.dataset={folder}")), 8)
+    with make_loader(config, pin_memory=True) as loader:
         batches = DevicePrefetcher(loader, torch.device("cuda"))
         for step in range(8):
             batch = next(batches)
@@ -1135,7 +1136,7 @@ class FakeBatches:
     """What `WorkerAdvice` looks at."""
 
     def __init__(self, workers, *overrides, dataset=None, device="cpu"):
-        self.loader = PretrainLoader(make_config(*overrides, workers=workers), dataset=dataset or MemoryDataset(2))
+        self.loader = make_loader(make_config(*overrides, workers=workers), dataset=dataset or MemoryDataset(2))
         self.device = torch.device(device)
         self.now = self.wait_s = self.make_s = 0.0
 
@@ -1223,7 +1224,7 @@ def _raise_threads():
 
 def test_a_worker_uses_one_thread():
     config = make_config("data.max_bad_fraction=1.0", workers=1)
-    with PretrainLoader(config, dataset=ThreadsInTheReason()) as loader:
+    with make_loader(config, dataset=ThreadsInTheReason()) as loader:
         reasons = {reason for _ in range(3) for _, reason in next(loader).bad}
     assert reasons == {"ValueError: threads 1"}
 
@@ -1232,14 +1233,14 @@ def test_the_loader_caches_the_listing_when_asked(folder, tmp_path, monkeypatch)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     age(folder)
     for switch in ("false", "true"):
-        PretrainLoader(make_config(f"data.dataset={folder}", f"efficiency.cache_dataset={switch}")).close()
+        make_loader(make_config(f"data.dataset={folder}", f"efficiency.cache_dataset={switch}")).close()
         assert bool(list(tmp_path.rglob("*.npz"))) == (switch == "true")
 
 
 @pytest.mark.parametrize("size", [(2000, 1500), (900, 700), (640, 480), (500, 375), (3000, 200), (100, 100)])
 def test_a_jpeg_is_shrunk_while_decoding_only_as_far_as_no_crop_needs_enlarging(size):
     config = make_config("data.images_size=112")
-    maker = PretrainLoader(config, dataset=MemoryDataset(1)).maker
+    maker = make_loader(config, dataset=MemoryDataset(1)).maker
     divisor = maker.reduction(*size)
     smallest = min(np.sqrt(0.6 * size[0] * size[1] * 0.75), *size)
     assert divisor == 1 or smallest / divisor >= 112

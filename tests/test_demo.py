@@ -14,9 +14,10 @@ import benchmark
 import demo
 import eval_segmentation
 import train_capi
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from demo_data import flower_beds
 from sources import make_dataset
+from train_capi import CapiConfig
 
 SMALL = [
     "optim.total_iters=2",

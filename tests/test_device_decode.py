@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as v1
 
 from crops import Crop
-from data import DevicePrefetcher, PretrainLoader, check_decode
+from data import DevicePrefetcher, check_decode
 from sources import BadImageError, Sample, as_bytes_tensor, decode_image, jpeg_decoder, silent_decoders
 from speed import device_decode
 from speed.device_decode import EncodedCrop, EncodedCrops, crop_or_file, cut_together
+from train_capi import make_loader
 from utils import UserError
 
 GPU = ("data.decode=gpu", "data.max_bad_fraction=1.0")
@@ -38,7 +39,7 @@ def test_without_decoding_on_the_device_nothing_of_it_is_imported(jpegs):
         import sys
         from data import PretrainLoader
         from samples import make_config
-        with PretrainLoader(make_config("data.dataset=%s", "data.max_bad_fraction=1.0")) as loader:
+        with make_loader(make_config("data.dataset=%s", "data.max_bad_fraction=1.0")) as loader:
             next(loader)
         assert "speed.device_decode" not in sys.modules
     """
@@ -102,7 +103,7 @@ def test_a_box_is_drawn_in_the_image_that_a_cpu_would_decode_and_covers_the_same
 
 
 def test_plain_jpegs_leave_the_workers_as_files_and_the_rest_as_crops(jpegs):
-    loader = PretrainLoader(make_config(f"data.dataset={jpegs}", *GPU))
+    loader = make_loader(make_config(f"data.dataset={jpegs}", *GPU))
     names = [Path(path).name for path in loader.dataset.paths]
     with silent_decoders():
         made = {
@@ -186,8 +187,8 @@ class Launches(TorchDispatchMode):
 
 def test_decoding_on_the_device_gives_the_same_crops_masks_and_replacements(jpegs):
     dataset = f"data.dataset={jpegs}"
-    with PretrainLoader(make_config(dataset, GPU[1], batch_size=12)) as on_cpu, \
-         PretrainLoader(make_config(dataset, *GPU, batch_size=12)) as on_device:  # fmt: skip
+    with make_loader(make_config(dataset, GPU[1], batch_size=12)) as on_cpu, \
+         make_loader(make_config(dataset, *GPU, batch_size=12)) as on_device:  # fmt: skip
         names = [Path(path).name for path in on_cpu.dataset.paths]
         for _ in range(4):
             expected, actual = next(on_cpu), next(on_device)
@@ -203,12 +204,12 @@ def test_decoding_on_the_device_gives_the_same_crops_masks_and_replacements(jpeg
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_that_decodes_on_the_device_resumes_exactly(jpegs, workers):
     config = make_config(f"data.dataset={jpegs}", *GPU, batch_size=5, workers=workers)
-    with PretrainLoader(make_config(f"data.dataset={jpegs}", *GPU, batch_size=5)) as loader:
+    with make_loader(make_config(f"data.dataset={jpegs}", *GPU, batch_size=5)) as loader:
         straight = seen(loader, 8)
-    with PretrainLoader(config) as loader:
+    with make_loader(config) as loader:
         start = seen(loader, 3)
         position = json.loads(json.dumps(loader.state_dict()))
-    with PretrainLoader(config, position=position) as loader:
+    with make_loader(config, position=position) as loader:
         assert start + seen(loader, 5) == straight
 
 
@@ -220,7 +221,7 @@ def test_a_jpeg_that_shows_its_damage_on_the_device_is_replaced_within_the_batch
         (tmp_path / f"{index}.jpg").write_bytes(damaged if index == 2 else encode(photo(index, 90, 70), "JPEG"))
     overrides = (f"data.dataset={tmp_path}", *GPU)
     path = tmp_path / "bad.jsonl"
-    with PretrainLoader(make_config(*overrides, batch_size=5), bad_files_path=path) as loader:
+    with make_loader(make_config(*overrides, batch_size=5), bad_files_path=path) as loader:
         batch = next(loader)
         position = loader.state_dict()
     assert (position["bad"], position["seen"]) == (1, 6)
@@ -231,7 +232,7 @@ def test_a_jpeg_that_shows_its_damage_on_the_device_is_replaced_within_the_batch
     for index in range(5):
         (tmp_path / f"{index}.jpg").write_bytes(damaged)
     with pytest.raises(UserError, match=r"5 images in a row cannot be read, last .*\.jpg: "), \
-         PretrainLoader(make_config(*overrides, batch_size=5)) as loader:  # fmt: skip
+         make_loader(make_config(*overrides, batch_size=5)) as loader:  # fmt: skip
         next(loader)
 
 
@@ -252,8 +253,8 @@ def test_decoding_on_a_gpu_without_one_is_refused_with_key_and_remedy(folder, tm
 def test_a_gpu_decodes_the_crops_of_the_cpu_but_for_the_rounding_of_colours(jpegs):
     dataset, device = f"data.dataset={jpegs}", torch.device("cuda")
     check_decode("gpu", device)
-    with PretrainLoader(make_config(dataset, GPU[1], batch_size=12)) as on_cpu, \
-         PretrainLoader(make_config(dataset, *GPU, batch_size=12), decode_device=device) as loader:  # fmt: skip
+    with make_loader(make_config(dataset, GPU[1], batch_size=12)) as on_cpu, \
+         make_loader(make_config(dataset, *GPU, batch_size=12), decode_device=device) as loader:  # fmt: skip
         batches = DevicePrefetcher(loader, device)
         for _ in range(3):
             expected, actual = next(on_cpu), next(batches)

@@ -9,11 +9,12 @@ import yaml
 from conftest import ROOT, run_cli
 from runs import FAKE_EVALUATION, make_images, metrics_of, run_main, tiny
 
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, EvalConfig, chosen_evals, load_config, to_yaml
+from config import DEFAULT_PRETRAIN_CONFIG, EvalConfig, chosen_evals, load_config, to_yaml
 from default_eval_config import EVALS
 from evals import OF_RANKS, EvalRuns, plan_evals
 from launch import StopRequest
 from sources import is_on_disk
+from train_capi import CapiConfig
 from utils import UserError
 
 

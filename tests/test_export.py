@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 
 import export
 import train_capi
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from model import EncoderDecoder, load_model
+from train_capi import CapiConfig
 from utils import UserError
 from weights import read_state_dict
 
@@ -163,10 +164,10 @@ def test_a_damaged_checkpoint_is_not_exported(run, tmp_path, capsys):
 # -------------------------------------------------------------------------------------------- train.init_from
 
 
-def make_state(images: Path, *overrides: str, init_from: Path) -> train_capi.TrainState:
+def make_state(images: Path, *overrides: str, init_from: Path) -> train_capi.CapiState:
     arguments = tiny(images, images, *overrides, "train.seed=7", "model.encoder_kwargs.depth=1")
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, arguments)
-    return train_capi.TrainState(cfg, torch.device("cpu"), init_from=str(init_from))
+    return train_capi.CapiState(cfg, torch.device("cpu"), init_from=str(init_from))
 
 
 def whole(x: Tensor) -> Tensor:

@@ -15,13 +15,14 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, RematerializationConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, RematerializationConfig, load_config
 from fsdp import Sharding, overlap_collectives, overlap_options, parallelize
 from model import Attention, Block, EncoderDecoder
 from speed.attention import attend_by_xformers
 from speed.compiling import compile_function, kept_compilations
 from speed.fp8 import multiply_in_fp8
 from speed.recomputing import recompute_blocks
+from train_capi import CapiConfig
 from utils import UserError
 
 CPU = torch.device("cpu")

@@ -23,13 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoint import Checkpoints
 from clustering import OnlineClustering
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from data import Batch
 from fsdp import Bucket, Sharding, average_gradients_, overlap_collectives, overlap_options, parallelize
 from model import Block, EncoderDecoder
-from optim import Hyper, ema_update_
+from optim import ema_update_
 from speed.recomputing import recompute_blocks
-from train_capi import TrainState, train_step
+from train_capi import CapiConfig, CapiState, Hyper, train_step
 
 CPU = torch.device("cpu")
 SIMPLE = Sharding("simple", torch.float32, torch.float32, bucket_mib=25, prefetch=1)
@@ -271,15 +271,13 @@ def my_batch(batch: dict[str, Tensor]) -> Batch:
     visible, predict = ((part[key] + 16 * ids.unsqueeze(1)).flatten() for key in ("visible", "predict"))
     return Batch(
         images=part["images"],
-        visible_indices=visible,
-        predict_indices=predict,
-        host_predict_indices=predict,
+        masks={"visible_indices": visible, "predict_indices": predict},
         sample_ids=ids,
-    )
+    ).to("cpu")
 
 
-def divided_state(cfg: CapiConfig, how: Sharding) -> TrainState:
-    """A `TrainState` whose weights are divided like this."""
+def divided_state(cfg: CapiConfig, how: Sharding) -> CapiState:
+    """A `CapiState` whose weights are divided like this."""
     efficiency = dataclasses.replace(
         cfg.efficiency,
         fsdp=how.mode,
@@ -288,10 +286,10 @@ def divided_state(cfg: CapiConfig, how: Sharding) -> TrainState:
         param_dtype=str(how.param_dtype).removeprefix("torch."),
         reduce_dtype=str(how.reduce_dtype).removeprefix("torch."),
     )
-    return TrainState(dataclasses.replace(cfg, efficiency=efficiency), CPU, compiled=False)
+    return CapiState(dataclasses.replace(cfg, efficiency=efficiency), CPU, compiled=False)
 
 
-def run_steps(state: TrainState, num_steps: int) -> dict[str, Any]:
+def run_steps(state: CapiState, num_steps: int) -> dict[str, Any]:
     logs = []
     for step, batch in list(enumerate(make_batches(state.step + num_steps)))[state.step :]:
         hyper = Hyper(lr=1e-3 * min(1, step / 4), weight_decay=0.1, momentum=0.9, clustering_lr=1e-3)
@@ -304,7 +302,7 @@ def run_steps(state: TrainState, num_steps: int) -> dict[str, Any]:
 
 def train(how: Sharding | None, num_steps: int, *overrides: str) -> dict[str, Any]:
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*TRAIN, *overrides])
-    return run_steps(TrainState(cfg, CPU, compiled=False) if how is None else divided_state(cfg, how), num_steps)
+    return run_steps(CapiState(cfg, CPU, compiled=False) if how is None else divided_state(cfg, how), num_steps)
 
 
 @pytest.fixture(scope="module")
@@ -685,7 +683,7 @@ def test_compiled_training_on_ranks_is_training_on_one_process_with_the_whole_ba
 def compiled_fully_sharded_training(num_steps: int) -> dict[str, Any]:
     on = ["efficiency.compilation.do_teacher.disable=false", "efficiency.compilation.do_student.disable=false"]
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*TRAIN, "efficiency.fsdp=fully_shard", *on])
-    state = TrainState(cfg, CPU)
+    state = CapiState(cfg, CPU)
     compiled = [m for m in state.student["backbone"].modules() if m._compiled_call_impl is not None]
     assert len(compiled) == cfg.model.encoder_kwargs.depth + cfg.model.decoder_kwargs.depth
     return run_steps(state, num_steps)

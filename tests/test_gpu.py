@@ -1,6 +1,5 @@
 """What only a GPU can show: `make gpu`."""
 
-import dataclasses
 import textwrap
 
 import pytest
@@ -10,17 +9,17 @@ from golden import GOLDEN_CONFIG, golden_batches
 from runs import make_images, metrics_of, run_main, tiny
 
 import train_capi
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
-from optim import hyper_at
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
+from train_capi import CapiConfig, hyper_at
 
 pytestmark = pytest.mark.gpu
 
 
 def test_a_step_never_waits_for_the_gpu():
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*GOLDEN_CONFIG, "efficiency.param_dtype=bfloat16"])
-    state = train_capi.TrainState(cfg, torch.device("cuda"))
+    state = train_capi.CapiState(cfg, torch.device("cuda"))
     (batch,) = golden_batches(0, 1)
-    batch = dataclasses.replace(batch.to("cuda"), host_predict_indices=batch.host_predict_indices)
+    batch = batch.to("cuda")
     train_capi.train_step(state, [batch], hyper_at(1, cfg), with_usage=True)  # libraries load, states are allocated
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -38,11 +37,12 @@ def test_drop_path_of_a_compiled_step_follows_seed_and_step_on_a_gpu():
 
 
 DROP_PATH = """
-    import dataclasses, torch
-    from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+    import torch
+    from config import DEFAULT_PRETRAIN_CONFIG, load_config
+    from train_capi import CapiConfig
     from golden import DROP_PATH, GOLDEN_CONFIG, golden_batches, golden_part, load_whole
-    from optim import hyper_at
-    from train_capi import TrainState, train_step
+    from train_capi import hyper_at
+    from train_capi import CapiState, train_step
 
     (batch,) = golden_batches(0, 1)
     losses = {}
@@ -52,11 +52,11 @@ DROP_PATH = """
             f"efficiency.compilation.do_teacher.disable={disable}",
             f"efficiency.compilation.do_student.disable={disable}",
         ])
-        state = TrainState(cfg, torch.device(device))
+        state = CapiState(cfg, torch.device(device))
         for name, module in state.modules.items():
             name = name if name == "clustering" else "student"
             load_whole(module, golden_part(f"init.{name}."))
-        mine = dataclasses.replace(batch.to(device), host_predict_indices=batch.host_predict_indices)
+        mine = batch.to(device)
         # Learning rates are 0 at step 0: the loss depends on the images that are dropped, and on nothing before.
         for step in (0, 1, 2, 3, 1, 2):
             state.step = step

@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 import export
 import hubconf
 from checkpoint import export_weights
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
+from config import DEFAULT_PRETRAIN_CONFIG, load_config, to_yaml
 from model import EncoderDecoder, load_model
+from train_capi import CapiConfig
 from utils import UserError
 
 NAMES = {

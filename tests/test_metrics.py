@@ -12,28 +12,34 @@ from conftest import seeded
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from clustering import L2NormLinear, OnlineClustering, soft_cross_entropy
+from clustering import (
+    L2NormLinear,
+    OnlineClustering,
+    batch_warning,
+    normalized_entropy,
+    prototype_usage,
+    soft_cross_entropy,
+)
+from flops import (
+    StepShape,
+    attention_recomputation_per_image,
+    device_memory_estimate,
+    encoder_flops_per_image,
+    num_backbone_parameters,
+    step_flops_per_image,
+    training_flops_per_image,
+)
 from metrics import (
     TIMING_KEYS,
     FiniteWatch,
     Metrics,
     NonFiniteError,
     Profile,
-    StepShape,
     Throughput,
-    attention_recomputation_per_image,
-    batch_warning,
-    device_memory_estimate,
     effective_rank,
-    encoder_flops_per_image,
     norm_stats,
-    normalized_entropy,
-    num_backbone_parameters,
     peak_flops,
-    prototype_usage,
     read_metrics,
-    step_flops_per_image,
-    training_flops_per_image,
 )
 from model import EncoderDecoder
 from utils import UserError

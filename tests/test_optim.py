@@ -6,9 +6,10 @@ from conftest import load_golden_json
 from torch import nn
 
 from clustering import L2NormLinear
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from model import EncoderDecoder
-from optim import Multipliers, WarmupThenCosine, ema_update_, hyper_at, make_student_optimizer, multipliers, set_hyper
+from optim import Multipliers, WarmupThenCosine, ema_update_, make_student_optimizer, multipliers, set_hyper
+from train_capi import CapiConfig, hyper_at
 
 
 @pytest.mark.parametrize("case", load_golden_json("schedules"), ids=lambda c: str(c["kwargs"])[:60])

@@ -16,8 +16,9 @@ import eval_segmentation
 import eval_visualizations
 import extract_features
 import train_distributed
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config, to_yaml
+from config import DEFAULT_PRETRAIN_CONFIG, load_config, to_yaml
 from model import EncoderDecoder
+from train_capi import CapiConfig
 
 NAMES = [
     f"{key}=custom://Segmentation?root='{ROOT}/demo_data/emoji_on_scenes/{split}'"

@@ -14,9 +14,10 @@ from conftest import ROOT, run_cli
 from PIL import Image
 from runs import TINY, make_images, run_main
 
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from model import EncoderDecoder
 from sources import SEGMENTATION_SETS, parse_data_url
+from train_capi import CapiConfig
 from utils import import_from_path
 
 README = (ROOT / "README.md").read_text()

@@ -18,11 +18,10 @@ from torch import Tensor
 
 import train_capi
 from checkpoint import SavedState
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from data import derive_seed
 from model import Residual
-from optim import hyper_at
-from train_capi import warn_of_another_course
+from train_capi import CapiConfig, hyper_at, warn_of_another_course
 
 FP8 = "efficiency.teacher_fp8=true"
 
@@ -85,7 +84,7 @@ def test_gradient_clipping_bounds_the_update_and_reports_the_norm_before():
     assert norm.item() == pytest.approx(0.5, rel=1e-4)
 
 
-def weights(state: train_capi.TrainState) -> dict[str, Tensor]:
+def weights(state: train_capi.CapiState) -> dict[str, Tensor]:
     return {f"{n}.{k}": v.clone() for n, m in state.modules.items() for k, v in m.state_dict().items()}
 
 

@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 
 import train_capi
 from checkpoint import Checkpoints
-from config import DEFAULT_PRETRAIN_CONFIG, CapiConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from data import Batch
-from optim import hyper_at
+from train_capi import CapiConfig, hyper_at
 from utils import UserError
 
 GLOBAL_BATCH = 12
@@ -47,17 +47,12 @@ def golden_on_this_rank(mode: str, copies: int) -> tuple[list[dict[str, float]],
 
 def joined(batches: list[Batch]) -> Batch:
     """Batches of one image as one batch."""
-    visible, predict = (
-        torch.cat([getattr(batch, name) + NUM_PATCHES * i for i, batch in enumerate(batches)])
+    masks = {
+        name: torch.cat([batch.masks[name] + NUM_PATCHES * i for i, batch in enumerate(batches)])
         for name in ("visible_indices", "predict_indices")
-    )
-    return Batch(
-        images=torch.cat([batch.images for batch in batches]),
-        visible_indices=visible,
-        predict_indices=predict,
-        host_predict_indices=predict,
-        sample_ids=torch.arange(len(batches)),
-    )
+    }
+    images = torch.cat([batch.images for batch in batches])
+    return Batch(images=images, masks=masks, sample_ids=torch.arange(len(batches))).to("cpu")
 
 
 def whole(x: Tensor) -> Tensor:
