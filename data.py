@@ -1002,9 +1002,9 @@ class WorkerAdvice:
 
     def _line(self, enough: int, fraction: float) -> str:
         loader, most = self.batches.loader, max(1, self.cores - 1)  # the training loop needs one
-        partitions = loader.cfg.data.stream_partitions if isinstance(loader.dataset, ImageStream) else None
+        partitions = loader.images.stream_partitions if isinstance(loader.dataset, ImageStream) else None
         if enough > most:
-            gpu = self.batches.device.type == "cuda" and loader.cfg.data.decode == "cpu"
+            gpu = self.batches.device.type == "cuda" and loader.images.decode == "cpu"
             advice = (
                 f"{enough} would be enough, but this rank has {self.cores} core(s), one of them for the training loop"
                 + (f"; use {most}" if most != loader.num_workers else "")

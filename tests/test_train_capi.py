@@ -17,11 +17,13 @@ from runs import KillableRun, assert_same_run, logged_steps, make_images, metric
 from torch import Tensor
 
 import train_capi
+import training
 from checkpoint import SavedState
+from clustering import OnlineClustering
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from data import derive_seed
 from model import Residual
-from train_capi import CapiConfig, hyper_at, warn_of_another_course
+from train_capi import CapiConfig, hyper_at, warn_if_changed
 
 FP8 = "efficiency.teacher_fp8=true"
 
@@ -350,7 +352,7 @@ def warnings_on_resume(caplog, *changes: str, step: int = 100, world_size: int =
     before = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*GOLDEN_CONFIG, "optim.total_iters=1000"])
     saved = SavedState(Path("x"), step, {}, [], world_size, dataclasses.asdict(before))
     caplog.clear()
-    warn_of_another_course(
+    warn_if_changed(
         saved, load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*GOLDEN_CONFIG, "optim.total_iters=1000", *changes])
     )
     return "\n".join(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
@@ -440,16 +442,16 @@ def test_a_non_finite_loss_stops_the_run_naming_step_and_last_checkpoint(images,
 
 def poison(monkeypatch, module: str, step: int, value: float = float("nan"), *, stays: bool = False) -> None:
     """Make one gradient of `module` not finite in the update that finishes `step`; the losses of it are finite."""
-    average, calls = train_capi.average_gradients_, {"student": 0, "clustering": 0}
+    average, calls = training.average_gradients_, {"student": 0, "clustering": 0}
 
     def averaged(which, sharding):
         average(which, sharding)
-        name = "clustering" if isinstance(which, train_capi.OnlineClustering) else "student"
+        name = "clustering" if isinstance(which, OnlineClustering) else "student"
         calls[name] += 1
         if name == module and (calls[name] == step or (stays and calls[name] > step)):
             next(p.grad for p in which.parameters() if p.grad is not None).view(-1)[0] = value
 
-    monkeypatch.setattr(train_capi, "average_gradients_", averaged)
+    monkeypatch.setattr(training, "average_gradients_", averaged)
 
 
 def checkpoint_names(output_dir: Path) -> list[str]:
@@ -534,7 +536,7 @@ def test_weights_that_are_not_finite_are_not_exported_for_an_evaluation(images, 
 def test_an_old_checkpoint_of_nan_weights_is_refused_and_the_good_one_named(images, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as old:  # a version that does not look
         poison(old, "student", 3)
-        old.setattr(train_capi.FiniteWatch, "check", lambda *_: None)
+        old.setattr(training.FiniteWatch, "check", lambda *_: None)
         run_main(tiny(images, tmp_path))
     assert checkpoint_names(tmp_path)[-1] == "step_000000006"
     capsys.readouterr()
@@ -590,7 +592,7 @@ def test_a_wait_for_a_batch_gives_way_to_a_signal(images, tmp_path, monkeypatch,
 def test_metrics_that_cannot_be_written_end_the_run_with_a_checkpoint(images, tmp_path, monkeypatch, capsys):
     straight, run = tmp_path / "straight", tmp_path / "run"
     assert run_main(tiny(images, straight)) == 0
-    append, full = train_capi.Metrics.append, [3, 6]
+    append, full = training.Metrics.append, [3, 6]
 
     def appends_unless_full(meters, step, values):
         if full and step == full[0]:
@@ -598,7 +600,7 @@ def test_metrics_that_cannot_be_written_end_the_run_with_a_checkpoint(images, tm
             raise OSError(errno.ENOSPC, "No space left on device")  # as from a write, which names no file
         return append(meters, step, values)
 
-    monkeypatch.setattr(train_capi.Metrics, "append", appends_unless_full)
+    monkeypatch.setattr(training.Metrics, "append", appends_unless_full)
     arguments = tiny(images, run, "train.checkpointing.period=100")
     for saved in (4, 6):  # at the next step, where all ranks agree; the last step has none after it
         capsys.readouterr()

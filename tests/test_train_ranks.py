@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import train_capi
+import training
 from checkpoint import Checkpoints
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from data import Batch
@@ -151,7 +152,7 @@ def test_a_run_continues_on_other_ranks_and_divided_in_another_way(images, alone
 
 def with_a_fault_of_one_rank(arguments: list[str], kind: str) -> str:
     """A run in which, at step 3, rank 0 cannot write its metrics, or a gradient of rank 1 is NaN; the error here."""
-    append, average = train_capi.Metrics.append, train_capi.average_gradients_
+    append, average = training.Metrics.append, training.average_gradients_
     calls = []
 
     def appends_unless_full(meters: Any, step: int, values: Any) -> Any:
@@ -166,8 +167,8 @@ def with_a_fault_of_one_rank(arguments: list[str], kind: str) -> str:
         average(module, sharding)
 
     with (
-        mock.patch.object(train_capi.Metrics, "append", appends_unless_full),
-        mock.patch.object(train_capi, "average_gradients_", averages_a_nan),
+        mock.patch.object(training.Metrics, "append", appends_unless_full),
+        mock.patch.object(training, "average_gradients_", averages_a_nan),
         pytest.raises(UserError) as caught,
     ):
         train_on_this_rank(arguments)
