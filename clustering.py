@@ -5,6 +5,7 @@ its own over the images of the batch (CAPI, arXiv:2502.08769, section 3).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distributed import all_reduce_max_, all_reduce_sum_
-from speed.clustering import (
-    SHIFT,
-    SINKHORN_EPS,
-    ClusteringStep,
-    Learning,
-    Prototypes,
-    normalize_features,
-    use_triton,
-)
 from utils import UserError
+
+SINKHORN_EPS = 1e-8
+SHIFT = 50.0
+"""Exponent of each prototype's largest logit, which keeps the others' exp() from vanishing."""
 
 
 def sinkhorn_knopp(
@@ -63,6 +59,24 @@ def entropy(probabilities: Float[Tensor, "*b k"]) -> Float[Tensor, "*b"]:
     return torch.special.entr(probabilities.float()).sum(dim=-1)
 
 
+def normalize_features(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    """Unit length, in float32, without gradient."""
+    return F.normalize(x.detach().float(), dim=-1, eps=1e-7)
+
+
+class ClusteringStep(NamedTuple):
+    """What one step of the clustering head leaves behind."""
+
+    targets: Float[Tensor, "m k"]
+    """Assignments at the predicted positions, in the order of `predict_indices`."""
+    loss: Float[Tensor, ""]
+    """Mean clustering loss over all tokens."""
+    mass: Float[Tensor, " k"] | None
+    """Sum of the assignments over all tokens, per prototype; only if asked for."""
+    counts: Int[Tensor, " k"] | None
+    """Tokens whose largest assignment is this prototype; only if asked for."""
+
+
 class OnlineClustering(nn.Module):
     """The teacher's head: prototypes trained by a clustering loss on the teacher's own features.
 
@@ -75,6 +89,9 @@ class OnlineClustering(nn.Module):
         pred_temp: temperature of the prediction in the clustering loss.
         positionwise_sk: balance each position by itself; otherwise all tokens of all positions together.
     """
+
+    forward_methods = ("learn",)
+    """Methods that read the weights without going through `forward`, for code that divides weights over ranks."""
 
     def __init__(
         self,
@@ -90,7 +107,7 @@ class OnlineClustering(nn.Module):
         super().__init__()
         self.in_dim, self.out_dim, self.n_sk_iter = in_dim, out_dim, n_sk_iter
         self.target_temp, self.pred_temp, self.positionwise_sk = target_temp, pred_temp, positionwise_sk
-        self.layer = Prototypes(in_dim, out_dim, bias=bias)
+        self.layer = nn.Linear(in_dim, out_dim, bias=bias)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -100,11 +117,8 @@ class OnlineClustering(nn.Module):
             nn.init.zeros_(self.layer.bias)
 
     def forward(self, x: Float[Tensor, "p b d"]) -> tuple[Float[Tensor, "p b k"], Float[Tensor, ""]]:
-        """Assignments of all tokens (no gradient) and the clustering loss, whose gradient reaches this head only.
-
-        All assignments are alive at once; training uses `step`, which is bounded in memory.
-        """
-        logits = self._logits(x)
+        """Assignments of all tokens (no gradient) and the clustering loss, whose gradient reaches this head only."""
+        logits = self.layer(normalize_features(x)).float()
         if self.positionwise_sk:
             assignments = sinkhorn_knopp(logits.detach() / self.target_temp, self.n_sk_iter)
         else:
@@ -112,48 +126,42 @@ class OnlineClustering(nn.Module):
             assignments = flat.unflatten(0, logits.shape[:2])
         return assignments, soft_cross_entropy(assignments, logits, self.pred_temp).mean()
 
+    def learn(
+        self, x: Float[Tensor, "p b d"], predict_indices: Int[Tensor, " m"], *, with_usage: bool
+    ) -> ClusteringStep:
+        """What `step` returns, before the backward pass of the loss.
+
+        Here the assignments of all tokens are alive at once. `speed.clustering.learn_in_chunks` puts a function in the
+        place of this one that computes the same in bounded memory.
+        """
+        assignments, loss = self.forward(x)
+        targets = assignments[predict_indices % len(x), predict_indices // len(x)]
+        if not with_usage:
+            return ClusteringStep(targets, loss, None, None)
+        counts = assignments.argmax(dim=-1).flatten().bincount(minlength=self.out_dim)
+        return ClusteringStep(targets, loss, assignments.sum(dim=(0, 1)), counts)
+
     def step(
         self,
         x: Float[Tensor, "p b d"],
         predict_indices: Int[Tensor, " m"],
         *,
-        chunk: int | None = None,
         with_usage: bool = False,
         loss_scale: float | Tensor = 1.0,
-        kernel: str = "auto",
     ) -> ClusteringStep:
-        """Targets, loss and gradients of the head, `chunk` positions at a time: equal to `forward` and backward on all.
+        """Cluster the tokens of all positions: targets for the student, and the loss and gradients of this head.
 
         Gradients of `loss * loss_scale` are added to the parameters' `.grad`.
 
         Args:
             x: teacher features.
             predict_indices: flat positions `image * p + position`; on the CPU, or this waits for the device.
-            chunk: positions whose logits are alive together; None takes as many as fit into a fixed amount of memory.
             with_usage: also count how often each prototype is used.
             loss_scale: for the float16 loss scaler.
-            kernel: `torch`; `triton`, which has its own kernels for GPUs; or `auto`, which takes them where they run.
-
-        Raises: UserError if `kernel` cannot run here.
         """
-        result = self.layer.learn(
-            x,
-            predict_indices,
-            Learning(
-                n_sk_iter=self.n_sk_iter,
-                target_temp=self.target_temp,
-                pred_temp=self.pred_temp,
-                positionwise_sk=self.positionwise_sk,
-                chunk=chunk,
-                with_usage=with_usage,
-                use_triton=use_triton(kernel, x.device),
-            ),
-        )
+        result = self.learn(x, predict_indices, with_usage=with_usage)
         (result.loss * loss_scale).backward()
         return result._replace(loss=result.loss.detach())
-
-    def _logits(self, x: Float[Tensor, "p b d"]) -> Float[Tensor, "p b k"]:
-        return self.layer(normalize_features(x)).float()
 
 
 class L2NormLinear(nn.Module):

@@ -289,13 +289,13 @@ def _fully_shard(
     for submodule in [*blocks, *_outermost_with_weights(module)]:
         if not isinstance(submodule, FSDPModule):
             fully_shard(submodule, **options, mp_policy=precision(sharding.param_dtype))
-        for method in ("forward_pretrain", "learn"):
-            if hasattr(submodule, method):
-                register_fsdp_forward_method(submodule, method)
+        for method in getattr(submodule, "forward_methods", ()):
+            register_fsdp_forward_method(submodule, method)
 
 
 def _outermost_with_weights(module: nn.Module) -> Iterator[nn.Module]:
-    if any(True for _ in module.parameters(recurse=False)):
+    """Modules with parameters of their own, or with methods that read those of their children."""
+    if hasattr(module, "forward_methods") or any(True for _ in module.parameters(recurse=False)):
         yield module
     else:
         for child in module.children():

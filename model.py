@@ -329,6 +329,9 @@ class EncoderDecoder(nn.Module):
     Raises: UserError on an impossible combination.
     """
 
+    forward_methods = ("forward_pretrain",)
+    """Methods that read the weights without going through `forward`, for code that divides weights over ranks."""
+
     def __init__(
         self,
         *,

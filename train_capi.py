@@ -58,7 +58,6 @@ from masking import MaskPlan, PatchMasks, make_masking_generator
 from metrics import effective_rank, norm_stats
 from model import EncoderDecoder, RotaryEmbedding
 from optim import ema_update_, make_adamw, multipliers, scheduled, set_rates_
-from speed.clustering import use_triton
 from training import (
     Run,
     TrainState,
@@ -121,8 +120,9 @@ class CapiMethodConfig:
     """Temperature of the student's prediction, 0.12."""
     clustering_chunk: int | None = field(metadata=COUNT)
     """Patch positions clustered at a time; only memory and speed depend on it. null: chosen by memory."""
-    clustering_kernel: str = field(metadata=one_of("auto", "torch", "triton"))
-    """torch; triton, which has kernels of its own for GPUs; or auto: triton on a GPU where it is installed."""
+    clustering_kernel: str = field(metadata=one_of("auto", "torch", "triton", "plain"))
+    """torch; triton, which has kernels of its own for GPUs; auto: triton on a GPU where it is installed, else torch; or
+    plain, which has no tricks: as the paper writes it, all logits in memory at once."""
     clustering_kwargs: ClusteringHeadConfig
     clustering_optimizer: ClusteringOptimizerConfig
 
@@ -373,7 +373,6 @@ class CapiState(TrainState):
     def __init__(
         self, cfg: CapiConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
     ) -> None:
-        use_triton(cfg.capi.clustering_kernel, device)  # raises early
         super().__init__(cfg, device, compiled=compiled)
         self.cfg = cfg
         compilation = cfg.efficiency.compilation
@@ -414,7 +413,15 @@ class CapiState(TrainState):
 
     def _make_clustering(self) -> OnlineClustering:
         width = self.cfg.model.transformers_kwargs.embed_dim
-        return OnlineClustering(width, self.cfg.capi.num_clusters, **asdict(self.cfg.capi.clustering_kwargs))
+        settings = self.cfg.capi
+        head = OnlineClustering(width, settings.num_clusters, **asdict(settings.clustering_kwargs))
+        if settings.clustering_kernel != "plain":
+            from speed.clustering import learn_in_chunks
+
+            learn_in_chunks(
+                head, kernel=settings.clustering_kernel, device=self.device, chunk=settings.clustering_chunk
+            )
+        return head
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """The teacher's patch features, not compiled, for batches of any size."""
@@ -472,8 +479,6 @@ def train_step(
         clustering = state.clustering.step(
             features.transpose(0, 1),
             predict_indices,
-            chunk=cfg.capi.clustering_chunk,
-            kernel=cfg.capi.clustering_kernel,
             with_usage=with_usage,
             loss_scale=state.scaler.scale(torch.ones((), device=state.device)),
         )
@@ -689,6 +694,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dry_run=lambda: dry_run(cfg),
         train=functools.partial(train, cfg),
         make_state=functools.partial(CapiState, cfg, compiled=False),
+        has_kernels=cfg.capi.clustering_kernel != "plain",
     )
 
 

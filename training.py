@@ -53,10 +53,6 @@ from model import Attention, Block
 from optim import grad_norm
 from pixels import log_pixels, sample_pixels
 from probe import Probe
-from speed.attention import attend_by_xformers
-from speed.compiling import compile_blocks, compile_function, kept_compilations
-from speed.fp8 import multiply_in_fp8
-from speed.recomputing import recompute_blocks
 from utils import (
     UserError,
     derive_seed,
@@ -119,7 +115,8 @@ class TrainState:
     ) -> M:
         """Build a network and put it on the device as `efficiency` says: recomputed, compiled and divided over ranks.
 
-        One after the other: where weights are divided, no rank ever holds two whole networks.
+        One after the other: where weights are divided, no rank ever holds two whole networks. Of `speed`, only what is
+        asked for is imported.
 
         Args:
             make: builds it; every part has an `init_weights`.
@@ -132,27 +129,38 @@ class TrainState:
             load(module)
         blocks: list[nn.Module] = [part for part in module.modules() if isinstance(part, Block)]
         if self.efficiency.attention == "xformers":
+            from speed.attention import attend_by_xformers
+
             attention: list[nn.Module] = [part for part in module.modules() if isinstance(part, Attention)]
             attend_by_xformers(attention, self.device, self.dtype)
         if is_teacher:
             module.requires_grad_(False).eval()
             if self.efficiency.teacher_fp8:
+                from speed.fp8 import multiply_in_fp8
+
                 multiply_in_fp8(blocks, self.device)
-        else:
+        elif self.efficiency.rematerialization.enabled:
+            from speed.recomputing import recompute_blocks
+
             recompute_blocks(blocks, self.efficiency.rematerialization)
-        if compilation is not None and self.compiled:
+        if compilation is not None and not compilation.disable and self.compiled:
+            from speed.compiling import compile_blocks
+
             compile_blocks(blocks, compilation, self.sharding)
         parallelize(module, self.sharding, self.device, blocks)
         return module
 
     def compile(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         """A function of tensors, compiled as `efficiency.compilation.<name>` says."""
-        if not self.compiled:
-            return function
         options = self.efficiency.compilation
+        own: CompileConfig = getattr(options, name)
+        if own.disable or not self.compiled:
+            return function
+        from speed.compiling import compile_function
+
         return compile_function(
             function,
-            getattr(options, name),
+            own,
             f"efficiency.compilation.{name}",
             device=self.device,
             sharding=self.sharding,
@@ -686,6 +694,7 @@ def run_command(
     dry_run: Callable[[], str],
     train: Callable[[Path, torch.device], None],
     make_state: Callable[[torch.device], TrainState],
+    has_kernels: bool = True,
 ) -> int:
     """Do what the options of `utils.add_training_options` ask for. Returns the exit code.
 
@@ -695,6 +704,7 @@ def run_command(
         dry_run: says what would be trained.
         train: trains in a folder, on a device.
         make_state: builds a state, not compiled, to export from.
+        has_kernels: whether the training has kernels of its own on a GPU, which are compiled there.
     """
     if args.print_config:
         sys.stdout.write(to_yaml(cfg))
@@ -708,8 +718,13 @@ def run_command(
             sys.stdout.writelines(f"{path}\n" for path in export_newest(make_state(torch.device("cpu")), output_dir))
             return 0
         options = cfg.efficiency.compilation
-        compiles = device.type == "cuda" or not (options.do_teacher.disable and options.do_student.disable)
-        with kept_compilations(output_dir / "compile_cache") if compiles else contextlib.nullcontext():
+        compiles = not (options.do_teacher.disable and options.do_student.disable)
+        kept: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if compiles or (device.type == "cuda" and has_kernels):
+            from speed.compiling import kept_compilations
+
+            kept = kept_compilations(output_dir / "compile_cache")
+        with kept:
             train(output_dir, device)
     return 0
 

@@ -6,15 +6,16 @@
 under bfloat16 autocast on a GPU.
 
 `floor`: the matmuls alone, logits and weight gradient, in chunks. `step`: what training does, by positions per chunk
-and kernel. `plain`: `OnlineClustering.forward` on everything and its backward pass. Times are medians, taken in turn in
-one process; the ratio is that to the floor. `added GiB`: peak above what was there before, the targets included; on a
-CPU every line has a process of its own for it, because the peak of a process never falls.
+and kernel. `plain`: the same on everything at once, by `OnlineClustering.forward` and its backward pass. Times are
+medians, taken in turn in one process; the ratio is that to the floor. `added GiB`: peak above what was there before,
+the targets included; on a CPU every line has a process of its own for it, because the peak of a process never falls.
 
 Bounds of the step: operations, 4 x tokens x width x prototypes over the rate of the unit; bytes, the logits written
 once, read once per Sinkhorn round, once for loss and gradient, written and read as gradient, over the bandwidth.
 """
 
 import argparse
+import copy
 import resource
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ from results import add_arguments, print_table, record, whole_number
 
 from clustering import OnlineClustering
 from metrics import peak_flops
+from speed.clustering import learn_in_chunks
 
 PREDICTED = 8
 ROUNDS = 3
@@ -61,24 +63,21 @@ def variants(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     def autocast() -> Any:
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    def step(positions: str, kernel: str) -> Callable[[], None]:
+    def step(stepping: OnlineClustering) -> Callable[[], None]:
         def run() -> None:
-            head.zero_grad()
+            stepping.zero_grad()
             with autocast():
-                head.step(x, indices, chunk=None if positions == "auto" else int(positions), kernel=kernel)
+                stepping.step(x, indices)
 
         return run
 
-    def plain() -> None:
-        head.zero_grad()
-        with autocast():
-            assignments, loss = head(x)
-        loss.backward()
-        assignments.flatten(0, 1)[indices].clone()
+    def fast(positions: str, kernel: str) -> OnlineClustering:
+        chunk = None if positions == "auto" else int(positions)
+        return learn_in_chunks(copy.copy(head), kernel=kernel, device=device, chunk=chunk)
 
     kernels = ["torch", "triton"] if device.type == "cuda" else ["torch"]
-    steps = {f"step, {kernel}, chunk {c}": step(c, kernel) for kernel in kernels for c in args.chunks}
-    return {"floor": floor, **steps, "plain": plain}
+    steps = {f"step, {kernel}, chunk {c}": step(fast(c, kernel)) for kernel in kernels for c in args.chunks}
+    return {"floor": floor, **steps, "plain": step(head)}
 
 
 def seconds_of(run: Callable[[], Any]) -> float:

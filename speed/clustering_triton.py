@@ -262,19 +262,22 @@ def warps(shape: tuple[int, int], values_per_thread: int) -> int:
     return max(4, math.prod(shape) // (32 * values_per_thread))
 
 
-class TritonChunk:
-    """`speed.clustering.Chunk` on a GPU.
+class TritonPart:
+    """`speed.clustering.Part` on a GPU.
 
     Args:
         logits: `[c, b, k]`, with rows a multiple of `MULTIPLE` apart; so are those of the targets.
+        first: the first of these positions.
         target_temp: temperature of the assignments.
         pred_temp: temperature of the prediction.
         shift: exponent of each prototype's largest logit.
         eps: Sinkhorn's.
     """
 
-    def __init__(self, logits: Tensor, *, target_temp: float, pred_temp: float, shift: float, eps: float) -> None:
-        self.logits, self.shift, self.eps = logits, shift * LOG2_E, eps
+    def __init__(
+        self, logits: Tensor, first: int, *, target_temp: float, pred_temp: float, shift: float, eps: float
+    ) -> None:
+        self.logits, self.first, self.shift, self.eps = logits, first, shift * LOG2_E, eps
         self.scale, self.pred_scale = LOG2_E / target_temp, LOG2_E / pred_temp
         self.stride = logits.stride(1)
         assert self.stride % MULTIPLE == 0
@@ -325,30 +328,30 @@ class TritonChunk:
     def _offsets(self, prototype: Tensor) -> Tensor:
         return (self.shift - self._maxima * self.scale).add_(prototype.log2())
 
-    def learn_(self, prototype: Tensor, first: int, into: Any) -> None:
-        """Scale the tokens a last time; add to the pass's results; write residuals over the logits."""
+    def learn_(self, prototype: Tensor, results: Any) -> None:
+        """Scale the tokens a last time; add to the results of the pass; write residuals over the logits."""
         c, b, k = self.logits.shape
-        if into.mass is not None:
-            self._add_usage(prototype, into)
-        held, slots = held_shape(b, k), into.slots[first : first + c]
+        if results.mass is not None:
+            self._add_usage(prototype, results)
+        held, slots = held_shape(b, k), results.slots[self.first : self.first + c]
         blocks = triton.cdiv(b, HELD_ROWS if held else ROWS)
         losses, partial = self._vectors(c, b), self._vectors(c, blocks, k)
         if held:
             _launch(
                 _held_learn_kernel, (blocks, c), self.logits, self._offsets(prototype), self.token, slots,
-                into.targets, losses, partial, b, k, self.stride, self.scale, self.eps, self.pred_scale,
+                results.targets, losses, partial, b, k, self.stride, self.scale, self.eps, self.pred_scale,
                 HELD_ROWS // held[0], shape=held, num_warps=warps(held, LEARN_VALUES),
             )  # fmt: skip
         else:
             _launch(
-                _learn_kernel, (blocks, c), self.logits, self._maxima, prototype, self.token, slots, into.targets,
+                _learn_kernel, (blocks, c), self.logits, self._maxima, prototype, self.token, slots, results.targets,
                 losses, partial, b, k, self.stride, self.scale, self.shift, self.eps, self.pred_scale, num_warps=8,
             )  # fmt: skip
-        into.loss += losses.sum(dtype=into.loss.dtype) / LOG2_E
-        if into.bias_grad is not None:
-            into.bias_grad += partial.sum(dim=(0, 1))
+        results.loss += losses.sum(dtype=results.loss.dtype) / LOG2_E
+        if results.bias_grad is not None:
+            results.bias_grad += partial.sum(dim=(0, 1))
 
-    def _add_usage(self, prototype: Tensor, into: Any) -> None:
+    def _add_usage(self, prototype: Tensor, results: Any) -> None:
         """Count how often each prototype is used; the tokens' scaling stays as it is."""
         c, b, k = self.logits.shape
         token, self.token = self.token, self.token.clone()
@@ -359,4 +362,4 @@ class TritonChunk:
             _largest_kernel, (triton.cdiv(b, ROWS), c), self.logits, self._offsets(prototype), largest, b, k,
             self.stride, self.scale,
         )  # fmt: skip
-        into.add_usage(mass, largest)
+        results.add_usage(mass, largest)

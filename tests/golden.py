@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import train_capi
-from clustering import OnlineClustering
+from clustering import ClusteringStep, OnlineClustering
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from data import Batch
 from model import EncoderDecoder
-from speed.clustering import ClusteringStep
+from speed.clustering import learn_in_chunks
 from train_capi import CapiConfig
 
 TRAJECTORY, META = load_golden("trajectory_default")
@@ -106,11 +106,25 @@ def golden_head(positionwise: bool) -> tuple[OnlineClustering, dict[str, Tensor]
     return head, tensors
 
 
-def golden_step(head: OnlineClustering, golden: dict[str, Tensor], **options: Any) -> ClusteringStep:
+def with_kernel(head: OnlineClustering, kernel: str, chunk: int | None = None) -> OnlineClustering:
+    """The head as `capi.clustering_kernel` and `capi.clustering_chunk` have it, on the CPU."""
+    if kernel == "plain":
+        return head
+    return learn_in_chunks(head, kernel=kernel, device=torch.device("cpu"), chunk=chunk)
+
+
+def golden_step(
+    head: OnlineClustering,
+    golden: dict[str, Tensor],
+    kernel: str,
+    chunk: int | None = None,
+    *,
+    with_usage: bool = False,
+) -> ClusteringStep:
     """A step on the golden features, whose targets, loss and gradients must be golden."""
     p, b, _ = golden["x"].shape
     predict_indices = torch.randperm(p * b, generator=seeded(0))[:25]
-    step = head.step(golden["x"], predict_indices, **options)
+    step = with_kernel(head, kernel, chunk).step(golden["x"], predict_indices, with_usage=with_usage)
     expected = golden["assignments"][predict_indices % p, predict_indices // p]
     torch.testing.assert_close(step.targets, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(step.loss, golden["loss"][0], rtol=1e-6, atol=0)

@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import seeded
-from golden import CLUSTERING, golden_head, golden_step
+from golden import CLUSTERING, golden_head, golden_step, with_kernel
+from ranks import run_on_ranks
 from torch import Tensor
 
 import speed.clustering
-from clustering import L2NormLinear, OnlineClustering, entropy, sinkhorn_knopp, soft_cross_entropy
+from clustering import ClusteringStep, L2NormLinear, OnlineClustering, entropy, sinkhorn_knopp, soft_cross_entropy
 from utils import UserError
 
 
@@ -97,8 +99,18 @@ def test_clustering_head_matches_golden(positionwise):
 @pytest.mark.parametrize("block_bytes", [300, 2000, 2**22])  # 3 tokens of a position, 2 positions, all
 def test_chunks_and_blocks_change_nothing(positionwise, chunk, block_bytes, monkeypatch):
     monkeypatch.setattr(speed.clustering, "BLOCK_BYTES", block_bytes)
+    assert_golden_with_usage(positionwise, "torch", chunk)
+
+
+@pytest.mark.parametrize("positionwise", [True, False])
+def test_the_plain_step_is_golden(positionwise):
+    assert_golden_with_usage(positionwise, "plain")
+
+
+def assert_golden_with_usage(positionwise: bool, kernel: str, chunk: int | None = None) -> None:
     head, golden = golden_head(positionwise)
-    step = golden_step(head, golden, chunk=chunk, with_usage=True)
+    step = golden_step(head, golden, kernel, chunk, with_usage=True)
+    assert step.counts is not None
     first, second = golden["assignments"].topk(2).values.unbind(-1)
     counts = golden["assignments"].argmax(-1).flatten().bincount(minlength=step.targets.shape[1])
     num_ties = int((first - second < 1e-6).sum())
@@ -106,14 +118,32 @@ def test_chunks_and_blocks_change_nothing(positionwise, chunk, block_bytes, monk
     assert (step.counts - counts).abs().sum() <= 2 * num_ties, "a token that is no tie changed its mind"
 
 
+def golden_step_on_ranks(positionwise: bool, chunk: int) -> None:
+    golden_step(*golden_head(positionwise), "torch", chunk, with_usage=True)
+
+
 @pytest.mark.parametrize("positionwise", [True, False])
-def test_positions_together_as_on_a_gpu_are_positions_one_by_one(positionwise, monkeypatch):
-    head, golden = golden_head(positionwise)
-    everything = slice(None), slice(None)
-    monkeypatch.setattr(speed.clustering._TorchChunk, "_blocks", lambda _: iter([everything]))
-    monkeypatch.setattr(speed.clustering, "is_distributed", lambda: True)  # whole chunks are balanced together then
-    monkeypatch.setattr(speed.clustering, "_over_ranks", lambda *_: iter(()))
-    golden_step(head, golden, chunk=4)
+@pytest.mark.parametrize("chunk", [1, 4, 9])  # chunks without a partner at the end, all together
+def test_two_chunks_side_by_side_are_chunks_one_by_one(positionwise, chunk):
+    """With a process group, of one rank here, whole chunks are balanced, and two are on their way at a time."""
+    run_on_ranks(golden_step_on_ranks, 1, positionwise, chunk)
+
+
+def my_images_step(x: Tensor, kernel: str, positionwise: bool) -> tuple[ClusteringStep, list[Tensor | None]]:
+    torch.manual_seed(1)
+    head = OnlineClustering(
+        12, 40, bias=True, n_sk_iter=3, target_temp=0.06, pred_temp=0.12, positionwise_sk=positionwise
+    )
+    mine = x.chunk(dist.get_world_size(), dim=1)[dist.get_rank()].contiguous()
+    step = with_kernel(head, kernel, chunk=1).step(mine, torch.arange(0, 15, 4), with_usage=True)
+    return step, [parameter.grad for parameter in head.parameters()]
+
+
+@pytest.mark.parametrize("positionwise", [True, False])
+def test_plain_and_chunks_agree_on_two_ranks(positionwise):
+    x = torch.randn(3, 10, 12)
+    plain, chunks = (run_on_ranks(my_images_step, 2, x, kernel, positionwise) for kernel in ("plain", "torch"))
+    torch.testing.assert_close(chunks, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_chunks_hold_no_more_logits_than_they_say():
@@ -130,15 +160,16 @@ def test_chunks_hold_no_more_logits_than_they_say():
             return out
 
     with Watch():
-        head.step(torch.randn(16, 32, 8), torch.arange(0, 16 * 32, 50), chunk=2)
+        with_kernel(head, "torch", chunk=2).step(torch.randn(16, 32, 8), torch.arange(0, 16 * 32, 50))
     assert largest == 2 * 32 * 64
 
 
-def test_loss_scale_scales_the_gradient_alone():
+@pytest.mark.parametrize("kernel", ["plain", "torch"])
+def test_loss_scale_scales_the_gradient_alone(kernel):
     grads, losses = [], []
     for scale in (1.0, 1024.0):
         head, golden = golden_head(True)
-        losses.append(head.step(golden["x"], torch.tensor([0]), loss_scale=scale).loss)
+        losses.append(with_kernel(head, kernel).step(golden["x"], torch.tensor([0]), loss_scale=scale).loss)
         grads.append(head.layer.weight.grad)
     assert torch.equal(losses[0], losses[1])
     torch.testing.assert_close(grads[1] / 1024, grads[0])
@@ -148,7 +179,7 @@ def test_the_loss_scale_keeps_gradients_of_float16_weights_from_vanishing():
     head = OnlineClustering(8, 16, bias=True, n_sk_iter=3, target_temp=0.06, pred_temp=1e7)  # tiny gradients
     half = copy.deepcopy(head).half()
     for each in (head, half):
-        each.step(torch.randn(3, 5, 8, generator=seeded(0)), torch.tensor([0]), loss_scale=1e7)
+        with_kernel(each, "torch").step(torch.randn(3, 5, 8, generator=seeded(0)), torch.tensor([0]), loss_scale=1e7)
     exact, rounded = head.layer.weight.grad, half.layer.weight.grad
     assert rounded.dtype == torch.float16
     assert (rounded.float() - exact).norm() < 5e-2 * exact.norm()

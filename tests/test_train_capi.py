@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -26,6 +27,8 @@ from model import Residual
 from train_capi import CapiConfig, hyper_at, warn_if_changed
 
 FP8 = "efficiency.teacher_fp8=true"
+KERNEL = "capi.clustering_kernel"
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU, which is tested")
 
 
 @pytest.mark.parametrize(
@@ -37,6 +40,10 @@ FP8 = "efficiency.teacher_fp8=true"
         (1, ["capi.clustering_chunk=7"]),
         (2, []),
         (3, ["capi.clustering_chunk=1"]),
+        (1, [f"{KERNEL}=plain"]),
+        (3, [f"{KERNEL}=plain"]),
+        (1, [f"{KERNEL}=torch"]),
+        pytest.param(1, [f"{KERNEL}=triton"], marks=interpreted),
     ],
 )
 def test_eight_steps_reproduce_the_golden_trajectory(accumulation_steps, overrides):
@@ -57,6 +64,22 @@ def test_eight_steps_reproduce_the_golden_trajectory(accumulation_steps, overrid
     for name, module in state.modules.items():
         for key, value in golden_part(f"final.{name}.").items():
             torch.testing.assert_close(module.state_dict()[key], value, atol=1e-5, rtol=0, msg=f"{name}.{key}")
+
+
+@pytest.mark.parametrize("precision", [[], ["efficiency.param_dtype=float16", "efficiency.grad_scaler=true"]])
+def test_the_plain_kernel_logs_what_the_other_one_logs(precision):
+    """Accumulation, usage counts and the loss scale included."""
+    plain, torch_kernel = (golden_state(f"{KERNEL}={name}", *precision) for name in ("plain", "torch"))
+    for state in (plain, torch_kernel):
+        state.scaler._init_scale = 1024.0
+    for i in range(3):
+        a, b = (
+            train_capi.train_step(state, golden_batches(i, 2), hyper_at(i, state.cfg), with_usage=True)
+            for state in (plain, torch_kernel)
+        )
+        assert a.keys() == b.keys() and "prototypes_used" in a
+        for name in a:
+            assert a[name].item() == pytest.approx(b[name].item(), rel=1e-5 if not precision else 1e-2), name
 
 
 def test_frequencies_whose_learning_rate_is_0_get_no_gradient_and_change_that_of_nothing_else():

@@ -30,9 +30,9 @@ from utils import UserError
 GLOBAL_BATCH = 12
 
 
-def golden_on_this_rank(mode: str, copies: int) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+def golden_on_this_rank(mode: str, copies: int, kernel: str) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Eight golden steps with this rank's share of so many copies of the six images; losses, and the final weights."""
-    state = golden_state(f"efficiency.fsdp={mode}")
+    state = golden_state(f"efficiency.fsdp={mode}", f"capi.clustering_kernel={kernel}")
     for parameter in frequencies(state):
         parameter.requires_grad_()  # the golden norm of the gradients has theirs in it
     records = []
@@ -61,18 +61,19 @@ def whole(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "mode", "copies"),
+    ("num_ranks", "mode", "copies", "kernel"),
     [
-        *((n, "simple", 1) for n in (1, 2, 3)),
-        pytest.param(4, "simple", 2, marks=pytest.mark.slow),
-        (2, "fully_shard", 1),
-        *((n, "none", 1) for n in (2, 3)),
-        (4, "none", 2),
+        *((n, "simple", 1, "auto") for n in (1, 2, 3)),
+        pytest.param(4, "simple", 2, "auto", marks=pytest.mark.slow),
+        (2, "fully_shard", 1, "auto"),
+        *((n, "none", 1, "auto") for n in (2, 3)),
+        (4, "none", 2, "auto"),
+        *((2, mode, 1, "plain") for mode in ("simple", "fully_shard", "none")),
     ],
 )
-def test_the_golden_trajectory_on_ranks(num_ranks, mode, copies):
+def test_the_golden_trajectory_on_ranks(num_ranks, mode, copies, kernel):
     """Six images do not divide by four: there every image comes twice, which changes no mean and no balance."""
-    for records, weights in run_on_ranks(golden_on_this_rank, num_ranks, mode, copies):
+    for records, weights in run_on_ranks(golden_on_this_rank, num_ranks, mode, copies, kernel):
         for actual, expected in zip(records, load_golden_json("trajectory_default"), strict=True):
             assert actual["capi_loss"] == pytest.approx(expected["capi_loss"], rel=1e-6)
             assert actual["clustering_loss"] == pytest.approx(expected["clustering_loss"], rel=1e-6)
