@@ -5,7 +5,7 @@ This file is also a model file in the sense of the evaluations: `load_model` bui
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -93,7 +93,7 @@ def rotate(
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x` on `context` with rotary embedding on queries and keys.
+    """Multi-head attention with rotary embedding on queries and keys: self-attention, or cross-attention to a context.
 
     `attend` computes softmax(q k' / sqrt(dh)) v from tensors `[b, heads, n, dh]`; another function may take its place.
     """
@@ -124,15 +124,21 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        context: Float[Tensor, "b nc d"],
-        x_coords: Float[Tensor, "#b n 2"],
-        context_coords: Float[Tensor, "#b nc 2"],
+        coords: Float[Tensor, "#b n 2"],
+        context: Float[Tensor, "b nc d"] | None = None,
+        context_coords: Float[Tensor, "#b nc 2"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Queries from `x`, keys and values from `context`; coordinates in units of the image, of each or of all."""
+        """Queries from `x`, keys and values from `context`, or from `x` as well if there is none.
+
+        Coordinates are in units of the image: one set per image, or one for all.
+        """
+        angles = context_angles = self.rope(coords)
+        if context is None:
+            context = x
+        else:
+            context_angles = self.rope(context_coords)
         q, k, v = (self._split_heads(tokens) for tokens in (self.q_proj(x), self.k_proj(context), self.v_proj(context)))
-        context_angles = self.rope(context_coords)
-        x_angles = context_angles if x_coords is context_coords else self.rope(x_coords)
-        q, k = rotate(q, *x_angles), rotate(k, *context_angles)
+        q, k = rotate(q, *angles), rotate(k, *context_angles)
         out = self.attend(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
 
@@ -158,8 +164,8 @@ class Residual(nn.Module):
 
     Args:
         norm: applied to the branch's input.
-        fn: the branch; called with the normed tokens and further tensors whose first axis is the batch, or 1 for all
-            images.
+        fn: the branch; called with the normed tokens and further inputs: tensors whose first axis is the batch, or 1
+            for all images, or None.
         drop_path_rate: probability of skipping the branch, per image.
         drop_path_type: `efficient` runs the branch on a random subset of max(int(b * keep), 1) images and adds it back
             scaled by b / subset size; `naive` runs it on all and zeroes some.
@@ -186,31 +192,28 @@ class Residual(nn.Module):
         return torch.stack([order, order.argsort()])
 
     def forward(
-        self, x: Float[Tensor, "b n d"], *others: Tensor | None, drawn: Shaped[Tensor, "..."] | None = None
+        self, x: Float[Tensor, "b n d"], *inputs: Tensor | None, drawn: Shaped[Tensor, "..."] | None = None
     ) -> Float[Tensor, "b n d"]:
-        """Add the branch to `x`. None among `others` stands for the normed tokens themselves (self-attention).
+        """Add the branch, with these further inputs, to `x`.
 
         Without `drawn`, training draws from torch's global generator.
         """
         if not self.training or self.keep_prob == 1.0:
-            return x + self._branch(x, others)
+            return x + self.branch(x, *inputs)
         b = x.shape[0]
         if drawn is None:
             drawn = self.draw(b, device=x.device)
         if self.drop_path_type == "naive":
-            return x + self._branch(x, others) * (drawn.view(b, 1, 1) / self.keep_prob).to(x.dtype)
+            return x + self.branch(x, *inputs) * (drawn.view(b, 1, 1) / self.keep_prob).to(x.dtype)
         num_kept = max(int(b * self.keep_prob), 1)
         kept, place = drawn[0, :num_kept], drawn[1]
-        shared: dict[int, Tensor] = {}  # one gather per tensor, so that equal coordinates stay one object
-        for tensor in others:
-            if tensor is not None and id(tensor) not in shared:
-                shared[id(tensor)] = tensor if len(tensor) == 1 else _rows(tensor, kept, place)
-        branch = self._branch(_rows(x, kept, place), [None if t is None else shared[id(t)] for t in others])
+        kept_inputs = (t if t is None or len(t) == 1 else _rows(t, kept, place) for t in inputs)
+        branch = self.branch(_rows(x, kept, place), *kept_inputs)
         return x + _rows(branch.to(x.dtype), place, kept) * (b / num_kept)
 
-    def _branch(self, x: Tensor, others: Any) -> Tensor:
-        normed = _norm_in_dtype_of(x, self.norm)
-        return self.fn(normed, *(normed if tensor is None else tensor for tensor in others))
+    def branch(self, x: Float[Tensor, "b n d"], *inputs: Tensor | None) -> Float[Tensor, "b n d"]:
+        """The branch alone, on all images."""
+        return self.fn(_norm_in_dtype_of(x, self.norm), *inputs)
 
 
 class _Rows(torch.autograd.Function):
@@ -264,17 +267,17 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        context: Float[Tensor, "b nc d"] | None,
-        x_coords: Float[Tensor, "#b n 2"],
-        context_coords: Float[Tensor, "#b nc 2"],
+        coords: Float[Tensor, "#b n 2"],
+        context: Float[Tensor, "b nc d"] | None = None,
+        context_coords: Float[Tensor, "#b nc 2"] | None = None,
         drop_path: Shaped[Tensor, "2 ..."] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Attend to `context`, or to `x` itself if it is None. `drop_path`: what each branch takes as `drawn`."""
+        """Attend to `context`, or to `x` itself if there is none. `drop_path`: what each branch takes as `drawn`."""
         attention, mlp = (None, None) if drop_path is None else drop_path.unbind()
-        return self.residual2(self.residual1(x, context, x_coords, context_coords, drawn=attention), drawn=mlp)
+        return self.residual2(self.residual1(x, coords, context, context_coords, drawn=attention), drawn=mlp)
 
 
-class Transformer(nn.Module):
+class _Tower(nn.Module):
     """A stack of blocks. The norm after the last one is the caller's, whose weights released files name beside it."""
 
     def __init__(
@@ -291,21 +294,67 @@ class Transformer(nn.Module):
             Block(embed_dim, norm_layer=norm_layer, drop_path_rate=drop_path_rate, **block_kwargs) for _ in range(depth)
         )
 
+    def run(
+        self,
+        x: Float[Tensor, "b n d"],
+        coords: Float[Tensor, "#b n 2"],
+        context: Float[Tensor, "b nc d"] | None = None,
+        context_coords: Float[Tensor, "#b nc 2"] | None = None,
+        *,
+        layers: Collection[int] | None = None,
+        drop_path: Shaped[Tensor, "layers 2 ..."] | None = None,
+    ) -> list[Float[Tensor, "b n d"]]:
+        """Tokens after chosen layers, the lowest first; blocks after the last of them do not run.
+
+        Args:
+            x: tokens.
+            coords: where they are.
+            context: what they attend to; themselves if it is None.
+            context_coords: where that is.
+            layers: 0 is `x` itself, 1 the output of the first block; None chooses the last one.
+            drop_path: for each block what it takes.
+        """
+        layers = [len(self.blocks)] if layers is None else layers
+        chosen = [x] if 0 in layers else []
+        for layer, block in enumerate(self.blocks[: max(layers)], start=1):
+            x = block(x, coords, context, context_coords, None if drop_path is None else drop_path[layer - 1])
+            if layer in layers:
+                chosen.append(x)
+        return chosen
+
+
+class Transformer(_Tower):
+    """Blocks whose tokens attend to each other."""
+
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        x_coords: Float[Tensor, "#b n 2"],
-        context: Float[Tensor, "b nc d"] | None = None,
-        context_coords: Float[Tensor, "#b nc 2"] | None = None,
-        num_blocks: int | None = None,
+        coords: Float[Tensor, "#b n 2"],
         drop_path: Shaped[Tensor, "layers 2 ..."] | None = None,
     ) -> Float[Tensor, "b n d"]:
+        """Run all blocks, each with its part of `drop_path`."""
+        return self.run(x, coords, drop_path=drop_path)[0]
+
+
+class Predictor(_Tower):
+    """CAPI's predictor (arXiv:2502.08769, section 3): queries attend to the encoder's output, not to each other.
+
+    What is predicted at one position hence does not depend on which others are predicted.
+    """
+
+    def forward(
+        self,
+        queries: Float[Tensor, "b m d"],
+        coords: Float[Tensor, "#b m 2"],
+        context: Float[Tensor, "b nc d"],
+        context_coords: Float[Tensor, "#b nc 2"],
+        *,
+        num_blocks: int | None = None,
+        drop_path: Shaped[Tensor, "layers 2 ..."] | None = None,
+    ) -> Float[Tensor, "b m d"]:
         """Run the first `num_blocks` blocks (default all), each with its part of `drop_path`."""
-        if context_coords is None:
-            context_coords = x_coords
-        for layer, block in enumerate(self.blocks[:num_blocks]):
-            x = block(x, context, x_coords, context_coords, None if drop_path is None else drop_path[layer])
-        return x
+        layers = None if num_blocks is None else [num_blocks]
+        return self.run(queries, coords, context, context_coords, layers=layers, drop_path=drop_path)[0]
 
 
 class EncoderDecoder(nn.Module):
@@ -372,9 +421,6 @@ class EncoderDecoder(nn.Module):
         def norm_layer(dim: int) -> nn.Module:
             return norm_type(dim, **norm_kwargs)
 
-        def tower(depth_kwargs: Mapping[str, Any]) -> Transformer:
-            return Transformer(norm_layer=norm_layer, **transformers_kwargs, **depth_kwargs)
-
         embed_dim = transformers_kwargs["embed_dim"]
         self.patch_size, self.in_chans, self.embed_dim, self.pred_dim = patch_size, in_chans, embed_dim, embed_dim
         self.n_registers = self.num_prefix_tokens = n_registers
@@ -385,9 +431,9 @@ class EncoderDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, embed_dim))
         self.registers = nn.Parameter(torch.empty(1, n_registers, embed_dim))
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-        self.encoder = tower(encoder_kwargs)
+        self.encoder = Transformer(norm_layer=norm_layer, **transformers_kwargs, **encoder_kwargs)
         self.enc_norm = norm_type(embed_dim, **(norm_kwargs | final_kwargs))
-        self.decoder = tower(decoder_kwargs)
+        self.decoder = Predictor(norm_layer=norm_layer, **transformers_kwargs, **decoder_kwargs)
         self.dec_norm = norm_type(embed_dim, **(norm_kwargs | final_kwargs))
         self.init_weights()
 
@@ -426,17 +472,62 @@ class EncoderDecoder(nn.Module):
         patches, hp, wp = self._embed_patches(x)
         coords = self._grid_coordinates(hp, wp, x.device)
         tokens, token_coords = self._prepend_registers(patches, coords)
-        hidden = tokens
-        out = self.enc_norm(hidden)
-        for layer, block in enumerate(self.encoder.blocks, start=1):
-            hidden = block(hidden, None, token_coords, token_coords)
-            if layer == self.out_layer:
-                out = self.enc_norm(hidden)
-        context = out if self.out_layer == self.n_blocks else self.enc_norm(hidden)
+        outputs = self.encoder.run(tokens, token_coords, layers={self.out_layer, self.n_blocks})
+        normed = [self.enc_norm(output) for output in outputs]  # of one layer, or of two
         queries = self.mask_token.expand(x.shape[0], hp * wp, -1)
-        predicted = self.dec_norm(self.decoder(queries, coords, context, token_coords, num_blocks=1))
-        registers, feature_map = out.split([self.n_registers, hp * wp], dim=1)
+        predicted = self.dec_norm(self.decoder(queries, coords, normed[-1], token_coords, num_blocks=1))
+        registers, feature_map = normed[0].split([self.n_registers, hp * wp], dim=1)
         return Features(predicted.mean(dim=1), registers, feature_map.unflatten(1, (hp, wp)))
+
+    def forward_pretrain(
+        self,
+        x: Float[Tensor, "b c h w"],
+        visible_indices: Int[Tensor, " visible"] | None = None,
+        predict_indices: Int[Tensor, " predicted"] | None = None,
+        do_prediction: bool = False,
+        drop_path: Shaped[Tensor, "layers 2 ..."] | None = None,
+    ) -> tuple[Float[Tensor, "b v d"], Float[Tensor, "predicted d"] | None]:
+        """Encode the visible patches and, if asked, predict the hidden ones.
+
+        Args:
+            x: normalised images.
+            visible_indices: flat positions `image * n + patch` of the visible patches, image-major, equally many per
+                image; None shows all patches (the teacher).
+            predict_indices: flat positions to predict, likewise.
+            do_prediction: run the predictor; needs `predict_indices`.
+            drop_path: what `draw_drop_path` drew for this batch; None leaves it to torch's global generator.
+
+        Returns: encoder output at the visible patches in the given order, and predictions or None.
+        """
+        b = x.shape[0]
+        patches, hp, wp = self._embed_patches(x)
+        grid = self._grid_coordinates(hp, wp, x.device)
+        coords = grid  # of whole images the same for all: angles are then computed for one
+        if visible_indices is not None:
+            patches = patches.flatten(0, 1)[visible_indices].unflatten(0, (b, -1))
+            coords = grid[0][visible_indices % (hp * wp)].unflatten(0, (b, -1))
+        tokens, token_coords = self._prepend_registers(patches, coords)
+        encoder_drop_path = None if drop_path is None else drop_path[: self.n_blocks]
+        encoded = self.enc_norm(self.encoder(tokens, token_coords, encoder_drop_path))
+        encoder_patches = encoded[:, self.n_registers :]
+        if not do_prediction:
+            return encoder_patches, None
+        assert predict_indices is not None
+        query_coords = grid[0][predict_indices % (hp * wp)].unflatten(0, (b, -1))
+        queries = self.mask_token.expand(b, query_coords.shape[1], -1)
+        predictor_drop_path = None if drop_path is None else drop_path[self.n_blocks :]
+        predicted = self.decoder(queries, query_coords, encoded, token_coords, drop_path=predictor_drop_path)
+        return encoder_patches, self.dec_norm(predicted).flatten(0, 1)
+
+    def draw_drop_path(self, b: int, generator: torch.Generator) -> Shaped[Tensor, "layers 2 ..."] | None:
+        """On which images of a batch each branch of each block runs in training; None if on all.
+
+        To be drawn outside of what is compiled: there, random numbers need not come from the generator that is seeded.
+        """
+        residuals = [module for module in self.modules() if isinstance(module, Residual)]
+        if all(residual.keep_prob == 1.0 for residual in residuals):
+            return None
+        return torch.stack([residual.draw(b, generator) for residual in residuals]).unflatten(0, (-1, 2))
 
     def get_intermediate_layers(
         self,
@@ -506,13 +597,10 @@ class EncoderDecoder(nn.Module):
     ) -> tuple[Float[Tensor, "b rn d"], list[Float[Tensor, "b rn d"]]]:
         """Tokens after the last block that ran, and after each of `blocks`, none of them normed."""
         patches, hp, wp = self._embed_patches(x)
-        hidden, coords = self._prepend_registers(patches, self._grid_coordinates(hp, wp, x.device))
-        chosen = []
-        for index, block in enumerate(self.encoder.blocks[: blocks[-1] + 1 if stop_early else None]):
-            hidden = block(hidden, None, coords, coords)
-            if index in blocks:
-                chosen.append(hidden)
-        return hidden, chosen
+        tokens, coords = self._prepend_registers(patches, self._grid_coordinates(hp, wp, x.device))
+        layers = [block + 1 for block in blocks]
+        outputs = self.encoder.run(tokens, coords, layers=layers if stop_early else {*layers, self.n_blocks})
+        return outputs[-1], outputs[: len(blocks)]
 
     def _intermediates(
         self, x: Tensor, chosen: Sequence[Tensor], with_registers: bool, norm: bool, output_fmt: str
@@ -526,58 +614,6 @@ class EncoderDecoder(nn.Module):
                 patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
             intermediates.append((patches, tokens[:, : self.n_registers]) if with_registers else patches)
         return intermediates
-
-    def forward_pretrain(
-        self,
-        x: Float[Tensor, "b c h w"],
-        visible_indices: Int[Tensor, " visible"] | None = None,
-        predict_indices: Int[Tensor, " predicted"] | None = None,
-        do_prediction: bool = False,
-        drop_path: Shaped[Tensor, "layers 2 ..."] | None = None,
-    ) -> tuple[Float[Tensor, "b v d"], Float[Tensor, "predicted d"] | None]:
-        """Encode the visible patches and, if asked, predict the hidden ones.
-
-        Args:
-            x: normalised images.
-            visible_indices: flat positions `image * n + patch` of the visible patches, image-major, equally many per
-                image; None shows all patches (the teacher).
-            predict_indices: flat positions to predict, likewise.
-            do_prediction: run the predictor; needs `predict_indices`.
-            drop_path: what `draw_drop_path` drew for this batch; None leaves it to torch's global generator.
-
-        Returns: encoder output at the visible patches in the given order, and predictions or None.
-        """
-        b = x.shape[0]
-        patches, hp, wp = self._embed_patches(x)
-        grid = self._grid_coordinates(hp, wp, x.device)
-        coords = grid  # of whole images the same for all: angles are then computed for one
-        if visible_indices is not None:
-            patches = patches.flatten(0, 1)[visible_indices].unflatten(0, (b, -1))
-            coords = grid[0][visible_indices % (hp * wp)].unflatten(0, (b, -1))
-        tokens, token_coords = self._prepend_registers(patches, coords)
-        of_encoder, of_decoder = (
-            (None, None) if drop_path is None else (drop_path[: self.n_blocks], drop_path[self.n_blocks :])
-        )
-        encoded = self.enc_norm(self.encoder(tokens, token_coords, drop_path=of_encoder))
-        encoder_patches = encoded[:, self.n_registers :]
-        if not do_prediction:
-            return encoder_patches, None
-        assert predict_indices is not None
-        query_coords = grid[0][predict_indices % (hp * wp)].unflatten(0, (b, -1))
-        queries = self.mask_token.expand(b, query_coords.shape[1], -1)
-        predicted = self.decoder(queries, query_coords, encoded, token_coords, drop_path=of_decoder)
-        predictions = self.dec_norm(predicted)
-        return encoder_patches, predictions.flatten(0, 1)
-
-    def draw_drop_path(self, b: int, generator: torch.Generator) -> Shaped[Tensor, "layers 2 ..."] | None:
-        """On which images of a batch each branch of each block runs in training; None if on all.
-
-        To be drawn outside of what is compiled: there, random numbers need not come from the generator that is seeded.
-        """
-        residuals = [module for module in self.modules() if isinstance(module, Residual)]
-        if all(residual.keep_prob == 1.0 for residual in residuals):
-            return None
-        return torch.stack([residual.draw(b, generator) for residual in residuals]).unflatten(0, (-1, 2))
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> "EncoderDecoder":

@@ -194,7 +194,7 @@ def test_drop_path_keeps_the_expectation(kind):
     x = torch.randn(8, 3, 32, generator=seeded(0))
     with torch.no_grad():
         mean = torch.stack([residual(x) for _ in range(3000)]).mean(0)
-        expected = x + residual._branch(x, [])
+        expected = x + residual.branch(x)
     kept = max(int(8 * 0.7), 1) / 8 if kind == "efficient" else 0.7
     spread = (expected - x).abs().max() * math.sqrt((1 - kept) / kept / 3000)
     assert (mean - expected).abs().max() < 6 * spread
@@ -287,7 +287,7 @@ def test_every_branch_draws_for_itself(kind):
 def test_dropped_images_pass_unchanged_and_their_gradient_too(kind, b, rate):
     """Against the plain definition, image by image: x + branch(x, context) / fraction that is kept, or x."""
     residual = tiny_model(**with_drop_path(rate, kind)).train().double().encoder.blocks[0].residual1
-    shapes = {"x": (b, 3, 32), "context": (b, 4, 32), "x_coords": (b, 3, 2), "context_coords": (b, 4, 2)}
+    shapes = {"x": (b, 3, 32), "coords": (b, 3, 2), "context": (b, 4, 32), "context_coords": (b, 4, 2)}
     random = seeded(0)
     inputs = {name: torch.randn(shape, generator=random, dtype=torch.float64) for name, shape in shapes.items()}
     drawn = residual.draw(b, random)
@@ -300,7 +300,7 @@ def test_dropped_images_pass_unchanged_and_their_gradient_too(kind, b, rate):
         leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
         if is_plain:
             rows = [[leaf[i : i + 1] for leaf in leaves.values()] for i in range(b)]
-            out = [x + scale * residual._branch(x, others) if i in kept else x for i, (x, *others) in enumerate(rows)]
+            out = [x + scale * residual.branch(x, *others) if i in kept else x for i, (x, *others) in enumerate(rows)]
             out = torch.cat(out)
         else:
             out = residual(*leaves.values(), drawn=drawn)

@@ -175,13 +175,13 @@ def plain_drop_path(self, x, *others, drawn=None):
     """The definition: every image runs through the branch, and what is dropped is multiplied by 0."""
     b = len(x)
     if not self.training or self.keep_prob == 1:
-        return x + self._branch(x, others)
+        return x + self.branch(x, *others)
     if self.drop_path_type == "naive":
         weights = drawn / self.keep_prob
     else:
         num_kept = max(int(b * self.keep_prob), 1)
         weights = torch.zeros(b).index_fill(0, drawn[:num_kept], b / num_kept)
-    return x + weights.view(b, 1, 1) * self._branch(x, others)
+    return x + weights.view(b, 1, 1) * self.branch(x, *others)
 
 
 @pytest.mark.parametrize("overrides", [[], ["efficiency.rematerialization.enabled=false"], [NAIVE]])
