@@ -75,6 +75,7 @@ from readouts import (
     spread,
     train_step,
 )
+from report import Score
 from sources import BadImageError
 from utils import UserError, derive_seed, due
 
@@ -89,6 +90,10 @@ NEED_REGISTERS = ("avg_objects", "concat_objects", "objects")
 RESIZE_OF_RESOLUTION = 256 / 224
 LR_BATCH_SIZE = 256
 """Images per step over all ranks for which `learning_rates` are given."""
+TOP1 = (
+    "Share of the images whose most likely class is one of their labels. If there are several test sets, the name of "
+    "the set follows."
+)
 REPORTED_K = 20
 """k whose accuracy is called top1, as is usual in the field; choosing the best k on the test set would flatter."""
 
@@ -710,6 +715,7 @@ def evaluate(cfg: ClassificationConfig, model: FrozenModel, results: Results) ->
         **({} if splits.val_is_part_of_train else {"val_dataset_name": splits.val.dataset}),
         **{f"test_dataset_names{suffix}": test.data.dataset for suffix, test in splits.tests.items()},
     )
+    results.declare_scores(*(Score((f"top1{suffix}",), terms={"top1": TOP1}) for suffix in splits.tests))
     results.note(
         num_classes=splits.num_classes,
         num_images={

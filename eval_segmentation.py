@@ -43,6 +43,7 @@ from evaluation import (
 )
 from labels import choose_images, split_off
 from readouts import DISTANCES, TRAIN_CHUNK, fit_logistic, majority_votes, nearest, spread
+from report import Score
 from sources import UNLABELLED, ImageDataset, SegmentationDataset, match_classes
 from utils import UserError, derive_seed
 from weights import save_safetensors
@@ -293,6 +294,24 @@ def is_ignored(labels: UInt8[Tensor, "*shape"], ignore_labels: Sequence[int]) ->
 
 
 # ----------------------------------------------------------------------------------------------------- metrics
+
+SCORES = (
+    Score(
+        ("mIoU",),
+        terms={
+            "mIoU": "Mean intersection over union. For each class, the pixels that are both of that class and "
+            "predicted as it, as a share of those that are either; averaged over the classes that occur in truth or "
+            "prediction. A prediction of a label that does not count is a class with 0, as in the published CAPI "
+            "numbers."
+        },
+    ),
+    Score(
+        ("mIoU_valid",),
+        terms={"mIoU_valid": "The same, averaged only over the classes that count. The usual definition."},
+    ),
+    Score(("acc",), terms={"acc": "Share of the pixels that are predicted right."}),
+    Score(("mean_acc",), terms={"mean_acc": "That share within each true class, averaged over the classes."}),
+)
 
 
 def confusion_matrix(
@@ -654,6 +673,7 @@ def evaluate(cfg: SegmentationConfig, model: FrozenModel, results: Results) -> N
     few_wanted = [name for name in with_few if name not in results]
     sets = open_label_sets(cfg)
     results.note_data(**{each.key: each.dataset for each in (sets.train, sets.val, sets.test) if each is not None})
+    results.declare_scores(*SCORES)
     if not wanted and not few_wanted:
         logger.info("nothing to do: %s has %s", results.path, ", ".join([*cfg.classifiers, *with_few]))
         return
@@ -712,7 +732,7 @@ def evaluate(cfg: SegmentationConfig, model: FrozenModel, results: Results) -> N
             _dump(results, f"predictions_{name}", {"labels": outcome.predictions[name]})
     for name in few_wanted:
         scores = [segmentation_metrics(each, data.ignore_labels) for each in outcome.few_confusions[name]]
-        each_repeat = {key: [each[key] for each in scores] for key in ("mIoU", "mIoU_valid", "acc", "mean_acc")}
+        each_repeat = {score.name: [each[score.name] for each in scores] for score in SCORES}
         means = {key: float(np.mean(values)) for key, values in each_repeat.items()}
         spread = {f"std_{key}": float(np.std(values)) for key, values in each_repeat.items()}
         results.add(name, means | spread | {"each_repeat": each_repeat, "settings": settings[name]})

@@ -52,6 +52,7 @@ from data import (
 from distributed import all_gather_rows, barrier, broadcast_object, gather_objects, on_rank_0, rank, session, world_size
 from launch import claim_output_dir
 from pixels import log_pixels
+from report import Score
 from sources import BadImageError, ImageDataset, ImageStream, make_dataset
 from utils import UserError, ending_in_words, git_revision, import_from_path, setup_logging, write_text_atomically
 
@@ -406,12 +407,14 @@ class Results:
         self.free_keys = cfg.free_keys
         self.about = about
         self.values: dict[str, Any] = {}
+        self.scores: list[dict[str, Any]] | None = None
         old = on_rank_0(self._open)
         if old is not None:
             self._check_same(old)
             self.values = old["results"]
             # Notes of the earlier run, such as times, stay beside the numbers that they describe.
             self.about = old["about"] | about
+            self.scores = old.get("scores")
             self._write()
 
     def _open(self) -> dict[str, Any] | None:
@@ -477,10 +480,18 @@ class Results:
     def _write(self) -> None:
         if rank() == 0:
             content = {"results": self.values, "config": self.config, "about": self.about}
+            content |= {} if self.scores is None else {"scores": self.scores}
             try:
                 write_text_atomically(self.path, json.dumps(content, indent=2) + "\n")
             except OSError as error:
                 raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
+
+    def declare_scores(self, *scores: Score) -> None:
+        """Say which values of the results are scores, in the order of tables; written with the next result.
+
+        Reports and training logs show what is declared. A value counts in every result that has the path to it.
+        """
+        self.scores = [score._asdict() | {"label": score.label or score.name} for score in scores]
 
     def note_data(self, **datasets: ImageDataset | ImageStream) -> None:
         """Keep what the data under each key are, for the file; all ranks call this before they compute anything.

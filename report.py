@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 # Okabe and Ito: told apart also by colour-blind people.
 BLUE, VERMILLION, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#777777"
 
-SCORES = ("mIoU", "acc", "mean_acc", "top1")
-"""What the names of scores begin with. They are fractions of which more is better."""
-DETAILS = ("per_class", "settings")
-"""Parts of a result that are no scores."""
 MINUS = "\N{MINUS SIGN}"
 PICTURES_EACH = 4
 """Pictures that are shown of one evaluation."""
@@ -47,10 +43,54 @@ PICTURE_SIZE = 1600
 #
 #   name         of the model, for people
 #   evaluations  name -> entry; an entry holds script, status (done, running, failed, left out), message, folder (with
-#                pictures), and results, config and about of the script's result file
+#                pictures), and results, config, about and scores of the script's result file
 #   random       the same of the same model at random initialisation, as far as it was evaluated
 #   compared     name of another model -> its evaluations
 #   notes        sentences to show beside the scores
+
+
+class Score(NamedTuple):
+    """Which value of the results of an evaluation is a score, and how it is shown: an entry of a file's `scores`."""
+
+    path: tuple[str, ...]
+    """Keys that lead to it in a result; a result that lacks them does not have the score."""
+    label: str = ""
+    """What it is called in tables; empty for its name."""
+    unit: str = "fraction"
+    """`fraction`, which is shown in percent, or a unit, which is shown beside the label; may be empty."""
+    higher_is_better: bool = True
+    terms: Mapping[str, str] = {}
+    """Words of the label that need an explanation -> the explanation."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in logs."""
+        return " ".join(self.path)
+
+    @property
+    def shown_label(self) -> str:
+        """The label, with what sets it apart from a fraction of which more is better."""
+        unit = "" if self.unit == "fraction" else self.unit
+        notes = [note for note in (unit, "" if self.higher_is_better else "lower is better") if note]
+        return f"{self.label or self.name} ({', '.join(notes)})" if notes else self.label or self.name
+
+    def number(self, value: float | None) -> str:
+        """A value as it is shown, without its unit."""
+        if self.unit == "fraction":
+            return percent(value)
+        return "n/a" if value is None else "not finite" if math.isnan(value) else f"{value:.4g}"
+
+    def gain(self, value: float | None, other: float | None) -> str:
+        """How far a value is above another, with its sign; empty if one is missing."""
+        if value is None or other is None or math.isnan(value - other):
+            return ""
+        # Of the rounded numbers, so that the table adds up.
+        difference = float(self.number(value)) - float(self.number(other))
+        return f"{difference:{'+.1f' if self.unit == 'fraction' else '+.4g'}}".replace("-", MINUS)
+
+    def rank(self, value: float) -> float:
+        """A number that is the larger, the better a value is; the least for one that is not a number."""
+        return -math.inf if math.isnan(value) else value if self.higher_is_better else -value
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -79,11 +119,49 @@ def check_entry(entry: Any, where: str) -> None:
     for part in ("results", "config", "about"):
         if not isinstance(entry, dict) or not isinstance(entry.get(part), dict):
             raise UserError(f"is damaged: {where} lacks {part}, or it is no JSON object")
-    for path, value in _leaves(entry["results"]):
-        if len(path) > 1 and is_score(path[1:]) and not isinstance(value, float | int | list):
-            raise UserError(f"is damaged: {where}.results.{'.'.join(path)} is {value!r}, not a number")
+    declared = entry.get("scores", [])
+    if not isinstance(declared, list) or not all(map(_is_score, declared)):
+        keys = "label, unit, higher_is_better and terms"
+        raise UserError(f"is damaged: {where}.scores is no list of scores, each with a path and perhaps {keys}")
+    for method, score, value in _scores(entry):
+        if not isinstance(value, float | int):
+            path = ".".join((method, *score.path))
+            raise UserError(f"is damaged: {where}.results.{path} is {value!r}, not a number")
     if not isinstance(entry["config"].get("model_loader_kwargs", {}), dict):
         raise UserError(f"is damaged: {where}.config.model_loader_kwargs is no JSON object")
+
+
+def _is_score(declared: Any) -> bool:
+    types = {"path": list, "label": str, "unit": str, "higher_is_better": bool, "terms": dict}
+    if not isinstance(declared, dict) or "path" not in declared or not declared.keys() <= types.keys():
+        return False
+    return all(isinstance(value, types[key]) for key, value in declared.items()) and all(
+        isinstance(word, str) for word in (*declared["path"], *declared.get("terms", {}).values())
+    )
+
+
+def _scores(entry: Mapping[str, Any]) -> Iterator[tuple[str, Score, Any]]:
+    """(method, score, its value) of an evaluation, method by method."""
+    for method, result in entry.get("results", {}).items():
+        values = dict(_leaves(result))
+        if "scores" in entry:
+            scores = [Score(**{**declared, "path": tuple(declared["path"])}) for declared in entry["scores"]]
+        else:
+            scores = _scores_by_name(values)
+        yield from ((method, score, values[score.path]) for score in scores if score.path in values)
+
+
+def _scores_by_name(values: Mapping[tuple[str, ...], Any]) -> list[Score]:
+    """The scores of a file that does not say which they are, as older ones do not, by the names that were in use."""
+    return [
+        Score(path)
+        for path, value in values.items()
+        if path
+        and not isinstance(value, list)
+        and not {"per_class", "settings"} & {*path}
+        and path[-1].startswith(("mIoU", "acc", "mean_acc", "top1"))
+        and not re.search(r"_k\d+([_/]|$)", path[-1])
+    ]
 
 
 class Row(NamedTuple):
@@ -92,7 +170,9 @@ class Row(NamedTuple):
     evaluation: str
     method: str
     metric: str
+    """The name of the score."""
     values: list[float | None]
+    score: Score
 
 
 def columns(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -108,23 +188,13 @@ def score_rows(content: Mapping[str, Any]) -> list[Row]:
     models = list(columns(content).values())
     rows = []
     for evaluation in content["evaluations"]:
-        scores = [dict(_scores(model.get(evaluation, {}).get("results", {}))) for model in models]
-        keys = list(dict.fromkeys(key for each in scores for key in each))
-        rows += [Row(evaluation, *key, [each.get(key) for each in scores]) for key in keys]
+        found: dict[tuple[str, str], Row] = {}
+        for place, model in enumerate(models):
+            for method, score, value in _scores(model.get(evaluation, {})):
+                empty = Row(evaluation, method, score.name, [None] * len(models), score)
+                found.setdefault((method, score.name), empty).values[place] = value
+        rows += found.values()
     return rows
-
-
-def _scores(results: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], float]]:
-    for method, result in results.items():
-        for path, value in _leaves(result):
-            if is_score(path) and isinstance(value, float):
-                yield (method, " ".join(path)), value
-
-
-def is_score(path: Sequence[str]) -> bool:
-    """Whether a value of a result belongs into the table, by the keys that lead to it; `top1_k20` is one of a sweep."""
-    is_detail = not path or any(key in DETAILS for key in path)
-    return not is_detail and path[-1].startswith(SCORES) and not re.search(r"_k\d+(_|$)", path[-1])
 
 
 def _leaves(result: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -140,18 +210,14 @@ def percent(value: float | None) -> str:
     return "n/a" if value is None else "not finite" if math.isnan(value) else f"{100 * value:.1f}"
 
 
-def _gain(value: float | None, other: float | None) -> str:
-    if value is None or other is None or math.isnan(value - other):
-        return ""
-    # Of the rounded numbers, so that the table adds up.
-    return f"{round(100 * value, 1) - round(100 * other, 1):+.1f}".replace("-", MINUS)
-
-
 def text_table(content: Mapping[str, Any]) -> str:
-    """The scores in percent, for a terminal."""
+    """The scores for a terminal; fractions in percent."""
     models = list(columns(content))
     lines = [["evaluation", "method", "score", *models]]
-    lines += [[row.evaluation, row.method, row.metric, *map(percent, row.values)] for row in score_rows(content)]
+    lines += [
+        [row.evaluation, row.method, row.score.shown_label, *map(row.score.number, row.values)]
+        for row in score_rows(content)
+    ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     shown = []
     for line in lines:
@@ -170,11 +236,15 @@ def summary(content: Mapping[str, Any]) -> str:
         own = [row for row in rows if row.evaluation == evaluation and row.values[0] is not None]
         if not own:
             continue
-        best = max((row for row in own if row.metric == own[0].metric), key=lambda row: row.values[0] or 0)
-        part = f"{evaluation}: {percent(best.values[0])} % {best.metric} ({best.method})"
-        gain = _gain(best.values[0], best.values[place]) if place else ""
+        score = own[0].score
+        rivals = [(row.values[0] or 0.0, row) for row in own if row.metric == score.name]
+        value, best = max(rivals, key=lambda rival: score.rank(rival[0]))
+        unit = "% " if score.unit == "fraction" else f"{score.unit} " if score.unit else ""
+        part = f"{evaluation}: {score.number(value)} {unit}{score.label or score.name} ({best.method})"
+        gain = score.gain(value, best.values[place]) if place else ""
         side = "below" if gain.startswith(MINUS) else "above"
-        parts.append(f"{part}, {gain[1:]} points {side} random initialisation" if gain else part)
+        points = "points " if score.unit == "fraction" else unit
+        parts.append(f"{part}, {gain[1:]} {points}{side} random initialisation" if gain else part)
     return "; ".join(parts) + "." if parts else "No evaluation has results yet."
 
 
@@ -223,17 +293,6 @@ dt { font-weight: 600; margin-top: .6rem; } dd { margin-left: 0; }
 """
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-
-EXPLANATIONS = {
-    "mIoU": "Mean intersection over union. For each class, the pixels that are both of that class and predicted as it, "
-    "as a share of those that are either; averaged over the classes that occur in truth or prediction. A prediction of "
-    "a label that does not count is a class with 0, as in the published CAPI numbers.",
-    "mIoU_valid": "The same, averaged only over the classes that count. The usual definition.",
-    "acc": "Share of the pixels that are predicted right.",
-    "mean_acc": "That share within each true class, averaged over the classes.",
-    "top1": "Share of the images whose most likely class is one of their labels. If there are several test sets, the "
-    "name of the set follows.",
-}
 
 
 def write_report(
@@ -325,7 +384,8 @@ def _scores_section(content: Mapping[str, Any]) -> str:
         if not own_rows:
             text = "pictures only" if entry.get("status", "done") == "done" else f"{entry['status']}, no scores yet"
             body += f'<tbody><tr><td colspan="{width}" class="soft">{escape(text)}</td></tr></tbody>'
-    caption = "In percent; higher is better."
+    usual = all(row.score.shown_label == (row.score.label or row.score.name) for row in rows)
+    caption = f"In percent; higher is better{'' if usual else ', where nothing else is said'}."
     if others:
         caption += f" The best of a row is bold. A gain is how far {content['name']} is above the model of that column."
     # Not a caption: on a phone it would be as wide as the table.
@@ -344,17 +404,19 @@ def _breakable(name: str) -> str:
 
 
 def _score_line(row: Row) -> str:
-    shown = [percent(value) for value in row.values]
-    known = [round(100 * value, 1) for value in row.values if value is not None and not math.isnan(value)]
-    best = f"{max(known):.1f}" if len(known) > 1 else None
+    score = row.score
+    shown = [score.number(value) for value in row.values]
+    known = [value for value in row.values if value is not None and not math.isnan(value)]
+    best = score.number(max(known, key=score.rank)) if len(known) > 1 else None
     cells = []
     for i, (value, text) in enumerate(zip(row.values, shown, strict=True)):
         cells.append(f'<td class="number{" best" if text == best else ""}">{text}</td>')
         if i > 0:
-            gain = _gain(row.values[0], value)
-            kind = "" if gain in ("", "+0.0") else " down" if gain.startswith(MINUS) else " up"
+            gain = score.gain(row.values[0], value)
+            is_better = gain.startswith("+") == score.higher_is_better
+            kind = "" if not gain or not float(gain[1:]) else " up" if is_better else " down"
             cells.append(f'<td class="number{kind}">{gain}</td>')
-    return f'<th scope="row">{escape(row.metric)}</th>{"".join(cells)}'
+    return f'<th scope="row">{escape(score.shown_label)}</th>{"".join(cells)}'
 
 
 def _setting(config: Mapping[str, Any]) -> str:
@@ -424,11 +486,11 @@ def _about_section(content: Mapping[str, Any]) -> str:
     parts = [_key_values(shared, "The model and the code, the same for all evaluations of it.")]
     for name, entry in entries.items():
         about = {k: v for k, v in entry["about"].items() if k not in shared or shared[k] != v}
+        scores = {(method, *score.path) for method, score, _ in _scores(entry)}
         settings = {
-            " ".join((method, *path)): value
-            for method, result in entry.get("results", {}).items()
-            for path, value in _leaves(result)
-            if path[:1] != ("per_class",) and not (is_score(path) and isinstance(value, float))
+            " ".join(path): value
+            for path, value in _leaves(entry.get("results", {}))
+            if path[1:2] != ("per_class",) and path not in scores
         }
         table = _key_values({"script": entry.get("script")} | about | settings | entry.get("config", {}), None)
         parts.append(f"<details><summary>{escape(name)}: all settings</summary>{table}</details>")
@@ -453,12 +515,7 @@ def _plain(value: Any) -> str:
 
 
 def _explanation_section(content: Mapping[str, Any]) -> str:
-    words = {word for row in score_rows(content) for word in row.metric.split()}
-    told = {
-        key: text
-        for key, text in EXPLANATIONS.items()
-        if any(word == key or (key == "top1" and word.startswith(key)) for word in words)
-    }
+    told = {word: meaning for row in score_rows(content) for word, meaning in row.score.terms.items()}
     if content.get("random"):
         told["random initialisation"] = (
             "The same architecture with weights as they are before any training, evaluated in the same way. What a "

@@ -30,6 +30,7 @@ from evaluation import FrozenModel
 from labels import open_labelled, open_splits
 from model import EncoderDecoder
 from readouts import Training, train_step
+from report import score_rows
 from utils import UserError
 
 TINY_MODEL = """
@@ -321,6 +322,7 @@ def test_several_labels_and_none(images, tmp_path, listed):
     assert written["about"]["num_images"] == {"fit": 17, "validation": 7, "test/a": 4, "test/b": 2}
     assert written["about"]["test_classes"] == {"test/b": 2}
     assert written["results"]["knn_avg_patch"]["top1/a"] == 1
+    assert [score["label"] for score in written["scores"]] == ["top1/a", "top1/b"]
     splits = open_splits(
         "train", None, cfg.test_dataset_names, val_proportion=cfg.val_proportion, num_classes=None, all_classes=True
     )
@@ -349,7 +351,8 @@ def test_the_command_as_typed(images, tmp_path):
     ]
     done = run_cli(*command)
     assert done.returncode == 0, done.stderr
-    results = results_of(tmp_path / "out")["results"]
+    written = (tmp_path / "out" / "results_classification.json").read_text()
+    results = json.loads(written)["results"]
     names = "linear_cls", "linear_concat_objects", "attentive_patch", "knn_cls", "knn_avg_patch", "logreg_avg_patch"
     assert list(results) == [*names, "few_label_avg_patch"]
     for name, value in results.items():
@@ -357,6 +360,10 @@ def test_the_command_as_typed(images, tmp_path):
         assert value["top1"] > 0.5, f"{name}: colours are easy"
         assert value["settings"]["resolution"] == 16
     assert results["few_label_avg_patch"]["settings"]["num_labels"] == 9
+    rows = score_rows({"name": "m", "evaluations": {"colours": json.loads(written)}})
+    assert [(row.method, row.metric, row.values) for row in rows] == [
+        (name, "top1", [value["top1"]]) for name, value in results.items()
+    ]
 
 
 def test_what_is_done_is_skipped(images, tmp_path, monkeypatch):

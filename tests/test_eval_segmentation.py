@@ -527,6 +527,8 @@ def test_they_show_in_the_table(with_few):
     entry = {"script": "eval_segmentation.py", "status": "done", "folder": "x", **results_in(with_few)}
     table = text_table({"name": "mine", "evaluations": {"flowers": entry}, "random": {}, "compared": {}})
     rows = [line.split() for line in table.splitlines() if "knn_4_images" in line]
+    undeclared = {key: value for key, value in entry.items() if key != "scores"}
+    assert table == text_table({"name": "mine", "evaluations": {"flowers": undeclared}}), "the names in use are scores"
     assert [row[2] for row in rows] == ["mIoU", "mIoU_valid", "acc", "mean_acc"]
 
 

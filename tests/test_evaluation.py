@@ -41,6 +41,7 @@ from evaluation import (
     my_share,
     open_dataset,
 )
+from report import Score
 from sources import ImageDataset, Sample
 from utils import UserError
 
@@ -274,6 +275,17 @@ def test_what_was_added_is_there_again(tmp_path):
     results(tmp_path).add("one", {"top1": 0.5})
     again = results(tmp_path, batch_size=7)
     assert "one" in again and "two" not in again and again.values == {"one": {"top1": 0.5}}
+
+
+def test_declared_scores_are_in_the_file_and_stay_there(tmp_path):
+    first = results(tmp_path)
+    first.add("one", {"map": {"AP": 0.5}})
+    assert "scores" not in json.loads(first.path.read_text()), "an evaluation that declares none says nothing"
+    first.declare_scores(Score(("map", "AP"), unit="", terms={"AP": "Average precision."}))
+    first.add("two", {"map": {"AP": 0.25}})
+    results(tmp_path).note(more=1)
+    declared = {"path": ["map", "AP"], "label": "map AP", "unit": "", "higher_is_better": True}
+    assert json.loads(first.path.read_text())["scores"] == [declared | {"terms": {"AP": "Average precision."}}]
 
 
 @pytest.mark.parametrize(

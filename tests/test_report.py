@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import GOLDEN
 from figures import assert_no_overlaps, num_coloured, panels
 from PIL import Image
 
@@ -55,11 +56,17 @@ def segmentation(mean_iou: float) -> dict[str, Any]:
     }
 
 
+DECLARED = [
+    {"path": ["mIoU"], "label": "mIoU", "terms": {"mIoU": "Mean intersection over union."}},
+    {"path": ["mIoU_valid"]},
+]
+
+
 def made_up_content() -> dict[str, Any]:
     return {
         "name": "mine/student_ema",
         "evaluations": {
-            "segmentation": entry({"knn": segmentation(0.321), "logreg": segmentation(0.30)}),
+            "segmentation": entry({"knn": segmentation(0.321), "logreg": segmentation(0.30)}, scores=DECLARED),
             "classification": entry({"patch": {"top1": 0.8, "top1_other": 0.5, "top1_k20": 0.1, "val_top1": 0.2}}),
             "pictures": entry({}, folder="pictures dir"),
         },
@@ -159,6 +166,80 @@ def test_only_what_is_better_when_more_is_a_score():
     }
     rows = report.score_rows({"name": "m", "evaluations": {"e": entry(results)}})
     assert [row[1:3] for row in rows] == [("knn", "top1"), ("logreg", "b acc")]
+
+
+def detection() -> dict[str, Any]:
+    """Results whose scores no other file knows: one of a part, in a unit, and one of which less is better."""
+    scores = [
+        {"path": ["all", "AP"], "label": "average precision", "terms": {"precision": "Share of right boxes."}},
+        {"path": ["distance"], "label": "centre distance", "unit": "px", "higher_is_better": False},
+    ]
+    results = {
+        "boxes": {"all": {"AP": 0.25, "top1": 0.9}, "distance": 12.345},
+        "masks": {"all": {"AP": 0.5}, "distance": 14},
+    }
+    random = {"boxes": {"all": {"AP": 0.1}, "distance": 20.0}}
+    return {
+        "name": "m",
+        "evaluations": {"detection": entry(results, scores=scores)},
+        "random": {"detection": entry(random, scores=scores)},
+    }
+
+
+def test_scores_that_nobody_foresaw_are_shown_as_their_file_declares(tmp_path):
+    content = detection()
+    assert [(*row[:3], row.values) for row in report.score_rows(content)] == [
+        ("detection", "boxes", "all AP", [0.25, 0.1]),
+        ("detection", "boxes", "distance", [12.345, 20.0]),
+        ("detection", "masks", "all AP", [0.5, None]),
+        ("detection", "masks", "distance", [14, None]),
+    ]
+    lines = report.text_table(content).splitlines()
+    assert re.search(r"boxes +average precision +25\.0 +10\.0$", lines[2])
+    assert re.search(r"boxes +centre distance \(px, lower is better\) +12\.35 +20$", lines[3]), lines[3]
+    assert report.summary(content) == "detection: 50.0 % average precision (masks)."
+    page = write(tmp_path, content)
+    distance = next(row for row in page.rows if row[0].startswith("centre distance"))
+    assert distance == ["centre distance (px, lower is better)", "12.35", "20", "\N{MINUS SIGN}7.65"]
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '<td class="number best">12.35</td><td class="number">20</td><td class="number up">' in text
+    assert "higher is better, where nothing else is said." in text
+    assert "Share of right boxes." in text
+
+
+def test_the_summary_takes_the_least_where_less_is_better():
+    content = detection()
+    content["evaluations"]["detection"]["scores"].reverse()
+    told = "detection: 12.35 px centre distance (boxes), 7.65 px below random initialisation."
+    assert report.summary(content) == told
+
+
+def test_files_that_do_not_declare_their_scores_are_read_by_the_names_in_use():
+    content = report.read_results(GOLDEN / "results_without_scores.json")
+    for evaluation, names, num_methods in (
+        ("segmentation", ["mIoU", "mIoU_valid", "acc", "mean_acc"], 4),
+        ("classification", ["top1/a", "top1/b"], 9),
+        ("visualizations", [], 0),
+    ):
+        results = content["evaluations"][evaluation]["results"]
+        rows = [row for row in report.score_rows(content) if row.evaluation == evaluation]
+        expected = [(method, name) for method in list(results)[:num_methods] for name in names]
+        assert [row[1:3] for row in rows] == expected, "one of a sweep, or a detail, is shown as a score"
+        assert all(row.values == [results[row.method][row.metric]] for row in rows)
+
+
+@pytest.mark.parametrize(
+    "scores", [{}, ["top1"], [{"label": "top1"}], [{"path": "top1"}], [{"path": ["top1"], "colour": "red"}]]
+)
+def test_damaged_declarations_of_scores_are_named(scores):
+    with pytest.raises(UserError, match=r"is damaged: it\.scores is no list of scores, each with a path and perhaps"):
+        report.check_entry(entry({"knn": {"top1": 0.5}}, scores=scores), "it")
+
+
+def test_a_declared_score_that_is_no_number_is_named():
+    broken = entry({"knn": {"all": {"AP": "half"}}}, scores=[{"path": ["all", "AP"]}])
+    with pytest.raises(UserError, match=r"it\.results\.knn\.all\.AP is 'half', not a number"):
+        report.check_entry(broken, "it")
 
 
 def test_the_text_table_is_aligned():
