@@ -45,7 +45,7 @@ from masking import draw_positions, make_masking_generator
 from metrics import read_metrics
 from report import GREEN, VERMILLION, columns, draw_curves, percent, write_report
 from sources import ImageDataset, SegmentationDataset, make_dataset
-from train_capi import CapiConfig, mask_plan
+from train_capi import CapiConfig, mask_plan, panels
 from utils import UserError, ending_in_words, start_python
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def draw(cfg: CapiConfig, content: Mapping[str, Any]) -> dict[Path, str]:
     run_dir = Path(cfg.train.output_dir)
     report, curves = run_dir / "evaluation" / "report.html", run_dir / "curves.png"
     ten_labels, neighbours = run_dir / "ten_labels.png", run_dir / "neighbours.png"
-    draw_curves(read_metrics(run_dir / "metrics.jsonl"), cfg.capi.num_clusters).savefig(curves)
+    draw_curves(read_metrics(run_dir / "metrics.jsonl"), panels(cfg.capi.num_clusters)).savefig(curves)
     evaluated: dict[str, Any] = dict(zip(TITLES, columns(content).values(), strict=True))
     models = {title: load(entries["segmentation"]["config"]) for title, entries in evaluated.items()}
     test = make_dataset(content["evaluations"]["segmentation"]["config"]["test_dataset_name"])

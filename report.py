@@ -9,17 +9,16 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
 from PIL import Image
 
 from metrics import read_metrics
-from utils import UserError
+from utils import UserError, write_text_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +26,10 @@ if TYPE_CHECKING:
 
 # Okabe and Ito: told apart also by colour-blind people.
 BLUE, VERMILLION, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#777777"
+COLORS = (BLUE, VERMILLION, GREEN, ORANGE)
+
+PANELS = "panels.json"
+"""In the folder of a training: which curves its method wants seen, see `Panel`."""
 
 MINUS = "\N{MINUS SIGN}"
 PICTURES_EACH = 4
@@ -282,14 +285,9 @@ code { font-size: .9em; overflow-wrap: anywhere; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: .75rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 0 1.5rem; }
 .wide-figure { grid-column: 1 / -1; }
-figure { margin: 0 0 1rem; break-inside: avoid; }
+figure { margin: 0 0 1rem; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 dt { font-weight: 600; margin-top: .6rem; } dd { margin-left: 0; }
-@media (max-width: 30rem) { body { padding: 1rem .75rem 3rem; } th, td { padding: .25rem .4rem; }
-  table { font-size: .875rem; } .panels { grid-template-columns: 1fr; } }
-@media print { :root { --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --tint: #f2f2f2; --good: #00543d;
-  --bad: #8a3500; --warn: #fff; } body { max-width: none; padding: 0; font-size: 10pt; } h2, h3 { break-after: avoid; }
-  .wide { overflow: visible; } tr { break-inside: avoid; } details:not([open]) { display: none; } }
 """
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -600,26 +598,90 @@ def _picture(path: Path, budget: _Budget, alt: str) -> tuple[str | None, bool]:
 # ------------------------------------------------------------------------------------------------------- curves
 
 
+class Panel(NamedTuple):
+    """One drawing of the training curves: what a training's method wants seen of its metrics, over the step."""
+
+    title: str
+    unit: str
+    """Of the vertical axis, which starts at 0."""
+    keys: Mapping[str, str]
+    """Keys of metrics.jsonl -> what each is called; one that is alone may be called nothing."""
+    mark: tuple[str, float] | None = None
+    """A height that is drawn as a line, after what it is called."""
+    whole: tuple[str, float] | None = None
+    """A height that is 1 on an axis of its own to the right, after the unit of that axis."""
+    right: Mapping[str, str] = {}
+    """Keys with an axis of their own to the right, and what each is called; its unit is the name of the first."""
+
+
+def write_panels(run_dir: Path, panels: Sequence[Panel]) -> None:
+    """Let reports of a training draw these panels of its metrics."""
+    write_text_atomically(run_dir / PANELS, json.dumps([panel._asdict() for panel in panels], indent=1) + "\n")
+
+
+def read_panels(run_dir: Path, records: Iterable[Mapping[str, Any]]) -> list[Panel]:
+    """The panels of a training, or if it has not said which, its losses, gradient and learning rate.
+
+    Raises: UserError if the file that says so is damaged.
+    """
+    path = run_dir / PANELS
+    try:
+        return [Panel(**panel) for panel in json.loads(path.read_text())]
+    except FileNotFoundError:
+        losses = dict.fromkeys(key for record in records for key in record if key.endswith("loss"))
+        return [
+            Panel("Losses", "loss", {key: key for key in losses}),
+            Panel("Norm of the gradient", "norm", {"grad_norm": ""}),
+            Panel("Learning rate", "learning rate", {"lr": ""}),
+        ]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"run_dir={run_dir}: {path} cannot be read: {error}") from error
+
+
+def check_run(run_dir: Path) -> None:
+    """Raise UserError unless the folder has what the curves of a training are drawn from."""
+    if not (run_dir / "metrics.jsonl").is_file():
+        raise UserError(f"run_dir={run_dir}: has no metrics.jsonl; give the output folder of a training")
+    read_panels(run_dir, read_metrics(run_dir / "metrics.jsonl"))
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -> "Figure":
+    """Panels of the records of a metrics.jsonl, three in a row."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    rows = max(1, -(-len(panels) // 3))
+    figure = Figure(figsize=(12, 3.3 * rows), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    axes = figure.subplots(rows, 3, squeeze=False).flat
+    for ax, panel in zip(axes, panels, strict=False):
+        _draw_panel(ax, records, panel)
+    for ax in axes:  # those that no panel took
+        ax.remove()
+    return figure
+
+
 def _curves_section(run_dir: Path) -> str:
     from matplotlib.figure import Figure
 
     records = read_metrics(run_dir / "metrics.jsonl")
-    num_clusters, budget, figures = read_num_clusters(run_dir), _Budget(2**20), ""
-    for draw in PANELS:
+    budget, figures = _Budget(2**20), ""
+    for panel in read_panels(run_dir, records):
         figure = Figure(figsize=(4.4, 2.9), dpi=150, layout="constrained")
         ax = figure.subplots()
-        draw(ax, records, num_clusters)
-        _limit(figure, records)
+        _draw_panel(ax, records, panel)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         size = (int(figure.bbox.width), int(figure.bbox.height))
-        figures += f"<figure>{budget.image(buffer.getvalue(), 'png', size, _describe(ax, records))}</figure>"
-    steps = max((record["step"] for record in records), default=0)
-    told = f"{run_dir}: {steps:,} steps".replace(",", " ")
+        figures += f"<figure>{budget.image(buffer.getvalue(), 'png', size, _described(ax, records))}</figure>"
+    told = f"{run_dir}: {_last_step(records):,} steps".replace(",", " ")
     return _section("training", "Training", f'<p class="soft">{escape(told)}</p><div class="panels">{figures}</div>')
 
 
-def _describe(ax: "Axes", records: Sequence[Mapping[str, Any]]) -> str:
+def _last_step(records: Sequence[Mapping[str, Any]]) -> int:
+    return max((record["step"] for record in records), default=0)
+
+
+def _described(ax: "Axes", records: Sequence[Mapping[str, Any]]) -> str:
     """A drawn panel in words."""
     curves = []
     for line in ax.lines:
@@ -629,131 +691,46 @@ def _describe(ax: "Axes", records: Sequence[Mapping[str, Any]]) -> str:
             named = "" if name.startswith("_") or not name else f"{name}: "
             curves.append(f"{named}from {heights[0]:.4g} to {heights[-1]:.4g}")
     what = "; ".join(curves) if curves else "not logged"
-    return f"{ax.get_title()} over {max((r['step'] for r in records), default=0)} steps. {what}"
+    return f"{ax.get_title()} over {_last_step(records)} steps. {what}"
 
 
-def check_run(run_dir: Path) -> None:
-    """Raise UserError unless the folder has what the curves of a training are drawn from."""
-    if not (run_dir / "metrics.jsonl").is_file():
-        raise UserError(f"run_dir={run_dir}: has no metrics.jsonl; give the output folder of a training")
-    read_metrics(run_dir / "metrics.jsonl")
-    read_num_clusters(run_dir)
-
-
-def read_num_clusters(run_dir: Path) -> int | None:
-    """`capi.num_clusters` of a training run; None if it was another method.
-
-    Raises: UserError if the run's configuration is missing or damaged.
-    """
-    path = run_dir / "config.yaml"
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"run_dir={run_dir}: {path} cannot be read: {error}") from error
-    section = config.get("capi") if isinstance(config, dict) else None
-    return section.get("num_clusters") if isinstance(section, dict) else None
-
-
-def draw_curves(records: Sequence[Mapping[str, Any]], num_clusters: int | None) -> "Figure":
-    """Six panels of the records of a metrics.jsonl: losses, targets, prototypes, features, gradient, schedules."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(figsize=(12, 6.6), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
-    for draw, ax in zip(PANELS, figure.subplots(2, 3).flat, strict=True):
-        draw(ax, records, num_clusters)
-    _limit(figure, records)
-    return figure
-
-
-def _limit(figure: "Figure", records: Sequence[Mapping[str, Any]]) -> None:
-    for ax in figure.axes:
-        ax.set_xlim(0, 1.03 * max((record["step"] for record in records), default=1))
-
-
-def _draw_losses(ax: "Axes", records: Sequence[Mapping[str, Any]], num_clusters: int | None) -> None:
-    _plot(ax, records, {"capi_loss": ("student", BLUE), "clustering_loss": ("clustering head", VERMILLION)})
-    if num_clusters:
-        _mark(ax, math.log(num_clusters), "log K: knows nothing")
-    _finish(ax, "Cross-entropy losses", "nats")
-
-
-def _draw_entropy(ax: "Axes", records: Sequence[Mapping[str, Any]], num_clusters: int | None) -> None:
-    _plot(ax, records, {"target_entropy": ("", BLUE)})
-    _finish(ax, "Entropy of the targets", "nats")
-    if num_clusters:
-        log_k = math.log(num_clusters)
-        there_and_back: Any = (lambda nats: nats / log_k, lambda part: part * log_k)
-        relative = ax.secondary_yaxis("right", functions=there_and_back)
-        relative.set_ylabel("fraction of log K")
-
-
-def _draw_prototypes(ax: "Axes", records: Sequence[Mapping[str, Any]], num_clusters: int | None) -> None:
-    usage = {"prototypes_used": ("largest for some token", BLUE), "prototype_perplexity": ("perplexity", VERMILLION)}
-    _plot(ax, records, usage)
-    if num_clusters:
-        _mark(ax, num_clusters, f"all {num_clusters}")
-    _finish(ax, "Prototypes in use", "number")
-
-
-def _draw_rank(ax: "Axes", records: Sequence[Mapping[str, Any]], _: int | None) -> None:
-    _plot(ax, records, {"teacher_rank": ("", GREEN)})
-    _finish(ax, "Effective rank of the teacher's features", "dimensions")
-
-
-def _draw_gradient(ax: "Axes", records: Sequence[Mapping[str, Any]], _: int | None) -> None:
-    _plot(ax, records, {"grad_norm": ("", BLUE)})
-    _finish(ax, "Norm of the student's gradient", "norm")
-
-
-def _draw_schedules(ax: "Axes", records: Sequence[Mapping[str, Any]], _: int | None) -> None:
-    momentum = ax.twinx()
-    _plot(momentum, records, {"momentum": ("EMA momentum (right axis)", GREEN)}, linestyle=":")
-    _plot(ax, records, {"lr": ("learning rate, student", BLUE)})
-    _plot(ax, records, {"clustering_lr": ("learning rate, clustering head", VERMILLION)}, linestyle="--")
-    _finish(ax, "Schedules", "learning rate", headroom=0.5)
-    ax.ticklabel_format(axis="y", scilimits=(-2, 2))
-    momentum.margins(y=0.5)
-    momentum.spines["top"].set_visible(False)
-    momentum.set_ylabel("momentum")
-    momentum.ticklabel_format(axis="y", useOffset=False)
-    lines = [*ax.lines, *momentum.lines]
-    ax.legend(lines, [str(line.get_label()) for line in lines], frameon=False, fontsize=8, loc="upper left")
-
-
-PANELS: tuple[Callable[["Axes", Sequence[Mapping[str, Any]], int | None], None], ...] = (
-    _draw_losses,
-    _draw_entropy,
-    _draw_prototypes,
-    _draw_rank,
-    _draw_gradient,
-    _draw_schedules,
-)
-
-
-def _plot(ax: "Axes", records: Sequence[Mapping[str, Any]], keys: Mapping[str, tuple[str, str]], **style: Any) -> None:
-    """Draw keys (name -> label, colour) over the step, wherever they were logged."""
-    for key, (label, color) in keys.items():
+def _draw_panel(ax: "Axes", records: Sequence[Mapping[str, Any]], panel: Panel) -> None:
+    right = ax.twinx() if panel.right else None
+    for number, (key, label) in enumerate((panel.keys | panel.right).items()):
         points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
         if points:
+            axis = right if right and key in panel.right else ax
+            # Curves with an axis each may lie upon each other, so styles tell them apart too.
+            style = "-" if right is None else ":" if axis is right else ("-", "--", "-.")[number % 3]
             marker = "o" if len(points) < 10 else ""  # one point makes no line
-            ax.plot(*zip(*points, strict=True), color=color, label=label, marker=marker, markersize=4, **style)
+            look: Any = {"color": COLORS[number % len(COLORS)], "linestyle": style, "marker": marker, "markersize": 4}
+            axis.plot(*zip(*points, strict=True), label=label, **look)
     if not ax.lines:
         ax.text(0.5, 0.5, "not logged in this run", transform=ax.transAxes, ha="center", va="center", color=GREY)
-
-
-def _mark(ax: "Axes", height: float, text: str) -> None:
-    ax.axhline(height, color=GREY, linewidth=1, linestyle=":", label=text)
-
-
-def _finish(ax: "Axes", title: str, unit: str, headroom: float = 0.1) -> None:
-    """Label the axes and start the vertical one at 0, so that small changes look small."""
-    ax.set_title(title, fontsize=11)
+    if panel.mark is not None:
+        text, height = panel.mark
+        ax.axhline(height, color=GREY, linewidth=1, linestyle=":", label=text)
+    ax.set_title(panel.title, fontsize=11)
     ax.set_xlabel("step")
-    ax.set_ylabel(unit)
+    ax.set_ylabel(panel.unit)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
-    if ax.lines:
+    if ax.lines:  # from 0, so that small changes look small, with room for the legend of more axes
+        headroom = 0.1 if right is None else 0.5
         ax.set_ylim(0, (1 + headroom) * max(line.get_path().get_extents().ymax for line in ax.lines))
-    if len(ax.lines) > 1:
-        ax.legend(frameon=False, fontsize=8)
+    lines = [*ax.lines, *(right.lines if right else ())]
+    if len(lines) > 1:
+        place: Any = {} if right is None else {"loc": "upper left"}
+        ax.legend(lines, [str(line.get_label()) for line in lines], frameon=False, fontsize=8, **place)
+    if panel.whole is not None:
+        unit, whole = panel.whole
+        there_and_back: Any = (lambda value: value / whole, lambda part: part * whole)
+        ax.secondary_yaxis("right", functions=there_and_back).set_ylabel(unit)
+    if right is not None:
+        ax.ticklabel_format(axis="y", scilimits=(-2, 2))
+        right.margins(y=0.5)
+        right.spines["top"].set_visible(False)
+        right.set_ylabel(next(iter(panel.right)))
+        right.ticklabel_format(axis="y", useOffset=False)
+    for axis in (ax, right) if right else (ax,):
+        axis.set_xlim(0, 1.03 * (_last_step(records) or 1))

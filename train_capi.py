@@ -58,6 +58,7 @@ from masking import MaskPlan, PatchMasks, make_masking_generator
 from metrics import effective_rank, norm_stats
 from model import EncoderDecoder, RotaryEmbedding
 from optim import ema_update_, make_adamw, multipliers, scheduled, set_rates_
+from report import Panel
 from training import (
     Run,
     TrainState,
@@ -527,6 +528,22 @@ def _health(features: Float[Tensor, "b n d"]) -> dict[str, Tensor]:
     return {"teacher_rank": effective_rank(tokens), "feature_norm_median": median, "feature_norm_max": largest}
 
 
+def panels(num_clusters: int) -> list[Panel]:
+    """The curves of a training's metrics that its reports show."""
+    log_k = math.log(num_clusters)
+    usage = {"prototypes_used": "largest for some token", "prototype_perplexity": "perplexity"}
+    rates = {"lr": "learning rate, student", "clustering_lr": "learning rate, clustering head"}
+    losses = {"capi_loss": "student", "clustering_loss": "clustering head"}
+    return [
+        Panel("Cross-entropy losses", "nats", losses, mark=("log K: knows nothing", log_k)),
+        Panel("Entropy of the targets", "nats", {"target_entropy": ""}, whole=("fraction of log K", log_k)),
+        Panel("Prototypes in use", "number", usage, mark=(f"all {num_clusters}", num_clusters)),
+        Panel("Effective rank of the teacher's features", "dimensions", {"teacher_rank": ""}),
+        Panel("Norm of the student's gradient", "norm", {"grad_norm": ""}),
+        Panel("Schedules", "learning rate", rates, right={"momentum": "EMA momentum (right axis)"}),
+    ]
+
+
 # --- The run ---------------------------------------------------------------------------------------------------------
 
 
@@ -541,6 +558,7 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
         encode=state.encode,
         log_line=functools.partial(log_line, cfg),
         finite=FINITE,
+        panels=panels(cfg.capi.num_clusters),
         flops_per_image=training_flops_per_image(step_shape(cfg)),
         opening=opening(cfg, state),
         warnings=warnings(cfg),

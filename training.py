@@ -53,6 +53,7 @@ from model import Attention, Block
 from optim import grad_norm
 from pixels import log_pixels, sample_pixels
 from probe import Probe
+from report import Panel, write_panels
 from utils import (
     UserError,
     derive_seed,
@@ -403,6 +404,7 @@ class Run:
         encode: patch features [b, n, d] of the network that is probed, of normalised images.
         log_line: the part of a log line that says how the method does, from the averages.
         finite: names of those scalars of a step that have to be finite.
+        panels: curves that reports of the training show.
         flops_per_image: model FLOPs of a step per image.
         opening: what is trained, for the log.
         warnings: what is not going to go well, for the log.
@@ -421,6 +423,7 @@ class Run:
         encode: Callable[[Tensor], Tensor],
         log_line: Callable[[Mapping[str, float]], str],
         finite: Sequence[str],
+        panels: Sequence[Panel] = (),
         flops_per_image: float,
         opening: str,
         warnings: Sequence[str] = (),
@@ -439,6 +442,8 @@ class Run:
         self.meters.truncate_after(state.step, keep_copy=cfg.train.resume_from is not None)
         if rank() == 0:
             write_text_atomically(output_dir / "config.yaml", to_yaml(cfg))
+            if panels:
+                write_panels(output_dir, panels)
         self._open_log(saved, opening, warnings)
         self.probe = None
         if cfg.train.probe.every > 0:

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from figures import assert_no_overlaps, num_coloured, panels
+from figures import assert_no_overlaps, num_coloured
+from figures import panels as cut_panels
 from PIL import Image
 
 import report
+from train_capi import panels
 from utils import UserError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -84,7 +86,7 @@ def noise(path: Path, width: int, height: int) -> None:
 def make_run(folder: Path, num_clusters: int = 64) -> Path:
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in made_up_records()))
-    (folder / "config.yaml").write_text(f"capi:\n  num_clusters: {num_clusters}\n")
+    report.write_panels(folder, panels(num_clusters))
     return folder
 
 
@@ -394,15 +396,24 @@ def test_a_report_without_anything_to_compare_is_a_plain_table(tmp_path):
     assert "best" not in {cell.get("class") for cell in page.of("td")}
 
 
-@pytest.mark.parametrize(
-    ("text", "says"), [(None, "config.yaml cannot be read"), ("a: [", "config.yaml cannot be read: while parsing")]
-)
-def test_a_run_without_its_configuration_is_named(tmp_path, text, says):
+@pytest.mark.parametrize("text", ["[", '[{"title": "a"}]', '[{"colour": "red"}]', "[1]", '{"a": 1}'])
+def test_a_run_whose_panels_are_damaged_is_named(tmp_path, text):
     run = make_run(tmp_path / "run")
-    (run / "config.yaml").unlink() if text is None else (run / "config.yaml").write_text(text)
-    with pytest.raises(UserError, match=says) as caught:
+    (run / "panels.json").write_text(text)
+    with pytest.raises(UserError, match=r"panels\.json cannot be read: ") as caught:
         report.check_run(run)
     assert f"run_dir={run}" in str(caught.value)
+
+
+def test_a_run_that_does_not_say_what_to_draw_has_its_losses_gradient_and_rate_drawn(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "panels.json").unlink()
+    page = write(tmp_path, {"name": "m", "evaluations": {}}, run)
+    assert [image["alt"] for image in page.of("img")] == [
+        "Losses over 200 steps. capi_loss: from 6 to 3.15; clustering_loss: from 4.9 to 3",
+        "Norm of the gradient over 200 steps. from 2 to 0.1",
+        "Learning rate over 200 steps. from 5e-05 to 0.001",
+    ]
 
 
 # In a browser.
@@ -459,8 +470,8 @@ def test_only_tables_scroll_sideways(full, browse, width, tmp_path):
 
 
 def test_every_panel_of_the_curves_shows_its_quantity(tmp_path):
-    figure = report.draw_curves(made_up_records(), num_clusters=64)
-    cut = panels(figure, tmp_path / "curves.png")
+    figure = report.draw_curves(made_up_records(), panels(64))
+    cut = cut_panels(figure, tmp_path / "curves.png")
     assert len(cut) == 7  # six panels, one of them with a second axis
     assert all(num_coloured(panel) > 100 for panel in cut)
     assert_no_overlaps(figure)
@@ -471,9 +482,9 @@ def test_every_panel_of_the_curves_shows_its_quantity(tmp_path):
 
 def test_curves_leave_out_what_was_not_logged_or_not_finite(tmp_path):
     records = [{"step": 1, "capi_loss": None, "lr": 1e-3, "momentum": 0.9}, {"step": 2, "capi_loss": 2.0, "lr": 1e-3}]
-    figure = report.draw_curves(records, num_clusters=64)
-    panels(figure, tmp_path / "curves.png")
+    figure = report.draw_curves(records, panels(64))
+    cut_panels(figure, tmp_path / "curves.png")
     texts = [[text.get_text() for text in ax.texts] for ax in figure.axes[:6]]
     missing = ["not logged in this run"]
     assert texts == [[], missing, missing, missing, missing, []]
-    report.draw_curves([], num_clusters=64).savefig(tmp_path / "empty.png")
+    report.draw_curves([], panels(64)).savefig(tmp_path / "empty.png")
