@@ -6,7 +6,6 @@ an image that cannot be read is met where its name is known.
 
 import ast
 import difflib
-import fcntl
 import functools
 import glob
 import hashlib
@@ -19,13 +18,11 @@ import logging
 import lzma
 import os
 import re
-import shutil
 import stat
 import struct
 import tarfile
 import tempfile
 import time
-import urllib.request
 import warnings
 import zipfile
 import zlib
@@ -45,7 +42,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from utils import UserError, replacing
+from utils import UserError, hash_file, locked, replacing
+from weights import fetch
 
 logger = logging.getLogger(__name__)
 
@@ -948,8 +946,7 @@ def _unpacked(url: DataUrl, archive: Archive, root: Path) -> Path:
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with (root / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the other ranks of this node wait here for the first
+        with locked(root / ".lock"):  # the other ranks of this node wait here for the first
             if not folder.is_dir():
                 _download_and_unpack(url, archive, root)
     except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
@@ -965,13 +962,9 @@ def _download_and_unpack(url: DataUrl, archive: Archive, root: Path) -> None:
     with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as temporary:
         if not placed_by_user:
             logger.info("downloading %s to %s", archive.address, root)
-            with urllib.request.urlopen(archive.address, timeout=60) as response:
-                file = Path(temporary) / file.name
-                with file.open("wb") as out:
-                    shutil.copyfileobj(response, out, 1 << 20)
-        with file.open("rb") as stream:
-            md5 = hashlib.file_digest(stream, functools.partial(hashlib.md5, usedforsecurity=False)).hexdigest()
-        if md5 != archive.md5:
+            file = Path(temporary) / file.name
+            fetch(archive.address, file)
+        if (md5 := hash_file(file, "md5")) != archive.md5:
             source = file if placed_by_user else archive.address
             raise url.error(f"{source} has md5 {md5} instead of {archive.md5}: damaged or changed; get it again")
         logger.info("unpacking %s", file)

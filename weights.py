@@ -16,17 +16,16 @@ import struct
 import urllib.error
 import urllib.parse
 import urllib.request
-import uuid
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from utils import UserError
+from utils import UserError, hash_file, locked, replacing
 
 
 def read_state_dict(
@@ -67,7 +66,7 @@ def read_state_dict(
             raise UserError(
                 f"{key}={address!r} is a folder; give a file{f', {inside[0]!r}' if inside else ' of weights'}"
             )
-    if sha256 is not None and (actual := _sha256(path)) != sha256.lower():
+    if sha256 is not None and (actual := hash_file(path)) != sha256.lower():
         raise UserError(f"{key}: {str(path)!r} has sha256 {actual} instead of {sha256}: damaged or changed; {again}")
     read = _read_safetensors if path.suffix == ".safetensors" else _read_pth
     loaded = read(path, key, again)
@@ -94,68 +93,47 @@ def _cached_path(url: str) -> Path:
 
 def _download(url: str, path: Path, sha256: str | None, key: str) -> None:
     """Fetch `url` into `path`, which appears once it is complete and has the right hash."""
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _one_process_at_a_time(path.with_name(f".lock-{path.name}")):
+        with locked(path.with_name(f".lock-{path.name}")):  # the ranks of a machine want it at the same time
             if path.is_file():  # another process was faster
                 return
-            actual = _fetch(url, temporary)
-            if sha256 is not None and actual != sha256.lower():
-                raise UserError(
-                    f"{key}: {url} has sha256 {actual} instead of {sha256}: another file, or damaged on the way"
-                )
-            temporary.replace(path)
-    except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
+            with replacing(path, shared=True) as temporary:
+                fetch(url, temporary)
+                if sha256 is not None and (actual := hash_file(temporary)) != sha256.lower():
+                    raise UserError(
+                        f"{key}: {url} has sha256 {actual} instead of {sha256}: another file, or damaged on the way"
+                    )
+    except OSError as error:
         raise UserError(
             f"{key}: {url} could not be downloaded: {error}. Without a connection, place the file by hand as "
             f"{str(path)!r}"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
-@contextlib.contextmanager
-def _one_process_at_a_time(lock: Path) -> Iterator[None]:
-    """The ranks of a machine want the same file at the same time. No lock where the system has none of that kind."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with lock.open("w") as file:
-        with contextlib.suppress(OSError):  # some network file systems
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def fetch(url: str, path: Path) -> None:
+    """Download a file to `path`, with a progress bar.
 
-
-def _fetch(url: str, path: Path) -> str:
-    """Download with a progress bar; returns the sha256. Raises OSError if the connection ends early."""
+    Raises: OSError if the address cannot be reached, or the connection ends before the file does.
+    """
     request = urllib.request.Request(url, headers={"User-Agent": "capi"})
-    digest, size = hashlib.sha256(), 0
-    with urllib.request.urlopen(request, timeout=60) as response, path.open("wb") as file:
-        length = response.headers.get("Content-Length")
-        total = int(length) if length else None
-        progress_bar: Any = torch.hub.tqdm  # pyright: ignore[reportPrivateImportUsage]  # or a plain counter without tqdm
-        with progress_bar(
-            total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=url.rsplit("/", 1)[-1]
-        ) as bar:
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
-                bar.update(len(chunk))
-    if total is not None and size != total:
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response, path.open("wb") as file:
+            length = response.headers.get("Content-Length")
+            total = int(length) if length else None
+            # Of torch, since it is a plain counter where there is no tqdm.
+            tqdm: Any = torch.hub.tqdm  # pyright: ignore[reportPrivateImportUsage]
+            with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=url.rsplit("/", 1)[-1]) as bar:
+                while chunk := response.read(1 << 20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise
+    except http.client.HTTPException as error:
+        raise OSError(str(error)) from error
+    if total is not None and (size := path.stat().st_size) != total:
         raise OSError(f"the connection ended after {size} of {total} bytes")
-    return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_safetensors(path: Path, key: str, again: str) -> dict[str, Tensor]:
@@ -316,26 +294,39 @@ def backbone_part(state_dict: Mapping[str, Any], source: str) -> dict[str, Tenso
 def load_backbone_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> None:
     """Copy the `backbone.` part of a state dict (or all of it if there is no such prefix) into `model`, exactly.
 
-    Raises: UserError naming missing, unexpected and misshapen keys, and those with values that cannot be weights.
+    Raises: UserError as `load_strictly` does.
     """
     own = backbone_part(state_dict, source)
-    expected = model.state_dict()
+    load_strictly(model, own, source, remedy="Give the config they were trained with")
+
+
+def load_strictly(module: nn.Module, state_dict: Mapping[str, Any], source: str, *, remedy: str) -> None:
+    """Copy a state dict into a module, all of it and nothing else.
+
+    Args:
+        module: filled in place.
+        state_dict: tensors by the module's own keys.
+        source: where they are from, for messages.
+        remedy: what the user can do where they do not fit.
+
+    Raises: UserError naming missing, unexpected and misshapen keys, and those with values that cannot be weights.
+    """
+    expected = module.state_dict()
+    shapes = {key: list(getattr(value, "shape", [type(value).__name__])) for key, value in state_dict.items()}
     wrong = {
-        "missing": sorted(expected.keys() - own.keys()),
-        "unexpected": sorted(own.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - state_dict.keys()),
+        "unexpected": sorted(state_dict.keys() - expected.keys()),
         "of another shape": [
-            f"{key} ({list(own[key].shape)}, expected {list(expected[key].shape)})"
-            for key in sorted(own.keys() & expected.keys())
-            if own[key].shape != expected[key].shape
+            f"{key} ({shapes[key]}, expected {list(expected[key].shape)})"
+            for key in sorted(state_dict.keys() & expected.keys())
+            if shapes[key] != list(expected[key].shape)
         ],
     }
     if any(wrong.values()):
-        details = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:5])}" for what, keys in wrong.items() if keys)
-        raise UserError(
-            f"The weights in {source!r} do not fit the model ({details}). Give the config they were trained with."
-        )
-    check_values(own, expected, source)
-    model.load_state_dict(own)
+        details = "; ".join(f"{len(keys)} {fault}: {', '.join(keys[:5])}" for fault, keys in wrong.items() if keys)
+        raise UserError(f"The weights in {source!r} do not fit the model ({details}). {remedy}.")
+    check_values(state_dict, expected, source)
+    module.load_state_dict(state_dict)
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from model import read_state_dict
 from sources import did_you_mean
 from utils import UserError
-from weights import check_values
+from weights import load_strictly, read_state_dict
 
 Grid = tuple[int, int]  # rows and columns of patches
 Output = tuple[Tensor, Tensor | None, Tensor]
@@ -100,7 +99,7 @@ def load_published(
         drop: beginnings of the keys, before the prefix is removed, that belong to no part of the backbone.
         rename: turns the file's state dict into the network's.
 
-    Raises: UserError if the file cannot be read, or naming the keys that are missing, left over or misshapen.
+    Raises: UserError if the file cannot be read, or naming the keys that are missing, unexpected or misshapen.
     """
     if source is None:
         return
@@ -115,30 +114,8 @@ def load_published(
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise UserError(f"{source!r} has no state dict at {'.'.join(path)!r}, but a {type(state).__name__}")
     state = {key.removeprefix(prefix): value for key, value in state.items() if not key.startswith(drop)}
-    copy_strictly(network, state if rename is None else rename(state), source)
-
-
-def copy_strictly(network: nn.Module, state: Mapping[str, Any], source: str) -> None:
-    """Load a state dict that must fit exactly.
-
-    Raises: UserError naming missing, left-over and misshapen keys, and values that cannot be weights.
-    """
-    expected = network.state_dict()
-    shapes = {key: list(getattr(value, "shape", [type(value).__name__])) for key, value in state.items()}
-    wrong = {
-        "missing": sorted(expected.keys() - state.keys()),
-        "left over": sorted(state.keys() - expected.keys()),
-        "of another shape": [
-            f"{key} ({shapes[key]}, expected {list(expected[key].shape)})"
-            for key in sorted(expected.keys() & state.keys())
-            if shapes[key] != list(expected[key].shape)
-        ],
-    }
-    if any(wrong.values()):
-        details = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:5])}" for what, keys in wrong.items() if keys)
-        raise UserError(f"The weights in {source!r} do not fit this model ({details})")
-    check_values(state, expected, source)
-    network.load_state_dict(state)
+    state = state if rename is None else rename(state)
+    load_strictly(network, state, source, remedy="Give the file that was published for this model")
 
 
 def rename_keys(state: StateDict, *rules: tuple[str, str]) -> StateDict:

@@ -542,7 +542,7 @@ def test_missing_left_over_and_misshapen_tensors_are_named(dino_file):
     with pytest.raises(UserError) as error:
         loader("dino").load_model("dino_vits16", path)
     assert str(path) in str(error.value)
-    for part in ("1 missing: norm.bias", "1 left over: head.weight", "norm.weight ([3], expected [384])"):
+    for part in ("1 missing: norm.bias", "1 unexpected: head.weight", "norm.weight ([3], expected [384])"):
         assert part in str(error.value)
 
 
@@ -584,7 +584,7 @@ def test_timm_refuses_weights_that_do_not_fit(dino_file):
     path, content = dino_file
     del content["norm.bias"]
     torch.save({"model": content}, path)
-    with pytest.raises(UserError, match="left over: model"):
+    with pytest.raises(UserError, match="unexpected: model"):
         loader("timm").load_model("vit_small_patch16_224", path)
     with pytest.raises(UserError, match=r"1 missing: norm\.bias\)"):
         loader("timm").load_model("vit_small_patch16_224", path, state_dict_key="model")
