@@ -53,8 +53,16 @@ from config import (
 from evaluation import SPEED_KEYS, check_same_data, choose_output_dir, find_loader, hash_loader, model_name
 from launch import ROOT, ScriptRun, Status, SubmittedJob, claim_output_dir
 from report import check_entry, check_run, read_results, text_table, write_report
-from sources import did_you_mean, is_folder, make_dataset
-from utils import UserError, ended_with_block, ending_in_words, hash_file, setup_logging, write_text_atomically
+from sources import is_folder, make_dataset
+from utils import (
+    UserError,
+    did_you_mean,
+    ended_with_block,
+    ending_in_words,
+    hash_file,
+    setup_logging,
+    write_text_atomically,
+)
 
 logger = logging.getLogger("benchmark")
 

@@ -9,7 +9,6 @@ a key that is a text.
 import argparse
 import ast
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -23,7 +22,7 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 
 from default_eval_config import EVALS
-from utils import UserError
+from utils import UserError, closest
 
 ROOT = Path(__file__).parent
 MISSING = "???"
@@ -956,18 +955,19 @@ def unknown_key(key: str, keys: Sequence[str]) -> str:
             return f"unknown key {key}: {other}"
         if other in keys or other.rpartition(".")[0] in keys:  # arguments of a loader are no keys of ours
             return f"unknown key {key}; it is called {other}"
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or _same_name(key, keys)
+    close = closest(key, keys) or _same_name(key, keys)
     if close:
-        return f"unknown key {key}; did you mean {close[0]}?"
+        return f"unknown key {key}; did you mean {close}?"
     if key in OTHER_NAMES and "evals" in keys:
         return f"unknown key {key}; a key of one evaluation is given as evals.<name>.{OTHER_NAMES[key][0]}"
     return f"unknown key {key}; known sections: {', '.join(k for k in keys if '.' not in k)}"
 
 
-def _same_name(key: str, keys: Sequence[str]) -> list[str]:
-    """Keys of other sections whose last part looks like that of `key`, for a right name in the wrong place."""
+def _same_name(key: str, keys: Sequence[str]) -> str | None:
+    """A key of another section whose last part looks like that of `key`, for a right name in the wrong place."""
     by_name = {known.rsplit(".", 1)[-1]: known for known in reversed(keys)}
-    return [by_name[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_name), n=1, cutoff=0.8)]
+    close = closest(key.rsplit(".", 1)[-1], by_name, cutoff=0.8)
+    return None if close is None else by_name[close]
 
 
 def _schema_keys(schema: type, prefix: str = "") -> dict[str, Any]:

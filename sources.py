@@ -5,7 +5,6 @@ an image that cannot be read is met where its name is known.
 """
 
 import ast
-import difflib
 import functools
 import glob
 import hashlib
@@ -42,7 +41,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from utils import UserError, hash_file, locked, replacing
+from utils import UserError, did_you_mean, hash_file, locked, replacing
 from weights import fetch
 
 logger = logging.getLogger(__name__)
@@ -411,14 +410,6 @@ class DataUrl:
             return Path(value).expanduser()
         except RuntimeError as error:
             raise self.error(f"{value}: {error}") from error
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the closest known one, or all of them."""
-    known = list(known)
-    by_lower = {other.lower(): other for other in known}
-    close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
-    return f"; did you mean {by_lower[close[0]]}?" if close else f"; there are: {', '.join(known) or 'none'}"
 
 
 def parse_data_url(text: str, key: str = "data.dataset") -> DataUrl:

@@ -4,6 +4,7 @@ import argparse
 import builtins
 import contextlib
 import ctypes
+import difflib
 import errno
 import functools
 import hashlib
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -253,6 +254,19 @@ def ended_with_block(process: "subprocess.Popen[Any]") -> Iterator[None]:
 def due(step: int, every: int) -> bool:
     """Whether something that happens each `every` finished steps happens now. `every <= 0` means never."""
     return every > 0 and step % every == 0
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that looks most like `name`, whatever the case; None if none is as similar as `cutoff`, of 1."""
+    by_lower = {other.lower(): other for other in known}
+    return next((by_lower[found] for found in difflib.get_close_matches(name.lower(), by_lower, 1, cutoff)), None)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the closest known one, or all of them."""
+    known = list(known)
+    close = closest(name, known)
+    return f"; did you mean {close}?" if close else f"; there are: {', '.join(known) or 'none'}"
 
 
 def import_from_path(path: Path) -> ModuleType:

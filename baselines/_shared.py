@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sources import did_you_mean
-from utils import UserError
+from utils import UserError, did_you_mean
 from weights import load_strictly, read_state_dict
 
 Grid = tuple[int, int]  # rows and columns of patches

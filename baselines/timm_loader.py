@@ -9,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from baselines._shared import Output, library, load_published, patch_grid
-from sources import did_you_mean
-from utils import UserError
+from utils import UserError, did_you_mean
 
 
 def load_model(
