@@ -15,7 +15,7 @@ import platform
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -518,25 +518,37 @@ def read_weights(path: Path, module: str) -> dict[str, Tensor]:
 
     Args:
         path: checkpoint folder.
-        module: its name in the checkpoint, for CAPI `student` or `student_ema`.
+        module: its name in the checkpoint, such as `student_ema`.
 
     Raises: UserError if the checkpoint is damaged or has no such module.
     """
     problem = _problem_with(path)
     if problem:
         raise UserError(f"The checkpoint {str(path)!r} is unreadable: {problem}")
-    reader = CheckpointReader(path)
-    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
     prefix = f"{module}."
-    weights = {
-        key: torch.empty(described.size, dtype=described.properties.dtype)
-        for key, described in saved.items()
-        if key.startswith(prefix)
-    }
+    weights = read_tensors(path, lambda sizes: [key for key in sizes if key.startswith(prefix)])
     if not weights:
         raise UserError(f"The checkpoint {str(path)!r} has no module {module!r}")
-    _fill(weights, reader)
     return {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
+
+
+def read_tensors(path: Path, choose: Callable[[Mapping[str, torch.Size]], Iterable[str]]) -> dict[str, Tensor]:
+    """Some tensors of a training checkpoint, whole and on the CPU, without verifying its files; each rank by itself.
+
+    Args:
+        path: checkpoint folder.
+        choose: from the shapes of all tensors by their keys in the checkpoint to the keys that are wanted.
+
+    Raises: UserError if it is no checkpoint or damaged, OSError if its index cannot be opened.
+    """
+    reader = CheckpointReader(path)
+    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.empty(saved[key].size, dtype=saved[key].properties.dtype)
+        for key in choose({key: described.size for key, described in saved.items()})
+    }
+    _fill(tensors, reader, alone=True)
+    return tensors
 
 
 def save_atomically(path: Path, value: Any) -> None:
@@ -746,10 +758,11 @@ def _read_tensors(path: Path, modules: Modules, optimizers: Optimizers) -> None:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _fill(tensors: dict[str, Tensor], reader: CheckpointReader) -> None:
+def _fill(tensors: dict[str, Tensor], reader: CheckpointReader, *, alone: bool = False) -> None:
+    """Read tensors in place, together with all ranks or `alone`."""
     try:
         _single_process_is_fine()
-        load_tensors(tensors, storage_reader=reader)
+        load_tensors(tensors, storage_reader=reader, no_dist=alone)
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
         if not all(isinstance(cause, OSError | pickle.UnpicklingError) for cause in causes):
@@ -766,7 +779,7 @@ def _holds_finite_numbers(path: Path) -> bool:
     finite = True
     for key in sorted(described)[rank() :: world_size()]:
         tensor = torch.empty(described[key].size, dtype=described[key].properties.dtype)
-        load_tensors({key: tensor}, storage_reader=reader, no_dist=True)
+        _fill({key: tensor}, reader, alone=True)
         finite = finite and bool(tensor.isfinite().all())
     return all(gather_objects(finite))
 

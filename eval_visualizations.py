@@ -30,7 +30,6 @@ import itertools
 import logging
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,10 +41,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Float64, Int64, UInt8
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
-from checkpoint import CheckpointReader, Checkpoints
+from checkpoint import Checkpoints, read_tensors
 from config import COUNT, POSITIVE, one_of, require, within
 from distributed import all_reduce_sum_, barrier, broadcast_object, rank
 from evaluation import (
@@ -599,22 +596,20 @@ def _read_training_checkpoint(step: Path, source: str, module: nn.Module) -> tup
     """The clustering head, and whether the largest weight of the teacher in there is that of `module`."""
     heads, teacher = "clustering.", "student_ema.backbone."
     own = module.state_dict()
+
+    def choose(sizes: Mapping[str, torch.Size]) -> list[str]:
+        shared = [key for key in sizes if key.startswith(teacher) and key.removeprefix(teacher) in own]
+        largest = sorted(shared, key=lambda key: sizes[key].numel())[-1:]
+        return [key for key in sizes if key.startswith(heads)] + largest
+
     try:
-        reader = CheckpointReader(step)
-        saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
-        shared = [k for k in saved if k.startswith(teacher) and k.removeprefix(teacher) in own]
-        largest = sorted(shared, key=lambda key: saved[key].size.numel())[-1:]
-        wanted = [key for key in saved if key.startswith(heads)] + largest
-        tensors = {key: torch.empty(saved[key].size, dtype=saved[key].properties.dtype) for key in wanted}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-            load_tensors(dict(tensors), storage_reader=reader, no_dist=True)
-    except (OSError, CheckpointException, UserError) as error:
+        tensors = read_tensors(step, choose)
+    except (OSError, UserError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"clustering_checkpoint={source}: {step} cannot be read: {reason}; give another one") from error
-    is_teacher = all(torch.equal(tensors[key], own[key.removeprefix(teacher)].cpu()) for key in largest)
-    head = {key.removeprefix(heads): tensors[key] for key in wanted if key.startswith(heads)}
-    return head, is_teacher if shared else False
+    head = {key.removeprefix(heads): tensor for key, tensor in tensors.items() if key.startswith(heads)}
+    of_teacher = {key.removeprefix(teacher): x for key, x in tensors.items() if key.startswith(teacher)}
+    return head, bool(of_teacher) and all(torch.equal(x, own[key].cpu()) for key, x in of_teacher.items())
 
 
 class AtomDictionary(NamedTuple):
