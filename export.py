@@ -25,21 +25,22 @@ with command_line(__doc__, __name__) as parser:
     )
 
 import contextlib
-import dataclasses
 import logging
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from checkpoint import Checkpoints, export_weights, read_weights
 from clustering import L2NormLinear
-from config import DEFAULT_PRETRAIN_CONFIG, load_config, to_yaml
+from config import DEFAULT_PRETRAIN_CONFIG, TrainingConfig, load_config, read_yaml, to_yaml
 from model import EncoderDecoder
 from train_capi import CapiConfig
 from utils import UserError, ending_in_words, replacing, setup_logging, write_text_atomically
@@ -51,18 +52,35 @@ ONNX_FILE_LIMIT = 2**31 - 2**26
 """Bytes of weights up to which they are part of the .onnx file, whose format ends at 2 GiB; beyond, `.onnx.data`."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
+class Method:
+    """What there is to know of a pretraining method whose weights are exported."""
+
+    config: type[TrainingConfig]
+    default_config: Path
+    make_modules: Callable[[Any, Mapping[str, Any]], dict[str, nn.Module]]
+    """From a configuration and weights to modules for them, by their prefix in released weights: `backbone`, whose
+    `forward` gives the three outputs, and others that the weights have too."""
+
+
+def _capi_modules(cfg: CapiConfig, weights: Mapping[str, Any]) -> dict[str, nn.Module]:
+    modules: dict[str, nn.Module] = {"backbone": EncoderDecoder(**cfg.model.kwargs())}
+    if "head.last_layer.weight_v" in weights:
+        num_prototypes, width = weights["head.last_layer.weight_v"].shape
+        modules["head"] = L2NormLinear(width, num_prototypes)
+    return modules
+
+
+METHODS = {"capi": Method(CapiConfig, DEFAULT_PRETRAIN_CONFIG, _capi_modules)}
+"""By the section that the configurations of that method alone have. The first is that of weights without one."""
+
+
+@dataclass(frozen=True)
 class Exportable:
-    """A backbone, and the student's head if there is one, with the configuration that they were trained with."""
+    """Modules by their prefix in released weights, with the configuration that they were trained with."""
 
-    backbone: EncoderDecoder
-    head: nn.Module | None
-    cfg: CapiConfig
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """By their prefix in released weights."""
-        return {"backbone": self.backbone} | ({} if self.head is None else {"head": self.head})
+    modules: dict[str, Any]
+    cfg: TrainingConfig
 
 
 def read(source: str, *, model: str = "student_ema", config_path: Path | None = None) -> Exportable:
@@ -83,12 +101,20 @@ def read(source: str, *, model: str = "student_ema", config_path: Path | None = 
         weights = read_state_dict(source, key="source")
         beside = Path(source).with_suffix(".yaml")
         config_path = config_path or (beside if beside.is_file() else None)
-    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [] if config_path is None else [str(config_path)])
+    method = _method_of(config_path)
+    cfg = load_config(method.config, method.default_config, [] if config_path is None else [str(config_path)])
     with torch.device("meta"):
-        backbone = EncoderDecoder(**cfg.model.kwargs())
-    backbone.to_empty(device="cpu")
-    load_backbone_weights(backbone, weights, source)
-    return Exportable(backbone.eval(), _read_head(weights, source), cfg)
+        modules = method.make_modules(cfg, weights)
+    for name, module in modules.items():
+        own = {key.removeprefix(f"{name}."): x for key, x in weights.items() if key.startswith(f"{name}.")}
+        load_backbone_weights(module.to_empty(device="cpu").eval(), own or weights, source)
+    return Exportable(modules, cfg)
+
+
+def _method_of(config_path: Path | None) -> Method:
+    sections = None if config_path is None else read_yaml(config_path)
+    names = [name for name in METHODS if isinstance(sections, dict) and name in sections]
+    return METHODS[[*names, *METHODS][0]]
 
 
 def _checkpoint_in(folder: Path) -> Path:
@@ -98,16 +124,6 @@ def _checkpoint_in(folder: Path) -> Path:
     if newest is None:
         raise UserError(f"source={str(folder)!r}: neither a checkpoint nor the folder of a run that has one")
     return newest
-
-
-def _read_head(weights: dict[str, Tensor], source: str) -> nn.Module | None:
-    own = {key.removeprefix("head."): value for key, value in weights.items() if key.startswith("head.")}
-    if "last_layer.weight_v" not in own:
-        return None
-    num_prototypes, width = own["last_layer.weight_v"].shape
-    head = L2NormLinear(width, num_prototypes)
-    load_backbone_weights(head, own, source)
-    return head
 
 
 def write(exportable: Exportable, path: Path) -> None:
@@ -123,7 +139,7 @@ def write(exportable: Exportable, path: Path) -> None:
         elif path.suffix == ".safetensors":
             _write_safetensors(exportable, path)
         else:
-            _write_onnx(exportable.backbone, path)
+            _write_onnx(exportable.modules["backbone"], path)
     except OSError as error:
         raise UserError(f"{str(path)!r} could not be written: {error}") from error
 
