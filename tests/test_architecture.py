@@ -18,9 +18,10 @@ LAYERS = [
     {"readouts", "report", "speed.clustering", "speed.compiling"},
     {"evaluation", "probe"},
     {"labels"},
-    {"evals"},
-    {"train_capi", "train_ijepa", "train_cae", "train_distributed", "benchmark", "hubconf", "demo",
-     "export", "extract_features", "eval_segmentation", "eval_classification", "eval_visualizations"},
+    {"training"},
+    {"train_capi", "train_ijepa", "train_cae"},
+    {"train_distributed", "benchmark", "hubconf", "demo", "export", "extract_features",
+     "eval_segmentation", "eval_classification", "eval_visualizations"},
 ]  # fmt: skip
 LAYER = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
 MODULES = sorted([*ROOT.glob("*.py"), *ROOT.glob("speed/[!_]*.py")])

@@ -11,10 +11,10 @@ from runs import FAKE_EVALUATION, make_images, metrics_of, run_main, tiny
 
 from config import DEFAULT_PRETRAIN_CONFIG, EvalConfig, chosen_evals, load_config, to_yaml
 from default_eval_config import EVALS
-from evals import OF_RANKS, EvalRuns, plan_evals
 from launch import StopRequest
 from sources import is_on_disk
 from train_capi import CapiConfig
+from training import OF_RANKS, Evaluations, plan_evals
 from utils import UserError
 
 
@@ -134,7 +134,7 @@ def test_not_even_a_disk_that_takes_no_note_of_a_failure_stops_the_training(plac
     script = {"file": str(place / "eval_fake.py")}
     cfg = EvalConfig(1, False, "student", "model.py", {"fake": script}, "process", True)
     launcher = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, ["data.dataset=x"]).launcher
-    runs = EvalRuns(tmp_path, {"mine": cfg}, launcher, device="cpu", kept_step=0)
+    runs = Evaluations(tmp_path, {"mine": cfg}, launcher, device="cpu", kept_step=0)
 
     def export(name, path):
         (path.parent / "failed").mkdir(parents=True)  # stands for a file that cannot be written
