@@ -1132,6 +1132,40 @@ def test_the_prefetcher_copies_ahead_and_keeps_the_position_of_the_batch_in_use(
             assert loader.state_dict()["samples"] == 4 * (step + 2), "nothing was read ahead"
 
 
+class Late:
+    """A loader whose batches reach a GPU late: their copies are queued behind work that takes about 0.05 s."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __next__(self):
+        torch.cuda._sleep(100_000_000)  # cycles
+        return next(self.loader)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decode", ["cpu", "gpu"])
+def test_work_that_is_queued_on_a_batch_reads_it_neither_too_early_nor_too_late(jpegs, decode):
+    device = torch.device("cuda")
+    config = make_config(f"data.dataset={jpegs}", "data.max_bad_fraction=1.0", f"data.decode={decode}", batch_size=12)
+    with PretrainLoader(config, decode_device=device) as loader:
+        expected = [next(loader).images.cpu() for _ in range(6)]
+    with PretrainLoader(config, pin_memory=True, decode_device=device) as loader:
+        batches = DevicePrefetcher(Late(loader), device)
+        early = [next(batches).images.clone() for _ in range(6)]
+    with PretrainLoader(config, pin_memory=True, decode_device=device) as loader:
+        batches = DevicePrefetcher(loader, device)
+        late = []
+        for _ in range(6):
+            batch = next(batches)
+            torch.cuda._sleep(100_000_000)
+            late.append(batch.images.clone())
+            del batch  # the next ones are copied before it is read
+    for number, images in enumerate(expected):
+        assert torch.equal(early[number].cpu(), images), f"batch {number} was read before it was there"
+        assert torch.equal(late[number].cpu(), images), f"the memory of batch {number} was given away too early"
+
+
 class FakeBatches:
     """What `WorkerAdvice` looks at."""
 
