@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +143,10 @@ def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in SPEED} for line in lines]
 
 
-def assert_same_run(actual: Path, expected: Path) -> None:
+def assert_same_run(actual: Path, expected: Path, exports: Sequence[str] = ("student", "student_ema")) -> None:
     """Bit for bit the same weights and metrics."""
     assert metrics_of(actual) == metrics_of(expected)
-    for name in ("student", "student_ema"):
+    for name in exports:
         a, b = (torch.load(run / f"{name}.pth", weights_only=True) for run in (actual, expected))
         assert a.keys() == b.keys()
         different = [key for key in a if not torch.equal(a[key], b[key])]

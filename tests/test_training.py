@@ -1,0 +1,145 @@
+"""training.py: a method of a few lines goes through everything that a training has around its step."""
+
+import re
+import signal
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import toy_method
+import yaml
+from conftest import ROOT, run_cli
+from ranks import run_on_ranks
+from runs import FAKE_EVALUATION, TINY, assert_same_run, make_images, metrics_of
+
+import training
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with images, a script that evaluates, and the configuration of a run of six steps."""
+    root = tmp_path_factory.mktemp("toy")
+    make_images(root / "images")
+    (root / "eval_fake.py").write_text(textwrap.dedent(FAKE_EVALUATION.format(root=str(ROOT))))
+    content = yaml.safe_load(DEFAULT_PRETRAIN_CONFIG.read_text())
+    own = {
+        "optim": ("weight_decay", "patch_embed_lr_mult", "rope_lr_mult", "layernorm_wd_mult", "momentum_schedule"),
+        "data": ("mask_ratio", "prediction_subsampling", "masking_generator", "masking_generator_kwargs"),
+    }
+    for section, keys in own.items():
+        for key in keys:
+            del content[section][key]
+    del content["capi"]
+    content["model"] = {"patch_size": 4, "embed_dim": 8}
+    content["data"] |= {"dataset": str(root / "images"), "images_size": 16}
+    content["evals"] = None
+    (root / "toy.yaml").write_text(yaml.safe_dump(content))
+    return root
+
+
+SHARED = [each for each in TINY if each.split(".")[0] in ("train", "efficiency")]
+
+
+def arguments(place: Path, output_dir: Path, *overrides: str) -> list[str]:
+    length = ["optim.total_iters=6", "optim.batch_size_per_gpu=4", "optim.lr_schedule.warmup_iters=2"]
+    return [str(place / "toy.yaml"), *SHARED, *length, f"train.output_dir={output_dir}", *overrides]
+
+
+@pytest.fixture(scope="module")
+def finished(place, tmp_path_factory) -> Path:
+    """A run of the toy, never interrupted."""
+    run = tmp_path_factory.mktemp("straight")
+    assert toy_method.main(arguments(place, run)) == 0
+    return run
+
+
+def test_a_toy_learns_logs_and_exports(finished):
+    records = metrics_of(finished)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert records[-1]["loss"] < records[0]["loss"]
+    log = (finished / "log.txt").read_text()
+    assert re.search(r"step 6/6  colour \d\.\d{3}  lr \S+  \|  \S+ img/s", log)
+    weights = torch.load(finished / "student.pth", weights_only=True)
+    assert {key.partition(".")[0] for key in weights} == {"backbone", "head"}
+    assert not (finished / "student_ema.pth").exists(), "this method has no average"
+
+
+@pytest.mark.parametrize("stop_at", [1, 4])
+def test_an_interrupted_toy_ends_like_one_never_interrupted(place, finished, tmp_path, monkeypatch, stop_at):
+    step = toy_method.train_step
+
+    def stopped(state, *rest):
+        if state.step == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        return step(state, *rest)
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(toy_method, "train_step", stopped)
+        assert toy_method.main(arguments(place, tmp_path)) == 0
+    assert metrics_of(tmp_path)[-1]["step"] == stop_at + 1
+    assert toy_method.main(arguments(place, tmp_path)) == 0
+    assert_same_run(tmp_path, finished, exports=("student",))
+
+
+def train_on_this_rank(sources: list[str]) -> None:
+    cfg = load_config(toy_method.ToyConfig, None, sources)
+    toy_method.train(cfg, Path(cfg.train.output_dir), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("mode", ["simple", "fully_shard", "none"])
+def test_a_toy_on_two_ranks_is_one_on_one(place, finished, tmp_path, mode):
+    divided = [f"efficiency.fsdp={mode}", "optim.batch_size_per_gpu=2"]
+    run_on_ranks(train_on_this_rank, 2, arguments(place, tmp_path, *divided))
+    a, b = (torch.load(run / "student.pth", weights_only=True) for run in (tmp_path, finished))
+    for key in b:
+        torch.testing.assert_close(a[key], b[key], atol=1e-6, rtol=1e-5, msg=key)
+
+
+def test_a_toy_is_evaluated_while_it_trains(place, tmp_path):
+    entry = {"file": str(place / "eval_fake.py")}
+    evals = {"mine": {
+        "period": 3, "final": False, "model_to_eval": "student", "where": "inline", "download": False,
+        "model_setup_script": toy_method.__file__, "eval_config": {"fake": entry},
+    }}  # fmt: skip
+    (tmp_path / "evals.yaml").write_text(yaml.safe_dump({"evals": evals}))
+    assert toy_method.main(arguments(place, tmp_path / "run", str(tmp_path / "evals.yaml"))) == 0
+    scores = {r["eval_step"]: r["eval/mine/fake/sum/top1"] for r in metrics_of(tmp_path / "run") if "eval_step" in r}
+    assert sorted(scores) == [3, 6]
+    weights = torch.load(tmp_path / "run" / "student.pth", weights_only=True)
+    total = sum(float(w.double().sum()) for key, w in weights.items() if key.startswith("backbone."))
+    assert scores[6] == pytest.approx(total, abs=1e-6)
+
+
+def test_what_a_toy_does_not_export_cannot_be_evaluated(place, tmp_path, capsys):
+    evals = "evals={mine: {period: 1, final: false, model_to_eval: student_ema, where: inline, download: false, "
+    evals += "model_setup_script: model.py, eval_config: {ade20k_segmentation: {}}}}"
+    assert toy_method.main(arguments(place, tmp_path, evals)) == 2
+    assert "evals.mine.model_to_eval='student_ema': must be one of student" in capsys.readouterr().err
+
+
+def test_the_commands_of_a_toy_are_those_of_every_training(place, finished, tmp_path):
+    script = str(ROOT / "tests" / "toy_method.py")
+    shown = run_cli(script, *arguments(place, tmp_path), "--dry-run", PYTHONPATH=str(ROOT))
+    assert shown.returncode == 0, shown.stderr
+    assert "a toy" in shown.stdout and "10 images" in shown.stdout
+    assert not list(tmp_path.iterdir()), "a dry run writes nothing"
+    before = (finished / "student.pth").read_bytes()
+    (finished / "student.pth").unlink()
+    exported = run_cli(script, *arguments(place, finished), "--export", PYTHONPATH=str(ROOT))
+    assert exported.stdout.splitlines() == [str(finished / "student.pth")], exported.stderr
+    assert (finished / "student.pth").read_bytes() == before
+
+
+def test_a_toy_whose_loss_is_not_finite_is_stopped_before_it_is_saved(place, tmp_path, monkeypatch, capsys):
+    average = training.average_gradients_
+
+    def poisoned(module, sharding):
+        average(module, sharding)
+        next(module.parameters()).grad.view(-1)[0] = torch.nan
+
+    monkeypatch.setattr(training, "average_gradients_", poisoned)
+    assert toy_method.main(arguments(place, tmp_path)) == 2
+    assert "grad_norm became NaN at step 1" in capsys.readouterr().err
+    assert not list(tmp_path.glob("checkpoints/step_*"))
