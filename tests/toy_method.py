@@ -125,7 +125,7 @@ def train(cfg, output_dir, device):
     run.export()
 
 
-def __model_loader__(pretrained_weights):
+def __model_loader__(pretrained_weights):  # noqa: N807  # the name that evaluations look for
     """For the evaluations: the exported backbone."""
     weights = torch.load(pretrained_weights, weights_only=True)
     model = Backbone(weights["backbone.patch_embed.weight"].shape[-1], len(weights["backbone.mask_token"]))
