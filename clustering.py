@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distributed import all_reduce_max_, all_reduce_sum_
-from utils import UserError
 
 SINKHORN_EPS = 1e-8
 SHIFT = 50.0
@@ -32,10 +31,8 @@ def sinkhorn_knopp(
         eps: keeps empty columns and rows from dividing by zero.
 
     Returns: assignments, without gradient; rows sum to 1, and prototype masses are equal up to convergence.
-    Raises: UserError if `n_iterations < 1`.
     """
-    if n_iterations < 1:
-        raise UserError(f"n_sk_iter={n_iterations} must be at least 1")
+    assert n_iterations >= 1, f"n_sk_iter={n_iterations} must be at least 1"
     with torch.no_grad():
         # A constant added to a prototype's column is undone by the first normalisation: it only keeps exp() in range.
         # The range is that of float32, to which half precision is converted here.
@@ -90,8 +87,7 @@ class OnlineClustering(nn.Module):
         positionwise_sk: balance each position by itself; otherwise all tokens of all positions together.
     """
 
-    forward_methods = ("learn",)
-    """Methods that read the weights without going through `forward`, for code that divides weights over ranks."""
+    forward_methods = ("learn",)  # for code that divides weights over ranks: it reads them without calling `forward`
 
     def __init__(
         self,
@@ -188,6 +184,8 @@ class L2NormLinear(nn.Module):
 
 class WeightNormLinear(nn.Module):
     """Bias-free linear layer with weight v * g / |v|, normalised in float32 so that bfloat16 training works."""
+
+    kept_in_float32 = ("weight_g", "weight_v")
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()

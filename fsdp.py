@@ -17,6 +17,10 @@
 With gradient accumulation, `simple` and `fully_shard` gather weights and reduce gradients in every accumulation step,
 so that no rank ever holds whole gradients: n steps communicate n times as much as one step on an n times larger batch.
 `none` communicates once per update.
+
+A module may have two class attributes that are read here: `kept_in_float32`, the names of parameters and submodules
+whose weights it computes with in float32 whatever `param_dtype` is; and `forward_methods`, the names of methods that
+are called instead of its `forward`.
 """
 
 import functools
@@ -26,7 +30,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,13 +39,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from distributed import is_distributed, world_size
-from utils import UserError
 
 logger = logging.getLogger("capi")
-
-KEPT_IN_FLOAT32 = ("freqs", "mask_token", "norm", "weight_g", "weight_v")
-"""Parts of parameter names that are gathered in float32 whatever `param_dtype` is: the model computes with them in
-float32 (rotary angles, weight normalisation, the predictor's residual stream), or casts them itself (norms)."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +57,6 @@ class Sharding:
     """Compiled code: gathered weights, or unreduced gradients, per collective; larger tensors go alone."""
     prefetch: int
     """Compiled code: buckets that are gathered ahead of the one in use, and reduced behind it."""
-    kept_in_float32: tuple[str, ...] = KEPT_IN_FLOAT32
-    """Parts of parameter names that `param_dtype` does not apply to."""
-
-    def __post_init__(self) -> None:
-        """Check ranges and choices."""
-        if self.mode not in ("simple", "fully_shard", "none"):
-            raise UserError(f"efficiency.fsdp={self.mode!r} must be one of simple, fully_shard, none")
-        if self.bucket_mib < 0 or self.prefetch < 0:
-            raise UserError(f"bucket_mib={self.bucket_mib} and prefetch={self.prefetch} must be at least 0")
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        """Precision in which the parameter of this full name is used."""
-        return torch.float32 if set(name.split(".")) & set(self.kept_in_float32) else self.param_dtype
 
 
 def overlap_options(sharding: Sharding) -> dict[str, Any]:
@@ -141,20 +127,30 @@ def _shard(module: nn.Module, sharding: Sharding, device: torch.device, group: A
     from torch.distributed.device_mesh import DeviceMesh
 
     mesh = DeviceMesh.from_group(group, "cpu" if device.type == "meta" else device.type)
+    kept_in_float32 = _kept_in_float32(module)
     divided: dict[nn.Parameter, tuple[nn.Parameter, _Gathering]] = {}  # a tied parameter stays one
-    for prefix, submodule in module.named_modules():
+    for submodule in module.modules():
         gatherings = {}
         for name, parameter in list(submodule._parameters.items()):
             if parameter is None:
                 continue
             if parameter not in divided:
-                dtype = sharding.dtype_of(f"{prefix}.{name}")
+                dtype = torch.float32 if parameter in kept_in_float32 else sharding.param_dtype
                 rows = parameter.shape[0] if parameter.ndim else None
                 gathering = _Gathering(group.group_name, group.size(), rows, dtype, sharding.reduce_dtype)
                 divided[parameter] = _shard_parameter(parameter, mesh, device, group), gathering
             submodule._parameters[name], gatherings[name] = divided[parameter]
         if gatherings:
             submodule.__class__ = _reading_gathers(type(submodule), tuple(gatherings.items()))
+
+
+def _kept_in_float32(module: nn.Module) -> set[nn.Parameter]:
+    kept: set[nn.Parameter] = set()
+    for submodule in module.modules():
+        for name in getattr(submodule, "kept_in_float32", ()):
+            part = getattr(submodule, name)
+            kept |= {part} if isinstance(part, nn.Parameter) else set(part.parameters())
+    return kept
 
 
 def _shard_parameter(parameter: nn.Parameter, mesh: Any, device: torch.device, group: Any) -> nn.Parameter:
@@ -205,11 +201,13 @@ def _reading_gathers(base: type[nn.Module], gatherings: tuple[tuple[str, _Gather
 
     A property comes before `nn.Module.__getattr__`, while registration, state dicts and optimizers go to `_parameters`.
     """
-    properties = {name: property(functools.partial(_read, name=name, how=how)) for name, how in gatherings}
+    properties = {
+        name: property(functools.partial(_read, name=name, gathering=gathering)) for name, gathering in gatherings
+    }
     return type(base.__name__, (base,), {**properties, "_gatherings": dict(gatherings), "__module__": base.__module__})
 
 
-def _read(module: nn.Module, name: str, how: _Gathering) -> Tensor | None:
+def _read(module: nn.Module, name: str, gathering: _Gathering) -> Tensor | None:
     from torch.distributed.tensor import DTensor
 
     parameter = module._parameters[name]
@@ -217,47 +215,49 @@ def _read(module: nn.Module, name: str, how: _Gathering) -> Tensor | None:
         return parameter
     own = parameter.to_local()
     # Another precision here: functional_call with a weight that was cast before it is gathered.
-    return _Gather.apply(own, how, how.dtype if own.dtype == torch.float32 else own.dtype)
+    return _Gather.apply(own, gathering, gathering.dtype if own.dtype == torch.float32 else own.dtype)
 
 
 class _Gather(torch.autograd.Function):
     """Own part of a weight to whole weight; gradient of the whole weight to the own part of its average over ranks."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, how: _Gathering, dtype: torch.dtype) -> Tensor:
-        ctx.how, ctx.own_rows, ctx.own_dtype = how, own.shape[0] if own.ndim else None, own.dtype
-        return _all_gather(own.to(dtype), how)
+    def forward(ctx: Any, own: Tensor, gathering: _Gathering, dtype: torch.dtype) -> Tensor:
+        ctx.gathering, ctx.own_rows, ctx.own_dtype = gathering, own.shape[0] if own.ndim else None, own.dtype
+        return _all_gather(own.to(dtype), gathering)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _average(grad, ctx.how, ctx.own_rows).to(ctx.own_dtype), None, None
+        return _average(grad, ctx.gathering, ctx.own_rows).to(ctx.own_dtype), None, None
 
 
-def _all_gather(own: Tensor, how: _Gathering) -> Tensor:
-    if how.rows is None:
+def _all_gather(own: Tensor, gathering: _Gathering) -> Tensor:
+    if gathering.rows is None:
         return own.clone()
-    padded = _pad_rows(own, how.rows_per_rank)
+    padded = _pad_rows(own, gathering.rows_per_rank)
     collectives = torch.ops._c10d_functional
-    full = collectives.wait_tensor(collectives.all_gather_into_tensor(padded, how.world_size, how.group_name))
-    return full if len(full) == how.rows else full[: how.rows]
+    full = collectives.wait_tensor(
+        collectives.all_gather_into_tensor(padded, gathering.world_size, gathering.group_name)
+    )
+    return full if len(full) == gathering.rows else full[: gathering.rows]
 
 
-def _average(grad: Tensor, how: _Gathering, own_rows: int | None) -> Tensor:
+def _average(grad: Tensor, gathering: _Gathering, own_rows: int | None) -> Tensor:
     """Average over ranks of a whole gradient, cut to the own rows."""
     collectives = torch.ops._c10d_functional
-    grad = grad.to(how.reduce_dtype)
+    grad = grad.to(gathering.reduce_dtype)
     # A sum in float16 would overflow where the average does not; in other types dividing the small result is cheaper.
-    early = how.reduce_dtype == torch.float16
+    early = gathering.reduce_dtype == torch.float16
     if early:
-        grad = grad / how.world_size
-    if how.rows is None:
-        own = collectives.wait_tensor(collectives.all_reduce(grad.contiguous(), "sum", how.group_name))
+        grad = grad / gathering.world_size
+    if gathering.rows is None:
+        own = collectives.wait_tensor(collectives.all_reduce(grad.contiguous(), "sum", gathering.group_name))
     else:
-        padded = _pad_rows(grad, how.rows_per_rank * how.world_size).contiguous()
-        started = collectives.reduce_scatter_tensor(padded, "sum", how.world_size, how.group_name)
+        padded = _pad_rows(grad, gathering.rows_per_rank * gathering.world_size).contiguous()
+        started = collectives.reduce_scatter_tensor(padded, "sum", gathering.world_size, gathering.group_name)
         own = collectives.wait_tensor(started)
         own = own if len(own) == own_rows else own[:own_rows]
-    return own if early else own / how.world_size
+    return own if early else own / gathering.world_size
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
@@ -269,8 +269,8 @@ def _fully_shard(
 ) -> None:
     """FSDP2 on every block, then on the outermost modules that have weights of their own.
 
-    Modules all of whose own weights stay in float32 become groups of their own, except norms: their weights are read by
-    the block around them. Norms and the mask token are therefore rounded to `param_dtype` here.
+    A module that keeps all of its own weights in float32 becomes a group of its own. What is kept beside other weights,
+    or in a submodule (norms, whose weights the block around them reads), is rounded to `param_dtype` here.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -282,9 +282,10 @@ def _fully_shard(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     # Weights that stay gathered after a forward pass would be what the optimizer and the average see.
     options = {"mesh": DeviceMesh.from_group(group, device.type), "reshard_after_forward": True}
-    for name, submodule in module.named_modules():
-        own = [f"{name}.{key}" for key, _ in submodule.named_parameters(recurse=False)]
-        if own and "norm" not in name.split(".") and all(sharding.dtype_of(k) != sharding.param_dtype for k in own):
+    for submodule in module.modules():
+        own = {name for name, _ in submodule.named_parameters(recurse=False)}
+        kept = own and own <= set(getattr(submodule, "kept_in_float32", ()))
+        if kept and sharding.param_dtype != torch.float32:
             fully_shard(submodule, **options, mp_policy=precision(torch.float32))
     for submodule in [*blocks, *_outermost_with_weights(module)]:
         if not isinstance(submodule, FSDPModule):
@@ -407,8 +408,36 @@ def pin_order(graph: fx.Graph) -> None:
     preserve_node_ordering(graph, dependencies)
 
 
+class _Place(NamedTuple):
+    """Where a node is to go in a graph."""
+
+    at: float
+    """Index in the original order. What is moved to just before a node is at its index minus a half."""
+    rank: int = 0
+    """Order among what is moved to the same index. What stays where it was has 0."""
+
+
+BEGIN, END = -math.inf, math.inf
+"""Indices before and behind all nodes."""
+
+
 class _Overlap:
-    """Positions in the final order are pairs (place in the original order, rank among what is moved to that place)."""
+    """What `overlap_collectives` does.
+
+    Every node has a place in the order to be. Moving a node, or adding one, only notes its place; at the end the graph
+    is sorted by place, once, as far as what depends on what allows. For three weights A, B, C in buckets of their own,
+    with `prefetch` = 1 (g starts an all-gather, s a reduce-scatter, w waits for it, m computes):
+
+        gathers, before     gA wA mA   gB wB mB   gC wC mC
+        gathers, after   gA gB wA mA   gC wB mB      wC mC         gC starts before wB: one is always on its way
+
+        scatters, before     mA sA wA   mB sB wB      mC sC wC
+        scatters, after      mA sA      mB wA sB      mC wB sC wC  wA comes when sB is about to start
+
+    Ranks at the place before a first use: 0 what a weight goes through before it is gathered (casts, padding), 1 the
+    start of a gather, 2 the wait of another one and taking its bucket apart. At the place of a reduce-scatter: 0 the
+    wait of an earlier one and taking that apart, 1 putting the bucket together, 2 its start.
+    """
 
     def __init__(self, graph: fx.Graph, bucket_mib: float, prefetch: int) -> None:
         operators = torch.ops._c10d_functional
@@ -416,9 +445,9 @@ class _Overlap:
         self.reduce_scatter = operators.reduce_scatter_tensor.default
         self.wait = operators.wait_tensor.default
         self.graph, self.limit, self.prefetch = graph, int(bucket_mib * 2**20), prefetch
-        self.position: dict[fx.Node, tuple[float, int]] = {node: (i, 0) for i, node in enumerate(graph.nodes)}
+        self.place = {node: _Place(i) for i, node in enumerate(graph.nodes)}
         self.output = next(iter(reversed(graph.nodes)))
-        self.position[self.output] = (math.inf, 1)
+        self.place[self.output] = _Place(END, 1)
 
     def run(self) -> list[Bucket]:
         """Find, group, place, and sort everything once."""
@@ -435,7 +464,9 @@ class _Overlap:
             chain, wait = _chain_from_input(gather), self._only_wait(gather)
             if chain is None or wait is None:
                 continue
-            first = known.setdefault(repr([(n.name, n.op) if n is chain[0] else _signature(n) for n in chain]), gather)
+            # The same input, through the same operators with the same arguments.
+            steps = [(node.name, node.op) if node is chain[0] else _signature(node) for node in chain]
+            first = known.setdefault(repr(steps), gather)
             if first is not gather:  # the same weight, read twice
                 self._replace(gather, wait, next(iter(first.users)))
         return list(known.values())
@@ -451,6 +482,7 @@ class _Overlap:
         return [scatter for scatter, wait in waits if wait is not None and wait not in pinned]
 
     def _only_wait(self, started: fx.Node) -> fx.Node | None:
+        """The wait of a collective, made the only one; None if something uses the collective without waiting."""
         first, *others = started.users
         if any(wait.target is not self.wait for wait in (first, *others)):
             return None
@@ -460,30 +492,32 @@ class _Overlap:
         return first
 
     def _place_gathers(self, gathers: list[fx.Node]) -> list[tuple[fx.Node, Bucket]]:
+        """Merge all-gathers into buckets. Returns what starts each one."""
         waits = {gather: next(iter(gather.users)) for gather in gathers}
         first_use = {gather: self._first_use(waits[gather]) for gather in gathers}
-        gathers = sorted(gathers, key=lambda gather: (first_use[gather], self.position[gather]))
+        gathers = sorted(gathers, key=lambda gather: (first_use[gather], self.place[gather]))
         placed = []
         for group in _by_type(gathers):
             buckets = _split_by_size(group, [_num_bytes(gather) for gather in group], self.limit)
             uses = [first_use[bucket[0]] - 0.5 for bucket in buckets]
             for i, bucket in enumerate(buckets):
-                start = uses[i - self.prefetch] if i >= self.prefetch else -math.inf
+                start = uses[i - self.prefetch] if i >= self.prefetch else BEGIN
                 for gather in bucket:
+                    # What the weight goes through moves along. Where two gathers share a cast, the earlier one counts.
                     for node in (_chain_from_input(gather) or [])[1:]:
-                        self.position[node] = min(self.position[node], (start, 0))
+                        self.place[node] = min(self.place[node], _Place(start))
                 info = Bucket("all_gather", _value(bucket[0]).dtype, len(bucket), sum(map(_num_bytes, bucket)))
                 if len(bucket) == 1:
                     gather, wait = bucket[0], waits[bucket[0]]
-                    self.position[gather], self.position[wait] = (start, 1), (uses[i], 2)
+                    self.place[gather], self.place[wait] = _Place(start, 1), _Place(uses[i], 2)
                 else:
                     gather = self._merge_gathers(bucket, waits, start, uses[i])
                 placed.append((gather, info))
         return placed
 
     def _first_use(self, wait: fx.Node) -> float:
-        """Place of the first node that computes with a gathered weight; views, and keeping it for later, do not."""
-        first, stack, seen = math.inf, [wait], {self.output}
+        """Index of the first node that computes with a gathered weight; views, and keeping it for later, do not."""
+        first, stack, seen = END, [wait], {self.output}
         while stack:
             for user in stack.pop().users:
                 if user in seen:
@@ -492,51 +526,57 @@ class _Overlap:
                 if isinstance(user.target, torch._ops.OpOverload) and user.target.is_view:
                     stack.append(user)
                 else:
-                    first = min(first, self.position[user][0])
+                    first = min(first, self.place[user].at)
         return first
 
     def _merge_gathers(self, bucket: list[fx.Node], waits: dict[fx.Node, fx.Node], start: float, use: float) -> fx.Node:
+        """One all-gather of the own parts end to end: a row of the result has one rank's parts of all weights, and a
+        weight is a range of columns."""
         aten, arguments = torch.ops.aten, bucket[0].args[1:]
-        parts = [self._call((start, 0), aten.reshape.default, gather.args[0], [-1]) for gather in bucket]
-        joined = self._call((start, 0), aten.cat.default, parts)
-        started = self._call((start, 1), self.all_gather, joined, *arguments)
-        wait = self._call((use, 2), self.wait, started)
-        table = self._call((use, 2), aten.reshape.default, wait, [arguments[0], _value(joined).numel()])
+        pack, unpack = _Place(start), _Place(use, 2)
+        parts = [self._call(pack, aten.reshape.default, gather.args[0], [-1]) for gather in bucket]
+        joined = self._call(pack, aten.cat.default, parts)
+        started = self._call(_Place(start, 1), self.all_gather, joined, *arguments)
+        wait = self._call(unpack, self.wait, started)
+        table = self._call(unpack, aten.reshape.default, wait, [arguments[0], _value(joined).numel()])
         offset = 0
         for part, gather in zip(parts, bucket, strict=True):
             end, shape = offset + _value(part).numel(), list(_value(gather).shape)
-            columns = self._call((use, 2), aten.slice.Tensor, table, 1, offset, end)
+            columns = self._call(unpack, aten.slice.Tensor, table, 1, offset, end)
             # A copy even where a view would do: that would keep the whole bucket alive.
-            copied = self._call((use, 2), aten.clone.default, columns, memory_format=torch.contiguous_format)
-            self._replace(gather, waits[gather], self._call((use, 2), aten.reshape.default, copied, shape))
+            copied = self._call(unpack, aten.clone.default, columns, memory_format=torch.contiguous_format)
+            self._replace(gather, waits[gather], self._call(unpack, aten.reshape.default, copied, shape))
             offset = end
         return started
 
     def _place_scatters(self, scatters: list[fx.Node]) -> list[tuple[fx.Node, Bucket]]:
+        """Merge reduce-scatters into buckets. Returns what starts each one."""
         placed = []
         for group in _by_type(scatters):
             sizes = [_num_bytes(scatter.all_input_nodes[0]) for scatter in group]
             buckets = _split_by_size(group, sizes, self.limit)
-            starts = [self.position[bucket[-1]][0] for bucket in buckets]
+            starts = [self.place[bucket[-1]].at for bucket in buckets]  # where its last gradient is ready
             for i, bucket in enumerate(buckets):
                 behind = i + self.prefetch
-                end = (starts[behind], 0) if behind < len(buckets) else (math.inf, 0)
+                end = _Place(starts[behind] if behind < len(buckets) else END)
                 size = sum(_num_bytes(scatter.all_input_nodes[0]) for scatter in bucket)
                 info = Bucket("reduce_scatter", _value(bucket[0]).dtype, len(bucket), size)
                 if len(bucket) == 1:
                     scatter = bucket[0]
-                    self.position[scatter], self.position[next(iter(scatter.users))] = (starts[i], 2), end
+                    self.place[scatter], self.place[next(iter(scatter.users))] = _Place(starts[i], 2), end
                 else:
                     scatter = self._merge_scatters(bucket, starts[i], end)
                 placed.append((scatter, info))
         return placed
 
-    def _merge_scatters(self, bucket: list[fx.Node], start: float, end: tuple[float, int]) -> fx.Node:
+    def _merge_scatters(self, bucket: list[fx.Node], start: float, end: _Place) -> fx.Node:
+        """One reduce-scatter of a table in which a row has what one rank gets of all gradients."""
         aten, ranks = torch.ops.aten, bucket[0].args[2]
+        pack = _Place(start, 1)
         inputs = [scatter.all_input_nodes[0] for scatter in bucket]
-        parts = [self._call((start, 1), aten.reshape.default, grad, [ranks, -1]) for grad in inputs]
-        joined = self._call((start, 1), aten.cat.default, parts, 1)
-        started = self._call((start, 2), self.reduce_scatter, joined, *bucket[0].args[1:])
+        parts = [self._call(pack, aten.reshape.default, grad, [ranks, -1]) for grad in inputs]
+        joined = self._call(pack, aten.cat.default, parts, 1)
+        started = self._call(_Place(start, 2), self.reduce_scatter, joined, *bucket[0].args[1:])
         wait = self._call(end, self.wait, started)
         offset = 0
         for part, scatter in zip(parts, bucket, strict=True):
@@ -547,16 +587,18 @@ class _Overlap:
             offset += length
         return started
 
-    def _call(self, position: tuple[float, int], target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def _call(self, place: _Place, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node, with the shape and type that inductor reads."""
         with self.graph.inserting_before(self.output):  # the final sort moves it
             node = self.graph.call_function(target, args, kwargs)
         values = map_arg(args, _value)
         with _value(node.all_input_nodes[0]).fake_mode:
             node.meta["val"] = target(*values, **kwargs)
-        self.position[node] = position
+        self.place[node] = place
         return node
 
     def _replace(self, started: fx.Node, wait: fx.Node, by: fx.Node) -> None:
+        """Put another result in the place of a collective's, and erase what nothing uses then."""
         wait.replace_all_uses_with(by)
         unused = [wait, started, *reversed(_chain_from_input(started) or [])]
         for node in dict.fromkeys(unused):
@@ -564,12 +606,13 @@ class _Overlap:
                 self.graph.erase_node(node)
 
     def _sort(self) -> None:
-        """Order the graph by position, as far as what depends on what allows."""
-        number = {node: i for i, node in enumerate(self.graph.nodes)}
+        """Order the graph by place, as far as what depends on what allows: of the nodes whose inputs are there, the one
+        with the lowest place comes next."""
+        number = {node: i for i, node in enumerate(self.graph.nodes)}  # decides between equal places
         missing = {node: len(node.all_input_nodes) for node in number}
 
-        def key(node: fx.Node) -> tuple[bool, tuple[float, int], int]:
-            return node.op != "placeholder", self.position[node], number[node]
+        def key(node: fx.Node) -> tuple[bool, _Place, int]:
+            return node.op != "placeholder", self.place[node], number[node]
 
         nodes = {number[node]: node for node in number}
         ready = [key(node) for node, count in missing.items() if count == 0]

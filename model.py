@@ -52,6 +52,8 @@ class RotaryEmbedding(nn.Module):
         min_freq: lowest frequency.
     """
 
+    kept_in_float32 = ("freqs",)
+
     def __init__(self, head_dim: int, *, max_freq: float = 7.0, min_freq: float = 7e-4) -> None:
         super().__init__()
         self.head_dim, self.max_freq, self.min_freq = head_dim, max_freq, min_freq
@@ -170,6 +172,8 @@ class Residual(nn.Module):
         drop_path_type: `efficient` runs the branch on a random subset of max(int(b * keep), 1) images and adds it back
             scaled by b / subset size; `naive` runs it on all and zeroes some.
     """
+
+    kept_in_float32 = ("norm",)  # whose weights are cast here
 
     def __init__(self, norm: nn.Module, fn: nn.Module, *, drop_path_rate: float, drop_path_type: str) -> None:
         super().__init__()
@@ -378,8 +382,9 @@ class EncoderDecoder(nn.Module):
     Raises: UserError on an impossible combination.
     """
 
+    # For code that divides weights over ranks. The predictor's residual stream begins with the mask token.
+    kept_in_float32 = ("mask_token",)
     forward_methods = ("forward_pretrain",)
-    """Methods that read the weights without going through `forward`, for code that divides weights over ranks."""
 
     def __init__(
         self,

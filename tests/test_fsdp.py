@@ -287,11 +287,6 @@ def test_the_cache_of_compiled_code_knows_the_settings():
     assert len({key(), key(bucket_mib=26.0), key(prefetch=2)}) == 3
 
 
-def test_an_impossible_sharding_is_named():
-    with pytest.raises(UserError, match=r"efficiency\.fsdp='zero'"):
-        Sharding("zero", torch.float32, torch.float32, 25, 1)
-
-
 def test_without_a_process_group_nothing_is_divided():
     model = make_model()
     for mode in ("simple", "fully_shard", "none"):
