@@ -7,7 +7,6 @@ import logging
 import os
 import platform
 import shutil
-import struct
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,9 @@ from fsdp import Sharding, overlap_options
 from utils import UserError
 
 logger = logging.getLogger("capi")
+
+MARK = "compiling-"
+"""What the names of files begin with that exist while a rank compiles."""
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -89,6 +91,9 @@ def kept_compilations(folder: Path) -> Iterator[None]:
     that make the same file at the same time replace it by its equal. Libraries for the CPU are made for the very
     processor, so that each kind of processor has a folder of its own within.
 
+    A linker writes in place: of one that was killed half a library is left, and a start that loads it would fail.
+    Hence a file marks that something is being compiled, and what has a mark at the start is thrown away.
+
     The variables TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR tell inductor and Triton; the user's come first. Where
     the folder cannot be written or has no locks, this does nothing, and they use folders of this machine.
 
@@ -103,43 +108,53 @@ def kept_compilations(folder: Path) -> Iterator[None]:
     # Importing torch._dynamo sets a variable to its default: what it holds then is nobody's choice.
     chosen = {name for name, value in before.items() if value != os.path.abspath(default_cache_dir())}  # noqa: PTH100
     variables = {name: value for name, value in variables.items() if name not in chosen}
+    if rank() == 0:
+        _throw_away_half_compiled(folder)
+    barrier()  # nobody compiles before that is gone
     try:
         own.mkdir(parents=True, exist_ok=True)
         (folder / ".gitignore").write_text("*\n")
         with tempfile.TemporaryFile(dir=own) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if rank() == 0:
-            _remove_half_written(own)
     except OSError as error:
         logger.info("what is compiled is not kept for later starts: %s", error)
         variables = {}
-    barrier()  # nobody compiles before what a killed run left is gone
     os.environ.update(variables)
     try:
-        yield
+        with _marked_while_compiling(own / f"{MARK}{rank()}") if variables else contextlib.nullcontext():
+            yield
     finally:
         for name in variables:
             os.environ.pop(name, None)
         os.environ.update(before)
 
 
-def _remove_half_written(folder: Path) -> None:
-    """Delete libraries that a linker was killed over: it writes in place, and a start that loads one would fail."""
-    for path in folder.rglob("*.so"):
-        if not _is_whole(path):
-            logger.info("%s is half written, by a run that was killed: it is compiled again", path)
-            path.unlink()
+def _throw_away_half_compiled(folder: Path) -> None:
+    for kind in {mark.parent for mark in folder.glob(f"*/{MARK}*")}:
+        logger.info("what %s has is compiled again: a run was killed while it compiled", kind)
+        shutil.rmtree(kind, ignore_errors=True)
 
 
-def _is_whole(library: Path) -> bool:
-    """Whether an ELF file (64 bit, little-endian) reaches to the end of its table of sections, which comes last."""
-    with library.open("rb") as file:
-        header = file.read(64)
-    if header[:6] != b"\x7fELF\x02\x01":
-        return len(header) == 64 and any(header)  # of another system
-    (start,) = struct.unpack_from("<Q", header, 40)
-    size, number = struct.unpack_from("<HH", header, 58)
-    return start > 0 and library.stat().st_size >= start + size * number
+@contextlib.contextmanager
+def _marked_while_compiling(mark: Path) -> Iterator[None]:
+    """Have a file while torch compiles something in this process, be it a forward pass or, later, its backward pass."""
+    from torch._dynamo.callback import callback_handler
+
+    def begin(_: Any) -> None:
+        with contextlib.suppress(OSError):  # a full disk, of which compiling will complain
+            mark.touch()
+
+    def end(_: Any) -> None:
+        with contextlib.suppress(OSError):
+            mark.unlink(missing_ok=True)
+
+    callback_handler.register_start_callback(begin)
+    callback_handler.register_end_callback(end)
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(begin)
+        callback_handler.remove_end_callback(end)
 
 
 def _processor() -> str:

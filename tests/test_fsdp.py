@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -356,15 +357,25 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, caplog):
 
 
 @pytest.mark.usefixtures("_no_caches")
-@pytest.mark.parametrize("kept_bytes", [0, 1000, None])
-def test_a_library_that_a_killed_linker_left_is_compiled_again(tmp_path, kept_bytes):
-    whole = Path(torch._C.__file__).read_bytes()
-    with kept_compilations(tmp_path):
-        library = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "ab" / "abc.main.so"
-        library.parent.mkdir()
-        library.write_bytes(whole[:kept_bytes])
-    with kept_compilations(tmp_path):
-        assert library.exists() == (kept_bytes is None)
+def test_what_a_run_left_that_was_killed_while_it_compiled_is_compiled_again(tmp_path):
+    """What is there in the middle of a compilation is what a kill would leave."""
+    folder, killed, library = tmp_path / "cache", tmp_path / "killed", Path("ab") / "abc.main.so"
+
+    def backend(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        shutil.copytree(folder, killed)
+        return graph.forward
+
+    with kept_compilations(folder):
+        kind = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).name
+        (folder / kind / library).parent.mkdir()
+        (folder / kind / library).write_bytes(b"half a library")
+        torch.compile(torch.sin, backend=backend)(torch.zeros(2))
+    assert (killed / kind / library).exists()
+    with kept_compilations(killed):
+        assert not (killed / kind / library).exists()
+        assert (killed / kind).is_dir()
+    with kept_compilations(folder):
+        assert (folder / kind / library).exists(), "what a run made that ended later is thrown away"
 
 
 # 8-bit floats

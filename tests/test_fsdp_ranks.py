@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from golden import with_kernel
 from ranks import run_on_ranks
 from runs import TINY
 from torch import Tensor, nn
@@ -292,7 +293,7 @@ def divided_state(cfg: CapiConfig, how: Sharding) -> CapiState:
 def run_steps(state: CapiState, num_steps: int) -> dict[str, Any]:
     logs = []
     for step, batch in list(enumerate(make_batches(state.step + num_steps)))[state.step :]:
-        hyper = Hyper(lr=1e-3 * min(1, step / 4), weight_decay=0.1, momentum=0.9, clustering_lr=1e-3)
+        hyper = Hyper(lr=1e-3 * min(1, step / 4), momentum=0.9, clustering_lr=1e-3)
         scalars = train_step(state, [my_batch(batch)], hyper)
         state.step += 1
         logs.append({key: whole(scalars[key]).double() for key in ("capi_loss", "clustering_loss", "grad_norm")})
@@ -435,12 +436,12 @@ def make_head() -> OnlineClustering:
     return OnlineClustering(**HEAD)
 
 
-def learn_in_chunks(how: Sharding) -> dict[str, Any]:
-    head = make_head()
+def clustering_step(how: Sharding, kernel: str) -> dict[str, Any]:
+    head = with_kernel(make_head(), kernel, chunk=2)
     parallelize(head, how, CPU)
     mine = HEAD_FEATURES.chunk(dist.get_world_size(), dim=1)[dist.get_rank()].contiguous()
     with CountCollectives() as counter:
-        step = head.step(mine, torch.arange(mine.shape[1]) * 7 + 3, chunk=2)
+        step = head.step(mine, torch.arange(mine.shape[1]) * 7 + 3)
     average_gradients_(head, how)
     return {
         "counts": counter.counts,
@@ -450,11 +451,12 @@ def learn_in_chunks(how: Sharding) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("kernel", ["torch", "plain"])
 @pytest.mark.parametrize("mode", ["simple", "fully_shard", "none"])
-def test_the_clustering_head_learns_in_chunks_as_one_process_does_and_gathers_once(mode):
+def test_the_clustering_head_learns_as_on_one_process_and_gathers_once(mode, kernel):
     head, how = make_head(), sharding(mode)
     everything = head.step(HEAD_FEATURES, torch.arange(8) * 7 + 3)
-    found = run_on_ranks(learn_in_chunks, 2, how)
+    found = run_on_ranks(clustering_step, 2, how, kernel)
     torch.testing.assert_close(torch.cat([each["targets"] for each in found]), everything.targets)
     torch.testing.assert_close(sum(each["loss"] for each in found) / 2, everything.loss)
     for each in found:
