@@ -652,10 +652,10 @@ def draw_curves(records: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -
 
     rows = max(1, -(-len(panels) // 3))
     figure = Figure(figsize=(12, 3.3 * rows), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
-    axes = figure.subplots(rows, 3, squeeze=False).flat
-    for ax, panel in zip(axes, panels, strict=False):
+    axes = list(figure.subplots(rows, 3, squeeze=False).flat)
+    for ax, panel in zip(axes[: len(panels)], panels, strict=True):
         _draw_panel(ax, records, panel)
-    for ax in axes:  # those that no panel took
+    for ax in axes[len(panels) :]:
         ax.remove()
     return figure
 

@@ -156,7 +156,7 @@ def in_this_process(script: str, *arguments: str) -> int:
 
 
 def evaluate_here(task: benchmark.Task, nproc_per_node: int) -> benchmark.Status:
-    task.write_state(request=task.request())
+    task.write_state()
     (task.folder / "config.yaml").write_text(json.dumps(task.config))
     return benchmark.Status("failed" if eval_segmentation.main([str(task.folder / "config.yaml")]) else "done")
 
