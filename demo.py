@@ -43,6 +43,7 @@ from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from evaluation import EvaluationConfig, FrozenModel, load_model_file
 from masking import draw_positions, make_masking_generator
 from metrics import read_metrics
+from pictures import Moments, project, rgb_colors, show, standardize
 from report import GREEN, VERMILLION, columns, draw_curves, percent, write_report
 from sources import ImageDataset, SegmentationDataset, make_dataset
 from train_capi import CapiConfig, mask_plan, panels
@@ -278,18 +279,14 @@ def draw_visible(cfg: CapiConfig, num_images: int) -> Bool[Tensor, "b hp wp"]:
     return visible.view(num_images, cfg.grid_size, cfg.grid_size)
 
 
-def pca_colors(feature_map: Float[Tensor, "b hp wp d"]) -> Float[Tensor, "b hp wp 3"]:
-    """First three principal components over all patches of all images, as colours in [0, 1].
-
-    A component's sign is chosen such that its longer tail is bright; its range is that of 96 % of the patches.
-    """
-    x = feature_map.flatten(0, 2).double()
-    x = x - x.mean(dim=0)
-    components = x @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -3:].flip(1)
-    components = components * torch.where((components**3).sum(dim=0) < 0, -1.0, 1.0)
-    low, high = torch.quantile(components, torch.tensor([0.02, 0.98], dtype=x.dtype), dim=0)
-    scaled = ((components - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    return scaled.float().unflatten(0, feature_map.shape[:3])
+def pca_colors(feature_map: Float[Tensor, "b hp wp d"]) -> UInt8[Tensor, "b hp wp 3"]:
+    """First three principal components over all patches of all images, as colours."""
+    x = feature_map.flatten(1, 2)
+    moments = Moments(x.shape[-1])
+    moments.add(x)
+    mean, directions, _ = moments.principal_components(3)
+    scores = project(x, mean, directions).flatten(0, 1)
+    return rgb_colors(standardize(scores, whiten=True)).unflatten(0, feature_map.shape[:3])
 
 
 def class_colors(num_classes: int) -> Float[Tensor, "classes 3"]:
@@ -347,11 +344,7 @@ def draw_ten_labels(
     axes = figure.subplots(len(rows), len(images), squeeze=False)
     for row, (title, pictures) in enumerate(rows.items()):
         for column, ax in enumerate(axes[row]):
-            ax.imshow(pictures[column].numpy(), interpolation="nearest")
-            ax.set_xticks([])
-            ax.set_yticks([])
-            for side in ax.spines.values():
-                side.set_visible(False)
+            show(ax, pictures[column].numpy())
             if row == 0:
                 mix = mixes(labelled_masks)[column]
                 ax.set_title(

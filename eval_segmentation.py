@@ -40,6 +40,7 @@ from evaluation import (
     extract,
     my_share,
     open_dataset,
+    square,
 )
 from labels import choose_images, split_off
 from readouts import DISTANCES, TRAIN_CHUNK, fit_logistic, majority_votes, nearest, spread
@@ -253,12 +254,8 @@ def prepare_pair(
             f"the image has {image.width}x{image.height} pixels and its label image {target.width}x{target.height}; "
             f"{remedy or 'make them the same size'}"
         )
-    size = (resolution, resolution)
-    pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-    labels = np.asarray(target.resize(size, Image.Resampling.NEAREST))
-    labels = torch.from_numpy(labels.copy())
-    labels = labels if numbers is None else numbers[labels.long()]
-    return torch.from_numpy(pixels.copy()).movedim(-1, 0).contiguous(), labels
+    labels = torch.from_numpy(np.array(target.resize((resolution, resolution), Image.Resampling.NEAREST)))
+    return square(image, resolution), labels if numbers is None else numbers[labels.long()]
 
 
 def to_patches(labels: UInt8[Tensor, "b h w"], patch_size: int) -> UInt8[Tensor, "patches pixels"]:

@@ -44,16 +44,29 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoints, read_tensors
 from config import COUNT, POSITIVE, one_of, require, within
-from distributed import all_reduce_sum_, barrier, broadcast_object, rank
+from distributed import barrier, broadcast_object, rank
 from evaluation import (
     Evaluation,
     EvaluationConfig,
+    Features,
     FrozenModel,
     ImageBatches,
     Results,
     extract,
     my_share,
     open_dataset,
+    square,
+)
+from pictures import (
+    COLOR_RANGE,
+    Moments,
+    image_scores,
+    map_colors,
+    project,
+    rgb_colors,
+    show,
+    standardize,
+    to_bytes,
 )
 from sources import BadImageError, ImageDataset
 from utils import UserError
@@ -66,15 +79,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("visualizations")
 
 PICTURES = ("image_pca", "joint_pca", "norms", "nearest", "clusters", "dictionary")
-COLOR_RANGE = 2.3
-"""Standard deviations from the mean at which a component's colour ends."""
+"""What can be drawn, in the order of the columns of overview.png; see `Kind`."""
 OUTLIER_DEVIATIONS = 5.0
 DICTIONARY_PATCHES = 16_384
 """Patches, evenly spaced, to which dictionaries are fitted."""
 DICTIONARY_ALPHA = 0.1
 """Sparsity penalty, for features whose root mean square length is 1."""
-MOMENT_ROWS = 8192
-"""Patches that are converted to float64 at a time; a product of fewer runs below the processor's rate."""
 MIN_COLUMNS = 4
 
 # Told apart also by colour-blind people: Okabe and Ito's colours, then grey and brown. Fixed: atom 1 is always blue.
@@ -148,26 +158,31 @@ class Query(NamedTuple):
     column: int
 
 
-class Scene(NamedTuple):
+@dataclass(frozen=True)
+class Scene:
     """What is drawn and where to."""
 
+    model: FrozenModel
     cfg: VisualizationsConfig
     dataset: ImageDataset
     numbers: list[int]
-    """Of the images drawn, in the data set."""
+    """Which images of the data set are drawn."""
     grid: int
     """Patches along an edge."""
     patch_size: int
+    query: Query
     folder: Path
+
+    @functools.cached_property
+    def query_features(self) -> Float[Tensor, "n d"]:
+        """Features of the patches of the image that has the query."""
+        image = read_image(self.dataset, self.query.image, self.cfg.resolution)
+        return patch_features(self.model(image.unsqueeze(0)))[0]
 
     @property
     def shown(self) -> list[int]:
         """Numbers of the images in figures."""
         return self.numbers[: self.cfg.num_overview]
-
-
-Measure = Callable[[Float[Tensor, "b n d"]], Tensor]
-"""From the patch features of some images to rows, one per image."""
 
 
 def evaluate(cfg: VisualizationsConfig, model: FrozenModel, results: Results) -> None:
@@ -178,108 +193,37 @@ def evaluate(cfg: VisualizationsConfig, model: FrozenModel, results: Results) ->
     if len(dataset) < cfg.num_images:
         logger.info("num_images=%d: the data set has %d images, all are drawn", cfg.num_images, len(dataset))
     numbers = evenly_spaced(len(dataset), cfg.num_images)
-    scene = Scene(cfg, dataset, numbers, grid, model.patch_size, results.artifacts())
     query = check_query(cfg.query, len(dataset), grid) or Query(numbers[0], grid // 2, grid // 2)
-    todo = [name for name in cfg.pictures if not _is_done(name, query, cfg, results)]
-    if "clusters" in todo and cfg.clustering_checkpoint is None:
-        todo.remove("clusters")
-        logger.info("no clusters are drawn: name the run or file that has the head in clustering_checkpoint")
+    scene = Scene(model, cfg, dataset, numbers, grid, model.patch_size, query, results.artifacts())
+    todo = [kind for kind in KINDS if kind.name in cfg.pictures and kind.is_due(scene, results)]
     if not todo:
         logger.info("%s are there already", ", ".join(cfg.pictures))
         return
-    query_features, final_norm = find_final_norm(model, read_image(dataset, query.image, cfg.resolution))
-    if cfg.norms_of_output or "norms" not in todo:
-        final_norm = None
-    width = query_features.shape[-1]
-    check_sizes(cfg, todo, num_images=len(numbers), num_patches=grid**2, width=width)
-    head, read_from = None, ""
-    if "clusters" in todo:
-        assert cfg.clustering_checkpoint is not None
-        read_from = _read_from(cfg.clustering_checkpoint)
-        head = read_clustering_head(cfg.clustering_checkpoint, model.module, width)
-
-    moments = Moments(width) if "joint_pca" in todo else None
-    measures: dict[str, Measure] = {}
-    if "norms" in todo:
-        measures["norms"] = lambda x: (x if final_norm is None else final_norm.read(x)).float().norm(dim=-1)
-    if "image_pca" in todo:
-        measures["image_pca"] = functools.partial(image_scores, num_components=cfg.image_components)
-        measures["variance"] = lambda x: x.var(dim=1).sum(dim=-1)
-    if "nearest" in todo:
-        measures["nearest"] = functools.partial(cosine_similarity, to=query_features[query.row, query.column])
-    if head is not None:
-        measures["clusters"] = head.assign
-    if "dictionary" in todo:
-        picked = evenly_spaced(grid**2, -(-DICTIONARY_PATCHES // len(numbers)))
-        measures["sample"] = lambda x: x[:, picked]
-    with final_norm or contextlib.nullcontext():
-        found = run_model(model, scene, measures, "features", moments)
-
-    if "image_pca" in todo:
-        draw_components(scene, "image_pca", standardize(found["image_pca"], cfg.whiten))
-        shares = found["image_pca"].var(dim=1) / found["variance"].clamp_min(1e-12).unsqueeze(-1)
-        results.add("image_pca", {"explained_variance_ratio": _rounded(shares.mean(dim=0))})
-    if "norms" in todo:
-        what = "feature map" if final_norm is None else f"tokens before {final_norm.name}"
-        results.add("norms", draw_norms(scene, found["norms"], what))
-    if "nearest" in todo:
-        results.add("nearest", draw_nearest(scene, query, found["nearest"]))
-    if head is not None:
-        usage = draw_clusters(scene, found["clusters"], head.num_clusters)
-        results.add(
-            "clusters",
-            {
-                "checkpoint": cfg.clustering_checkpoint,
-                "read_from": read_from,
-                "is_its_teacher": head.is_teacher,
-                **usage,
-            },
-        )
-
-    measures, dictionaries, shares = {}, [], None
-    if moments is not None:
-        mean, directions, shares = moments.principal_components(cfg.joint_components)
-        measures["joint_pca"] = functools.partial(project, mean=mean, directions=directions)
-    if "dictionary" in todo:
-        dictionaries = fit_dictionaries(found["sample"].flatten(0, 1), cfg.dictionary_atoms, cfg.seed)
-        measures |= {f"{len(each.atoms)}_atoms": each.encode for each in dictionaries}
-    if measures:
-        found = run_model(model, scene, measures, "features again")
-    if shares is not None:
-        scores = standardize(found["joint_pca"].flatten(0, 1), cfg.whiten)
-        draw_components(scene, "joint_pca", scores.view_as(found["joint_pca"]))
-        results.add("joint_pca", {"explained_variance_ratio": _rounded(shares)})
-    if dictionaries:
-        for each in dictionaries:
-            colors = mix_colors(found[f"{len(each.atoms)}_atoms"])
-            save_maps(scene, f"dictionary/{len(each.atoms)}_atoms", colors)
-        results.add(
-            "dictionary",
-            {"explained_variance": {str(len(each.atoms)): _rounded(each.explained) for each in dictionaries}},
-        )
+    kinds = [kind(scene) for kind in todo]
+    measures = {name: measure for kind in kinds for name, measure in kind.measures().items()}
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(kind.watching())
+        rows = run_model(scene, measures, "features")
+    for kind in kinds:
+        if not kind.looks_again:
+            results.add(kind.name, kind.draw(rows))
+    kinds = [kind for kind in kinds if kind.looks_again]
+    for kind in kinds:
+        kind.fit(rows)
+    if kinds:
+        measures = {name: measure for kind in kinds for name, measure in kind.measures_again().items()}
+        rows = run_model(scene, measures, "features again")
+    for kind in kinds:
+        results.add(kind.name, kind.draw(rows))
     results.note(num_images=len(numbers), images=f"{numbers[0]} to {numbers[-1]} of {len(dataset)}", grid=grid)
     if rank() == 0:
-        _save_figure(draw_overview(scene, query, results), scene.folder / "overview.png")
+        draw_overview(scene, results).savefig(scene.folder / "overview.png")
     logger.info("pictures are in %s", scene.folder)
 
 
-def _is_done(name: str, query: Query, cfg: VisualizationsConfig, results: Results) -> bool:
-    there = broadcast_object((results.artifacts() / name).is_dir())
-    if name not in results or not there:
-        return False
-    if name == "nearest":
-        return results.values[name]["query"] == list(query)
-    return name != "clusters" or results.values[name].get("read_from") == _read_from(cfg.clustering_checkpoint)
-
-
-def _read_from(source: str | None) -> str:
-    """The file that a clustering head comes from, with its size and time, by which a later one is told from it."""
-    path = Path(str(source))
-    if path.is_dir() and not (path / ".metadata").is_file():
-        path = Checkpoints(path, keep=1).newest() or path
-    path = path / ".metadata" if path.is_dir() else path
-    found = path.stat() if path.is_file() else None
-    return broadcast_object(str(path) if found is None else f"{path}, {found.st_size} bytes, {found.st_mtime_ns}")
+Measure = Callable[[Float[Tensor, "b n d"]], Tensor]
+"""From the patch features of some images to rows, one per image."""
 
 
 def evenly_spaced(total: int, num: int) -> list[int]:
@@ -315,47 +259,28 @@ def check_query(query: list[int] | None, num_images: int, grid: int) -> Query | 
     return Query(image, row, column)
 
 
-def check_sizes(
-    cfg: VisualizationsConfig, todo: Sequence[str], *, num_images: int, num_patches: int, width: int
-) -> None:
-    """Check that the principal components exist.
-
-    Raises: UserError if there are too few patches or channels.
-    """
-    patches = {"image": num_patches, "joint": num_patches * num_images}
-    for kind, count in patches.items():
-        key, num_components = f"{kind}_components", getattr(cfg, f"{kind}_components")
-        if f"{kind}_pca" not in todo:
-            continue
-        more = "raise resolution" if kind == "image" else "raise num_images or resolution"
-        where = f"an image of {cfg.resolution} pixels has" if kind == "image" else "all images together have"
-        too_few = f"{where} {count} patches, and {num_components} components need more; {more}, or lower {key}"
-        require(count > num_components, key, num_components, too_few)
-        require(width >= num_components, key, num_components, f"must be at most {width}, the width of the features")
-
-
-def prepare_image(image: Image.Image, _target: Any, resolution: int) -> tuple[UInt8[Tensor, "3 h w"]]:
-    """The image as a square of `resolution` pixels."""
-    pixels = np.array(image.resize((resolution, resolution), Image.Resampling.BICUBIC))
-    return (torch.from_numpy(pixels).movedim(-1, 0).contiguous(),)
-
-
 def read_image(dataset: ImageDataset, number: int, resolution: int) -> UInt8[Tensor, "3 h w"]:
-    """One image of the data set.
+    """One image of the data set, as a square.
 
     Raises: UserError if the file cannot be read.
     """
     try:
-        return prepare_image(dataset[number].image(), None, resolution)[0]
+        return square(dataset[number].image(), resolution)
     except BadImageError as error:
         raise UserError(f"{error}; repair or remove the file") from error
 
 
-def run_model(
-    model: FrozenModel, scene: Scene, measures: Mapping[str, Measure], title: str, moments: "Moments | None" = None
-) -> dict[str, Tensor]:
-    """Apply `measures` to the patch features of all images. Features are not kept: memory is that of the rows."""
-    cfg = scene.cfg
+def prepare_image(image: Image.Image, _target: Any, resolution: int) -> tuple[UInt8[Tensor, "3 h w"]]:
+    """The image as a square of `resolution` pixels; see `evaluation.Prepare`."""
+    return (square(image, resolution),)
+
+
+def run_model(scene: Scene, measures: Mapping[str, Measure], title: str) -> dict[str, Tensor]:
+    """Apply measures to the patch features of all images, which are not kept.
+
+    Returns: name of the measure -> its rows, those of all ranks, on the CPU.
+    """
+    cfg, model = scene.cfg, scene.model
     batches = ImageBatches(
         scene.dataset,
         functools.partial(prepare_image, resolution=cfg.resolution),
@@ -366,148 +291,59 @@ def run_model(
         title=title,
     )
 
-    def compute(features: Any) -> tuple[Tensor, ...]:
-        x = features.feature_map.flatten(1, 2)
-        x = x.cpu() if x.device.type == "mps" else x  # has no float64
-        if moments is not None:
-            moments.add(x)
+    def compute(features: Features) -> tuple[Tensor, ...]:
+        x = patch_features(features)
         return tuple(measure(x) for measure in measures.values())
 
     started = time.monotonic()
     columns = extract(model, batches, compute)
-    if moments is not None:
-        moments.add_other_ranks()
     logger.info("%s of %d images in %.1f s", title, len(scene.numbers), time.monotonic() - started)
     return dict(zip(measures, columns, strict=True))
 
 
-class FinalNorm:
-    """The normalisation layer that ends a model; as a context, it remembers what goes into it.
+def patch_features(features: Features) -> Float[Tensor, "b n d"]:
+    """The feature map in a row, where it can be computed with in float64."""
+    x = features.feature_map.flatten(1, 2)
+    return x.cpu() if x.device.type == "mps" else x
+
+
+class NormInputs:
+    """What goes into normalisation layers, as a context around the forward passes of their model.
 
     Args:
-        layer: the layer.
-        name: its name in the model.
-        call: which of the layer's calls in a forward pass, from 0.
-        first: place of the first patch among the tokens.
+        layers: name -> layer.
     """
 
-    def __init__(self, layer: nn.Module, name: str, call: int, first: int) -> None:
-        self.layer, self.name, self.call, self.first = layer, name, call, first
-        self.inputs: list[Tensor] = []
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = layers
+        self.calls: list[tuple[str, Tensor, Tensor]] = []
 
-    def __enter__(self) -> "FinalNorm":
-        self.handle = self.layer.register_forward_pre_hook(lambda _, inputs: self.inputs.append(inputs[0]))
+    def __enter__(self) -> "NormInputs":
+        self.handles = [
+            layer.register_forward_hook(functools.partial(self._remember, name)) for name, layer in self.layers.items()
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
 
-    def read(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """What the patches `x` were in the last forward pass, before the layer."""
-        tokens = self.inputs[self.call][:, self.first : self.first + x.shape[1]]
-        self.inputs.clear()
-        return tokens
+    def _remember(self, name: str, _layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 3:
+            self.calls.append((name, inputs[0], output))
 
-
-def find_final_norm(
-    model: FrozenModel, image: UInt8[Tensor, "3 h w"]
-) -> tuple[Float[Tensor, "hp wp d"], FinalNorm | None]:
-    """The feature map of an image, and the normalisation layer whose output it is, if there is one."""
-    calls: list[tuple[str, nn.Module, Tensor]] = []
-    handles = [
-        layer.register_forward_hook(lambda layer, _, output, name=name: calls.append((name, layer, output)))
-        for name, layer in model.module.named_modules()
-        if "Norm" in type(layer).__name__
-    ]
-    feature_map = model(image.unsqueeze(0)).feature_map[0]
-    for handle in handles:
-        handle.remove()
-    patches = feature_map.flatten(0, 1)
-    for i, (name, layer, output) in reversed(list(enumerate(calls))):
-        if not isinstance(output, Tensor) or output.ndim != 3:
-            continue
-        for first in (output.shape[1] - len(patches), 0):  # registers come before the patches, or after them
-            if first >= 0 and torch.equal(output[0, first : first + len(patches)].float(), patches):
-                call = sum(earlier is layer for _, earlier, _ in calls[:i])
-                return feature_map, FinalNorm(layer, name, call, first)
-    return feature_map, None
+    def before(self, x: Float[Tensor, "b n d"]) -> tuple[str, Float[Tensor, "b n d"]] | None:
+        """The layer that patches `x` of the last forward pass come out of, and what they were before; None if none."""
+        calls, self.calls = self.calls, []  # not to be held during the next pass
+        for name, tokens, normalised in reversed(calls):
+            for first in (normalised.shape[1] - x.shape[1], 0):  # registers come before the patches, or after them
+                patches = slice(first, first + x.shape[1])
+                if first >= 0 and torch.equal(normalised[:, patches].float().to(x.device), x):
+                    return name, tokens[:, patches]
+        return None
 
 
 # -------------------------------------------------------------------------------------------- what is computed
-
-
-def image_scores(x: Float[Tensor, "b n d"], num_components: int) -> Float32[Tensor, "b n k"]:
-    """First principal components of each image's own patches; their signs are arbitrary."""
-    return torch.stack([_scores(each.double(), num_components).float() for each in x])
-
-
-def _scores(x: Float64[Tensor, "n d"], num_components: int) -> Float64[Tensor, "n k"]:
-    x = x - x.mean(dim=0)
-    n, d = x.shape
-    if n > d:
-        return x @ _leading(x.T @ x, num_components)[1]
-    values, vectors = _leading(x @ x.T, num_components)  # the same, from the smaller matrix
-    return vectors * values.clamp_min(0).sqrt()
-
-
-def _leading(symmetric: Float64[Tensor, "m m"], k: int) -> tuple[Float64[Tensor, " k"], Float64[Tensor, "m k"]]:
-    """The largest eigenvalues, descending, and their eigenvectors."""
-    values, vectors = torch.linalg.eigh(symmetric)
-    return values[-k:].flip(0), vectors[:, -k:].flip(1)
-
-
-class Moments:
-    """Sums from which mean and covariance of any number of patches follow, in float64.
-
-    `sums`: products of the features, and in the last row their sums and the number of patches.
-    """
-
-    def __init__(self, width: int) -> None:
-        self.sums = torch.zeros(width + 1, width + 1, dtype=torch.float64)
-
-    def add(self, x: Float[Tensor, "b n d"]) -> None:
-        """Count the patches of some images."""
-        self.sums = self.sums.to(x.device)
-        for some in x.flatten(0, 1).split(MOMENT_ROWS):
-            rows = some.double()
-            self.sums[:-1, :-1].addmm_(rows.T, rows)
-            self.sums[-1, :-1] += rows.sum(dim=0)
-            self.sums[-1, -1] += len(rows)
-
-    def add_other_ranks(self) -> None:
-        """Count what the other ranks counted; all call this together."""
-        self.sums = all_reduce_sum_(self.sums.cpu())
-
-    def principal_components(
-        self, num_components: int
-    ) -> tuple[Float64[Tensor, " d"], Float64[Tensor, "d k"], Float64[Tensor, " k"]]:
-        """Mean, directions, and the parts of the variance that they explain; the same on all ranks."""
-        count = self.sums[-1, -1]
-        mean = self.sums[-1, :-1] / count
-        covariance = (self.sums[:-1, :-1] - count * torch.outer(mean, mean)) / (count - 1)
-        values, directions = broadcast_object(_leading(covariance, num_components))
-        return mean, directions, values / covariance.trace().clamp_min(1e-300)
-
-
-def project(
-    x: Float[Tensor, "b n d"], mean: Float64[Tensor, " d"], directions: Float64[Tensor, "d k"]
-) -> Float32[Tensor, "b n k"]:
-    """Components of patches along `directions`."""
-    directions = directions.to(x.device)
-    shift = mean.to(x.device) @ directions
-    return torch.stack([(each.double() @ directions - shift).float() for each in x])
-
-
-def standardize(scores: Float[Tensor, "*images n k"], whiten: bool) -> Float32[Tensor, "*images n k"]:
-    """Components ready to be coloured: of standard deviation 1 (the first one if not `whiten`), skewed to the right."""
-    scores = scores.double()
-    std = scores.std(dim=-2, keepdim=True)
-    first = std[..., :1]
-    # What has no variance is rounding noise, which must not be blown up to colours.
-    is_noise = (std <= 1e-6 * first) | (first <= 1e-30)
-    scaled = torch.where(is_noise, 0.0, scores / torch.where(is_noise, 1.0, std if whiten else first))
-    skewness = scaled.pow(3).sum(dim=-2, keepdim=True)
-    return torch.where(skewness < 0, -scaled, scaled).float()
 
 
 def outlier_cutoff(norms: Float[Tensor, "*images"]) -> float:
@@ -556,6 +392,16 @@ class ClusteringHead:
         return torch.stack(
             [F.linear(F.normalize(each.float(), dim=-1, eps=1e-7), weight, bias).argmax(-1) for each in x]
         )
+
+
+def _read_from(source: str | None) -> str:
+    """The file that a clustering head comes from, with its size and time, by which a later one is told from it."""
+    path = Path(str(source))
+    if path.is_dir() and not (path / ".metadata").is_file():
+        path = Checkpoints(path, keep=1).newest() or path
+    path = path / ".metadata" if path.is_dir() else path
+    found = path.stat() if path.is_file() else None
+    return broadcast_object(str(path) if found is None else f"{path}, {found.st_size} bytes, {found.st_mtime_ns}")
 
 
 def read_clustering_head(source: str, module: nn.Module, width: int) -> ClusteringHead:
@@ -664,23 +510,6 @@ def _fit_dictionary(sample: Float64[Tensor, "m d"], num_atoms: int, seed: int) -
 # ------------------------------------------------------------------------------------------------------ colours
 
 
-def rgb_colors(components: Float[Tensor, "*grid 3"]) -> UInt8[Tensor, "*grid 3"]:
-    """Three components as red, green and blue: -2.3 is 0 and 2.3 is 255, what lies beyond is cut off."""
-    return _to_bytes((components / COLOR_RANGE + 1) / 2)
-
-
-def _to_bytes(x: Float[Tensor, "*grid"]) -> UInt8[Tensor, "*grid"]:
-    return (x.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def map_colors(x: Float[Tensor, "*grid"], low: float, high: float, name: str) -> UInt8[Tensor, "*grid 3"]:
-    """Numbers as colours of one of matplotlib's maps between `low` and `high`."""
-    import matplotlib as mpl
-
-    table = torch.from_numpy(mpl.colormaps[name](np.arange(256), bytes=True)[:, :3].copy())
-    return table[_to_bytes((x - low) / max(high - low, 1e-12)).long()]
-
-
 def _color(name: str) -> UInt8[Tensor, " 3"]:
     return torch.tensor(list(bytes.fromhex(name[1:])), dtype=torch.uint8)
 
@@ -706,7 +535,7 @@ def cluster_colors(usage: Int64[Tensor, " k"]) -> UInt8[Tensor, "k 3"]:
     for place, prototype in enumerate(usage.argsort(descending=True, stable=True).tolist()):
         hue, light = place * 0.618034 % 1, (0.55, 0.8, 0.35)[place % 3]
         colors[prototype] = torch.tensor(colorsys.hls_to_rgb(hue, light, 0.65))
-    return _to_bytes(colors)
+    return to_bytes(colors)
 
 
 # ----------------------------------------------------------------------------------------------------- pictures
@@ -748,70 +577,6 @@ def draw_components(scene: Scene, kind: str, components: Float[Tensor, "images n
         save_maps(scene, f"{kind}/component_{c + 1}", colors)
 
 
-def draw_norms(scene: Scene, norms: Float[Tensor, "images n"], what: str) -> dict[str, Any]:
-    """Norm maps, and norms.png; `what` says of what. Returns what there is to report."""
-    cutoff = scene.cfg.outlier_norm or outlier_cutoff(norms)
-    is_outlier = norms > cutoff
-    low, high = float(norms.min()), float(norms[~is_outlier].max() if not is_outlier.all() else norms.max())
-    high = max(high, 1.01 * low)  # norms that differ by rounding are all one colour
-    save_maps(scene, "norms", norm_colors(norms, cutoff, low, high))
-    per_image = is_outlier.sum(dim=1)
-    report = {
-        "of": what,
-        "median": _rounded(norms.median()),
-        "min": _rounded(norms.min()),
-        "max": _rounded(norms.max()),
-        "color_range": [_rounded(low), _rounded(high)],
-        "outlier_cutoff": _rounded(cutoff),
-        "outliers": int(per_image.sum()),
-        "outlier_fraction": _rounded(is_outlier.double().mean()),
-        "images_with_outliers": int((per_image > 0).sum()),
-        "outliers_of_shown": per_image[: len(scene.shown)].tolist(),
-    }
-    if rank() == 0:
-        _save_figure(norm_figure(scene, norms, report), scene.folder / "norms.png")
-    return report
-
-
-def draw_nearest(scene: Scene, query: Query, similarity: Float[Tensor, "images n"]) -> dict[str, Any]:
-    """Similarity maps, and nearest.png. Returns what there is to report."""
-    low = float(similarity.flatten().kthvalue(max(1, similarity.numel() // 100)).values)
-    save_maps(scene, "nearest", map_colors(similarity, low, 1.0, "cividis"))
-    num = max(MIN_COLUMNS, len(scene.shown)) - 1  # a row of the figure, with the query
-    matches = best_matches(similarity, scene.numbers, query, num, scene.grid)
-    if rank() == 0:
-        _save_figure(nearest_figure(scene, query, similarity, low, matches), scene.folder / "nearest.png")
-    return {
-        "query": list(query),
-        "best_matches": matches,
-        "median_similarity": _rounded(similarity.median()),
-        "color_range": [_rounded(low), 1.0],
-    }
-
-
-def draw_clusters(scene: Scene, clusters: Int64[Tensor, "images n"], num_clusters: int) -> dict[str, Any]:
-    """Cluster maps with black borders. Returns what there is to report."""
-    usage = torch.bincount(clusters.flatten(), minlength=num_clusters)
-    colors = cluster_colors(usage)
-
-    def picture(i: int) -> UInt8[Tensor, "h w 3"]:
-        at_pixels = as_squares(clusters[i], scene)
-        drawn = colors[at_pixels]
-        drawn[1:][at_pixels[1:] != at_pixels[:-1]] = 0
-        drawn[:, 1:][at_pixels[:, 1:] != at_pixels[:, :-1]] = 0
-        return drawn
-
-    save_pictures(scene, "clusters", picture)
-    perplexity = float(torch.special.entr(usage.double() / usage.sum()).sum().exp())
-    per_image = sum(len(each.unique()) for each in clusters) / len(clusters)
-    return {
-        "num_clusters": num_clusters,
-        "used": int((usage > 0).sum()),
-        "perplexity": _rounded(perplexity),
-        "used_per_image": _rounded(per_image),
-    }
-
-
 def norm_figure(scene: Scene, norms: Float[Tensor, "images n"], report: Mapping[str, Any]) -> "Figure":
     """The distribution of the norms with the cut-off, and the maps of the first images with their outliers."""
     from matplotlib.figure import Figure
@@ -836,21 +601,20 @@ def norm_figure(scene: Scene, norms: Float[Tensor, "images n"], report: Mapping[
     maps = []
     for column, number in enumerate(shown):
         top, bottom = figure.add_subplot(axes[1, column]), figure.add_subplot(axes[2, column])
-        _show(top, read_image(scene.dataset, number, scene.cfg.resolution).movedim(0, -1).numpy(), f"image {number}")
-        count = report["outliers_of_shown"][column]
-        _show(bottom, _read(scene, "norms", number), f"{count} outlier{'s' * (count != 1)}")
+        show(top, read_image(scene.dataset, number, scene.cfg.resolution).movedim(0, -1).numpy(), f"image {number}")
+        show(bottom, _read(scene, "norms", number), _outliers(report["outliers_of_shown"][column]))
         maps.append(bottom)
     _color_bar(figure, maps, "viridis", low, high, "norm (outliers red)")
     return figure
 
 
 def nearest_figure(
-    scene: Scene, query: Query, similarity: Float[Tensor, "images n"], low: float, matches: Sequence[Sequence[Any]]
+    scene: Scene, similarity: Float[Tensor, "images n"], low: float, matches: Sequence[Sequence[Any]]
 ) -> "Figure":
     """The query and its best matches, then the similarity maps of the first images."""
     from matplotlib.figure import Figure
 
-    shown = scene.shown
+    query, shown = scene.query, scene.shown
     columns = max(MIN_COLUMNS, len(shown))
     figure = Figure(figsize=(1.7 * columns + 1, 6.4), dpi=100, layout="constrained")
     axes = figure.add_gridspec(3, columns)
@@ -861,67 +625,18 @@ def nearest_figure(
     places = [(query, "query"), *((Query(*match[:3]), f"image {match[0]}: {match[3]:.3f}") for match in matches)]
     for column, (place, title) in enumerate(places):
         ax = figure.add_subplot(axes[0, column])
-        _show(ax, read_image(scene.dataset, place.image, scene.cfg.resolution).movedim(0, -1).numpy(), title)
+        show(ax, read_image(scene.dataset, place.image, scene.cfg.resolution).movedim(0, -1).numpy(), title)
         _frame(ax, place, scene)
     maps = []
     for column, number in enumerate(shown):
         top, bottom = figure.add_subplot(axes[1, column]), figure.add_subplot(axes[2, column])
-        _show(top, read_image(scene.dataset, number, scene.cfg.resolution).movedim(0, -1).numpy(), f"image {number}")
-        _show(bottom, _read(scene, "nearest", number), "")
+        show(top, read_image(scene.dataset, number, scene.cfg.resolution).movedim(0, -1).numpy(), f"image {number}")
+        show(bottom, _read(scene, "nearest", number), "")
         if number == query.image:
             _frame(bottom, query, scene)
         maps.append(bottom)
     _color_bar(figure, maps, "cividis", low, 1.0, "cosine similarity")
     return figure
-
-
-def draw_overview(scene: Scene, query: Query, results: Results) -> "Figure":
-    """A row per image and a column per kind of picture, from the files that are there."""
-    from matplotlib.figure import Figure
-
-    done, about = results.values, results.about
-    columns = {"image_pca/rgb": "PCA of\nthis image", "joint_pca/rgb": "PCA of\nall images"}
-    if "norms" in done:
-        low, high = done["norms"]["color_range"]
-        columns["norms"] = f"feature norm,\n{low:.3g} to {high:.3g}"
-    if "nearest" in done:
-        columns["nearest"] = f"similarity to patch\n({query.row}, {query.column}) of image {query.image}"
-    if "clusters" in done:
-        columns["clusters"] = f"clusters of the\nteacher, {done['clusters']['used']} used"
-    if "dictionary" in done:
-        columns |= {f"dictionary/{k}_atoms": f"dictionary of\n{k} atoms" for k in scene.cfg.dictionary_atoms}
-    columns = {kind: title for kind, title in columns.items() if kind.split("/")[0] in done}
-
-    rows = len(scene.shown)
-    figure = Figure(figsize=(1.6 * (len(columns) + 1) + 0.2, 1.72 * rows + 1.1), dpi=100, layout="constrained")
-    axes = figure.subplots(rows, len(columns) + 1, squeeze=False)
-    weights = Path(about["weights"]).name if about["weights"] else "without pretrained_weights"
-    figure.suptitle(
-        f"{Path(about['model_path']).name}, {weights} ({about['weights_sha256'][:8]})\n"
-        f"{scene.cfg.resolution} pixels, patches of {scene.patch_size}",
-        fontsize=10,
-    )
-    for row, number in enumerate(scene.shown):
-        pixels = read_image(scene.dataset, number, scene.cfg.resolution).movedim(0, -1).numpy()
-        _show(axes[row, 0], pixels, "image" if row == 0 else "")
-        axes[row, 0].set_ylabel(str(number), fontsize=9)
-        for ax, (kind, title) in zip(axes[row, 1:], columns.items(), strict=True):
-            _show(ax, _read(scene, kind, number), title if row == 0 else "")
-            if kind == "norms":
-                count = done["norms"]["outliers_of_shown"][row]
-                ax.set_xlabel(f"{count} outlier{'s' * (count != 1)}", fontsize=8, labelpad=1)
-        if number == query.image and "nearest" in columns:
-            for ax in (axes[row, 0], axes[row, 1 + list(columns).index("nearest")]):
-                _frame(ax, query, scene)
-    return figure
-
-
-def _show(ax: "Axes", pixels: np.ndarray, title: str) -> None:
-    ax.imshow(pixels, interpolation="nearest" if len(pixels) < 160 else "antialiased")
-    ax.set_title(title, fontsize=9)
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.spines[:].set_visible(False)
 
 
 def _read(scene: Scene, kind: str, number: int) -> np.ndarray:
@@ -946,14 +661,375 @@ def _color_bar(figure: "Figure", axes: "Sequence[Axes]", name: str, low: float, 
     figure.colorbar(ScalarMappable(Normalize(low, high), name), ax=list(axes), label=label, shrink=0.9, pad=0.01)
 
 
-def _save_figure(figure: "Figure", path: Path) -> None:
-    figure.savefig(path)
+def _outliers(count: int) -> str:
+    return f"{count} outlier{'s' * (count != 1)}"
 
 
 def _rounded(x: Any) -> Any:
     """Numbers as they are reported, with five significant digits."""
     values = torch.as_tensor(x).double().tolist()
     return [float(f"{v:.5g}") for v in values] if isinstance(values, list) else float(f"{values:.5g}")
+
+
+# ----------------------------------------------------------------------------------------- kinds of pictures
+
+
+class Kind:
+    """A kind of picture: what it measures of the features of all images, and what it draws of that.
+
+    The model is run over all images for the measures of all kinds together, and once more for kinds that look again.
+
+    Args:
+        scene: what is drawn and where to.
+
+    Raises: UserError if the configuration does not fit the model or the images.
+    """
+
+    name: ClassVar[str]
+    """In `PICTURES`, in the results, and of the folder of its pictures."""
+    looks_again: ClassVar[bool] = False
+    """Whether there is something to `fit`, of which `measures_again` are then taken."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene, self.cfg = scene, scene.cfg
+
+    @classmethod
+    def is_due(cls, scene: Scene, results: Results) -> bool:
+        """Whether it is to be drawn: not if results and pictures are there already."""
+        return not (cls.name in results and broadcast_object((scene.folder / cls.name).is_dir()))
+
+    def watching(self) -> contextlib.AbstractContextManager[Any]:
+        """Around the first look at the images."""
+        return contextlib.nullcontext()
+
+    def measures(self) -> dict[str, Measure]:
+        """Functions of the patch features of some images, by names that no other kind has."""
+        raise NotImplementedError
+
+    def fit(self, rows: Mapping[str, Tensor]) -> None:
+        """What is done with the rows of the measures before the second look."""
+
+    def measures_again(self) -> dict[str, Measure]:
+        """Functions for the second look."""
+        return {}
+
+    def draw(self, rows: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Draw the pictures from the rows of the last look, and return what there is to report; all ranks together."""
+        raise NotImplementedError
+
+    @staticmethod
+    def columns(scene: Scene, report: Mapping[str, Any]) -> dict[str, str]:
+        """Columns of overview.png: folder of the pictures -> title."""
+        raise NotImplementedError
+
+    @staticmethod
+    def annotate(ax: "Axes", scene: Scene, report: Mapping[str, Any], row: int) -> None:
+        """Add to the picture of a row of overview.png."""
+
+
+class _ImagePca(Kind):
+    """Principal components of each image's own patches."""
+
+    name = "image_pca"
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
+        where = f"an image of {scene.cfg.resolution} pixels has"
+        check_components("image_components", scene, 1, where, "raise resolution")
+
+    def measures(self) -> dict[str, Measure]:
+        return {
+            "image_pca": functools.partial(image_scores, num_components=self.cfg.image_components),
+            "variance": lambda x: x.var(dim=1).sum(dim=-1),
+        }
+
+    def draw(self, rows: Mapping[str, Tensor]) -> dict[str, Any]:
+        draw_components(self.scene, self.name, standardize(rows["image_pca"], self.cfg.whiten))
+        shares = rows["image_pca"].var(dim=1) / rows["variance"].clamp_min(1e-12).unsqueeze(-1)
+        return {"explained_variance_ratio": _rounded(shares.mean(dim=0))}
+
+    @staticmethod
+    def columns(scene: Scene, report: Mapping[str, Any]) -> dict[str, str]:
+        return {"image_pca/rgb": "PCA of\nthis image"}
+
+
+class _Norms(Kind):
+    """Lengths of the features, with outliers."""
+
+    name = "norms"
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
+        layers = {name: layer for name, layer in scene.model.module.named_modules() if "Norm" in type(layer).__name__}
+        with NormInputs({} if scene.cfg.norms_of_output else layers) as inputs:
+            image = torch.zeros(1, 3, scene.cfg.resolution, scene.cfg.resolution, dtype=torch.uint8)
+            before = inputs.before(patch_features(scene.model(image)))
+        self.layer = None if before is None else before[0]
+        self.inputs = NormInputs({} if self.layer is None else {self.layer: layers[self.layer]})
+
+    def watching(self) -> contextlib.AbstractContextManager[Any]:
+        return self.inputs
+
+    def measures(self) -> dict[str, Measure]:
+        def lengths(x: Tensor) -> Tensor:
+            before = self.inputs.before(x)
+            return (x if before is None else before[1]).float().norm(dim=-1)
+
+        return {"norms": lengths}
+
+    def draw(self, rows: Mapping[str, Tensor]) -> dict[str, Any]:
+        scene, norms = self.scene, rows["norms"]
+        cutoff = self.cfg.outlier_norm or outlier_cutoff(norms)
+        is_outlier = norms > cutoff
+        low, high = float(norms.min()), float(norms[~is_outlier].max() if not is_outlier.all() else norms.max())
+        high = max(high, 1.01 * low)  # norms that differ by rounding are all one colour
+        save_maps(scene, self.name, norm_colors(norms, cutoff, low, high))
+        per_image = is_outlier.sum(dim=1)
+        report = {
+            "of": "feature map" if self.layer is None else f"tokens before {self.layer}",
+            "median": _rounded(norms.median()),
+            "min": _rounded(norms.min()),
+            "max": _rounded(norms.max()),
+            "color_range": [_rounded(low), _rounded(high)],
+            "outlier_cutoff": _rounded(cutoff),
+            "outliers": int(per_image.sum()),
+            "outlier_fraction": _rounded(is_outlier.double().mean()),
+            "images_with_outliers": int((per_image > 0).sum()),
+            "outliers_of_shown": per_image[: len(scene.shown)].tolist(),
+        }
+        if rank() == 0:
+            norm_figure(scene, norms, report).savefig(scene.folder / "norms.png")
+        return report
+
+    @staticmethod
+    def columns(scene: Scene, report: Mapping[str, Any]) -> dict[str, str]:
+        low, high = report["color_range"]
+        return {"norms": f"feature norm,\n{low:.3g} to {high:.3g}"}
+
+    @staticmethod
+    def annotate(ax: "Axes", scene: Scene, report: Mapping[str, Any], row: int) -> None:
+        ax.set_xlabel(_outliers(report["outliers_of_shown"][row]), fontsize=8, labelpad=1)
+
+
+class _Nearest(Kind):
+    """Similarity to one patch, the query."""
+
+    name = "nearest"
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
+        self.query_feature = scene.query_features[scene.query.row * scene.grid + scene.query.column]
+
+    @classmethod
+    def is_due(cls, scene: Scene, results: Results) -> bool:
+        return super().is_due(scene, results) or results.values[cls.name]["query"] != list(scene.query)
+
+    def measures(self) -> dict[str, Measure]:
+        return {"nearest": functools.partial(cosine_similarity, to=self.query_feature)}
+
+    def draw(self, rows: Mapping[str, Tensor]) -> dict[str, Any]:
+        scene, similarity = self.scene, rows["nearest"]
+        low = float(similarity.flatten().kthvalue(max(1, similarity.numel() // 100)).values)
+        save_maps(scene, self.name, map_colors(similarity, low, 1.0, "cividis"))
+        num = max(MIN_COLUMNS, len(scene.shown)) - 1  # a row of the figure, with the query
+        matches = best_matches(similarity, scene.numbers, scene.query, num, scene.grid)
+        if rank() == 0:
+            nearest_figure(scene, similarity, low, matches).savefig(scene.folder / "nearest.png")
+        return {
+            "query": list(scene.query),
+            "best_matches": matches,
+            "median_similarity": _rounded(similarity.median()),
+            "color_range": [_rounded(low), 1.0],
+        }
+
+    @staticmethod
+    def columns(scene: Scene, report: Mapping[str, Any]) -> dict[str, str]:
+        query = scene.query
+        return {"nearest": f"similarity to patch\n({query.row}, {query.column}) of image {query.image}"}
+
+    @staticmethod
+    def annotate(ax: "Axes", scene: Scene, report: Mapping[str, Any], row: int) -> None:
+        if scene.shown[row] == scene.query.image:
+            _frame(ax, scene.query, scene)
+
+
+class _Clusters(Kind):
+    """Prototypes of the teacher's clustering head."""
+
+    name = "clusters"
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
+        assert scene.cfg.clustering_checkpoint is not None
+        self.read_from = _read_from(scene.cfg.clustering_checkpoint)
+        self.head = read_clustering_head(
+            scene.cfg.clustering_checkpoint, scene.model.module, scene.query_features.shape[-1]
+        )
+
+    @classmethod
+    def is_due(cls, scene: Scene, results: Results) -> bool:
+        source = scene.cfg.clustering_checkpoint
+        is_there = not super().is_due(scene, results)
+        if is_there and results.values[cls.name].get("read_from") == _read_from(source):
+            return False
+        if source is None:
+            logger.info("no clusters are drawn: name the run or file that has the head in clustering_checkpoint")
+        return source is not None
+
+    def measures(self) -> dict[str, Measure]:
+        return {"clusters": self.head.assign}
+
+    def draw(self, rows: Mapping[str, Tensor]) -> dict[str, Any]:
+        scene, clusters = self.scene, rows["clusters"]
+        usage = torch.bincount(clusters.flatten(), minlength=self.head.num_clusters)
+        colors = cluster_colors(usage)
+
+        def picture(i: int) -> UInt8[Tensor, "h w 3"]:
+            at_pixels = as_squares(clusters[i], scene)
+            drawn = colors[at_pixels]
+            drawn[1:][at_pixels[1:] != at_pixels[:-1]] = 0
+            drawn[:, 1:][at_pixels[:, 1:] != at_pixels[:, :-1]] = 0
+            return drawn
+
+        save_pictures(scene, self.name, picture)
+        perplexity = float(torch.special.entr(usage.double() / usage.sum()).sum().exp())
+        per_image = sum(len(prototypes.unique()) for prototypes in clusters) / len(clusters)
+        return {
+            "checkpoint": self.cfg.clustering_checkpoint,
+            "read_from": self.read_from,
+            "is_its_teacher": self.head.is_teacher,
+            "num_clusters": self.head.num_clusters,
+            "used": int((usage > 0).sum()),
+            "perplexity": _rounded(perplexity),
+            "used_per_image": _rounded(per_image),
+        }
+
+    @staticmethod
+    def columns(scene: Scene, report: Mapping[str, Any]) -> dict[str, str]:
+        return {"clusters": f"clusters of the\nteacher, {report['used']} used"}
+
+
+class _JointPca(Kind):
+    """Principal components of the patches of all images together."""
+
+    name = "joint_pca"
+    looks_again = True
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
+        more = "raise num_images or resolution"
+        num_images = len(scene.numbers)
+        check_components("joint_components", scene, num_images, "all images together have", more)
+        self.moments = Moments(scene.query_features.shape[-1])
+
+    def measures(self) -> dict[str, Measure]:
+        def add(x: Tensor) -> Tensor:
+            self.moments.add(x)
+            return x.new_empty(len(x), 0)
+
+        return {"moments": add}
+
+    def fit(self, rows: Mapping[str, Tensor]) -> None:
+        self.moments.add_other_ranks()
+        self.mean, self.directions, self.shares = self.moments.principal_components(self.cfg.joint_components)
+
+    def measures_again(self) -> dict[str, Measure]:
+        return {"joint_pca": functools.partial(project, mean=self.mean, directions=self.directions)}
+
+    def draw(self, rows: Mapping[str, Tensor]) -> dict[str, Any]:
+        scores = standardize(rows["joint_pca"].flatten(0, 1), self.cfg.whiten)
+        draw_components(self.scene, self.name, scores.view_as(rows["joint_pca"]))
+        return {"explained_variance_ratio": _rounded(self.shares)}
+
+    @staticmethod
+    def columns(scene: Scene, report: Mapping[str, Any]) -> dict[str, str]:
+        return {"joint_pca/rgb": "PCA of\nall images"}
+
+
+class _Dictionary(Kind):
+    """Atoms of which the features are sparse sums."""
+
+    name = "dictionary"
+    looks_again = True
+
+    def measures(self) -> dict[str, Measure]:
+        picked = evenly_spaced(self.scene.grid**2, -(-DICTIONARY_PATCHES // len(self.scene.numbers)))
+        return {"sample": lambda x: x[:, picked]}
+
+    def fit(self, rows: Mapping[str, Tensor]) -> None:
+        self.dictionaries = fit_dictionaries(rows["sample"].flatten(0, 1), self.cfg.dictionary_atoms, self.cfg.seed)
+
+    def measures_again(self) -> dict[str, Measure]:
+        return {f"{len(dictionary.atoms)}_atoms": dictionary.encode for dictionary in self.dictionaries}
+
+    def draw(self, rows: Mapping[str, Tensor]) -> dict[str, Any]:
+        explained = {}
+        for dictionary in self.dictionaries:
+            num_atoms = len(dictionary.atoms)
+            save_maps(self.scene, f"{self.name}/{num_atoms}_atoms", mix_colors(rows[f"{num_atoms}_atoms"]))
+            explained[str(num_atoms)] = _rounded(dictionary.explained)
+        return {"explained_variance": explained}
+
+    @staticmethod
+    def columns(scene: Scene, report: Mapping[str, Any]) -> dict[str, str]:
+        return {f"dictionary/{k}_atoms": f"dictionary of\n{k} atoms" for k in scene.cfg.dictionary_atoms}
+
+
+KINDS: tuple[type[Kind], ...] = (_ImagePca, _Norms, _Nearest, _Clusters, _JointPca, _Dictionary)
+"""In the order of the results: those that look once, then those that look again."""
+
+
+def check_components(key: str, scene: Scene, num_images: int, where: str, remedy: str) -> None:
+    """Raise UserError if patches or channels are too few for so many principal components.
+
+    Args:
+        key: the key that says how many.
+        scene: what is drawn.
+        num_images: images whose patches are taken together.
+        where: who has the patches, for the message.
+        remedy: what gives more of them.
+    """
+    num_components, (num_patches, width) = getattr(scene.cfg, key), scene.query_features.shape
+    count = num_images * num_patches
+    too_few = f"{where} {count} patches, and {num_components} components need more; {remedy}, or lower {key}"
+    require(count > num_components, key, num_components, too_few)
+    require(width >= num_components, key, num_components, f"must be at most {width}, the width of the features")
+
+
+# ---------------------------------------------------------------------------------------------- the overview
+
+
+def draw_overview(scene: Scene, results: Results) -> "Figure":
+    """A row per image and a column per kind of picture, from the files that are there."""
+    from matplotlib.figure import Figure
+
+    about = results.about
+    by_name = {kind.name: kind for kind in KINDS}
+    columns = [
+        (by_name[name], folder, title)
+        for name in PICTURES
+        if name in results
+        for folder, title in by_name[name].columns(scene, results.values[name]).items()
+    ]
+    rows = len(scene.shown)
+    figure = Figure(figsize=(1.6 * (len(columns) + 1) + 0.2, 1.72 * rows + 1.1), dpi=100, layout="constrained")
+    axes = figure.subplots(rows, len(columns) + 1, squeeze=False)
+    weights = Path(about["weights"]).name if about["weights"] else "without pretrained_weights"
+    figure.suptitle(
+        f"{Path(about['model_path']).name}, {weights} ({about['weights_sha256'][:8]})\n"
+        f"{scene.cfg.resolution} pixels, patches of {scene.patch_size}",
+        fontsize=10,
+    )
+    for row, number in enumerate(scene.shown):
+        pixels = read_image(scene.dataset, number, scene.cfg.resolution).movedim(0, -1).numpy()
+        show(axes[row, 0], pixels, "image" if row == 0 else "")
+        axes[row, 0].set_ylabel(str(number), fontsize=9)
+        if number == scene.query.image and _Nearest.name in results:
+            _frame(axes[row, 0], scene.query, scene)
+        for ax, (kind, folder, title) in zip(axes[row, 1:], columns, strict=True):
+            show(ax, _read(scene, folder, number), title if row == 0 else "")
+            kind.annotate(ax, scene, results.values[kind.name], row)
+    return figure
 
 
 EVALUATION = Evaluation("visualizations", VisualizationsConfig, evaluate, parser)

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
@@ -244,6 +245,12 @@ def open_dataset(url: str, key: str) -> ImageDataset:
     if rank() == 0:
         log_pixels(dataset, key, only_warnings=True)
     return dataset
+
+
+def square(image: Image.Image, size: int) -> UInt8[Tensor, "3 size size"]:
+    """The image as a square of `size` pixels, by Pillow's bicubic resampling."""
+    pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels).movedim(-1, 0).contiguous()
 
 
 Prepare = Callable[[Image.Image, Any], tuple[Tensor, ...]]

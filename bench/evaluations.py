@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval_visualizations import Moments
+from pictures import Moments
 from readouts import (
     AttentiveClassifiers,
     LinearClassifiers,

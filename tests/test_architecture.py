@@ -15,7 +15,7 @@ LAYERS = [
     {"config", "distributed", "masking", "model", "sources", "speed.attention", "speed.clustering_triton", "speed.fp8"},
     {"crops", "pixels", "speed.recomputing"},
     {"cae", "checkpoint", "clustering", "data", "flops", "fsdp", "ijepa", "launch", "metrics", "optim"},
-    {"readouts", "report", "speed.clustering", "speed.compiling"},
+    {"pictures", "readouts", "report", "speed.clustering", "speed.compiling"},
     {"evaluation", "probe"},
     {"labels"},
     {"training"},

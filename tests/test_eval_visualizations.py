@@ -11,7 +11,6 @@ from conftest import ROOT, run_cli, seeded
 from PIL import Image
 from ranks import run_on_ranks
 from runs import make_images
-from sklearn.decomposition import PCA
 from torch import nn
 
 import eval_visualizations as vis
@@ -33,10 +32,12 @@ class Tiny(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.register_buffer("weight", torch.randn(48, width, generator=generator))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.decoder_norm = nn.LayerNorm(width, elementwise_affine=False)
     def forward(self, images):
         patches = nn.functional.unfold(images, 4, stride=4).transpose(1, 2)
         tokens = torch.cat([torch.zeros(len(patches), 2, self.weight.shape[1]), torch.tanh(patches @ self.weight)], 1)
         out = self.norm(tokens)
+        self.decoder_norm(tokens + 1)
         side = images.shape[-1] // 4
         return out.mean(1), out[:, :2], out[:, 2:].unflatten(1, (side, side))
 def __model_loader__(width=16):
@@ -79,78 +80,6 @@ def results_in(folder):
 def pixels(path):
     with Image.open(path) as picture:
         return np.asarray(picture).astype(int)
-
-
-def assert_equal_up_to_sign(actual, expected, message):
-    signs = np.sign((actual * expected).sum(axis=0))
-    np.testing.assert_allclose(actual * signs, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max(), err_msg=message)
-
-
-# ------------------------------------------------------------------------------------------ principal components
-
-
-def correlated(n, d, seed=0):
-    """Patches with a few strong directions and a mean far from 0."""
-    mixing = torch.randn(d, d, generator=seeded(seed)) * torch.linspace(3, 0.1, d)
-    return torch.randn(n, d, generator=seeded(seed + 1)) @ mixing.T + 10
-
-
-@pytest.mark.parametrize(("n", "d"), [(20, 50), (50, 20)], ids=["fewer patches than channels", "more"])
-@pytest.mark.parametrize("whiten", [True, False])
-def test_image_components_are_those_of_scikit_learn(n, d, whiten):
-    x = torch.stack([correlated(n, d), correlated(n, d, seed=5)])
-    actual = vis.standardize(vis.image_scores(x, 6), whiten).numpy()
-    for i in range(2):
-        expected = PCA(6, whiten=whiten, svd_solver="full").fit_transform(x[i].double().numpy())
-        expected /= expected[:, 0].std(ddof=1)
-        assert_equal_up_to_sign(actual[i], expected, f"image {i}")
-
-
-def test_joint_components_are_those_of_scikit_learn_and_bounded_in_memory(monkeypatch):
-    monkeypatch.setattr(vis, "MOMENT_ROWS", 7)
-    x = correlated(60, 12).view(5, 12, 12)
-    moments = vis.Moments(12)
-    moments.add(x[:2])
-    moments.add(x[2:])
-    moments.add_other_ranks()
-    mean, directions, shares = moments.principal_components(4)
-    oracle = PCA(4, svd_solver="full").fit(x.flatten(0, 1).double().numpy())
-    np.testing.assert_allclose(shares, oracle.explained_variance_ratio_, rtol=1e-9)
-    actual = vis.project(x, mean, directions).flatten(0, 1).numpy()
-    assert_equal_up_to_sign(actual, oracle.transform(x.flatten(0, 1).double().numpy()), "projections")
-    assert moments.sums.numel() == 13**2, "the patches themselves must not be kept"
-
-
-def test_components_are_skewed_to_the_right_whatever_sign_they_had():
-    scores = torch.randn(3, 200, 4, generator=seeded(0)).exp() - 1.6
-    flipped = scores * torch.tensor([1.0, -1, 1, -1])
-    for each in (scores, flipped):
-        standard = vis.standardize(each - each.mean(dim=1, keepdim=True), whiten=True)
-        assert (standard.pow(3).mean(dim=1) > 0).all()
-    torch.testing.assert_close(
-        vis.standardize(scores, whiten=True).abs(), vis.standardize(flipped, whiten=True).abs(), rtol=1e-6, atol=1e-6
-    )
-
-
-@pytest.mark.parametrize("whiten", [True, False])
-def test_components_without_variance_are_zero_and_not_noise(whiten):
-    scores = torch.randn(1, 30, 3, generator=seeded(0)) * torch.tensor([1.0, 1e-9, 0.0])
-    standard = vis.standardize(scores, whiten)
-    assert standard.isfinite().all()
-    assert (standard[..., 1:] == 0).all()
-    assert (vis.standardize(torch.zeros(1, 9, 3), whiten) == 0).all()
-
-
-def test_rgb_range_is_2_3_deviations():
-    components = torch.tensor([[-2.3, 0.0, 2.3], [-9.0, 1.15, 9.0]])
-    assert vis.rgb_colors(components).tolist() == [[0, 128, 255], [0, 191, 255]]
-
-
-def test_single_components_are_coolwarm_blue_below_and_red_above():
-    negative, zero, positive = vis.map_colors(torch.tensor([-2.3, 0.0, 2.3]), -2.3, 2.3, "coolwarm").tolist()
-    assert negative == [58, 76, 192]
-    assert positive == [179, 3, 38]
-    assert max(zero) - min(zero) < 3, "zero is grey"
 
 
 # -------------------------------------------------------------------------------------- choices, norms, matches
@@ -235,15 +164,16 @@ def test_norms_are_measured_before_the_final_normalisation(place):
         "tiny.py",
     )
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=seeded(0))
-    feature_map, final_norm = vis.find_final_norm(model, images[0])
-    assert final_norm is not None
-    assert (final_norm.name, final_norm.first) == ("norm", 2)
-    with final_norm:
+    layers = {"norm": model.module.norm, "decoder_norm": model.module.decoder_norm}
+    with vis.NormInputs(layers) as inputs:
         x = model(images).feature_map.flatten(1, 2)
-        before = final_norm.read(x)
+        found = inputs.before(x)
+    assert found is not None
+    name, before = found
+    assert name == "norm"
     torch.testing.assert_close(nn.functional.layer_norm(before, (WIDTH,)), x)
     assert x.norm(dim=-1).std() < 1e-3 < before.norm(dim=-1).std()
-    torch.testing.assert_close(feature_map.flatten(0, 1), x[0])
+    assert inputs.before(x) is None, "a pass is forgotten once it was asked for"
 
 
 class Plain(nn.Module):
@@ -256,7 +186,8 @@ class Plain(nn.Module):
 
 def test_a_model_without_final_normalisation_is_measured_as_it_is():
     model = FrozenModel(Plain(), EvaluationConfig(output_dir="unused"), torch.device("cpu"), "plain.py")
-    assert vis.find_final_norm(model, torch.zeros(3, 8, 8, dtype=torch.uint8))[1] is None
+    with vis.NormInputs(dict(model.module.named_modules())) as inputs:
+        assert inputs.before(model(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).feature_map.flatten(1, 2)) is None
 
 
 # ------------------------------------------------------------------------------------------------ the whole thing
@@ -365,6 +296,13 @@ def test_two_ranks_draw_what_one_draws(place, checkpoint, tmp_path):
 
     a, b = flat(results_in(one)), flat(results_in(two))
     assert all(x == pytest.approx(y, rel=1e-3) if isinstance(x, float) else x == y for x, y in zip(a, b, strict=True))
+
+
+def test_joint_components_alone_are_drawn_by_two_ranks(place, tmp_path):
+    run_on_ranks(pictures_on_rank, 2, arguments(place, tmp_path, "pictures=[joint_pca]"))
+    assert len(list((tmp_path / "artifacts" / "joint_pca" / "rgb").iterdir())) == len(
+        list((place / "images").iterdir())
+    )
 
 
 def test_command_as_typed(tmp_path):
