@@ -144,11 +144,6 @@ class StopRequest:
             return None
 
     @property
-    def is_set(self) -> bool:
-        """Whether a signal came, to this rank or, as far as `agreed` has told, to another."""
-        return self.name is not None
-
-    @property
     def name(self) -> str | None:
         """The strongest signal that came, None without any. The same on all ranks once `agreed` said True."""
         strength = self._agreed or self._received

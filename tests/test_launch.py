@@ -37,11 +37,9 @@ def send(number: signal.Signals) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_sets_the_flag_however_often_it_comes(number):
     with StopRequest() as stop:
-        assert not stop.is_set
         assert stop.name is None
         for _ in range(3):  # Slurm sends SIGTERM twice when it preempts a job without grace time
             send(number)
-        assert stop.is_set
         assert stop.name == number.name
 
 
@@ -66,7 +64,7 @@ def test_a_wait_that_never_ends_gives_way_to_a_signal_and_no_other_moment_does()
         with pytest.raises(UserError):
             stop.wait_for(fail)
         send(signal.SIGTERM)
-        assert stop.is_set
+        assert stop.name == "SIGTERM"
     for end in (read, write):
         os.close(end)
 
