@@ -98,7 +98,7 @@ class BenchmarkLauncher(LauncherConfig):
     sbatch: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the choice as well."""
+        """Check where evaluations run, beside what every launcher checks."""
         super().__post_init__()
         require_one_of("launcher", self.where, ("local", "slurm"))
 
@@ -167,7 +167,7 @@ class Task(ScriptRun):
     weights_file_sha256: str | None
 
     def request(self) -> dict[str, Any]:
-        """All that determines the results."""
+        """All that determines the results: script, keys, and the hash of a weights file, which may thus be moved."""
         config = {key: value for key, value in self.config.items() if key not in SPEED_KEYS}
         config["model_loader_kwargs"] = _without_file(config["model_loader_kwargs"], self.weights_file_sha256)
         return {"script": self.script.name, "config": config, "weights_file_sha256": self.weights_file_sha256}
@@ -444,7 +444,7 @@ def read_compared(paths: Sequence[str]) -> dict[str, Any]:
 
 
 def describe(task: Task, status: Status, base: Path) -> dict[str, Any]:
-    """An entry of results.json."""
+    """A task's entry of results.json: how it stands, and what its script wrote so far."""
     outcome = task.outcome() or {"results": {}, "config": task.config, "about": {}}
     return {
         "script": task.script.name,
@@ -463,13 +463,13 @@ def differences(content: Mapping[str, Any]) -> list[str]:
     for label, model in content["compared"].items():
         for name in content["evaluations"].keys() & model.keys():
             ours, theirs = (
-                {key: value for key, value in each[name]["config"].items() if key not in where_from}
-                for each in (content["evaluations"], model)
+                {key: value for key, value in evaluations[name]["config"].items() if key not in where_from}
+                for evaluations in (content["evaluations"], model)
             )
             changed = changed_keys(ours, theirs)
             if changed:
-                what = "; ".join(f"{key} {other!r} instead of {own!r}" for key, (own, other) in changed.items())
-                told.append(f"{name}: {label} was evaluated differently, with {what}.")
+                other_keys = "; ".join(f"{key} {other!r} instead of {own!r}" for key, (own, other) in changed.items())
+                told.append(f"{name}: {label} was evaluated differently, with {other_keys}.")
     return sorted(told)
 
 

@@ -22,7 +22,7 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +71,7 @@ class FeaturesConfig(EvaluationConfig):
     format: str = field(default="safetensors", metadata=one_of("safetensors", "parquet"))
     """safetensors or parquet."""
     feature_dtype: str = field(default="float32", metadata=DTYPE)
-    """Of what is written: float32, float16 or (safetensors only) bfloat16."""
+    """Type of the numbers in the files: float32, float16 or (safetensors only) bfloat16."""
     shard_size: int = field(default=1000, metadata=COUNT)
     """Images per file. One process holds the features of so many in memory."""
 
@@ -93,14 +93,14 @@ class Skipped(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """The contents of one file."""
+    """The contents of one file of features."""
 
     names: list[str]
     features: dict[str, Tensor]
     indices: Int64[Tensor, " images"]
     skipped: list[Skipped]
     is_last: bool
-    """Whether its part of a stream ends here."""
+    """Whether no other file of its part of a stream follows."""
     made_of: dict[str, Any]
     """Model, data and keys that its features follow from: see `evaluation.Results.identity`."""
 
@@ -109,7 +109,7 @@ class Shard(NamedTuple):
 
 
 def prepare(image: Image.Image, resolution: int, fit: str) -> UInt8[Tensor, "3 h w"]:
-    """An 8-bit square of an image."""
+    """A square of `resolution` pixels a side: all of the image, distorted, if `fit` is squash, else its centre."""
     bicubic = v2.InterpolationMode.BICUBIC
     x = v2.functional.pil_to_tensor(image)
     size = [resolution, resolution] if fit == "squash" else [resolution]
@@ -264,7 +264,7 @@ def _read_safetensors(path: Path, only_notes: bool) -> Shard:
 
 
 def _noted(notes: dict[str, Any], names: list[str], features: dict[str, Tensor], index: Tensor) -> Shard:
-    skipped = [Skipped(**each) for each in notes["skipped"]]
+    skipped = [Skipped(**image) for image in notes["skipped"]]
     return Shard(names, features, index, skipped, notes["is_last"], notes.get("made_of", {}))
 
 
@@ -326,16 +326,16 @@ def _check_shards(cfg: FeaturesConfig, made_of: dict[str, Any]) -> None:
         before = read_shard(path, only_notes=True).made_of
         changed = changed_keys(before, made_of)
         if changed:
-            what = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
+            changes = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
             raise UserError(
-                f"{path} has features of something else ({what if before else 'it does not say of what'}); choose "
+                f"{path} has features of something else ({changes if before else 'it does not say of what'}); choose "
                 f"another output_dir, or delete {_folder(cfg)} to extract them anew"
             )
 
 
-def _loader(cfg: FeaturesConfig, data: Any, most_workers: int, **how: Any) -> DataLoader[Any]:
+def _loader(cfg: FeaturesConfig, data: Any, most_workers: int, **batching: Any) -> DataLoader[Any]:
     workers = reader_processes(cfg.num_workers, cfg.batch_size * 3 * cfg.resolution**2, most_workers)
-    return DataLoader(data, num_workers=workers, collate_fn=_as_list, timeout=worker_poll_s(workers), **how)
+    return DataLoader(data, num_workers=workers, collate_fn=_as_list, timeout=worker_poll_s(workers), **batching)
 
 
 def _reader(cfg: FeaturesConfig) -> Callable[[int, Sample], Read]:
@@ -349,11 +349,12 @@ def _bar(total: int | None) -> Any:
 def _extract_dataset(cfg: FeaturesConfig, model: FrozenModel, dataset: ImageDataset, made_of: dict[str, Any]) -> None:
     """Shard k has the images from k * shard_size on, whatever the number of processes."""
     starts = range(0, len(dataset), cfg.shard_size)
-    mine = list(enumerate(starts))[rank() :: world_size()]
-    missing = [(_path(cfg, k), range(s, min(s + cfg.shard_size, len(dataset)))) for k, s in mine]
+    own_shards = list(enumerate(starts))[rank() :: world_size()]
+    missing = [(_path(cfg, k), range(s, min(s + cfg.shard_size, len(dataset)))) for k, s in own_shards]
     missing = [(path, images) for path, images in missing if not path.exists()]
-    if len(missing) < len(mine):
-        logger.info("%d of %d shards of this process are there already", len(mine) - len(missing), len(mine))
+    if len(missing) < len(own_shards):
+        num_done = len(own_shards) - len(missing)
+        logger.info("%d of %d shards of this process are there already", num_done, len(own_shards))
     numbers = [images[i : i + cfg.batch_size] for _, images in missing for i in range(0, len(images), cfg.batch_size)]
     loader = _loader(cfg, _ByNumber(dataset, _reader(cfg)), len(numbers), batch_sampler=numbers)
     batches = read_batches(loader, "num_workers")
@@ -399,22 +400,18 @@ def _path(cfg: FeaturesConfig, *numbers: int) -> Path:
 def _summarise(cfg: FeaturesConfig, results: Results) -> None:
     names = sorted(path.name for path in _folder(cfg).glob(f"*.{cfg.format}") if not path.name.startswith("."))
     notes = [read_shard(_folder(cfg) / name, only_notes=True) for name in names]
-    skipped = [each for note in notes for each in note.skipped]
+    skipped = [image for note in notes for image in note.skipped]
     results.add("num_images", sum(len(note.names) for note in notes))
     results.add("shards", names)
-    results.add("skipped", [each._asdict() for each in skipped])
-    for each in skipped[:10]:
-        logger.warning("left out: %s: %s", *each)
+    results.add("skipped", [image._asdict() for image in skipped])
+    for image in skipped[:10]:
+        logger.warning("left out: %s: %s", *image)
     if len(skipped) > 10:
         logger.warning("left out: %d more, all in %s", len(skipped) - 10, results.path)
 
 
 EVALUATION = Evaluation("features", FeaturesConfig, extract_features, parser)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code."""
-    return EVALUATION.main(arguments)
+main = EVALUATION.main
 
 
 if __name__ == "__main__":

@@ -365,12 +365,12 @@ class Job:
 
     def torchrun_line(self, arguments: list[str]) -> str:
         """How to start the same without Slurm, for people."""
-        cfg, rest = self.launcher, shlex.join([self.script.name, *arguments])
+        cfg, command = self.launcher, shlex.join([self.script.name, *arguments])
         if cfg.num_nodes == 1:
-            return f"torchrun --standalone --nproc-per-node {cfg.num_tasks_per_node} {rest}"
+            return f"torchrun --standalone --nproc-per-node {cfg.num_tasks_per_node} {command}"
         return (
             f"torchrun --nnodes {cfg.num_nodes} --nproc-per-node {cfg.num_tasks_per_node} --rdzv-backend c10d "
-            f"--rdzv-endpoint FIRST_MACHINE:29400 {rest}"
+            f"--rdzv-endpoint FIRST_MACHINE:29400 {command}"
         )
 
     def _command(self, folder: Path) -> str:

@@ -1,7 +1,13 @@
 """Where images come from: data URLs, the datasets behind them, and the decoding of single images.
 
 `make_dataset` turns a data URL into an `ImageDataset` or an `ImageStream` of samples that are not decoded yet, so that
-an image that cannot be read is met where its name is known.
+an image that cannot be read is met where its name is known. In this order:
+
+- which files count as images, by their names;
+- decoding: a `Sample`, and from the bytes of a file to pixels or label numbers;
+- data URLs, what every data set has (class names, a fingerprint), and `make_dataset`;
+- the sources: folders of images; segmentation sets, downloaded if need be; torchvision; Hugging Face;
+- what is on this machine already.
 """
 
 import ast
@@ -30,7 +36,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from unittest import mock
 
 import numpy as np
@@ -45,6 +51,8 @@ from utils import UserError, did_you_mean, hash_file, locked, replacing
 from weights import fetch
 
 logger = logging.getLogger(__name__)
+
+# ------------------------------------------------------------------------------------ names of image files
 
 NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 """Formats that Pillow registers without a decoder of its own, or whose files hold programs, films or tables."""
@@ -145,7 +153,7 @@ class Sample:
             return decode_image(self.read(), reduction)
 
     def pixels(self, reduction: Callable[[int, int], int] | None = None) -> UInt8[Tensor, "3 h w"]:
-        """As `image`, as a tensor; see `decode_pixels`.
+        """Decode to a tensor of 8-bit RGB, as `decode_pixels` does; `reduction` is that of `decode_image`.
 
         Raises: BadImageError if the file cannot be read.
         """
@@ -153,7 +161,7 @@ class Sample:
             return decode_pixels(self.read(), reduction)
 
     def stored_and_seen(self) -> tuple[bytes | Image.Image, Image.Image, Image.Image]:
-        """What `read` gives, the image in the mode in which it is stored, and as `image` gives it.
+        """Read once: what `read` gives, the image in the mode in which it is stored, and as `image` gives it.
 
         Raises: BadImageError if the file cannot be read.
         """
@@ -332,7 +340,7 @@ def decode_mask(data: bytes | Image.Image, name: str) -> Image.Image:
 
 
 def _stored_as(image: Image.Image) -> tuple[Any, ...]:
-    """Of an image that is not decoded yet, Pillow's names of the decoder and of the numbers' layout, and what else."""
+    """Pillow's names of decoder and layout of an image that is not decoded yet, and the decoder's other arguments."""
     tiles = getattr(image, "tile", [])  # images that are no files have none
     if not tiles:
         return "raw", ""
@@ -366,7 +374,7 @@ def _to_8_bit(grey: np.ndarray) -> np.ndarray:
 
 
 def full_range(grey: np.ndarray) -> float:
-    """What becomes 255: of deep grey, 16 bits are expected of integers, and at most 1 of floats."""
+    """The value of deep grey that becomes 255: that of 16 bits for integers, 1 for floats."""
     return 1.0 if np.issubdtype(grey.dtype, np.floating) else 65535.0
 
 
@@ -384,7 +392,7 @@ class DataUrl:
     kwargs: dict[str, Any]
 
     def error(self, problem: str) -> UserError:
-        """A mistake in this URL."""
+        """The error of a mistake in this URL, which names key and URL before the problem."""
         return UserError(f"{self.key}={self.text}: {problem}")
 
     def take(self, allowed: Iterable[str]) -> dict[str, Any]:
@@ -423,8 +431,8 @@ def parse_data_url(text: str, key: str = "data.dataset") -> DataUrl:
         raise UserError(f"{key}={text!r}: is empty; give a folder of images, or source://name?key=value")
     if "://" not in text:
         return DataUrl(text, key, "custom", "Images", {"root": text})
-    source, rest = text.split("://", 1)
-    name, _, query = rest.partition("?")
+    source, _, location = text.partition("://")
+    name, _, query = location.partition("?")
     url = DataUrl(text, key, source, name, {})
     for part in _split_outside_quotes(query):
         argument, separator, literal = part.partition("=")
@@ -495,7 +503,7 @@ class ImageStream:
     num_shards: int
 
     def fingerprint(self) -> str:
-        """As that of an `ImageDataset`, of which a stream shows hardly anything."""
+        """The number of its parts, as nothing else of a stream shows without reading it; see `ImageDataset`."""
         return f"{self.num_shards} parts"
 
     def read_shard(self, shard: int, start: int = 0) -> Iterator[Sample]:
@@ -587,13 +595,12 @@ def _make_custom(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
         raise url.error(
             f"unknown name {url.name}{did_you_mean(url.name, [*SEGMENTATION_SETS, 'Images', 'Segmentation'])}"
         )
-    list_files, splits, ignore_labels = SEGMENTATION_SETS[url.name]
-    arguments = url.take(("split", "root"))
-    split = arguments.get("split")
-    if split not in splits:
-        raise url.error(f"needs split= one of {', '.join(map(repr, splits))}")
+    published = SEGMENTATION_SETS[url.name]
+    split = url.take(("split", "root")).get("split")
+    if split not in published.splits:
+        raise url.error(f"needs split= one of {', '.join(map(repr, published.splits))}")
     root = url.folder("root", str(cache_root() / "datasets" / url.name))
-    return SegmentationDataset(list_files(url, root, split), ignore_labels)
+    return SegmentationDataset(published.list_files(url, root, split), published.ignore_labels)
 
 
 # ------------------------------------------------------------------------------------ folders of images
@@ -607,8 +614,8 @@ class PathList(Sequence[str]):
         self.ends = ends
 
     @classmethod
-    def of(cls, paths: list[bytes]) -> Self:
-        """Pack a list of paths."""
+    def pack(cls, paths: list[bytes]) -> Self:
+        """Make one of a list of paths, as the file system has them."""
         blob = torch.frombuffer(bytearray(b"".join(paths)), dtype=torch.uint8) if paths else torch.empty(0).byte()
         return cls(blob, torch.tensor([len(path) for path in paths], dtype=torch.int64).cumsum(0))
 
@@ -639,8 +646,8 @@ class ImageFolder(ImageDataset):
 
     def __init__(self, url: DataUrl, root: Path, listing_cache: Path | None = None) -> None:
         if not root.is_dir():
-            what = "is not a folder" if root.exists() else "does not exist"
-            raise url.error(f"the folder {root} {what}; give a folder of images, or source://name?key=value")
+            problem = "is not a folder" if root.exists() else "does not exist"
+            raise url.error(f"the folder {root} {problem}; give a folder of images, or source://name?key=value")
         self.root = root
         try:
             listing = _list_images_cached(root, listing_cache) if listing_cache else _list_images(root)
@@ -663,7 +670,7 @@ class ImageFolder(ImageDataset):
         return Sample(str(path), functools.partial(read_file, path))
 
     def fingerprint(self) -> str:
-        """Of the files below the folder."""
+        """The hash of the files below the folder that `files_fingerprint` takes."""
         return files_fingerprint(_Below(self.root, self.paths), self.paths.blob.numpy().tobytes())
 
 
@@ -705,21 +712,22 @@ def _list_images(root: Path) -> Listing:
         visited.add((status.st_dev, status.st_ino))
         times[os.fsdecode(folder)] = status.st_mtime_ns
         with os.scandir(full) as entries:
-            found = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+            inside = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
         prefix = folder + b"/" if folder else b""
-        folders = [entry for entry in found if not entry.name.startswith(b".") and _follows_to(entry.is_dir)]
+        folders = [entry for entry in inside if not entry.name.startswith(b".") and _follows_to(entry.is_dir)]
         below = {entry.name for entry in folders}
         paths += [
             prefix + entry.name
-            for entry in found
+            for entry in inside
             if entry.name not in below and endings.is_image(os.fsdecode(entry.name), entry.is_file)
         ]
         # Reversed, since the last one is taken first: real folders come before links to them.
         pending += [prefix + entry.name for entry in reversed(folders)]
-    return Listing(PathList.of(sorted(paths)), endings, times)
+    return Listing(PathList.pack(sorted(paths)), endings, times)
 
 
 def _follows_to(is_kind: Callable[[], bool]) -> bool:
+    """Whether a path leads to something of a kind, links being followed."""
     try:
         return is_kind()
     except OSError:  # a link to itself
@@ -729,8 +737,8 @@ def _follows_to(is_kind: Callable[[], bool]) -> bool:
 def _list_images_cached(root: Path, cache_dir: Path) -> Listing:
     """As `_list_images`, from a file that is valid until the modification time of any folder changes."""
     resolved = str(root.resolve())
-    what = os.fsencode(" ".join([resolved, *image_endings()]))
-    cache = cache_dir / f"{hashlib.blake2b(what, digest_size=16).hexdigest()}.npz"
+    request = os.fsencode(" ".join([resolved, *image_endings()]))
+    cache = cache_dir / f"{hashlib.blake2b(request, digest_size=16).hexdigest()}.npz"
     try:
         with cache.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             about = json.loads(stored["about"].tobytes())
@@ -783,7 +791,7 @@ class SegmentationDataset(ImageDataset):
         return self.names
 
     def fingerprint(self) -> str:
-        """Of images and labels, and what the labels mean."""
+        """The hash of images and labels that `files_fingerprint` takes, with their order and what labels mean."""
         files = [path for pair in self.pairs for path in pair]
         meaning = json.dumps([self.ignore_labels, self.names, [str(path) for path in files]])
         return files_fingerprint(files, meaning.encode())
@@ -821,13 +829,13 @@ def _make_segmentation_folder(url: DataUrl) -> SegmentationDataset:
 
 
 def _by_stem(url: DataUrl, folder: ImageFolder) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    by_stem: dict[str, Path] = {}
     for path in folder.paths:
-        stem = str(Path(path).with_suffix(""))
-        if stem in found:
-            raise url.error(f"{found[stem]} and {folder.root / path} have the same name but for the ending; remove one")
-        found[stem] = folder.root / path
-    return found
+        stem, file = str(Path(path).with_suffix("")), folder.root / path
+        if stem in by_stem:
+            raise url.error(f"{by_stem[stem]} and {file} have the same name but for the ending; remove one")
+        by_stem[stem] = file
+    return by_stem
 
 
 def _read_class_names(url: DataUrl, root: Path) -> list[str]:
@@ -855,7 +863,7 @@ def _read_labels(path: Path) -> Image.Image:
 
 @dataclass(frozen=True)
 class Archive:
-    """A file to download, and the folder that it unpacks to."""
+    """A file to download, its hash, and the folder that it unpacks to."""
 
     address: str
     md5: str
@@ -885,7 +893,7 @@ def _list_ade20k(url: DataUrl, root: Path, split: str) -> list[tuple[Path, Path]
     folder = _unpacked(url, ARCHIVES["ADE20K"], root)
     images = sorted((folder / "images" / split).glob("*.jpg"))
     labels = folder / "annotations" / split
-    return _existing(url, [(image, labels / f"{image.stem}.png") for image in images], folder)
+    return _checked(url, [(image, labels / f"{image.stem}.png") for image in images], folder)
 
 
 def _list_voc2012(url: DataUrl, root: Path, split: str) -> list[tuple[Path, Path]]:
@@ -908,10 +916,11 @@ def _list_voc2012(url: DataUrl, root: Path, split: str) -> list[tuple[Path, Path
         added = sorted({*names(extra / "train.txt"), *names(extra / "val.txt")} - known)
         labels += [extra / "cls" / f"{name}.mat" for name in added]
     images = [folder / "JPEGImages" / f"{name}.jpg" for name in own + added]
-    return _existing(url, list(zip(images, labels, strict=True)), folder)
+    return _checked(url, list(zip(images, labels, strict=True)), folder)
 
 
-def _existing(url: DataUrl, pairs: list[tuple[Path, Path]], folder: Path) -> list[tuple[Path, Path]]:
+def _checked(url: DataUrl, pairs: list[tuple[Path, Path]], folder: Path) -> list[tuple[Path, Path]]:
+    """The pairs, if all their files are there."""
     present = {
         parent: {path.name for path in parent.glob("*")} for parent in {p.parent for pair in pairs for p in pair}
     }
@@ -922,12 +931,20 @@ def _existing(url: DataUrl, pairs: list[tuple[Path, Path]], folder: Path) -> lis
     return pairs
 
 
-SegmentationSet = tuple[Callable[[DataUrl, Path, str], list[tuple[Path, Path]]], tuple[str, ...], tuple[int, ...]]
-SEGMENTATION_SETS: dict[str, SegmentationSet] = {
-    "ADE20K": (_list_ade20k, ("training", "validation"), (0, UNLABELLED)),  # 0 is all that is none of the 150 classes
-    "VOC2012": (_list_voc2012, ("train", "val", "trainaug"), (UNLABELLED,)),  # 0 is background, a class that counts
+class SegmentationSet(NamedTuple):
+    """A published data set that is downloaded."""
+
+    list_files: Callable[[DataUrl, Path, str], list[tuple[Path, Path]]]
+    """From the URL, the root folder and a split to pairs of an image and its labels."""
+    splits: tuple[str, ...]
+    ignore_labels: tuple[int, ...]
+
+
+SEGMENTATION_SETS = {
+    # 0 is all that is none of the 150 classes in ADE20K, and background, a class that counts, in VOC.
+    "ADE20K": SegmentationSet(_list_ade20k, ("training", "validation"), (0, UNLABELLED)),
+    "VOC2012": SegmentationSet(_list_voc2012, ("train", "val", "trainaug"), (UNLABELLED,)),
 }
-"""What lists the files, the splits, and the labels that do not count."""
 
 
 def _unpacked(url: DataUrl, archive: Archive, root: Path) -> Path:
@@ -1003,7 +1020,7 @@ class TorchvisionDataset(ImageDataset):
         return [name if isinstance(name, str) else ", ".join(map(str, name)) for name in names]
 
     def fingerprint(self) -> str:
-        """Of the files, where the data set lists them."""
+        """A hash of number and names of the classes and, where the data set lists its files, of these."""
         files = [Path(sample[0]) for sample in self._samples() or ()]
         return files_fingerprint(
             files, json.dumps([len(self), self.class_names, [str(path) for path in files]]).encode()
@@ -1062,7 +1079,7 @@ def _make_torchvision(url: DataUrl, _: Path | None) -> ImageDataset:
     if "loader" in parameters:
         arguments["loader"] = read_file
     if "is_valid_file" in parameters and "extensions" not in arguments:
-        arguments["is_valid_file"] = functools.partial(_counts, endings)
+        arguments["is_valid_file"] = functools.partial(_is_image_file, endings)
     if "root" in parameters:
         arguments["root"] = str(url.folder("root", str(cache_root() / "datasets" / url.name)))
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in arguments]
@@ -1080,7 +1097,7 @@ def _make_torchvision(url: DataUrl, _: Path | None) -> ImageDataset:
     return dataset
 
 
-def _counts(endings: Endings, path: str) -> bool:
+def _is_image_file(endings: Endings, path: str) -> bool:
     return endings.is_image(os.path.basename(path), functools.partial(os.path.isfile, path))  # noqa: PTH119
 
 
@@ -1141,12 +1158,12 @@ class HubDataset(ImageDataset):
 
     @property
     def class_names(self) -> list[str]:
-        """Those of the target column, if it is one of class labels or of lists of them."""
+        """Names of the classes of the target column, if it holds class labels or lists of them."""
         feature = self.dataset.features[self.fields.target] if self.fields.target is not None else None
         return list(getattr(getattr(feature, "feature", feature), "names", None) or [])
 
     def fingerprint(self) -> str:
-        """Of the columns, and of the names that `datasets` gives its copy, by origin and version of the data."""
+        """A hash of the columns and of the names of `datasets`' own files, which follow from origin and version."""
         copies = [Path(file["filename"]).parts[-5:] for file in self.dataset.cache_files]
         return hashlib.sha256(repr([len(self), self.dataset.features, copies]).encode()).hexdigest()
 
@@ -1253,29 +1270,29 @@ def _make_hub(url: DataUrl, _: Path | None) -> ImageDataset | ImageStream:
     for name in images:
         dataset = dataset.cast_column(name, datasets.Image(decode=False))
     fields = Fields(f"hf://{url.name}", str(image_field), target_field)
-    found = HubDataset(dataset, fields) if isinstance(dataset, datasets.Dataset) else HubStream(dataset, fields)
-    _check_first(url, found)
-    return found
+    opened = HubDataset(dataset, fields) if isinstance(dataset, datasets.Dataset) else HubStream(dataset, fields)
+    _check_first(url, opened)
+    return opened
 
 
 def _why_not_loaded(error: Exception) -> str:
     """An error of `datasets` in words; it logs which file it is about itself."""
     if isinstance(error, LookupError):  # of webdataset, whose list of files is empty
         return "no file matches data_files"
-    reasons = "; ".join(f"{type(each).__name__}: {each}" for each in (error, error.__cause__) if each is not None)
+    reasons = "; ".join(f"{type(cause).__name__}: {cause}" for cause in (error, error.__cause__) if cause is not None)
     whole = "; check that its files are there, whole and not empty"
     return reasons if isinstance(error, OSError | ImportError) else reasons + whole
 
 
-def _check_first(url: DataUrl, found: "HubDataset | HubStream") -> None:
+def _check_first(url: DataUrl, opened: "HubDataset | HubStream") -> None:
     """Refuse a dataset without samples, or whose first image needs a library that is not there.
 
     Raises: UserError.
     """
-    if isinstance(found, HubDataset):
-        samples = (found[index] for index in range(min(1, len(found))))
+    if isinstance(opened, HubDataset):
+        samples = (opened[index] for index in range(min(1, len(opened))))
     else:
-        samples = (sample for shard in range(found.num_shards) for sample in found.read_shard(shard))
+        samples = (sample for shard in range(opened.num_shards) for sample in opened.read_shard(shard))
     damaged = ""
     for first in samples:
         if not isinstance(first, DamagedShard):
@@ -1298,8 +1315,8 @@ def _how_to_log_in(name: str, error: BaseException) -> str:
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    codes = {getattr(getattr(each, "response", None), "status_code", None) for each in chain}
-    if not codes & {401, 403} and not any("gated" in f"{type(each).__name__} {each}".lower() for each in chain):
+    codes = {getattr(getattr(link, "response", None), "status_code", None) for link in chain}
+    if not codes & {401, 403} and not any("gated" in f"{type(link).__name__} {link}".lower() for link in chain):
         return ""
     return (
         f". If access is restricted, accept the terms at https://huggingface.co/datasets/{name} and log in with "
@@ -1352,7 +1369,7 @@ def _hub_is_on_disk(url: DataUrl) -> bool:
     if "/" not in url.name:  # a format, such as parquet, of files that are named
         given = url.kwargs.get("data_files", url.kwargs.get("data_dir", ()))
         lists = given.values() if isinstance(given, dict) else [given]
-        patterns = [each for some in lists for each in ([some] if isinstance(some, str) else some)]
+        patterns = [pattern for group in lists for pattern in ([group] if isinstance(group, str) else group)]
         return bool(patterns) and all(any(glob.iglob(pattern, recursive=True)) for pattern in patterns)  # noqa: PTH207  # they may be absolute
     splits = {part.split("[")[0] for part in str(url.kwargs.get("split")).split("+")}
     home = Path(constants.HF_HOME).expanduser()

@@ -53,9 +53,12 @@ def read_job(script_name: str, sources: list[str]) -> Job | None:
 def check_slurm(job: Job, sources: list[str]) -> None:
     """Raise a UserError that says how to start the run without Slurm if there is none."""
     if shutil.which("sbatch") is None:
-        each = "" if job.launcher.num_nodes == 1 else " on each machine, with the name of one of them for FIRST_MACHINE"
+        machines = (
+            "" if job.launcher.num_nodes == 1 else " on each machine, with the name of one of them for FIRST_MACHINE"
+        )
         raise UserError(
-            f"there is no Slurm here (no sbatch on the PATH). Without it, run{each}:\n    {job.torchrun_line(sources)}"
+            f"there is no Slurm here (no sbatch on the PATH). Without it, run{machines}:\n"
+            f"    {job.torchrun_line(sources)}"
         )
 
 

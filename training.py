@@ -450,15 +450,15 @@ def plan_evals(
         if cfg is None:
             continue
         entries = chosen_evals(cfg.eval_config)
-        missing = {} if cfg.download else {each: urls for each in entries if (urls := _not_here(entries[each]))}
-        chosen = {each: keys for each, keys in cfg.eval_config.items() if each not in missing}
+        missing = {} if cfg.download else {key: urls for key, entry in entries.items() if (urls := _not_here(entry))}
+        chosen = {key: entry for key, entry in cfg.eval_config.items() if key not in missing}
         if chosen or not entries:
             kept[name] = dataclasses.replace(cfg, eval_config=chosen)
             when = [f"every {cfg.period} steps"] if cfg.period > 0 else []
             when += ["at the end"] if cfg.final else []
             lines.append(f"evals.{name}: {', '.join(chosen)}, {' and '.join(when) or 'never'}")
         if missing:
-            urls = ", ".join(dict.fromkeys(url for each in missing.values() for url in each))
+            urls = ", ".join(dict.fromkeys(url for urls in missing.values() for url in urls))
             lines.append(
                 f"evals.{name}: {', '.join(missing)} left out, since data is not on this machine: {urls}. "
                 f"evals.{name}.download=true downloads it at the first evaluation; evals.{name}=null ends this message"

@@ -259,7 +259,7 @@ def due(step: int, every: int) -> bool:
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name that looks most like `name`, whatever the case; None if none is as similar as `cutoff`, of 1."""
     by_lower = {other.lower(): other for other in known}
-    return next((by_lower[found] for found in difflib.get_close_matches(name.lower(), by_lower, 1, cutoff)), None)
+    return next((by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, 1, cutoff)), None)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -346,13 +346,16 @@ def check_values(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
         f"{key} ({kind})" for key, value in weights.items() if (kind := _unfit_kind(value, expected[key])) is not None
     ]
     if unfit:
-        listing = ", ".join(unfit[:5]) + (f" and {len(unfit) - 5} more" if len(unfit) > 5 else "")
         raise UserError(
-            f"The weights in {source!r} cannot be used as they are: {listing}. Convert them to ordinary floating-point "
-            "tensors, or give another file"
+            f"The weights in {source!r} cannot be used as they are: {_listing(unfit)}. Convert them to ordinary "
+            "floating-point tensors, or give another file"
         )
     if problem := not_finite((key, value.to(expected[key].dtype)) for key, value in weights.items()):
         raise UserError(f"The weights in {source!r} are not all finite: {problem}. Give another file")
+
+
+def _listing(problems: list[str]) -> str:
+    return ", ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 def _unfit_kind(value: Tensor, wanted: Tensor) -> str | None:
@@ -368,76 +371,19 @@ def _unfit_kind(value: Tensor, wanted: Tensor) -> str | None:
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """Which floating-point tensors have NaN or infinite values, and how many; None if all are finite."""
-    found = []
+    problems = []
     for key, tensor in tensors:
         if tensor.is_meta or not tensor.is_floating_point():
             continue
         if not torch.linalg.vector_norm(tensor).isfinite():  # much faster, but may overflow
             count = tensor.numel() - int(tensor.isfinite().sum())
-            found += [f"{key} ({count} of {tensor.numel()} values)"] if count else []
-    return (", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")) or None
+            problems += [f"{key} ({count} of {tensor.numel()} values)"] if count else []
+    return _listing(problems) or None
 
 
 # The Hugging Face Hub. A model class gets the methods of huggingface_hub's mixin only where they are used.
 
 HUB_ARGUMENTS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-
-MODEL_CARD = """\
----
-license: {license}
-library_name: capi
-pipeline_tag: image-feature-extraction
-tags:
-- capi
-- self-supervised-learning
-- model_hub_mixin
-- pytorch_model_hub_mixin
----
-
-# CAPI features: {name}
-
-A vision transformer of {parameters:.0f}M parameters (with its predictor), width {width}, {depth} blocks, patches of
-{patch} pixels and {registers} registers, pretrained without labels by CAPI, *Cluster and Predict Latent Patches for
-Improved Masked Image Modeling* ([arXiv:2502.08769](https://arxiv.org/abs/2502.08769)): a teacher clusters its patch
-features, and a student predicts the clusters of hidden patches.
-
-{training}
-
-## Use
-
-With `model.py`, `weights.py` and `utils.py` of the code that wrote this, and
-`pip install torch huggingface_hub safetensors`:
-
-```python
-import torch
-from model import EncoderDecoder
-
-model = EncoderDecoder.from_pretrained("{name}")
-# RGB in [0, 1], minus (0.485, 0.456, 0.406), divided by (0.229, 0.224, 0.225)
-images = torch.zeros(1, {channels}, {size}, {size})
-with torch.no_grad():
-    global_repr, registers, feature_map = model(images)  # [b, d], [b, registers, d], [b, rows, columns, d]
-```
-
-Both sides of the images must be multiples of {patch}. `global_repr` stands for the whole image, `feature_map` for its
-patches.
-
-## Licence
-
-The weights: {license}.
-
-## Citation
-
-```bibtex
-@article{{darcet2025capi,
-  title   = {{Cluster and Predict Latent Patches for Improved Masked Image Modeling}},
-  author  = {{Darcet, Timoth{{\\'e}}e and Baldassarre, Federico and Oquab, Maxime and Mairal, Julien and
-             Bojanowski, Piotr}},
-  journal = {{Transactions on Machine Learning Research}},
-  year    = {{2025}}
-}}
-```
-"""
 
 
 def with_hub_methods(model: Any) -> Any:
@@ -449,7 +395,7 @@ def with_hub_methods(model: Any) -> Any:
 
 
 def load_from_hub(model_class: Any, name_or_path: str, kwargs: dict[str, Any]) -> Any:
-    """What `EncoderDecoder.from_pretrained` does; see there."""
+    """Build a model of `model_class` from a folder or a repository of the hub: `EncoderDecoder.from_pretrained`."""
     hub_class = _hub_class(model_class)
     _hub_file(name_or_path, "config.json", {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
     try:
@@ -516,3 +462,62 @@ def _hub_file(name_or_path: str, file: str, kwargs: Mapping[str, Any]) -> Path:
             f"from_pretrained({name_or_path!r}): there is no such folder, and {file} could not be had from the Hugging "
             f"Face Hub: {_first_sentence(error)}"
         ) from error
+
+
+MODEL_CARD = """\
+---
+license: {license}
+library_name: capi
+pipeline_tag: image-feature-extraction
+tags:
+- capi
+- self-supervised-learning
+- model_hub_mixin
+- pytorch_model_hub_mixin
+---
+
+# CAPI features: {name}
+
+A vision transformer of {parameters:.0f}M parameters (with its predictor), width {width}, {depth} blocks, patches of
+{patch} pixels and {registers} registers, pretrained without labels by CAPI, *Cluster and Predict Latent Patches for
+Improved Masked Image Modeling* ([arXiv:2502.08769](https://arxiv.org/abs/2502.08769)): a teacher clusters its patch
+features, and a student predicts the clusters of hidden patches.
+
+{training}
+
+## Use
+
+With `model.py`, `weights.py` and `utils.py` of the code that wrote this, and
+`pip install torch huggingface_hub safetensors`:
+
+```python
+import torch
+from model import EncoderDecoder
+
+model = EncoderDecoder.from_pretrained("{name}")
+# RGB in [0, 1], minus (0.485, 0.456, 0.406), divided by (0.229, 0.224, 0.225)
+images = torch.zeros(1, {channels}, {size}, {size})
+with torch.no_grad():
+    global_repr, registers, feature_map = model(images)  # [b, d], [b, registers, d], [b, rows, columns, d]
+```
+
+Both sides of the images must be multiples of {patch}. `global_repr` stands for the whole image, `feature_map` for its
+patches.
+
+## Licence
+
+The weights: {license}.
+
+## Citation
+
+```bibtex
+@article{{darcet2025capi,
+  title   = {{Cluster and Predict Latent Patches for Improved Masked Image Modeling}},
+  author  = {{Darcet, Timoth{{\\'e}}e and Baldassarre, Federico and Oquab, Maxime and Mairal, Julien and
+             Bojanowski, Piotr}},
+  journal = {{Transactions on Machine Learning Research}},
+  year    = {{2025}}
+}}
+```
+"""
+"""What `save_pretrained` and `push_to_hub` write beside the weights, for those who find them on the hub."""

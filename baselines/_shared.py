@@ -107,8 +107,8 @@ def load_published(
         state: Any = read_state_dict(source)
     for depth, level in enumerate(path):
         if not isinstance(state, Mapping) or level not in state:
-            found = ", ".join(map(str, list(state)[:8])) if isinstance(state, Mapping) else type(state).__name__
-            raise UserError(f"{source!r} has no entry {'.'.join(path[: depth + 1])!r}; it has: {found}")
+            entries = ", ".join(map(str, list(state)[:8])) if isinstance(state, Mapping) else type(state).__name__
+            raise UserError(f"{source!r} has no entry {'.'.join(path[: depth + 1])!r}; it has: {entries}")
         state = state[level]
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise UserError(f"{source!r} has no state dict at {'.'.join(path)!r}, but a {type(state).__name__}")
