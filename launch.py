@@ -556,7 +556,8 @@ class ScriptRun:
 def _how_it_ended(code: int) -> str:
     if code == -signal.SIGKILL:
         return "killed, perhaps because memory ran out"
-    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"ended by {names.get(-code, f'signal {-code}')}" if code < 0 else f"exit code {code}"
 
 
 def _last_error(log: Path) -> str:

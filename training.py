@@ -616,6 +616,7 @@ class Evaluations:
                 with run.log.open("ab") as log:
                     # In a session of its own: Ctrl-C is for the training, which ends this one in its own time.
                     run.start(stdout=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+                logger.info("%s started, log %s", run.title, run.log)
         except (OSError, UserError) as error:
             self._fail(run, str(error))
             return
