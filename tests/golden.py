@@ -50,10 +50,11 @@ def golden_part(prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in TRAJECTORY.items() if key.startswith(prefix)}
 
 
-def golden_state(*overrides: str) -> train_capi.CapiState:
-    """The state before the golden trajectory's first step, on the CPU."""
-    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*GOLDEN_CONFIG, *overrides])
-    state = train_capi.CapiState(cfg, torch.device("cpu"))
+def golden_state(*overrides: str, device: str = "cpu") -> train_capi.CapiState:
+    """The state before the golden trajectory's first step."""
+    sources = [*GOLDEN_CONFIG, f"train.device={device}", *overrides]
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, sources)
+    state = train_capi.CapiState(cfg, torch.device(device))
     load_whole(state.student, golden_part("init.student."))
     load_whole(state.student_ema, golden_part("init.student."))
     load_whole(state.clustering, golden_part("init.clustering."))
