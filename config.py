@@ -9,6 +9,7 @@ a key that is a text.
 import argparse
 import ast
 import dataclasses
+import functools
 import math
 import re
 import types
@@ -552,13 +553,16 @@ def find_file(path_name: str, key: str) -> Path:
     raise UserError(f"{key}={path_name}: there is no such file")
 
 
+_parse = functools.lru_cache(maxsize=16)(ast.parse)  # a configuration names the same few scripts again and again
+
+
 def script_keys(script: Path) -> set[str] | None:
     """Keys of an evaluation script, read from its source and not run; None where they cannot be told from that."""
     keys: set[str] = set()
     configs = {"EvaluationConfig"}
     for path in (ROOT / "evaluation.py", script):
         try:
-            tree = ast.parse(path.read_text())
+            tree = _parse(path.read_text())
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{path} cannot be read as Python: {error}") from error
         for node in tree.body:
