@@ -1,5 +1,5 @@
 # make demo    draw images, train a small model on them and show what it learned, within five minutes on two cores
-# make test    the whole CPU test suite
+# make test    the whole CPU test suite, on two cores; WORKERS=4 is for four
 # make check   format, lint, types, tests
 # make slurm   a two-node training on a real Slurm, preempted and requeued (root, Debian's slurm-wlm and munge)
 # make gpu     also the tests that need CUDA
@@ -7,6 +7,7 @@
 # Each target installs what it needs into .venv with pip; PYTHON chooses the interpreter (3.11 or newer).
 
 PYTHON ?= python3
+WORKERS = 2
 BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 SOURCES = pyproject.toml constraints.txt
@@ -17,7 +18,7 @@ demo: .venv/.run
 	$(BIN)/python demo.py
 
 test: .venv/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: .venv/.check
 	$(BIN)/ruff format --check .

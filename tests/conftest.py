@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 # Some virtual machines advertise AMX and then refuse its instructions: bfloat16 matmuls end in SIGILL there.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+# Tensors in tests are tiny: threads that wait for each other cost more than they gain, here and in processes of ours.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -52,10 +55,11 @@ def run_cli(*args: str | Path, cwd: Path = ROOT, timeout: float = 100, **env: st
     )
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Tensors in tests are tiny: on a busy machine, threads that wait for each other cost more than they gain."""
-    torch.set_num_threads(1)
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Workers of pytest-xdist send UTF-8: `?` stands for what is not, such as odd file names in logs."""
+    data = yield
+    return json.loads(json.dumps(data, ensure_ascii=False).encode(errors="replace"))
 
 
 @pytest.fixture(autouse=True)

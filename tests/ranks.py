@@ -108,7 +108,6 @@ def _collect(ranks: list[_Rank], deadline: float) -> list[tuple[bool, Any]]:
 
 
 def _serve(connection: Connection, stacks: str) -> None:
-    torch.set_num_threads(1)
     with open(stacks, "w") as file, contextlib.suppress(EOFError, KeyboardInterrupt):  # noqa: PTH123  # stays open
         faulthandler.register(signal.SIGUSR1, file=file)
         while True:
@@ -165,5 +164,4 @@ def launched(function: Callable[..., Any], num_ranks: int, *args: Any) -> Iterat
 
 def _call_launched(environ: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update(environ)
-    torch.set_num_threads(1)
     function(*args)

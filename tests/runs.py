@@ -94,7 +94,6 @@ def run_main(arguments: list[str]) -> int:
 def _child(arguments: list[str]) -> None:
     import train_capi
 
-    torch.set_num_threads(1)
     raise SystemExit(train_capi.main(arguments))
 
 

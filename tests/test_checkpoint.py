@@ -716,7 +716,6 @@ def kill_everywhere(
     directory: str, existing: list[int], start: int | None, step: int, keep: int, seen: list[int], async_save: bool
 ) -> None:
     """Kill a save at every change it makes; `seen` are the weights (times 2) that the next starts find, in order."""
-    torch.set_num_threads(1)
     run, template, work = Training(seed=1), Path(directory) / "template", Path(directory) / "work"
     earlier = Checkpoints(template, keep=9)
     for old in existing:
@@ -776,7 +775,7 @@ def start_python(function: str, *args: Any, **env: str) -> subprocess.Popen[str]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(args)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env},
+        env={**os.environ, "PYTHONPATH": path, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

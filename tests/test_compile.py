@@ -149,7 +149,7 @@ def train_in_a_process(arguments, num_ranks):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     done = subprocess.run(
         [sys.executable, *(launcher if num_ranks > 1 else []), str(script), *arguments],
-        env={**own, "JAXTYPING_DISABLE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**own, "JAXTYPING_DISABLE": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

@@ -1256,9 +1256,10 @@ def _raise_threads():
     raise ValueError(f"threads {torch.get_num_threads()}")
 
 
-def test_a_worker_uses_one_thread():
+def test_a_worker_uses_one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # read by a spawned worker, not by one of a server that runs already
     config = make_config("data.max_bad_fraction=1.0", workers=1)
-    with make_loader(config, dataset=ThreadsInTheReason()) as loader:
+    with make_loader(config, dataset=ThreadsInTheReason(), start_method="spawn") as loader:
         reasons = {reason for _ in range(3) for _, reason in next(loader).bad}
     assert reasons == {"ValueError: threads 1"}
 

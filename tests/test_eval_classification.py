@@ -284,7 +284,6 @@ def test_a_checkpoint_of_another_training_is_refused(images, tmp_path, monkeypat
 
 
 def evaluate_on_ranks(arguments):
-    torch.set_num_threads(1)
     EVALUATION.run(load_config(ClassificationConfig, None, arguments), torch.device("cpu"))
 
 

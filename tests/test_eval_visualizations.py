@@ -69,7 +69,6 @@ def arguments(place, output_dir, *more):
 
 
 def run(*args):
-    torch.set_num_threads(1)
     return vis.main(arguments(*args))
 
 
@@ -271,7 +270,6 @@ def test_what_is_there_is_not_drawn_again_and_what_is_asked_for_anew_is(place, c
 
 
 def pictures_on_rank(args):
-    torch.set_num_threads(1)
     vis.EVALUATION.run(load_config(vis.VisualizationsConfig, None, args), torch.device("cpu"))
 
 

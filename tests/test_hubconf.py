@@ -232,7 +232,6 @@ def main():
     for name in ("jaxtyping", "omegaconf", "numpy", "PIL", "datasets", "huggingface_hub", "safetensors", "yaml"):
         if name not in sys.modules:
             sys.modules[name] = None
-    torch.set_num_threads(1)
     path = list(sys.path)
     ours = load(clone, "capi", source="local", weights=run)
     theirs = load("owner/repo:main", "capi", weights=run, trust_repo=True, skip_validation=True, verbose=False)
@@ -274,7 +273,6 @@ if __name__ == "__main__":
 FRESH = """
 import pickle, sys
 import model, torch
-torch.set_num_threads(1)
 before = {name.split(".")[0] for name in sys.modules}
 ours, theirs, encoder, wrapped, out, images = pickle.load(open("models.pkl", "rb"))
 new = {name.split(".")[0] for name in sys.modules} - before
@@ -325,7 +323,6 @@ def test_models_of_the_hub_compile_and_export_in_any_program(program, run, tmp_p
     """After the program's own modules were imported, as one graph, and as plain and strict exports."""
     (tmp_path / "compile.py").write_text(
         "import sys, torch, model, weights, utils.helpers\n"
-        "torch.set_num_threads(1)\n"
         "ours = torch.hub.load(sys.argv[1], 'capi', source='local', weights=sys.argv[2])\n"
         "images = torch.randn(2, 3, 8, 12)\n"
         "with torch.no_grad():\n"

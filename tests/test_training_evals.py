@@ -71,7 +71,7 @@ def finished(place):
     # Two processes, as torchrun starts them: the evaluation must not take itself for a third.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = command(place, config, run, "optim.batch_size_per_gpu=2")
-    done = run_cli(*launcher, "train_capi.py", *arguments, OMP_NUM_THREADS="1", timeout=280)
+    done = run_cli(*launcher, "train_capi.py", *arguments, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return run
 
