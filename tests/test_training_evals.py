@@ -14,7 +14,7 @@ from default_eval_config import EVALS
 from launch import StopRequest
 from sources import is_on_disk
 from train_capi import CapiConfig
-from training import OF_RANKS, Evaluations, plan_evals
+from training_evals import OF_RANKS, Evaluations, plan_evals
 from utils import UserError
 
 
