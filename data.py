@@ -127,13 +127,6 @@ Masks = Callable[[list[tuple[int, ...]]], dict[str, Tensor]]
 """Draws the masks of a batch: one key for each of its images, from which, and a seed, all randomness follows."""
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """A mistake of the user that a worker met; as an exception it would arrive wrapped in a traceback."""
-
-    message: str
-
-
 class SampleMaker:
     """Turns samples into crops, each a function of (seed, key of the sample) alone, and these into masked batches."""
 
@@ -236,7 +229,7 @@ class MapBatches(Dataset[Any]):
         self.dataset = dataset
         self.maker = maker
 
-    def __getitem__(self, pairs: list[tuple[int, int]]) -> Batch | _Failure:
+    def __getitem__(self, pairs: list[tuple[int, int]]) -> Batch | UserError:
         crops, sample_ids, bad = [], [], []
         start = time.perf_counter()
         try:
@@ -246,7 +239,7 @@ class MapBatches(Dataset[Any]):
                     crops.append(crop)
                     sample_ids.append(used)
         except UserError as error:
-            return _Failure(str(error))
+            return error  # see `wait_for_batch`
         batch = self.maker.batch(crops, [(position,) for position, _ in pairs], sample_ids, bad)
         return replace(batch, make_s=time.perf_counter() - start)
 
@@ -392,7 +385,7 @@ class StreamBatches(IterableDataset[Any]):
         self.states = states
         self.first_batch = first_batch
 
-    def __iter__(self) -> Iterator[Batch | _Failure]:
+    def __iter__(self) -> Iterator[Batch | UserError]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         assert len(self.parts) % num_workers == 0, "two workers would share a part"
@@ -411,7 +404,7 @@ class StreamBatches(IterableDataset[Any]):
                     )
                 yield self._batch(open_parts[part])
         except UserError as error:
-            yield _Failure(str(error))
+            yield error  # see `wait_for_batch`
 
     def _batch(self, part: StreamPart) -> Batch:
         crops, numbers, bad, bad_in_a_row = [], [], [], 0
@@ -443,18 +436,21 @@ PREFETCH = 2
 def wait_for_batch(batches: Iterator[Any], key: str, num_workers: int) -> Any:
     """The next batch of a `DataLoader` whose `timeout` is `worker_poll_s`; None at the end.
 
+    A worker that meets a mistake of the user gives the UserError in place of a batch: raised there, it would arrive
+    with the worker's traceback in its message.
+
     Args:
         batches: an iterator over it.
         key: configuration key of the number of workers.
         num_workers: its value.
 
-    Raises: UserError if a worker was killed, or none has given a batch for `BATCH_TIMEOUT_S`.
+    Raises: UserError of a worker, or if one was killed, or none has given a batch for `BATCH_TIMEOUT_S`.
     """
     deadline = time.monotonic() + BATCH_TIMEOUT_S
     with dead_workers_explained(key):
         while True:
             try:
-                return next(batches, None)
+                batch = next(batches, None)
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader timed out"):
                     raise
@@ -464,6 +460,10 @@ def wait_for_batch(batches: Iterator[Any], key: str, num_workers: int) -> Any:
                 if num_workers == 0 or " in DataLoader worker process" in str(error):
                     raise
                 raise _killed(key) from error  # in the middle of handing a batch over
+            else:
+                if isinstance(batch, UserError):
+                    raise batch
+                return batch
     raise UserError(
         f"{key}={num_workers}: no batch came for {BATCH_TIMEOUT_S:.0f} s; does the disk or network with the images "
         f"answer, and has {SHARED_MEMORY} free space ({shared_memory_free() / 2**20:.0f} MiB)?"
@@ -665,9 +665,6 @@ class PretrainLoader:
             if self.num_workers:  # at exit, before multiprocessing's own clean-up, which would wait for them
                 atexit.register(self.close)
         batch = wait_for_batch(self._batches, "efficiency.dataloader_num_workers", self.num_workers)
-        if isinstance(batch, _Failure):
-            self.close()
-            raise UserError(batch.message)
         if batch.encoded is not None:
             images, damaged = batch.encoded.decode(batch.images, self.decode_device)
             batch = replace(batch, images=images, encoded=None, bad=batch.bad + damaged)

@@ -285,10 +285,7 @@ def train_batches(
         pin_memory=pin,
         timeout=worker_poll_s(num_workers),
     )
-    for batch in read_batches(loader, "num_workers"):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    yield from read_batches(loader, "num_workers")
 
 
 class _Pairs:

@@ -275,9 +275,8 @@ class _Prepared(Dataset[Any]):
 
 
 def _stack(items: list[Any]) -> tuple[Tensor, ...] | UserError:
-    # An error raised in a worker would arrive with the worker's traceback in its message, so it is passed on instead.
     for item in items:
-        if isinstance(item, UserError):
+        if isinstance(item, UserError):  # see `data.wait_for_batch`
             return item
     return tuple(torch.stack(column) for column in zip(*items, strict=True))
 
@@ -331,8 +330,6 @@ class ImageBatches:
             total=len(self.share), desc=self.title, unit="img", disable=True if quiet else None, leave=False
         ) as bar:
             for batch in read_batches(self.loader, "num_workers"):
-                if isinstance(batch, UserError):
-                    raise batch
                 yield batch
                 bar.update(len(batch[0]))
 
