@@ -40,11 +40,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_capi
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from data import Batch
+from distributed import pick_device
 from flops import attention_recomputation_per_image, num_backbone_parameters, step_flops_per_image
 from masking import draw_positions, make_masking_generator
 from metrics import peak_flops, peak_memory_gib
 from speed.compiling import kept_compilations
-from train_capi import CapiConfig, CapiState, hyper_at, mask_plan, pick_device, step_shape, train_step
+from train_capi import CapiConfig, CapiState, hyper_at, mask_plan, step_shape, train_step
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -163,11 +164,8 @@ class PartTimer:
 
     def _student_ends(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any) -> Any:
-            start, average = self._now(), self.seconds["average"]
-            self.seconds["student"] += start - self._student_began
-            result = function(*args)
-            self.seconds["optimizers"] += self._now() - start - (self.seconds["average"] - average)
-            return result
+            self.seconds["student"] += self._now() - self._student_began
+            return self.timed("optimizers", function)(*args)
 
         return wrapper
 
@@ -383,12 +381,16 @@ def report(args: argparse.Namespace, device: torch.device, batch: int) -> None:
         settings |= {"mode": args.mode} | overrides
         report_mode(args, cfg, rates, settings, measured, eager_s)
         if args.mode != "eager":
+            report_starts(args, settings, measured.first_s, None)  # a later line with both replaces it
             release(device)
-            warm_s = first_step(args, device, batch, args.mode)[1]
-            starts = {"cold": measured.first_s, "warm": warm_s}
-            rows = [{"compile cache": name, "first step s": seconds} for name, seconds in starts.items()]
-            print_table(rows)
-            record(args, "training step, start", settings, rows)
+            report_starts(args, settings, measured.first_s, first_step(args, device, batch, args.mode)[1])
+
+
+def report_starts(args: argparse.Namespace, settings: dict[str, Any], cold_s: float, warm_s: float | None) -> None:
+    """Print and record how long the first step takes with an empty compile cache and, once measured, a filled one."""
+    rows = [{"compile cache": name, "first step s": s} for name, s in (("cold", cold_s), ("warm", warm_s))]
+    print_table(rows)
+    record(args, "training step, start", settings, rows)
 
 
 def report_mode(
