@@ -153,8 +153,9 @@ def _marked_while_compiling(mark: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        callback_handler.remove_start_callback(begin)
-        callback_handler.remove_end_callback(end)
+        with contextlib.suppress(ValueError):  # torch._dynamo.reset has removed both
+            callback_handler.remove_start_callback(begin)
+            callback_handler.remove_end_callback(end)
 
 
 def _processor() -> str:
