@@ -486,7 +486,7 @@ def export_weights(path: Path, modules: Modules, config_yaml: str) -> None:
 
     Args:
         path: file to write or replace; `config_yaml` goes beside it as `<stem>.yaml`.
-        modules: for CAPI `{"backbone": ..., "head": ...}`.
+        modules: by name, such as `{"backbone": ..., "head": ...}`.
         config_yaml: the resolved configuration.
 
     Raises: UserError if a weight is not finite, or it cannot be written; a file that was there before stays.

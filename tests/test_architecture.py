@@ -132,6 +132,47 @@ def test_what_is_forbidden_is_seen(source):
     assert len(faults(source)) == 1
 
 
+KNOW_A_METHOD = {
+    "train_capi", "clustering", "masking", "model", "speed.clustering", "speed.clustering_triton",  # which are CAPI
+    "demo", "export", "hubconf",  # which train, unpack and publish it
+    "flops",  # what a step costs
+    "weights",  # the card of published weights
+    "eval_segmentation",  # how labels were counted for the published numbers
+    "eval_visualizations",  # draws the clusters of a teacher
+}  # fmt: skip
+OUR_NAME = re.compile(r'"capi"|\btrain_capi\.py\b')
+"""What the repository is called in loggers and trackers, and what a user types."""
+OF_A_METHOD = re.compile(
+    r"(?i:capi|i-?jepa|\bcae\b|clustering|num_clusters|prototype|sinkhorn|n_sk_iter|positionwise|mask_ratio"
+    r"|(?:student|teacher|target|pred)_temp|prediction_subsampling|(?:predict|visible)_indices)|\bStoP\b"
+)
+
+
+def method_names(source: str) -> list[str]:
+    """Lines, comments too, that name a method, its parts or its configuration keys."""
+    lines = enumerate(OUR_NAME.sub("", source).splitlines(), 1)
+    return [f"line {number}: {match[0]}" for number, line in lines for match in OF_A_METHOD.finditer(line)]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if module_name(path) not in KNOW_A_METHOD], ids=lambda path: path.stem
+)
+def test_machinery_names_no_method(path):
+    """It takes sections, plain values and callables, so that the next method finds it as it is."""
+    named = method_names(path.read_text())
+    assert not named, f"{path.name} is for every method, but names one: {'; '.join(named)}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["cfg: CapiConfig", "cfg.capi.num_clusters", "# as I-JEPA does", "from clustering import entropy", "key = 'capi'",
+     'with_usage="prototypes_used"', "temp = cfg.student_temp", "StoP(noise)", "batch.predict_indices"],
+)  # fmt: skip
+def test_names_of_methods_are_seen(line):
+    assert method_names(f"import math\n{line}\n")
+    assert not method_names('getLogger("capi")  # train_capi.py: stop at once, on a Slurm cluster')
+
+
 SCRIPTS = [path.name for path in MODULES if '\nif __name__ == "__main__":' in path.read_text()]
 
 
