@@ -82,14 +82,13 @@ def test_a_line_holds_the_average_since_the_last_line(tmp_path):
     assert metrics.write(4) == {"step": 4, "loss": 5.0}, "the first window leaked into the second"
 
 
-def test_each_name_is_averaged_over_its_own_updates_and_totals_are_summed(tmp_path):
+def test_each_name_is_averaged_over_its_own_updates(tmp_path):
     metrics = Metrics(tmp_path)
     for step in range(4):
         metrics.update(loss=torch.tensor(2.0))
-        metrics.update_totals(skipped_steps=1, bad_images=torch.tensor(3))
         if step == 2:
             metrics.update(teacher_rank=torch.tensor(7.0))
-    assert metrics.write(4) == {"step": 4, "loss": 2.0, "teacher_rank": 7.0, "skipped_steps": 4, "bad_images": 12}
+    assert metrics.write(4) == {"step": 4, "loss": 2.0, "teacher_rank": 7.0}
 
 
 def test_sums_are_kept_in_float64(tmp_path):
@@ -149,7 +148,6 @@ def _meter_steps(metrics: Metrics, first: int, last: int) -> None:
     for step in range(first, last + 1):
         random = torch.rand(2, generator=seeded(step))
         metrics.update(loss=random[0] / 3, lr=0.1 / step)
-        metrics.update_totals(skipped_steps=random[1].item() > 0.5)
         if step % 3 == 0:
             metrics.update(teacher_rank=random[1])
         if step % 4 == 0:
@@ -218,7 +216,6 @@ def test_meters_and_watch_do_not_wait_for_the_device(tmp_path):
     try:
         for step in range(3):
             metrics.update(loss=loss, lr=0.1)
-            metrics.update_totals(skipped_steps=loss > 2)
             watch.update(step, loss=loss)
             norm_stats(loss.expand(8, 4))
             prototype_usage(torch.ones(4, dtype=torch.int64).to("cuda", non_blocking=True), loss.expand(4))
@@ -233,7 +230,8 @@ def test_meters_and_watch_do_not_wait_for_the_device(tmp_path):
 
 
 def _log_run(folder: Path, loggers: list[str], first: int, last: int, state: dict[str, Any] | None = None) -> Metrics:
-    metrics = Metrics(folder, loggers, run_name="vits", config={"optim": {"total_iters": 9}})
+    folder.mkdir(exist_ok=True)
+    metrics = Metrics(folder, loggers, config={"optim": {"total_iters": 9}})
     if state is not None:
         metrics.load_state_dict(state)
         metrics.truncate_after(first - 1)
@@ -329,12 +327,12 @@ def test_a_logger_gets_the_points_and_its_run_is_continued_after_a_resume(name, 
     monkeypatch.setitem(sys.modules, name, fake(calls))
     for variable in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(variable, raising=False)
-    first = _log_run(tmp_path, [name], 1, 2)
+    first = _log_run(tmp_path / "vits", [name], 1, 2)
     saved = json.loads(json.dumps(first.state_dict()))
     first.close()
     start = {key: value for call in calls if isinstance(call, dict) for key, value in call.items()}
     assert start["config"] == {"optim": {"total_iters": 9}}
-    assert start["name"] == "vits"
+    assert start["name"] == "vits", "the run is called as its folder"
     assert start.get("project", start.get("experiment")) == "capi"
     assert start.get("id") is None
     assert [call for call in calls if isinstance(call, tuple)] == [
@@ -344,7 +342,7 @@ def test_a_logger_gets_the_points_and_its_run_is_continued_after_a_resume(name, 
     assert calls[-1] == "finish"
 
     calls.clear()
-    _log_run(tmp_path, [name], 3, 3, saved).close()
+    _log_run(tmp_path / "vits", [name], 3, 3, saved).close()
     resumed = {key: value for call in calls if isinstance(call, dict) for key, value in call.items()}
     assert resumed.get("id") == "id7" or resumed["name"] == "vits-2"
     assert resumed.get("resume", "allow") == "allow"

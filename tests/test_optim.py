@@ -6,17 +6,20 @@ from conftest import load_golden_json
 from torch import nn
 
 from clustering import L2NormLinear
-from config import DEFAULT_PRETRAIN_CONFIG, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, ScheduleConfig, load_config
 from model import EncoderDecoder
-from optim import Multipliers, WarmupThenCosine, ema_update_, make_student_optimizer, multipliers, set_hyper
+from optim import Multipliers, ema_update_, make_adamw, multipliers, scheduled, set_rates_
 from train_capi import CapiConfig, hyper_at
 
 
 @pytest.mark.parametrize("case", load_golden_json("schedules"), ids=lambda c: str(c["kwargs"])[:60])
 def test_schedule_matches_golden(case):
-    schedule = WarmupThenCosine(**case["kwargs"])
+    given = {"start_warmup_value": 0.0, "freeze_iters": 0, "truncate_cos": 1.0, "warmup_iters": 0} | case["kwargs"]
+    total = given.pop("total_iters")
     for step, expected in case["values"].items():
-        assert schedule(int(step)) == pytest.approx(expected, rel=1e-9, abs=1e-15), f"at step {step}"
+        assert scheduled(ScheduleConfig(**given), int(step), total) == pytest.approx(expected, rel=1e-9, abs=1e-15), (
+            f"at step {step}"
+        )
 
 
 def test_fractions_of_the_default_recipe_are_the_published_steps():
@@ -56,20 +59,22 @@ def test_parameter_groups_match_golden():
 
 
 def test_every_parameter_is_in_exactly_one_group_and_gets_its_multipliers():
-    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [])
     module = student()
-    optimizer = make_student_optimizer(module, cfg)
-    other = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
-    hyper = hyper_at(60_000, cfg)
-    set_hyper(optimizer, other, hyper)
+    by_name = multipliers(module, patch_embed_lr_mult=0.2, rope_lr_mult=0.0, layernorm_wd_mult=0.1)
+    optimizer = make_adamw(module, (0.9, 0.95), by_name)
+    other = make_adamw(nn.Linear(2, 2), (0.9, 0.95))
+    for each in (optimizer, other):
+        set_rates_(each, 1e-3, 0.1)
     by_parameter = {p: g for g in optimizer.param_groups for p in g["params"]}
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(by_parameter) == len(list(module.parameters()))
     freqs = by_parameter[module.get_parameter("backbone.encoder.blocks.0.residual1.fn.rope.freqs")]
     bias = by_parameter[module.get_parameter("backbone.patch_embed.bias")]
     assert freqs["lr"] == 0
-    assert bias["lr"] == pytest.approx(0.2 * hyper.lr)
+    assert bias["lr"] == pytest.approx(0.2 * 1e-3)
     assert bias["weight_decay"] == 0
-    assert other.param_groups[0]["lr"] == hyper.clustering_lr
+    norm = by_parameter[module.get_parameter("backbone.encoder.blocks.0.residual1.norm.weight")]
+    assert norm["weight_decay"] == pytest.approx(0.1 * 0.1)
+    assert [(group["lr"], group["weight_decay"]) for group in other.param_groups] == [(1e-3, 0.1)]
 
 
 def test_ema_moves_by_one_minus_momentum():
