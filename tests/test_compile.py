@@ -1,18 +1,29 @@
-"""The compiled step is the eager step, without recompilation after the first one."""
+"""speed/compiling.py: the compiled step is the eager step, compiled once, and what was compiled is kept."""
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, run_cli
 from runs import make_images, run_main, tiny
+from torch import fx
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 import train_capi
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
+from fsdp import Sharding
+from speed.compiling import compile_function, kept_compilations
+from train_capi import CapiConfig
+from utils import UserError
 
 CODE = """
     import torch, torch._dynamo
@@ -110,7 +121,126 @@ def test_in_the_traced_graphs_of_a_step_nothing_is_random_and_rotary_tables_are_
     run_code(GRAPHS)
 
 
+def test_compiling_for_a_cpu_without_a_compiler_is_an_error_with_the_key(monkeypatch):
+    options = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, []).efficiency.compilation.do_student
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(UserError, match=r"efficiency\.compilation\.do_student\.disable=true"):
+        compile_function(torch.sin, options, "efficiency.compilation.do_student", torch.device("cpu"))
+    disabled = dataclasses.replace(options, disable=True)
+    assert compile_function(torch.sin, disabled, "", torch.device("cpu")) is torch.sin
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("cuda", {"triton.cudagraphs": True}), ("cpu", None)])
+def test_cuda_graphs_are_asked_for_where_there_is_cuda(device, wanted, monkeypatch, caplog):
+    options = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, []).efficiency.compilation.do_student
+    asked = []
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("torch.compile", lambda function, **kwargs: asked.append(kwargs) or function)
+    caplog.set_level("INFO", "capi")
+    compile_function(torch.sin, options, "efficiency.x", torch.device(device), cuda_graphs=True)
+    compile_function(torch.sin, options, "efficiency.x", torch.device(device))
+    assert [kwargs["options"] for kwargs in asked] == [wanted, None]
+    assert ("there are none on cpu; efficiency.x runs without" in caplog.text) == (device == "cpu")
+
+
+def test_cuda_graphs_and_divided_weights_do_not_go_together(monkeypatch):
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, []).efficiency.compilation
+    sharding = Sharding("simple", torch.bfloat16, torch.float32, 64, 1)
+    monkeypatch.setattr("speed.compiling.is_distributed", lambda: True)
+    with pytest.raises(UserError, match=r"cuda_graphs=true: not with weights divided"):
+        compile_function(torch.sin, cfg.do_student, "x", torch.device("cuda"), sharding, cuda_graphs=True)
+
+
+def test_cuda_graphs_need_compiled_functions():
+    off = [f"efficiency.compilation.{name}.disable=true" for name in ("do_teacher", "do_student")]
+    on = "efficiency.compilation.cuda_graphs=true"
+    assert load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [on]).efficiency.compilation.cuda_graphs
+    with pytest.raises(UserError, match=r"cuda_graphs=True: only compiled functions become graphs"):
+        load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*off, on])
+
+
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+def cache_variables() -> dict[str, str]:
+    return {name: os.environ[name] for name in CACHES if name in os.environ}
+
+
+@pytest.fixture
+def _no_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CACHES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("_no_caches")
+def test_what_is_compiled_goes_to_the_folder_until_the_block_ends(tmp_path):
+    with kept_compilations(tmp_path / "cache"):
+        folders = cache_variables()
+        assert sorted(folders) == sorted(CACHES)
+        assert all(tmp_path / "cache" in Path(folder).parents for folder in folders.values())
+    assert cache_variables() == {}
+    with kept_compilations(tmp_path / "cache"):
+        assert cache_variables() == folders, "a later start does not find it"
+
+
+@pytest.mark.usefixtures("_no_caches")
+def test_each_kind_of_processor_has_libraries_of_its_own(tmp_path, monkeypatch):
+    with kept_compilations(tmp_path):
+        folders = cache_variables()
+    monkeypatch.setattr("speed.compiling._processor", lambda: "other")
+    with kept_compilations(tmp_path):
+        assert not set(cache_variables().values()) & set(folders.values())
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.usefixtures("_no_caches")
+def test_the_folder_that_a_user_has_chosen_comes_first(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "/mine")
+    with kept_compilations(tmp_path):
+        assert os.environ[name] == "/mine"
+        assert len(cache_variables()) == 2
+    assert cache_variables() == {name: "/mine"}
+
+
+@pytest.mark.usefixtures("_no_caches")
+def test_the_default_that_torch_sets_on_import_is_no_choice_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    with kept_compilations(tmp_path):
+        assert tmp_path in Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parents
+    assert cache_variables() == {"TORCHINDUCTOR_CACHE_DIR": default_cache_dir()}
+
+
+@pytest.mark.usefixtures("_no_caches")
+def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    caplog.set_level("INFO")
+    with kept_compilations(tmp_path / "file" / "cache"):
+        assert cache_variables() == {}
+    assert "not kept for later starts" in caplog.text
+
+
+@pytest.mark.usefixtures("_no_caches")
+def test_what_a_run_left_that_was_killed_while_it_compiled_is_compiled_again(tmp_path):
+    """What is there in the middle of a compilation is what a kill would leave."""
+    folder, killed, library = tmp_path / "cache", tmp_path / "killed", Path("ab") / "abc.main.so"
+
+    def backend(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        shutil.copytree(folder, killed)
+        return graph.forward
+
+    with kept_compilations(folder):
+        kind = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).name
+        (folder / kind / library).parent.mkdir()
+        (folder / kind / library).write_bytes(b"half a library")
+        torch.compile(torch.sin, backend=backend)(torch.zeros(2))
+    assert (killed / kind / library).exists()
+    with kept_compilations(killed):
+        assert not (killed / kind / library).exists()
+        assert (killed / kind).is_dir()
+    with kept_compilations(folder):
+        assert (folder / kind / library).exists(), "what a run made that ended later is thrown away"
+
+
 COMPILED = "efficiency.compilation.do_teacher.disable=false"
 
 
