@@ -87,7 +87,7 @@ class OnlineClustering(nn.Module):
         positionwise_sk: balance each position by itself; otherwise all tokens of all positions together.
     """
 
-    forward_methods = ("learn",)  # for code that divides weights over ranks: it reads them without calling `forward`
+    forward_methods = ("learn",)  # what reads the weights beside `forward`, for code that divides them over ranks
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class OnlineClustering(nn.Module):
         Here the assignments of all tokens are alive at once. `speed.clustering.learn_in_chunks` puts a function in the
         place of this one that computes the same in bounded memory.
         """
-        assignments, loss = self.forward(x)
+        assignments, loss = self.forward(x)  # without the hooks of a call: those of `learn` have gathered the weights
         targets = assignments[predict_indices % len(x), predict_indices // len(x)]
         if not with_usage:
             return ClusteringStep(targets, loss, None, None)

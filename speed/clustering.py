@@ -95,7 +95,7 @@ def use_triton(kernel: str, device: torch.device) -> bool:
 def _learn(
     head: OnlineClustering,
     chunk: int | None,
-    use_triton: bool,
+    with_triton: bool,
     x: Float[Tensor, "p b d"],
     predict_indices: Int[Tensor, " m"],
     *,
@@ -108,7 +108,7 @@ def _learn(
         pred_temp=head.pred_temp,
         positionwise_sk=head.positionwise_sk,
         chunk=chunk,
-        use_triton=use_triton,
+        use_triton=with_triton,
         with_usage=with_usage,
     )
     weight, bias = head.layer.weight, head.layer.bias  # read once: where they are divided, that gathers them

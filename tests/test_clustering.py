@@ -184,6 +184,15 @@ def test_the_loss_scale_keeps_gradients_of_float16_weights_from_vanishing():
     assert (rounded.float() - exact).norm() < 5e-2 * exact.norm()
 
 
+@pytest.mark.parametrize("kernel", ["plain", "torch"])
+def test_a_copy_of_a_head_learns_with_its_own_weights(kernel):
+    head, golden = golden_head(True)
+    copied = copy.deepcopy(with_kernel(head, kernel))
+    copied.step(golden["x"], torch.tensor([0]))
+    assert head.layer.weight.grad is None
+    torch.testing.assert_close(copied.layer.weight.grad, golden["grad_weight"], atol=1e-5, rtol=1e-4)
+
+
 def test_no_gradient_reaches_the_features():
     head, golden = golden_head(True)
     x = golden["x"].clone().requires_grad_()

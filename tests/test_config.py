@@ -117,6 +117,7 @@ def test_dots_inside_operator_names_and_quotes_inside_urls_survive():
         ("train.loggers=[tensorbored]", r"train\.loggers.*tensorbored"),
         ("efficiency.param_dtype=float16", r"efficiency\.grad_scaler"),
         ("efficiency.fsdp=fully", r"efficiency\.fsdp='fully'.*fully_shard"),
+        ("capi.clustering_kernel=fast", r"capi\.clustering_kernel='fast': must be one of auto, torch, triton, plain"),
         ("evals.fast.period=soon", r"evals\.fast\.period"),
         ("optim.total_iters=12:30", r"^optim\.total_iters=12:30: must be a whole number"),
         ("optim.total_iters=1e3", r"^optim\.total_iters=1e3: must be a whole number"),
