@@ -190,7 +190,8 @@ def few_label_score(evaluations: Mapping[str, Any]) -> float:
 
 def verdict(content: Mapping[str, Any]) -> str:
     """What came of it in a sentence, from the results.json of the trained model."""
-    trained, random, pixels, histogram = (f"{percent(few_label_score(each))} %" for each in columns(content).values())
+    models = columns(content).values()
+    trained, random, pixels, histogram = (f"{percent(few_label_score(model))} %" for model in models)
     num_images = content["evaluations"]["segmentation"]["about"]["num_test_images"]
     return (
         f"With ten labelled images, the patches of {num_images} held-out images are told apart with a mean IoU of "
@@ -264,8 +265,8 @@ def first_of_each(labels: Sequence[int]) -> list[int]:
 
 
 def features(model: FrozenModel, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b hp wp d"]:
-    """The model's feature maps."""
-    return torch.cat([model(some).feature_map for some in images.split(100)])
+    """The model's feature maps, computed a hundred images at a time."""
+    return torch.cat([model(batch).feature_map for batch in images.split(100)])
 
 
 def draw_visible(cfg: CapiConfig, num_images: int) -> Bool[Tensor, "b hp wp"]:
@@ -408,7 +409,7 @@ def draw_neighbours(
 
 
 def _save(figure: "Figure", path: Path) -> None:
-    """As a PNG with 256 colours, a third of the size."""
+    """Save as a PNG with 256 colours, which is a third of the size."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     with Image.open(buffer) as image:

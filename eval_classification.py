@@ -107,7 +107,7 @@ class ClassificationConfig(EvaluationConfig):
     val_dataset_name: str | None = None
     """Images on which hyper-parameters are chosen; null for a part of the training set."""
     val_proportion: float = field(default=0.1, metadata=BETWEEN_0_AND_1)
-    """That part, which is then not trained on: a random one, or, if a class were missing in it, one drawn by class."""
+    """Fraction of the training set that is then not trained on: drawn at random, or by class if that misses a class."""
     test_dataset_names: Any = "hf://ILSVRC/imagenet-1k?split='validation'&tgt_field='label'"
     """A data URL, or several by name: `test_dataset_names.v2=...`."""
     num_classes: int | None = field(default=None, metadata=within(at_least=2))
@@ -125,16 +125,16 @@ class ClassificationConfig(EvaluationConfig):
         default_factory=lambda: ["cls", "avg_patch", "patch"],
         metadata=one_of(*POOLED, *TOKENS, not_empty=True, distinct=True),
     )
-    """For `classifiers`. Linear: cls, avg_patch, cls_avg_patch, and of registers avg_objects and concat_objects.
-    Attentive: patch, and of registers objects."""
+    """What `classifiers` are trained on. Linear: cls, avg_patch, cls_avg_patch, and of registers avg_objects and
+    concat_objects. Attentive: patch, and of registers objects."""
     learning_rates: list[float] = field(
         default_factory=lambda: [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2], metadata=CANDIDATES
     )
-    """For a batch of 256 images over all ranks; scaled in proportion to it."""
+    """Learning rates for a batch of 256 images over all ranks; scaled in proportion to it."""
     weight_decays: list[float] = field(
         default_factory=lambda: [5e-4, 1e-3, 5e-2], metadata=within(at_least=0, not_empty=True, distinct=True)
     )
-    """Of AdamW; biases have none."""
+    """Weight decays of AdamW; biases have none."""
     batch_size_per_gpu: int = field(default=128, metadata=COUNT)
     """Training images of one step on one rank."""
     n_iters: int = field(default=12500, metadata=COUNT)
@@ -154,7 +154,7 @@ class ClassificationConfig(EvaluationConfig):
     knn_temperature: float = field(default=0.07, metadata=POSITIVE)
     """Neighbours vote with weight exp(cosine similarity / temperature)."""
     feature_scaling: str = field(default="standard", metadata=one_of(*SCALINGS))
-    """Of features for logistic regression: standard (mean 0, deviation 1 over the images fitted on), l2 or none."""
+    """How logistic regression scales features: standard (mean 0, deviation 1 over the images fitted on), l2 or none."""
     c_values: list[float] = field(
         default_factory=lambda: [float(c) for c in np.logspace(-6, 5, 8)], metadata=CANDIDATES
     )
@@ -273,7 +273,7 @@ class TrainBatches(Dataset[Any]):
 def train_batches(
     cfg: ClassificationConfig, data: Labelled, indices: Int64[Tensor, " fit"], step: int, *, pin: bool
 ) -> Iterator[tuple[UInt8[Tensor, "b 3 h w"], Int64[Tensor, "b l"]]]:
-    """For ever, this rank's batches from `step` on; all ranks together see the same whatever their number is."""
+    """This rank's batches from `step` on, without end; all ranks together see the same whatever their number is."""
     order = EpochOrder(len(indices), derive_seed(cfg.seed, "classification order"))
     start = step * cfg.batch_size_per_gpu * world_size()
     num_workers = reader_processes(cfg.num_workers, cfg.batch_size_per_gpu * 3 * cfg.resolution**2)
@@ -350,8 +350,8 @@ def extract_pooled(
     columns = extract(model, batches, compute, gather=gather)
     if not columns:  # this rank has no image
         columns = tuple(torch.empty(0, 1) for _ in representations)
-    of_share = indices if gather else indices[batches.share.start : batches.share.stop]
-    return Extracted(dict(zip(representations, columns, strict=True)), data.labels[of_share])
+    rows = indices if gather else indices[batches.share.start : batches.share.stop]
+    return Extracted(dict(zip(representations, columns, strict=True)), data.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -663,7 +663,7 @@ class FeatureReadout(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What its result is called."""
+        """The key of its result in the result file."""
         return f"{self.method}_{self.representation}"
 
 

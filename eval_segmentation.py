@@ -61,7 +61,7 @@ ROWS = 65_536
 """Rows that are standardised at a time."""
 FEW_K = 5
 FEW_PENALTY = 1e-3
-"""Of the classifiers with few labelled images, see `fit_on_few`."""
+"""Neighbours and penalty of classifiers with few labelled images, see `fit_on_few`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class SegmentationConfig(EvaluationConfig):
     """Data URL of images with label images."""
     test_dataset_name: str = "custom://ADE20K?split='validation'"
     val_dataset_name: str | None = None
-    """For the hyper-parameters; null holds out a part of the training images."""
+    """Images on which hyper-parameters are chosen; null holds out a part of the training images."""
     val_proportion: float = field(default=0.1, metadata=BETWEEN_0_AND_1)
     """Fraction of the training images that is held out, a random choice by `seed`."""
     max_train_images: int | None = field(default=None, metadata=COUNT)
@@ -124,7 +124,7 @@ class LabelSet:
     """A data set of label images."""
 
     key: str
-    """Of the configuration, for messages."""
+    """The key of the configuration that names it, for messages."""
     url: str
     dataset: ImageDataset
     own_ignore_labels: list[int]
@@ -136,7 +136,7 @@ class LabelSet:
 
     @property
     def where(self) -> str:
-        """`key=url`, for messages."""
+        """The data set as `key=url`, for messages."""
         return f"{self.key}={self.url}"
 
 
@@ -168,15 +168,14 @@ def open_label_sets(cfg: SegmentationConfig) -> LabelSets:
     train, val, test = map(open_one, ("train_dataset_name", "val_dataset_name", "test_dataset_name"))
     assert train is not None
     assert test is not None
-    val, test = (None if each is None else _with_numbers_of(train, each, cfg) for each in (val, test))
+    val, test = (None if labels is None else _with_numbers_of(train, labels, cfg) for labels in (val, test))
     assert test is not None
     if cfg.ignore_labels is not None:
         logger.info("labels that do not count: %s, as ignore_labels says", cfg.ignore_labels or "none")
         return LabelSets(train, val, test, cfg.ignore_labels)
-    left_out = [set(each.own_ignore_labels) for each in (train, val, test) if each is not None and each.numbers is None]
-    ignore_labels = sorted(
-        set().union(*left_out) | {UNLABELLED for each in (val, test) if each is not None and each.numbers is not None}
-    )
+    opened = [labels for labels in (train, val, test) if labels is not None]
+    left_out = [set(labels.own_ignore_labels) for labels in opened if labels.numbers is None]
+    ignore_labels = sorted(set().union(*left_out) | {UNLABELLED for labels in opened if labels.numbers is not None})
     logger.info("labels that do not count: %s, as the data sets say; ignore_labels=[...] overrides", ignore_labels)
     differing = set().union(*left_out) - set.intersection(*left_out)
     if differing:
@@ -195,11 +194,11 @@ def _with_numbers_of(train: LabelSet, other: LabelSet, cfg: SegmentationConfig) 
     left_out = other.own_ignore_labels if cfg.ignore_labels is None else ()
     counting = [label for label in range(len(other.class_names)) if label not in left_out]
     names = [other.class_names[label] for label in counting]
-    found = match_classes(names, other.where, train.class_names, train.where)
-    if found is None:
+    matched = match_classes(names, other.where, train.class_names, train.where)
+    if matched is None:
         return other
     numbers = torch.arange(NUM_LABELS, dtype=torch.uint8)
-    numbers[counting] = torch.tensor(found, dtype=torch.uint8)
+    numbers[counting] = torch.tensor(matched, dtype=torch.uint8)
     numbers[list(left_out)] = UNLABELLED
     return replace(other, numbers=numbers)
 
@@ -268,7 +267,7 @@ def to_patches(labels: UInt8[Tensor, "b h w"], patch_size: int) -> UInt8[Tensor,
 def from_patches(
     pixels: UInt8[Tensor, "patches pixels"], height: int, width: int, patch_size: int
 ) -> UInt8[Tensor, "b h w"]:
-    """The inverse of `to_patches`."""
+    """Label images of `height` x `width` pixels from the labels of each patch's pixels: undoes `to_patches`."""
     grid = pixels.view(-1, height // patch_size, width // patch_size, patch_size, patch_size)
     return grid.transpose(2, 3).reshape(-1, height, width)
 
@@ -276,9 +275,9 @@ def from_patches(
 def majority_label(pixels: UInt8[Tensor, "patches pixels"]) -> UInt8[Tensor, " patches"]:
     """The most frequent label of each patch; ties go to the smallest."""
     labels = []
-    for some in pixels.split(ROWS):
-        counts = torch.zeros(len(some), NUM_LABELS, dtype=torch.int32, device=pixels.device)
-        counts.scatter_add_(1, some.long(), torch.ones_like(some, dtype=torch.int32))
+    for rows in pixels.split(ROWS):
+        counts = torch.zeros(len(rows), NUM_LABELS, dtype=torch.int32, device=pixels.device)
+        counts.scatter_add_(1, rows.long(), torch.ones_like(rows, dtype=torch.int32))
         labels.append(counts.argmax(dim=1).to(torch.uint8))
     return torch.cat(labels)
 
@@ -386,7 +385,7 @@ class Standardizer:
                 self.scale = _nonzero(variances.flip(0).clamp_min(0).sqrt()).float()
 
     def apply_(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """Change `features` in place."""
+        """Standardise `features` in place, and return them."""
         shift, scale = self.shift.to(features.device), self.scale.to(features.device)
         for rows in features.split(ROWS):
             rows.sub_(shift)
@@ -410,7 +409,7 @@ def _covariance(features: Tensor, mean: Tensor) -> Tensor:
 
 
 def _quartiles(features: Tensor, columns: int = 16) -> tuple[Tensor, Tensor, Tensor]:
-    parts = [np.percentile(some.numpy(), (25, 50, 75), axis=0) for some in features.split(columns, dim=1)]
+    parts = [np.percentile(part.numpy(), (25, 50, 75), axis=0) for part in features.split(columns, dim=1)]
     low, middle, high = torch.from_numpy(np.concatenate(parts, axis=1)).float()
     return low, middle, high
 
@@ -442,12 +441,12 @@ class TrainingPatches:
         require(most <= num, "labelled_images", most, f"there are {num} training images; give smaller numbers")
         if val is None:
             fit, held_out = split_off(num, cfg.val_proportion, cfg.seed)
-            of_val = self.chosen[held_out]
+            val_images = self.chosen[held_out]
         else:
             fit, held_out = torch.arange(num), torch.full((len(val.dataset),), -1)
-            of_val = torch.arange(len(val.dataset))
+            val_images = torch.arange(len(val.dataset))
         fit_x, fit_y = self._read(cfg, model, train, self.chosen[fit], "training images")
-        val_x, val_y = self._read(cfg, model, val or train, of_val, "validation images")
+        val_x, val_y = self._read(cfg, model, val or train, val_images, "validation images")
         self.num_images, num_patches = len(fit) + len(held_out), len(fit_y) // len(fit)
         counts, val_counts = (_count_labels(y, num_patches) for y in (fit_y, val_y))
         if val is not None:
@@ -473,8 +472,8 @@ class TrainingPatches:
         self.num_fit = int(counts_in_fit.sum())
         self.num_refit = self.num_fit + int((~dropped).sum())
         self.features, self.pixels, self.images = (
-            torch.cat([of_fit[counts_in_fit], of_val[order]])
-            for of_fit, of_val in (
+            torch.cat([fit_column[counts_in_fit], val_column[order]])
+            for fit_column, val_column in (
                 (fit_x, val_x),
                 (fit_y, val_y),
                 (fit.repeat_interleave(num_patches), held_out.repeat_interleave(num_patches)),
@@ -522,7 +521,7 @@ class TrainingPatches:
             raise UserError(f"knn_ks={cfg.knn_ks}: there are only {self.num_fit} training patches; choose fewer")
 
     def name(self, label: int) -> str:
-        """Of a class."""
+        """The name of a class, or its number if it has none."""
         return self.class_names[label] if label < len(self.class_names) else str(label)
 
 
@@ -547,16 +546,16 @@ def _batches(
 
 
 Predict = Callable[[Float[Tensor, "q d"]], UInt8[Tensor, "q pixels"]]
-"""From standardised features on the device to labels of the patches' pixels."""
+"""A fitted classifier: from standardised features on the device to labels of the patches' pixels."""
 
 
 def knn_classifier(cfg: SegmentationConfig, features: Tensor, pixels: Tensor, k: int, distance: str) -> Predict:
     """The most frequent label of the k nearest patches, pixel by pixel."""
 
-    def predict(some: Tensor) -> Tensor:
+    def predict(queries: Tensor) -> Tensor:
         dtype = getattr(torch, cfg.knn_dtype)
-        _, found = nearest(some, features, k, distance, train_chunk=cfg.knn_chunk, dtype=dtype)
-        ((_, predicted),) = majority_votes(found, pixels, [k])
+        _, neighbors = nearest(queries, features, k, distance, train_chunk=cfg.knn_chunk, dtype=dtype)
+        ((_, predicted),) = majority_votes(neighbors, pixels, [k])
         return predicted
 
     return predict
@@ -565,8 +564,8 @@ def knn_classifier(cfg: SegmentationConfig, features: Tensor, pixels: Tensor, k:
 def linear_classifier(weight: Tensor, bias: Tensor, num_pixels: int) -> Predict:
     """The most likely label of a patch, for all of its pixels."""
 
-    def predict(some: Tensor) -> Tensor:
-        labels = [torch.addmm(bias, rows.to(bias.device), weight.T).argmax(dim=1) for rows in some.split(ROWS)]
+    def predict(features: Tensor) -> Tensor:
+        labels = [torch.addmm(bias, rows.to(bias.device), weight.T).argmax(dim=1) for rows in features.split(ROWS)]
         return torch.cat(labels).to(torch.uint8).unsqueeze(1).expand(-1, num_pixels)
 
     return predict
@@ -582,8 +581,8 @@ def choose_knn(cfg: SegmentationConfig, data: TrainingPatches, device: torch.dev
     scores: dict[str, float] = {}
     fit = data.features[: data.num_fit]
     for distance in cfg.knn_distances:
-        _, found = nearest(queries, fit, max(cfg.knn_ks), distance, train_chunk=cfg.knn_chunk, dtype=dtype)
-        for k, predicted in majority_votes(found, data.pixels[: data.num_fit], cfg.knn_ks):
+        _, neighbors = nearest(queries, fit, max(cfg.knn_ks), distance, train_chunk=cfg.knn_chunk, dtype=dtype)
+        for k, predicted in majority_votes(neighbors, data.pixels[: data.num_fit], cfg.knn_ks):
             confusion = all_reduce_sum_(confusion_matrix(truth, predicted, data.ignore_labels))
             scores[f"{distance}, k={k}"] = segmentation_metrics(confusion, data.ignore_labels)["mIoU"]
             logger.info("k-NN, %s, k=%d: %.4f validation mIoU", distance, k, scores[f"{distance}, k={k}"])
@@ -641,16 +640,16 @@ def fit_on_few(
     choices, predictors = [], []
     for repeat in range(cfg.labelled_repeats):
         images = sorted(choose_images(has_class, num, derive_seed(cfg.seed, "labelled images", repeat)))
-        mine = rows[torch.isin(data.images[rows], torch.tensor(images))]
-        features, labels = data.features[mine.to(data.features.device)], data.labels[mine].long()
+        labelled = rows[torch.isin(data.images[rows], torch.tensor(images))]
+        features, labels = data.features[labelled.to(data.features.device)], data.labels[labelled].long()
         present, all_present = len(labels.unique()), int(has_class.any(dim=0).sum())
         require(present > 1, "labelled_images", num, "so many images have one class alone; classifiers need two")
         if present < all_present:
             logger.warning("labelled_images=%d: choice %d has %d of %d classes", num, repeat, present, all_present)
         if classifier == "knn":
-            predictors.append(knn_classifier(cfg, features, data.pixels[mine], min(FEW_K, len(mine)), "cosine"))
+            predictors.append(knn_classifier(cfg, features, data.pixels[labelled], min(FEW_K, len(labelled)), "cosine"))
         else:
-            c = 1 / (2 * FEW_PENALTY * len(mine))
+            c = 1 / (2 * FEW_PENALTY * len(labelled))
             fitted = fit_logistic(
                 features.to(device), labels.to(device), int(labels.max()) + 1, c, max_iter=cfg.logreg_max_iter
             )
@@ -669,7 +668,8 @@ def evaluate(cfg: SegmentationConfig, model: FrozenModel, results: Results) -> N
     wanted = [name for name in cfg.classifiers if name not in results]
     few_wanted = [name for name in with_few if name not in results]
     sets = open_label_sets(cfg)
-    results.note_data(**{each.key: each.dataset for each in (sets.train, sets.val, sets.test) if each is not None})
+    opened = [labels for labels in (sets.train, sets.val, sets.test) if labels is not None]
+    results.note_data(**{labels.key: labels.dataset for labels in opened})
     results.declare_scores(*SCORES)
     if not wanted and not few_wanted:
         logger.info("nothing to do: %s has %s", results.path, ", ".join([*cfg.classifiers, *with_few]))
@@ -686,7 +686,7 @@ def evaluate(cfg: SegmentationConfig, model: FrozenModel, results: Results) -> N
         grid=[grid, grid],
         standardization=cfg.standardization,
         ignore_labels=sets.ignore_labels,
-        own_ignore_labels={each.key: each.own_ignore_labels for each in sets[:3] if each is not None},
+        own_ignore_labels={labels.key: labels.own_ignore_labels for labels in opened},
         num_train_images=data.num_images,
         num_train_patches=data.num_refit,
         num_test_images=len(sets.test.dataset),
@@ -752,11 +752,11 @@ class Outcome:
 
     confusions: dict[str, Int64[Tensor, "256 256"]]
     few_confusions: dict[str, list[Int64[Tensor, "256 256"]]]
-    """Of the classifiers with few labelled images, one for each choice of them."""
+    """Those of the classifiers with few labelled images, one for each choice of them."""
     predictions: dict[str, Tensor]
     """Label images [n, h, w] of each classifier, with few labelled images of the first choice, if they are dumped."""
     pictures: list[dict[str, np.ndarray]]
-    """For each image that is drawn: image [h, w, 3], truth [h, w], and the prediction of each classifier."""
+    """One for each image that is drawn: image [h, w, 3], truth [h, w], and the prediction of each classifier."""
 
 
 def run_test(
@@ -868,7 +868,7 @@ EVALUATION = Evaluation("segmentation", SegmentationConfig, evaluate, parser)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; see `evaluation.Evaluation.main`."""
+    """Run the command line and return its exit code; see `evaluation.Evaluation.main`."""
     return EVALUATION.main(arguments)
 
 

@@ -223,7 +223,7 @@ def evaluate(cfg: VisualizationsConfig, model: FrozenModel, results: Results) ->
 
 
 Measure = Callable[[Float[Tensor, "b n d"]], Tensor]
-"""From the patch features of some images to rows, one per image."""
+"""A function of the patch features of some images that gives rows, one per image."""
 
 
 def evenly_spaced(total: int, num: int) -> list[int]:
@@ -358,7 +358,7 @@ def outlier_cutoff(norms: Float[Tensor, "*images"]) -> float:
 
 
 def cosine_similarity(x: Float[Tensor, "b n d"], to: Float[Tensor, " d"]) -> Float32[Tensor, "b n"]:
-    """Between each patch and one."""
+    """The cosine similarity of each patch to one."""
     return F.cosine_similarity(x.float(), to.to(x.device), dim=-1).clamp(-1, 1)
 
 
@@ -390,7 +390,7 @@ class ClusteringHead:
         """The most similar prototype of each patch: the head's own answer, before Sinkhorn-Knopp balances a batch."""
         weight, bias = self.weight.to(x.device), None if self.bias is None else self.bias.to(x.device)
         return torch.stack(
-            [F.linear(F.normalize(each.float(), dim=-1, eps=1e-7), weight, bias).argmax(-1) for each in x]
+            [F.linear(F.normalize(image.float(), dim=-1, eps=1e-7), weight, bias).argmax(-1) for image in x]
         )
 
 
@@ -400,8 +400,8 @@ def _read_from(source: str | None) -> str:
     if path.is_dir() and not (path / ".metadata").is_file():
         path = Checkpoints(path, keep=1).newest() or path
     path = path / ".metadata" if path.is_dir() else path
-    found = path.stat() if path.is_file() else None
-    return broadcast_object(str(path) if found is None else f"{path}, {found.st_size} bytes, {found.st_mtime_ns}")
+    file = path.stat() if path.is_file() else None
+    return broadcast_object(str(path) if file is None else f"{path}, {file.st_size} bytes, {file.st_mtime_ns}")
 
 
 def read_clustering_head(source: str, module: nn.Module, width: int) -> ClusteringHead:
@@ -470,7 +470,7 @@ class AtomDictionary(NamedTuple):
     def encode(self, x: Float[Tensor, "b n d"]) -> Float32[Tensor, "b n k"]:
         """How much of each atom is in each patch."""
         mean = self.mean.to(x.device)
-        return torch.stack([sparse_codes((each - mean) / self.scale, self.atoms).float() for each in x])
+        return torch.stack([sparse_codes((image - mean) / self.scale, self.atoms).float() for image in x])
 
 
 def sparse_codes(x: Float64[Tensor, "m d"], atoms: Float64[Tensor, "k d"]) -> Float64[Tensor, "m k"]:
@@ -560,9 +560,9 @@ def save_maps(scene: Scene, kind: str, colors: UInt8[Tensor, "images n 3"]) -> N
     save_pictures(scene, kind, lambda i: as_squares(colors[i], scene))
 
 
-def as_squares(of_patches: Tensor, scene: Scene) -> Tensor:
-    """From values of the patches [n, ...] to those of the pixels [h, w, ...]."""
-    grid = of_patches.unflatten(0, (scene.grid, scene.grid))
+def as_squares(values: Tensor, scene: Scene) -> Tensor:
+    """Values of the patches [n, ...] as those of the pixels [h, w, ...]."""
+    grid = values.unflatten(0, (scene.grid, scene.grid))
     return grid.repeat_interleave(scene.patch_size, 0).repeat_interleave(scene.patch_size, 1)
 
 
@@ -710,7 +710,7 @@ class Kind:
         """What is done with the rows of the measures before the second look."""
 
     def measures_again(self) -> dict[str, Measure]:
-        """Functions for the second look."""
+        """Functions of the patch features for the second look, once `fit` was called."""
         return {}
 
     def draw(self, rows: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class EvaluationConfig:
     """Mean and deviation of the RGB channels, in [0, 1], by which images are normalised."""
     image_std: list[float] = field(default_factory=lambda: list(IMAGENET_STD), metadata=IMAGE_STD)
     seed: int = field(default=0, metadata=SEED)
-    """Of random weights, splits and initialisations."""
+    """What random weights, splits and initialisations follow from."""
 
     free_keys: ClassVar[tuple[str, ...]] = ()
     """Keys that may change between runs into one folder, besides `SPEED_KEYS`: the evaluation sees to it by itself."""
@@ -216,7 +216,7 @@ def find_model_file(model_path: str) -> Path:
 
     Raises: UserError if there is none.
     """
-    path = next((each for each in (Path(model_path), ROOT / model_path) if each.is_file()), None)
+    path = next((path for path in (Path(model_path), ROOT / model_path) if path.is_file()), None)
     if path is None:
         raise UserError(f"model_path={model_path}: there is no such file; give a Python file with __model_loader__")
     return path
@@ -254,7 +254,7 @@ def square(image: Image.Image, size: int) -> UInt8[Tensor, "3 size size"]:
 
 
 Prepare = Callable[[Image.Image, Any], tuple[Tensor, ...]]
-"""From a decoded image and its label to tensors, of the same shapes for all images; the first is the 8-bit image."""
+"""Makes tensors of a decoded image and its label, of the same shapes for all images; the first is the 8-bit image."""
 
 
 class _Prepared(Dataset[Any]):
@@ -375,7 +375,7 @@ def extract(
         return joined
     # A rank may have no image; it learns from another what the rows look like.
     likeness = [(row.dtype, row.shape[1:]) for row in joined] or None
-    known = next(each for each in gather_objects(likeness) if each is not None)
+    known = next(rows for rows in gather_objects(likeness) if rows is not None)
     joined = joined or tuple(torch.empty(0, *shape, dtype=dtype) for dtype, shape in known)
     return tuple(all_gather_rows(column) for column in joined)
 
@@ -519,7 +519,7 @@ class Results:
         return made_of | data | config
 
     def artifacts(self) -> Path:
-        """Folder for pictures."""
+        """The folder for pictures, which is made."""
         return self.folder("artifacts")
 
     def folder(self, name: str) -> Path:
@@ -639,11 +639,11 @@ class Evaluation(Generic[ConfigT]):
     """One script: its name, its keys, and what it does."""
 
     name: str
-    """As in results_<name>.json."""
+    """What it is called, as in results_<name>.json."""
     schema: type[ConfigT]
     evaluate: Callable[[ConfigT, FrozenModel, Results], None]
     parser: argparse.ArgumentParser
-    """Of its arguments, `sources`."""
+    """The parser of its command line, whose arguments are `sources`."""
 
     @ending_in_words
     def main(self, arguments: Sequence[str] | None = None) -> int:

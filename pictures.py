@@ -20,7 +20,7 @@ MOMENT_ROWS = 8192
 
 def image_scores(x: Float[Tensor, "b n d"], num_components: int) -> Float32[Tensor, "b n k"]:
     """First principal components of each image's own patches; their signs are arbitrary."""
-    return torch.stack([_scores(each.double(), num_components).float() for each in x])
+    return torch.stack([_scores(image.double(), num_components).float() for image in x])
 
 
 def _scores(x: Float64[Tensor, "n d"], num_components: int) -> Float64[Tensor, "n k"]:
@@ -74,10 +74,10 @@ class Moments:
 def project(
     x: Float[Tensor, "b n d"], mean: Float64[Tensor, " d"], directions: Float64[Tensor, "d k"]
 ) -> Float32[Tensor, "b n k"]:
-    """Components of patches along `directions`."""
+    """Components of patches of images along `directions`, once `mean` is taken off."""
     directions = directions.to(x.device)
     shift = mean.to(x.device) @ directions
-    return torch.stack([(each.double() @ directions - shift).float() for each in x])
+    return torch.stack([(image.double() @ directions - shift).float() for image in x])
 
 
 def standardize(scores: Float[Tensor, "*images n k"], whiten: bool) -> Float32[Tensor, "*images n k"]:

@@ -70,7 +70,7 @@ class Probe:
         """Score the patch features [b, n, d] that `encode` computes from normalised images [b, 3, h, w]."""
         started = time.monotonic()
         (train_x, train_y), (test_x, test_y) = (
-            (self._features(each.images, encode), each.labels.to(self.device)) for each in (self.train, self.test)
+            (self._features(data.images, encode), data.labels.to(self.device)) for data in (self.train, self.test)
         )
         similarity, rows = nearest(test_x, train_x, min(self.cfg.k, len(train_x)), "cosine")
         votes = weighted_vote(similarity, train_y[rows].unsqueeze(2), self.num_classes, TEMPERATURE)
@@ -85,9 +85,9 @@ class Probe:
     def _features(self, images: UInt8[Tensor, "b 3 h w"], encode: Callable[[Tensor], Tensor]) -> Float[Tensor, "b d"]:
         # Equally many images per rank, so that sharded weights are gathered equally often; repeats are cut off.
         share = -(-len(images) // world_size())
-        mine = torch.arange(rank() * share, (rank() + 1) * share).clamp_max(len(images) - 1)
+        own = torch.arange(rank() * share, (rank() + 1) * share).clamp_max(len(images) - 1)
         parts = [
-            encode(normalize(images[rows].to(self.device))).float().mean(dim=1) for rows in mine.split(self.batch_size)
+            encode(normalize(images[rows].to(self.device))).float().mean(dim=1) for rows in own.split(self.batch_size)
         ]
         return all_gather_rows(torch.cat(parts))[: len(images)]
 

@@ -97,7 +97,7 @@ class Score(NamedTuple):
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A results.json.
+    """The content of a results.json that benchmark.py wrote.
 
     Raises: UserError without the file's name, for the caller to put before it, if it is none.
     """
@@ -346,8 +346,8 @@ def _notices(content: Mapping[str, Any]) -> str:
     for label, model in columns(content).items():
         for name, entry in model.items():
             if entry.get("status", "done") != "done":
-                of = "" if model is content["evaluations"] else f", {label}"
-                lines.append(f"{name}{of}: {entry['status']}. {entry.get('message') or ''}")
+                whose = "" if model is content["evaluations"] else f", {label}"
+                lines.append(f"{name}{whose}: {entry['status']}. {entry.get('message') or ''}")
     lines += content.get("notes", [])
     if not lines:
         return ""
@@ -564,7 +564,7 @@ def _pictures_section(content: Mapping[str, Any], base: Path) -> str:
 
 
 def _pictures_of(entry: Mapping[str, Any], evaluation: str, base: Path) -> list[Path]:
-    """The most telling first."""
+    """Its pictures, the most telling one first."""
     folder = base / entry.get("folder", evaluation) / "artifacts"
     return sorted(folder.glob("*.png"), key=lambda path: (path.stem != "overview", path.name))
 
@@ -603,7 +603,7 @@ class Panel(NamedTuple):
 
     title: str
     unit: str
-    """Of the vertical axis, which starts at 0."""
+    """The unit of the vertical axis, which starts at 0."""
     keys: Mapping[str, str]
     """Keys of metrics.jsonl -> what each is called; one that is alone may be called nothing."""
     mark: tuple[str, float] | None = None
@@ -696,7 +696,7 @@ def _described(ax: "Axes", records: Sequence[Mapping[str, Any]]) -> str:
 
 def _draw_panel(ax: "Axes", records: Sequence[Mapping[str, Any]], panel: Panel) -> None:
     right = ax.twinx() if panel.right else None
-    for number, (key, label) in enumerate((panel.keys | panel.right).items()):
+    for number, (key, label) in enumerate({**panel.keys, **panel.right}.items()):
         points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
         if points:
             axis = right if right and key in panel.right else ax
