@@ -174,7 +174,7 @@ def test_pixels_are_bytes_until_they_are_on_the_device_and_no_batch_collects_gar
         batches = [next(loader) for _ in range(3)]
     assert max(made.floats, default=0) < 3 * 56 * 56, "pixels were turned into floats before they reached the device"
     for batch in batches:
-        assert {tensor.dtype for tensor in batch.tensors().values()} == {torch.uint8, torch.int64}
+        assert {tensor.dtype for tensor in batch.tensors()} == {torch.uint8, torch.int64}
         assert batch.images.is_contiguous(memory_format=torch.channels_last), "crops were transposed one by one"
         assert normalize(batch.images).is_contiguous(), "the model would get another layout than before"
         assert batch.make_s > 0
@@ -965,7 +965,7 @@ def test_a_batch_that_never_comes_is_an_error_and_its_workers_are_ended(tmp_path
 
 def test_batches_that_do_not_fit_into_the_shared_memory_are_refused_before_the_start(folder, monkeypatch):
     with make_loader(make_config(f"data.dataset={folder}")) as loader:
-        size = sum(tensor.nbytes for tensor in next(loader).tensors().values())
+        size = sum(tensor.nbytes for tensor in next(loader).tensors())
     loader.num_workers = 3
     for batches, fits in ((8, True), (7, False)):  # 2 per worker, one in use and one on its way
         free = SimpleNamespace(free=batches * size)
@@ -1007,12 +1007,13 @@ def run_until(step, act, dataset, tmp_path, monkeypatch, workers):
             super().__init__(*args, dataset=dataset, **kwargs)
             loaders.append(self)
 
-    def log_step(cfg, bar, values):
+    def log_line(cfg, values):
         if values["step"] == step:
             act(loaders[0])
+        return ""
 
     monkeypatch.setattr(train_capi, "PretrainLoader", Spy)
-    monkeypatch.setattr(train_capi, "log_step", log_step)
+    monkeypatch.setattr(train_capi, "log_line", log_line)
     code = train_capi.main([
         *TINY, f"train.output_dir={tmp_path}/run", "data.dataset=unused", "optim.total_iters=100000",
         "train.checkpointing.period=100000", f"efficiency.dataloader_num_workers={workers}",
