@@ -37,7 +37,7 @@ def seen(loader, count):
 def test_without_decoding_on_the_device_nothing_of_it_is_imported(jpegs):
     code = """
         import sys
-        from data import PretrainLoader
+        from train_capi import make_loader
         from samples import make_config
         with make_loader(make_config("data.dataset=%s", "data.max_bad_fraction=1.0")) as loader:
             next(loader)
