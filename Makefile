@@ -2,7 +2,7 @@
 # make test    the whole CPU test suite, on two cores; WORKERS=4 is for four
 # make check   format, lint, types, tests
 # make slurm   a two-node training on a real Slurm, preempted and requeued (root, Debian's slurm-wlm and munge)
-# make gpu     also the tests that need CUDA
+# make gpu     the tests that need CUDA, and no others
 # make bench   speed and memory on this machine, into bench/results.jsonl and bench/README.md
 # Each target installs what it needs into .venv with pip; PYTHON chooses the interpreter (3.11 or newer).
 
@@ -31,7 +31,7 @@ slurm: .venv/.test
 	$(BIN)/python -m pytest -m slow tests/test_train_distributed.py
 
 gpu: .venv/.test
-	$(BIN)/python -m pytest -m "not (slow or network)"
+	$(BIN)/python -m pytest -m "gpu and not (slow or network)"
 
 bench: .venv/.run
 	$(BIN)/python bench/clustering.py

@@ -212,7 +212,7 @@ def _bicubic_weights(
     return weights / weights.sum(-1, keepdim=True)
 
 
-def _decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor | str]:
+def _decode_jpegs(files: list[Tensor], device: torch.device) -> Sequence[Tensor | str]:
     """The pixels of each file on `device`, or why it cannot be read.
 
     TorchCodec decodes on the current stream and waits for it: what follows there may read the result, and free it.

@@ -1149,12 +1149,12 @@ class Late:
 def test_work_that_is_queued_on_a_batch_reads_it_neither_too_early_nor_too_late(jpegs, decode):
     device = torch.device("cuda")
     config = make_config(f"data.dataset={jpegs}", "data.max_bad_fraction=1.0", f"data.decode={decode}", batch_size=12)
-    with PretrainLoader(config, decode_device=device) as loader:
+    with make_loader(config, decode_device=device) as loader:
         expected = [next(loader).images.cpu() for _ in range(6)]
-    with PretrainLoader(config, pin_memory=True, decode_device=device) as loader:
+    with make_loader(config, pin_memory=True, decode_device=device) as loader:
         batches = DevicePrefetcher(Late(loader), device)
         early = [next(batches).images.clone() for _ in range(6)]
-    with PretrainLoader(config, pin_memory=True, decode_device=device) as loader:
+    with make_loader(config, pin_memory=True, decode_device=device) as loader:
         batches = DevicePrefetcher(loader, device)
         late = []
         for _ in range(6):
