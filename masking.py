@@ -1,11 +1,13 @@
-"""Masks: which patches of an image the student does not see, and which of those it predicts (CAPI, sec. 3).
+"""Masks: which patches of an image the student sees, and which of the others it predicts.
 
-A generator draws one mask, True = hidden. A `MaskPlan` fixes the counts, which are the same for every image.
+CAPI (section 3): a generator draws one mask, True = hidden, and a `MaskPlan` fixes the counts, which are the same for
+every image. I-JEPA (section 3): a `MultiBlockPlan` draws a context block and target blocks that are taken out of it.
 """
 
 import inspect
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,3 +215,173 @@ def _check_counts(height: int, width: int, num_masked: int) -> None:
 def _smallest_factor(total: int) -> float:
     """The smallest ratio for which `int(total * ratio)` is 1, rounded up to four digits so that it can be typed."""
     return math.ceil(1e4 / total) / 1e4
+
+
+# --- I-JEPA: a context block without several target blocks (arXiv:2301.08243, section 3) -----------------------------
+
+RETRIES = 20
+"""Contexts with too few patches after which one more target block may overlap the context."""
+
+
+@dataclass(frozen=True)
+class MultiBlockPlan:
+    """How context and target blocks of I-JEPA are drawn. What the published code does is what the masks of its configs
+    are; the last fields are its peculiarities, each of which can be turned off.
+
+    Raises: UserError if some block that can be drawn leaves nothing to see or nothing to predict on this grid.
+    """
+
+    height: int
+    """Rows of the patch grid."""
+    width: int
+    """Columns of the patch grid."""
+    num_contexts: int
+    """Context blocks per image, each encoded for itself; 1 in the paper."""
+    num_targets: int
+    """Target blocks per image, each predicted for itself; 4."""
+    context_scale: tuple[float, float]
+    """Area of a context block as a fraction of the image, (0.85, 1); it is a square."""
+    target_scale: tuple[float, float]
+    """Area of a target block as a fraction of the image, (0.15, 0.2)."""
+    target_aspect: tuple[float, float]
+    """Height / width of a target block, (0.75, 1.5)."""
+    min_keep: int
+    """A context has more patches than this, 10, after the targets are taken out; else its place is drawn again."""
+    allow_overlap: bool
+    """Whether the targets stay in the context. False in the paper."""
+    context_patches: int | None
+    """None, as published: all contexts of a forward pass are cut to the size of the smallest, so that the number of
+    images in it decides how much is seen: with 14 x 14 patches 41 % of the image for one, 25 % for 128. A number: all
+    are cut to it, and smaller contexts are drawn again."""
+    cut_from_below: bool
+    """True, as published: what a cut leaves are the first patches in reading order, so that the lower part of images is
+    rarely seen. False: patches drawn at random."""
+    reach_border: bool
+    """False, as published: a block never reaches the last row and the last column of the grid, since the last place is
+    not drawn. True: it may."""
+    independent_aspect: bool
+    """False, as published: one random number decides on area and aspect ratio of a target, so that small blocks are
+    wide and large ones are tall. True: each has its own."""
+
+    def __post_init__(self) -> None:
+        """Check the smallest blocks that can be drawn."""
+        grid = f"a grid of {self.height} x {self.width} patches"
+        steps = [i / 64 for i in range(64)] + [math.nextafter(1, 0)]
+        corners = [(0.0, 0.0), (0.0, steps[-1])]  # the flattest and the narrowest of the smallest
+        for u_scale, u_aspect in corners if self.independent_aspect else zip(steps, steps, strict=True):
+            rows, columns = self._size(self.target_scale, self.target_aspect, u_scale, u_aspect)
+            if rows < 1 or columns < 1:
+                raise UserError(
+                    f"masks.target_scale={list(self.target_scale)}: a target block may have no patch on {grid}; use "
+                    "larger scales, or more patches: a larger data.images_size or a smaller model.patch_size"
+                )
+        rows, columns = self._size(self.context_scale, (1.0, 1.0), 0.0, 0.0)
+        if rows * columns <= self.least_kept:
+            raise UserError(
+                f"masks.context_scale={list(self.context_scale)}: a context block may have {rows * columns} "
+                f"patches on {grid}, which is not more than masks.min_keep={self.min_keep}"
+                + (f" or less than masks.context_patches={self.context_patches}" if self.context_patches else "")
+                + "; use a smaller one of these, larger scales, or more patches"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        """Patches per image."""
+        return self.height * self.width
+
+    @property
+    def least_kept(self) -> int:
+        """A context has more patches than this."""
+        return self.min_keep if self.context_patches is None else max(self.min_keep, self.context_patches - 1)
+
+    def draw_sizes(self, generator: Generator) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(rows, columns) of the target blocks and of the context blocks of a forward pass."""
+        u_scale = torch.rand(1, generator=generator).item()
+        u_aspect = torch.rand(1, generator=generator).item() if self.independent_aspect else u_scale
+        target = self._size(self.target_scale, self.target_aspect, u_scale, u_aspect)
+        u = torch.rand(1, generator=generator).item()
+        return target, self._size(self.context_scale, (1.0, 1.0), u, u)
+
+    def draw_blocks(
+        self, target_size: tuple[int, int], context_size: tuple[int, int], generator: Generator
+    ) -> tuple[list[Int64[Tensor, " v"]], list[Int64[Tensor, " m"]]]:
+        """Positions of one image's contexts and of its targets, ascending in `[0, n)`; contexts are not cut yet."""
+        targets = [self._place(target_size, generator) for _ in range(self.num_targets)]
+        contexts = []
+        for _ in range(self.num_contexts):
+            context, num_avoided = self._place(context_size, generator), 0 if self.allow_overlap else len(targets)
+            for attempt in itertools.count(1):
+                kept = context.clone()
+                for target in targets[:num_avoided]:
+                    kept &= ~target
+                if kept.sum() > self.least_kept:
+                    break
+                if attempt % RETRIES == 0:
+                    num_avoided -= 1
+                context = self._place(context_size, generator)
+            contexts.append(kept.flatten().nonzero().squeeze(1))
+        return contexts, [target.flatten().nonzero().squeeze(1) for target in targets]
+
+    def _size(
+        self, scale: tuple[float, float], aspect: tuple[float, float], u_scale: float, u_aspect: float
+    ) -> tuple[int, int]:
+        area = int(self.num_patches * (scale[0] + u_scale * (scale[1] - scale[0])))
+        ratio = aspect[0] + u_aspect * (aspect[1] - aspect[0])
+        rows, columns = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        free = 0 if self.reach_border else 1
+        return min(rows, self.height - free), min(columns, self.width - free)
+
+    def _place(self, size: tuple[int, int], generator: Generator) -> Bool[Tensor, "hp wp"]:
+        border = 1 if self.reach_border else 0
+        top = int(torch.randint(self.height - size[0] + border, (1,), generator=generator))
+        left = int(torch.randint(self.width - size[1] + border, (1,), generator=generator))
+        block = torch.zeros(self.height, self.width, dtype=torch.bool)
+        block[top : top + size[0], left : left + size[1]] = True
+        return block
+
+
+@dataclass(frozen=True)
+class MultiBlockMasks:
+    """Draws the contexts and targets of a batch, whose images share the sizes of blocks.
+
+    They follow from the seed and the keys of the images that share a forward pass on one rank: neither the number of
+    ranks nor that of accumulation steps changes them, the number of images in a forward pass does. (In the published
+    code all ranks share the sizes of a step as well.)
+
+    Args:
+        plan: what is drawn.
+        seed: from which, and the keys of the images, all masks follow.
+    """
+
+    plan: MultiBlockPlan
+    seed: int
+
+    def __call__(self, keys: list[tuple[int, ...]]) -> dict[str, Int64[Tensor, "k b patches"]]:
+        """`context_indices` [contexts, b, v] and `target_indices` [targets, b, m], positions in `[0, n)`."""
+        sizes = self.plan.draw_sizes(torch.Generator().manual_seed(derive_seed(self.seed, "block-sizes", *keys[0])))
+        return self.collate(
+            sizes, [torch.Generator().manual_seed(derive_seed(self.seed, "blocks", *key)) for key in keys]
+        )
+
+    def collate(
+        self, sizes: tuple[tuple[int, int], tuple[int, int]], generators: Sequence[Generator]
+    ) -> dict[str, Int64[Tensor, "k b patches"]]:
+        """Masks of one image after the other, cut to equal lengths.
+
+        Args:
+            sizes: what `MultiBlockPlan.draw_sizes` gave.
+            generators: of the images' blocks; the published code has one for all.
+        """
+        drawn = [self.plan.draw_blocks(*sizes, generator) for generator in generators]
+        length = self.plan.context_patches or min(len(context) for contexts, _ in drawn for context in contexts)
+        contexts = [
+            torch.stack([self._cut(context, length, generator) for context in contexts])
+            for (contexts, _), generator in zip(drawn, generators, strict=True)
+        ]
+        targets = [torch.stack(targets) for _, targets in drawn]
+        return {"context_indices": torch.stack(contexts, dim=1), "target_indices": torch.stack(targets, dim=1)}
+
+    def _cut(self, context: Int64[Tensor, " v"], length: int, generator: Generator) -> Int64[Tensor, " cut"]:
+        if self.plan.cut_from_below:
+            return context[:length]
+        return context[torch.randperm(len(context), generator=generator)[:length].sort().values]

@@ -149,12 +149,13 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers without bias around an exact GELU, hidden width 4 x dim."""
+    """Two linear layers around an exact GELU; between them 4 x `dim` channels, unless `hidden_dim` says otherwise."""
 
-    def __init__(self, dim: int, *, ratio: int = 4, bias: bool = False) -> None:
+    def __init__(self, dim: int, *, hidden_dim: int | None = None, bias: bool = False) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, ratio * dim, bias=bias)
-        self.fc2 = nn.Linear(ratio * dim, dim, bias=bias)
+        hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
+        self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Apply the layers to every token."""
@@ -253,6 +254,8 @@ def _norm_in_dtype_of(x: Tensor, norm: nn.Module) -> Tensor:
 
 class Block(nn.Module):
     """Transformer block: residual attention, then residual MLP."""
+
+    is_transformer_block = True
 
     def __init__(
         self,
@@ -660,12 +663,7 @@ class EncoderDecoder(nn.Module):
         return with_hub_methods(self).push_to_hub(repo_id, model_card_kwargs=card, **kwargs)
 
     def _embed_patches(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n d"], int, int]:
-        p = self.patch_size
-        if x.shape[-2] % p or x.shape[-1] % p:
-            raise UserError(
-                f"The image size {x.shape[-2]}x{x.shape[-1]} must be a multiple of the patch size {p} in both "
-                "directions; resize or crop the images"
-            )
+        patch_grid(x, self.patch_size)  # raises
         embedded = self.patch_embed(x)
         return embedded.flatten(2).transpose(1, 2), embedded.shape[-2], embedded.shape[-1]
 
@@ -684,6 +682,45 @@ class EncoderDecoder(nn.Module):
             register_coords = low + register_coords * (high - low)
         registers = self.registers.to(patches.dtype).expand(b, -1, -1)
         return torch.cat([registers, patches], dim=1), torch.cat([register_coords, coords], dim=1)
+
+
+def patch_grid(images: Float[Tensor, "b c h w"], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches.
+
+    Raises: UserError if a side of the images is no multiple of the patch size.
+    """
+    height, width = images.shape[-2:]
+    if height % patch_size or width % patch_size:
+        raise UserError(
+            f"The image size {height}x{width} must be a multiple of the patch size {patch_size} in both directions; "
+            "resize or crop the images"
+        )
+    return height // patch_size, width // patch_size
+
+
+def resize_positions(
+    table: Float[Tensor, "1 n d"], grid: tuple[int, int], *, antialias: bool, offset: float = 0.0
+) -> Float[Tensor, "1 n2 d"]:
+    """Bicubic resizing of a learned or stored position table for a square grid, with or without a class token's row.
+
+    Args:
+        table: the rows of the patches, row-major, after at most one for the class token, which is kept.
+        grid: rows and columns wanted.
+        antialias: low-pass before shrinking, as MAE and DINOv2 with registers do and DINO and I-JEPA do not.
+        offset: DINO, iBOT and DINOv2 without registers enlarge by (n + 0.1) / side instead of n / side.
+    """
+    side = math.isqrt(table.shape[1])
+    class_row, patches = table.split([table.shape[1] - side * side, side * side], dim=1)
+    if grid == (side, side):
+        return table
+    square = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
+    if offset:
+        scales = tuple((length + offset) / side for length in grid)
+        resized = F.interpolate(square, scale_factor=scales, mode="bicubic", antialias=antialias)
+    else:
+        resized = F.interpolate(square, size=grid, mode="bicubic", antialias=antialias)
+    assert resized.shape[-2:] == grid
+    return torch.cat([class_row, resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
 def _linspace(num: int, device: torch.device) -> Float[Tensor, " num"]:

@@ -55,7 +55,6 @@ from distributed import pick_device, rank, session, world_size
 from fsdp import Sharding, average_gradients_, parallelize
 from launch import StopRequest, claim_output_dir, requeue, was_requeued
 from metrics import FiniteWatch, Metrics, Profile, Throughput
-from model import Attention, Block
 from optim import grad_norm
 from pixels import log_pixels, sample_pixels
 from probe import Probe
@@ -127,7 +126,8 @@ class TrainState:
         asked for is imported.
 
         Args:
-            make: builds it; every part has an `init_weights`.
+            make: builds it; every part has an `init_weights`, and transformer blocks a class attribute
+                `is_transformer_block`.
             compilation: how its blocks are compiled; None for not.
             is_teacher: whether it gets no gradient.
             load: changes its weights before they are divided; called on rank 0 alone.
@@ -135,11 +135,11 @@ class TrainState:
         module = _materialise(make, self.device)
         if load is not None and rank() == 0:
             load(module)
-        blocks: list[nn.Module] = [part for part in module.modules() if isinstance(part, Block)]
+        blocks: list[nn.Module] = [p for p in module.modules() if hasattr(p, "is_transformer_block")]
         if self.efficiency.attention == "xformers":
             from speed.attention import attend_by_xformers
 
-            attention: list[nn.Module] = [part for part in module.modules() if isinstance(part, Attention)]
+            attention: list[nn.Module] = [p for p in module.modules() if hasattr(p, "attend")]
             attend_by_xformers(attention, self.device, self.dtype)
         if is_teacher:
             module.requires_grad_(False).eval()

@@ -7,17 +7,16 @@ A loader builds the architecture with a library, hands its file to `load_publish
 import argparse
 import importlib
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from model import patch_grid, resize_positions
 from utils import UserError, did_you_mean
 from weights import load_strictly, read_state_dict
 
@@ -127,31 +126,6 @@ def rename_keys(state: StateDict, *rules: tuple[str, str]) -> StateDict:
 # ---------------------------------------------------------------------------------------- positions
 
 
-def resize_positions(
-    table: Float[Tensor, "1 n d"], grid: Grid, *, antialias: bool, offset: float = 0.0
-) -> Float[Tensor, "1 n2 d"]:
-    """Bicubic resizing of a learned or stored table for a square grid, with or without a row for the class token.
-
-    Args:
-        table: the rows of the patches, row-major, after at most one for the class token, which is kept.
-        grid: rows and columns wanted.
-        antialias: low-pass before shrinking, as MAE and DINOv2 with registers do and DINO and I-JEPA do not.
-        offset: DINO, iBOT and DINOv2 without registers enlarge by (n + 0.1) / side instead of n / side.
-    """
-    side = math.isqrt(table.shape[1])
-    class_row, patches = table.split([table.shape[1] - side * side, side * side], dim=1)
-    if grid == (side, side):
-        return table
-    square = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
-    if offset:
-        scales = tuple((length + offset) / side for length in grid)
-        resized = F.interpolate(square, scale_factor=scales, mode="bicubic", antialias=antialias)
-    else:
-        resized = F.interpolate(square, size=grid, mode="bicubic", antialias=antialias)
-    assert resized.shape[-2:] == grid
-    return torch.cat([class_row, resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
-
-
 def resize_like_dino(table: Float[Tensor, "1 n d"], grid: Grid) -> Float[Tensor, "1 n2 d"]:
     """The rule of DINO, iBOT and DINOv2 without registers: scaled by (n + 0.1) / side, not antialiased."""
     return resize_positions(table, grid, antialias=False, offset=0.1)
@@ -168,17 +142,6 @@ def resize_plainly(table: Float[Tensor, "1 n d"], grid: Grid) -> Float[Tensor, "
 
 
 # ---------------------------------------------------------------------------------------- outputs
-
-
-def patch_grid(images: Float[Tensor, "b c h w"], patch_size: int) -> Grid:
-    """Rows and columns of patches. Raises: UserError if a side is no multiple of the patch size."""
-    height, width = images.shape[-2:]
-    if height % patch_size or width % patch_size:
-        raise UserError(
-            f"The image size {height}x{width} must be a multiple of the patch size {patch_size} in both directions; "
-            "resize or crop the images"
-        )
-    return height // patch_size, width // patch_size
 
 
 def split_tokens(

@@ -1,0 +1,360 @@
+"""The networks of I-JEPA (arXiv:2301.08243) and StoP (arXiv:2308.00566): encoder, predictor, and the loss between them.
+
+State-dict names and shapes are those of the published weights. Position tables are frozen and part of the weights.
+This file is also a model file in the sense of the evaluations: `load_model` builds an encoder from weights on disk.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import Features, Float, Int, Mlp, patch_grid, resize_positions
+from utils import UserError
+from weights import backbone_part, load_strictly, read_state_dict
+
+NORM_EPS = 1e-6
+TARGET_NORM_EPS = 1e-5
+WEIGHT_STD = 0.02
+PUBLISHED_PARTS = ("encoder", "target_encoder", "predictor")
+"""State dicts in a published file; all keys in them begin with `module.`."""
+
+
+def sincos_table(grid: tuple[int, int], dim: int) -> Float[Tensor, "1 n d"]:
+    """Positions of the patches of a grid as sines and cosines, row-major: column first, as in MAE.
+
+    A patch at (row, column) gets [sin(column w), cos(column w), sin(row w), cos(row w)], each `dim` / 4 long, with
+    w_k = 10000^(-k / (dim / 4)). Computed in float64, returned in float32.
+
+    Raises: UserError if `dim` is no multiple of 4.
+    """
+    if dim % 4:
+        raise UserError(f"embed_dim={dim} must be a multiple of 4: sine and cosine of row and column")
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
+    rows, columns = (torch.arange(length, dtype=torch.float64, device="cpu") for length in grid)
+    angles = [places.flatten().outer(frequencies) for places in reversed(torch.meshgrid(rows, columns, indexing="ij"))]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float().unsqueeze(0)
+
+
+def gather_patches(x: Float[Tensor, "#b n d"], indices: Int[Tensor, "k b m"]) -> Float[Tensor, "kb m d"]:
+    """Rows of every image, one mask after the other along the batch: [k*b, m, d], mask-major.
+
+    Args:
+        x: tokens of every image, or one table for all.
+        indices: positions in `[0, n)`, of k masks for each image.
+    """
+    images = torch.arange(indices.shape[1], device=x.device).clamp_max(len(x) - 1).view(1, -1, 1)
+    return x[images, indices].flatten(0, 1)
+
+
+def prediction_targets(
+    features: Float[Tensor, "b n d"], target_indices: Int[Tensor, "t b m"], num_contexts: int = 1
+) -> Float[Tensor, "tcb m d"]:
+    """What is predicted: the teacher's patch features, each normalised over its channels, at the target positions.
+
+    The order along the batch is block, context, image, as the predictor's.
+    """
+    normed = F.layer_norm(features.float(), features.shape[-1:], eps=TARGET_NORM_EPS)
+    blocks = gather_patches(normed, target_indices).unflatten(0, target_indices.shape[:2])
+    return blocks.repeat_interleave(num_contexts, dim=0).flatten(0, 1)
+
+
+def prediction_loss(predicted: Float[Tensor, "b m d"], targets: Float[Tensor, "b m d"]) -> Float[Tensor, ""]:
+    """Smooth L1 with beta 1, the mean over all elements. (The paper writes L2; this is what was trained.)"""
+    return F.smooth_l1_loss(predicted.float(), targets)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one linear layer for queries, keys and values.
+
+    `attend` is as in `model.Attention`.
+    """
+
+    attend = staticmethod(F.scaled_dot_product_attention)
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise UserError(f"embed_dim={dim} must be a multiple of num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Attend among the tokens of each image."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Transformer block: residual attention, then residual MLP, each after a norm. No drop-path, no layer scale."""
+
+    is_transformer_block = True
+    kept_in_float32 = ("norm1", "norm2")
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int | None = None) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, hidden_dim=mlp_dim, bias=True)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Add both branches to the tokens."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """Every patch a token, row-major."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
+        """Project the pixels of each patch."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+@torch.no_grad()
+def _init_weights(module: nn.Module) -> None:
+    """Linear and convolution weights N(0, 0.02), biases 0, norms the identity.
+
+    The published code truncates at +-2, which is 100 standard deviations, and undoes the rescaling of deep layers that
+    its constructors ask for by initialising a second time.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.normal_(part.weight, std=WEIGHT_STD)
+            assert part.bias is not None
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
+
+
+class Encoder(nn.Module):
+    """The ViT of I-JEPA: patches with frozen positions, no class token, no registers, a norm at the end.
+
+    Args:
+        grid_size: patches along one side of the images that it is trained on.
+        patch_size: side of a patch, pixels.
+        embed_dim: channels of a token.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_dim: hidden channels of the MLPs; None for 4 x `embed_dim`.
+
+    Raises: UserError if the sizes do not fit together.
+    """
+
+    kept_in_float32 = ("pos_embed", "norm")
+    forward_methods = ("encode",)
+    in_chans = 3
+    n_registers = num_prefix_tokens = 0
+
+    def __init__(
+        self, *, grid_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, mlp_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        self.grid_size, self.patch_size, self.embed_dim, self.n_blocks = grid_size, patch_size, embed_dim, depth
+        self.pos_embed = nn.Parameter(torch.empty(1, grid_size**2, embed_dim), requires_grad=False)
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_dim) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fill every parameter: also those that come uninitialised from the meta device."""
+        self.pos_embed.copy_(sincos_table((self.grid_size, self.grid_size), self.embed_dim))
+        _init_weights(self)
+
+    def encode(
+        self, images: Float[Tensor, "b 3 h w"], context_indices: Int[Tensor, "c b v"] | None = None
+    ) -> Float[Tensor, "cb v d"]:
+        """Features of the patches that are given, or of all.
+
+        Args:
+            images: normalised; both sides must be multiples of the patch size. Where the grid is another one than that
+                of training, positions are resized bicubically.
+            context_indices: positions of the patches that take part, of c masks for each image; other patches are not
+                seen. None shows all.
+
+        Returns: tokens after the final norm, [c*b, v, d], mask-major; without masks [b, n, d].
+        """
+        grid = patch_grid(images, self.patch_size)
+        x = self.patch_embed(images) + resize_positions(self.pos_embed, grid, antialias=False)
+        if context_indices is not None:
+            x = gather_patches(x, context_indices)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Features:
+        """Features of whole images, for evaluation: `global_repr` is the mean over patches, there are no registers."""
+        tokens = self.encode(images)
+        feature_map = tokens.unflatten(1, patch_grid(images, self.patch_size))
+        return Features(tokens.mean(dim=1), tokens[:, :0], feature_map)
+
+
+class Predictor(nn.Module):
+    """Predicts the features of target patches from those of the context, every target block by itself.
+
+    Args:
+        grid_size: as the encoder's.
+        encoder_dim: channels of the encoder.
+        embed_dim: channels within the predictor, 384 in the paper.
+        depth: number of blocks.
+        num_heads: attention heads; those of the encoder in the paper, whatever `embed_dim` is.
+
+    Raises: UserError if the sizes do not fit together.
+    """
+
+    kept_in_float32 = ("predictor_pos_embed", "mask_token", "predictor_norm")
+
+    def __init__(self, *, grid_size: int, encoder_dim: int, embed_dim: int, depth: int, num_heads: int) -> None:
+        super().__init__()
+        self.grid_size, self.embed_dim = grid_size, embed_dim
+        self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.predictor_pos_embed = nn.Parameter(torch.empty(1, grid_size**2, embed_dim), requires_grad=False)
+        self.predictor_embed = nn.Linear(encoder_dim, embed_dim)
+        self.predictor_blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
+        self.predictor_norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.predictor_proj = nn.Linear(embed_dim, encoder_dim)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fill every parameter: also those that come uninitialised from the meta device."""
+        self.predictor_pos_embed.copy_(sincos_table((self.grid_size, self.grid_size), self.embed_dim))
+        nn.init.normal_(self.mask_token, std=WEIGHT_STD)
+        _init_weights(self)
+
+    def forward(
+        self,
+        context: Float[Tensor, "cb v d"],
+        context_indices: Int[Tensor, "c b v"],
+        target_indices: Int[Tensor, "t b m"],
+        noise: Float[Tensor, "tcb m d"] | None = None,
+    ) -> Float[Tensor, "tcb m d"]:
+        """Predict the features at the target positions.
+
+        Targets of one block attend to the context and to each other, never to another block.
+
+        Args:
+            context: what the encoder made of the context patches.
+            context_indices: where these are, of c masks for each image.
+            target_indices: where the targets are, of t blocks for each image.
+            noise: StoP, equation 5: with it the positions of targets are stochastic. Noise of the encoder's width goes
+                through the projection of the context tokens, whose bias takes the place of the mask token: tied
+                weights, so that learning cannot shrink the noise alone. The published code's default is normal with
+                standard deviation 0.25. None for I-JEPA: mask token and position.
+
+        Returns: predictions in the order block, context, image.
+        """
+        (num_contexts, _, _), (num_blocks, _, _) = context_indices.shape, target_indices.shape
+        table = self.predictor_pos_embed
+        x = self.predictor_embed(context) + gather_patches(table, context_indices)
+        per_block = gather_patches(table, target_indices).unflatten(0, target_indices.shape[:2])
+        positions = per_block.repeat_interleave(num_contexts, dim=0).flatten(0, 1)
+        queries = positions + (self.mask_token if noise is None else self.predictor_embed(noise))
+        x = torch.cat([x.repeat(num_blocks, 1, 1), queries], dim=1)
+        for block in self.predictor_blocks:
+            x = block(x)
+        return self.predictor_proj(self.predictor_norm(x[:, -target_indices.shape[2] :]))
+
+
+def load_model(
+    config_path: str | Path | None = None,
+    pretrained_weights: str | Path | None = None,
+    encoder: str = "target_encoder",
+    num_heads: int | None = None,
+    device: str | torch.device = "cpu",
+) -> Encoder:
+    """Build an encoder and load its weights: the model loader that evaluations call.
+
+    Args:
+        config_path: training configuration. None: the file of the same name beside the weights, as exports have it.
+        pretrained_weights: path or URL: an export of a training, or a published `.pth.tar`.
+        encoder: which encoder of a published file; the paper evaluates the target encoder.
+        num_heads: what no shape tells; None asks the configuration.
+        device: where to put the model.
+
+    Returns: the model in eval mode.
+    Raises: UserError for a missing file, weights that do not fit, naming the keys, or if nothing tells `num_heads`.
+    """
+    if pretrained_weights is None:
+        raise UserError("pretrained_weights=None: give an export of a training, or a published .pth.tar file")
+    source = str(pretrained_weights)
+    weights = read_encoder(read_state_dict(source), source, encoder)
+    if num_heads is None:
+        num_heads = _configured_heads(config_path, source)
+    model = Encoder(**encoder_sizes(weights, source), num_heads=num_heads)
+    load_strictly(model, weights, source, remedy="Give weights of I-JEPA or StoP")
+    return model.to(device).eval()
+
+
+def _configured_heads(config_path: str | Path | None, source: str) -> int:
+    import yaml  # here, so that those who know the number need torch alone
+
+    path = Path(source).with_suffix(".yaml") if config_path is None else Path(config_path)
+    if not path.is_file():
+        raise UserError(
+            f"Nothing tells the attention heads of {source!r}: there is no configuration {str(path)!r}; give "
+            "model_loader_kwargs.num_heads=16 for ViT-L, H and g, 12 for ViT-B"
+        )
+    try:
+        return int(yaml.safe_load(path.read_text())["model"]["num_heads"])
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"The configuration {str(path)!r} has no model.num_heads: {error}") from error
+
+
+def read_encoder(file: Mapping[str, Any], source: str, encoder: str = "target_encoder") -> dict[str, Tensor]:
+    """The encoder's weights of a file, by their published names.
+
+    Args:
+        file: what was read: an export of a training, or what the authors publish.
+        source: where it is from, for messages.
+        encoder: `encoder` or `target_encoder`, of a published file.
+
+    Raises: UserError if the file is neither, such as weights of another method.
+    """
+    if encoder not in ("encoder", "target_encoder"):
+        raise UserError(f"encoder={encoder!r} must be one of encoder, target_encoder")
+    weights = published_part(file, encoder) if encoder in file else backbone_part(file, source)
+    if "pos_embed" not in weights or "patch_embed.proj.weight" not in weights:
+        raise UserError(
+            f"{source!r} holds no encoder of I-JEPA or StoP: pos_embed and patch_embed.proj.weight are missing among "
+            f"{', '.join(sorted(weights)[:3])}, ...; give weights of this method"
+        )
+    return weights
+
+
+def published_part(file: Mapping[str, Any], part: str) -> dict[str, Tensor]:
+    """One of the `PUBLISHED_PARTS` of a published file, without the prefix that its keys have."""
+    return {key.removeprefix("module."): value for key, value in file[part].items()}
+
+
+def encoder_sizes(weights: Mapping[str, Tensor], source: str) -> dict[str, int]:
+    """Arguments of `Encoder`, but for `num_heads`, as the shapes of its weights tell them.
+
+    Raises: UserError if they are not those of an encoder.
+    """
+    try:
+        _, num_patches, embed_dim = weights["pos_embed"].shape
+        return {
+            "grid_size": math.isqrt(num_patches),
+            "patch_size": weights["patch_embed.proj.weight"].shape[-1],
+            "embed_dim": embed_dim,
+            "depth": sum(key.endswith(".norm1.weight") for key in weights),
+            "mlp_dim": len(weights["blocks.0.mlp.fc1.bias"]),
+        }
+    except (KeyError, ValueError, AttributeError) as error:
+        raise UserError(f"{source!r} holds no encoder of I-JEPA or StoP: {error}") from error
+
+
+__model_loader__ = load_model  # the name that evaluation scripts look for in a model file
