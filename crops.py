@@ -1,4 +1,4 @@
-"""Crops: draw a random box of an image, and cut it out as a square.
+"""Crops: draw a random box of an image, cut it out as a square, and change its colours.
 
 A crop is a function of its key, such as a seed and a position in the data; no state is kept.
 """
@@ -8,7 +8,10 @@ import math
 import struct
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from jaxtyping import UInt8
+from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -53,8 +56,8 @@ def draw_crop(width: int, height: int, scale: tuple[float, float], do_hflip: boo
     return Crop((height - h) // 2, (width - w) // 2, h, w, flip)
 
 
-def cut(pixels: UInt8[Tensor, "3 h w"], crop: Crop, size: int) -> UInt8[Tensor, "3 size size"]:
-    """The crop as a square of `size` pixels, antialiased bicubic, with the channels innermost in memory.
+def cut(pixels: UInt8[Tensor, "3 h w"], crop: Crop, size: int, mode: str = "bicubic") -> UInt8[Tensor, "3 size size"]:
+    """The crop as a square of `size` pixels, antialiased bicubic or `bilinear`, with the channels innermost in memory.
 
     In 8-bit fixed point, which torch has on the CPU alone, it takes a third of Pillow's time and is within a grey level
     of it.
@@ -63,5 +66,40 @@ def cut(pixels: UInt8[Tensor, "3 h w"], crop: Crop, size: int) -> UInt8[Tensor, 
     # layout for that of a single channel, and transpose the result.
     rows, columns = slice(crop.top, crop.top + crop.height), slice(crop.left, crop.left + crop.width)
     box = pixels.permute(1, 2, 0)[None, rows, columns].permute(0, 3, 1, 2)
-    square = interpolate(box, size=(size, size), mode="bicubic", antialias=True)
+    square = interpolate(box, size=(size, size), mode=mode, antialias=True)
     return (square.flip(-1) if crop.flip else square)[0]
+
+
+BLUR_RADIUS = (0.1, 2.0)
+
+
+@dataclass(frozen=True)
+class Colours:
+    """Takes the colours out of some crops, and blurs some, each a function of its key.
+
+    Args:
+        grayscale: fraction of the crops that become grey.
+        blur: fraction of the crops that are blurred, by a Gaussian whose radius is uniform in `BLUR_RADIUS`, in pixels.
+    """
+
+    grayscale: float
+    blur: float
+
+    @property
+    def change_anything(self) -> bool:
+        """Whether there are such crops."""
+        return self.grayscale > 0 or self.blur > 0
+
+    def __call__(self, crop: UInt8[Tensor, "3 size size"], *key: object) -> UInt8[Tensor, "3 size size"]:
+        """The crop, changed or not, with the channels innermost in memory."""
+        u_grayscale, u_blur, u_radius, *_ = derive_uniforms("colours", *key)
+        if u_grayscale >= self.grayscale and u_blur >= self.blur:
+            return crop
+        image = Image.fromarray(crop.permute(1, 2, 0).numpy())
+        if u_grayscale < self.grayscale:
+            image = image.convert("L").convert("RGB")
+        if u_blur < self.blur:
+            image = image.filter(
+                ImageFilter.GaussianBlur(BLUR_RADIUS[0] + u_radius * (BLUR_RADIUS[1] - BLUR_RADIUS[0]))
+            )
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)

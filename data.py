@@ -126,6 +126,9 @@ class Batch:
 Masks = Callable[[list[tuple[int, ...]]], dict[str, Tensor]]
 """Draws the masks of a batch: one key for each of its images, from which, and a seed, all randomness follows."""
 
+ChangeColours = Callable[..., Tensor]
+"""From a crop, and the seed and key that all randomness follows from, to the crop that is trained on."""
+
 
 class SampleMaker:
     """Turns samples into crops, each a function of (seed, key of the sample) alone, and these into masked batches."""
@@ -139,13 +142,18 @@ class SampleMaker:
         do_hflip: bool,
         masks: Masks,
         encoded: bool = False,
+        interpolation: str = "bicubic",
+        change_colours: ChangeColours | None = None,
     ) -> None:
+        assert not encoded or (interpolation == "bicubic" and change_colours is None), "the GPU does neither"
         self.seed = seed
         self.image_size = image_size
         self.crop_scale = crop_scale
         self.do_hflip = do_hflip
         self.masks = masks
         self.encoded = encoded
+        self.interpolation = interpolation
+        self.change_colours = change_colours
 
     def reduction(self, width: int, height: int) -> int:
         """The largest divisor of a JPEG's size after which no possible crop has to be enlarged."""
@@ -169,7 +177,8 @@ class SampleMaker:
         Raises: BadImageError if the file cannot be read.
         """
         pixels = sample.pixels(self.reduction)
-        return cut(pixels, self._draw(pixels.shape[2], pixels.shape[1], key), self.image_size)
+        crop = cut(pixels, self._draw(pixels.shape[2], pixels.shape[1], key), self.image_size, self.interpolation)
+        return crop if self.change_colours is None else self.change_colours(crop, self.seed, *key)
 
     def _draw(self, width: int, height: int, key: tuple[int, ...]) -> Crop:
         return draw_crop(width, height, self.crop_scale, self.do_hflip, self.seed, *key)
@@ -597,6 +606,8 @@ class PretrainLoader:
         batch_size: images per batch of one rank.
         num_workers: processes that read; None for as many as the rank has cores, up to `MOST_WORKERS`.
         keep_listing: whether the list of files of an image folder is kept on disk for later starts.
+        interpolation: how crops are resized, bicubic or bilinear; with data.decode=gpu bicubic.
+        change_colours: what is done to crops, such as `crops.Colours`; nothing with data.decode=gpu.
         dataset: what `make_dataset` gave; by default that of data.dataset.
         rank: this process.
         world_size: number of processes.
@@ -618,6 +629,8 @@ class PretrainLoader:
         batch_size: int,
         num_workers: int | None = None,
         keep_listing: bool = False,
+        interpolation: str = "bicubic",
+        change_colours: ChangeColours | None = None,
         dataset: ImageDataset | ImageStream | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -635,6 +648,8 @@ class PretrainLoader:
             do_hflip=images.do_hflip,
             masks=masks,
             encoded=images.decode == "gpu",
+            interpolation=interpolation,
+            change_colours=change_colours,
         )
         if dataset is None:
             dataset = make_dataset(

@@ -4,6 +4,7 @@ Blocks and encoders are those of model.py, for every method; the step is CAPI's.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,37 @@ class StepShape:
     """For drop_path_type=efficient, whose skipped branches cost nothing; leave it at 0 for naive."""
 
 
-def _block_flops(d: int, queries: int, context: int) -> int:
-    """Forward pass of one block: projections, attention, MLP with hidden width 4 d. A multiply-add is 2 FLOPs."""
-    query_and_output, keys_and_values, mlp = 2 * d * d * queries, 2 * d * d * context, 8 * d * d * queries
+NumberT = TypeVar("NumberT", int, float)
+"""A number of tokens: a whole one, or a mean."""
+
+
+def block_flops(d: int, queries: NumberT, context: NumberT, mlp_dim: int | None = None) -> NumberT:
+    """Forward pass of one block: projections, attention, MLP. A multiply-add is 2 FLOPs.
+
+    Args:
+        d: channels.
+        queries: tokens that attend.
+        context: tokens that they attend to.
+        mlp_dim: hidden width of the MLP; None for 4 d.
+    """
+    query_and_output, keys_and_values = 2 * d * d * queries, 2 * d * d * context
+    mlp = 2 * d * (4 * d if mlp_dim is None else mlp_dim) * queries
     return 2 * (query_and_output + keys_and_values + 2 * queries * context * d + mlp)
 
 
+def embedding_flops(num_patches: int, patch_size: int, embed_dim: int, in_chans: int = 3) -> int:
+    """Forward pass of the patch embedding."""
+    return 2 * num_patches * in_chans * patch_size**2 * embed_dim
+
+
 def _embedding_flops(shape: StepShape) -> int:
-    return 2 * shape.num_patches * shape.in_chans * shape.patch_size**2 * shape.embed_dim
+    return embedding_flops(shape.num_patches, shape.patch_size, shape.embed_dim, shape.in_chans)
 
 
 def encoder_flops_per_image(shape: StepShape) -> int:
     """FLOPs of the encoder's forward pass on all patches of an image: 1.70e11 for ViT-L/14 at 224 pixels."""
     num_tokens = shape.num_patches + shape.num_registers
-    return _embedding_flops(shape) + shape.encoder_depth * _block_flops(shape.embed_dim, num_tokens, num_tokens)
+    return _embedding_flops(shape) + shape.encoder_depth * block_flops(shape.embed_dim, num_tokens, num_tokens)
 
 
 def step_flops_per_image(shape: StepShape, batch_size: int | None = None) -> dict[str, int | float]:
@@ -55,8 +73,8 @@ def step_flops_per_image(shape: StepShape, batch_size: int | None = None) -> dic
         two forward passes.
     """
     d, context = shape.embed_dim, shape.num_visible + shape.num_registers
-    blocks = shape.encoder_depth * _block_flops(d, context, context)
-    blocks += shape.decoder_depth * _block_flops(d, shape.num_predict, context)
+    blocks = shape.encoder_depth * block_flops(d, context, context)
+    blocks += shape.decoder_depth * block_flops(d, shape.num_predict, context)
     student_head = 2 * shape.num_predict * d * shape.num_clusters
     clustering_head = 2 * shape.num_patches * d * shape.num_clusters
     # The image needs no gradient either: the student's embedding costs forward and weight gradient, of all patches.

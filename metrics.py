@@ -387,6 +387,18 @@ def norm_stats(features: Float[Tensor, "n d"]) -> tuple[Float[Tensor, ""], Float
     return norms.median(), norms.max()
 
 
+HEALTH_TOKENS = 4096
+"""Patch tokens from which the health of features is computed."""
+
+
+def feature_health(features: Float[Tensor, "b n d"]) -> dict[str, Tensor]:
+    """Whether the teacher's patch features are rich: effective rank, and median and largest norm, of some of them."""
+    tokens = features.flatten(0, 1)
+    tokens = tokens[:: -(-len(tokens) // HEALTH_TOKENS)].float()
+    median, largest = norm_stats(tokens)
+    return {"teacher_rank": effective_rank(tokens), "feature_norm_median": median, "feature_norm_max": largest}
+
+
 # --- Speed -----------------------------------------------------------------------------------------------------------
 
 _PEAK_FLOPS = (

@@ -25,8 +25,29 @@ def scheduled(schedule: ScheduleConfig, step: int, total_iters: int) -> float:
         share = step / (warmup - 1) if warmup > 1 else 0.0
         return schedule.start_warmup_value + share * (schedule.base_value - schedule.start_warmup_value)
     progress = (step - warmup) / (total_iters - schedule.freeze_iters - warmup)
-    cosine = 1 + math.cos(math.pi * schedule.truncate_cos * progress)
-    return schedule.final_value + 0.5 * (schedule.base_value - schedule.final_value) * cosine
+    return half_cosine(schedule.base_value, schedule.final_value, progress, schedule.truncate_cos)
+
+
+def scheduled_ahead(schedule: ScheduleConfig, step: int, total_iters: int) -> float:
+    """As `scheduled`, but where the scheduler moves before the optimizer: the first update has the value of step 1.
+
+    Of the warm-up only the end is counted: its first update is a step above the start value, and the first one after it
+    has the base value. The last update of all has the final value.
+    """
+    step += 1 - schedule.freeze_iters
+    if step <= 0:
+        return 0.0
+    warmup = schedule.warmup_steps(total_iters)
+    if step < warmup:
+        return schedule.start_warmup_value + step / warmup * (schedule.base_value - schedule.start_warmup_value)
+    num_steps = total_iters - schedule.freeze_iters - warmup
+    progress = min(1.0, (step - warmup) / num_steps) if num_steps else 1.0
+    return half_cosine(schedule.base_value, schedule.final_value, progress, schedule.truncate_cos)
+
+
+def half_cosine(start: float, end: float, progress: float, truncate: float = 1.0) -> float:
+    """From `start` at progress 0 to `end` at progress 1, along the first `truncate` of a half cosine."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * truncate * progress))
 
 
 @dataclass(frozen=True)

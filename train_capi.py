@@ -55,7 +55,7 @@ from data import Batch, PretrainLoader
 from distributed import all_reduce_sum_, mean_over_ranks, rank, world_size
 from flops import StepShape, device_memory_estimate, training_flops_per_image
 from masking import MaskPlan, PatchMasks, make_masking_generator
-from metrics import effective_rank, norm_stats
+from metrics import feature_health
 from model import EncoderDecoder, RotaryEmbedding
 from optim import ema_update_, make_adamw, multipliers, scheduled, set_rates_
 from report import Panel
@@ -79,8 +79,6 @@ COURSE_KEYS = ("optim", "capi.student_temp", "capi.clustering_kwargs", "capi.clu
 """What the rest of a training depends on: a change when it continues is a warning."""
 FINITE = ("capi_loss", "clustering_loss", "grad_norm", "clustering_grad_norm")
 """Scalars of a step that must be finite."""
-HEALTH_TOKENS = 4096
-"""Teacher patch tokens from which the health metrics are computed."""
 
 # --- Knobs: the sections of the configuration that are CAPI's own ----------------------------------------------------
 
@@ -513,19 +511,12 @@ def train_step(
     if clustering.counts is not None and clustering.mass is not None:
         scalars |= prototype_usage(all_reduce_sum_(clustering.counts), all_reduce_sum_(clustering.mass))
     if with_health:
-        scalars |= _health(features)
+        scalars |= feature_health(features)
 
     updated, norms = state.apply_gradients()
     if updated:
         ema_update_(state.student_ema, state.student, hyper.momentum)
     return mean_over_ranks(scalars) | norms
-
-
-def _health(features: Float[Tensor, "b n d"]) -> dict[str, Tensor]:
-    tokens = features.flatten(0, 1)
-    tokens = tokens[:: -(-len(tokens) // HEALTH_TOKENS)].float()
-    median, largest = norm_stats(tokens)
-    return {"teacher_rank": effective_rank(tokens), "feature_norm_median": median, "feature_norm_max": largest}
 
 
 def panels(num_clusters: int) -> list[Panel]:

@@ -134,6 +134,7 @@ def test_what_is_forbidden_is_seen(source):
 
 KNOW_A_METHOD = {
     "train_capi", "clustering", "masking", "model", "speed.clustering", "speed.clustering_triton",  # which are CAPI
+    "train_ijepa", "ijepa",  # which are I-JEPA and StoP, with masks in masking
     "demo", "export", "hubconf",  # which train, unpack and publish it
     "flops",  # what a step costs
     "weights",  # the card of published weights

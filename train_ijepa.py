@@ -1,0 +1,684 @@
+"""Pretrain I-JEPA (arXiv:2301.08243): from a part of an image, the student predicts the teacher's features of others.
+
+With `predictor.position_noise_std` above 0 it is StoP (arXiv:2308.00566), which blurs where the others are.
+
+    python train_ijepa.py config.yaml [more.yaml ...] [a.b=c ...]      train, or continue where a run stopped
+    python train_ijepa.py config.yaml a.b=c --dry-run                  say what would be trained, and stop
+    python train_ijepa.py config.yaml train.output_dir=DIR --export    write student.pth and student_ema.pth of a run
+
+Later files and overrides win over earlier ones, and all over default_ijepa_config.yaml.
+"""
+
+from utils import add_training_options, command_line
+
+with command_line(__doc__, __name__) as parser:
+    add_training_options(parser)
+
+import functools
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from checkpoint import SavedState
+from config import (
+    COUNT,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    ImagesConfig,
+    OptimConfig,
+    TrainingConfig,
+    load_config,
+    one_of,
+    require,
+    within,
+)
+from crops import Colours
+from data import Batch, PretrainLoader
+from distributed import mean_over_ranks, rank, world_size
+from flops import block_flops, embedding_flops
+from ijepa import (
+    Encoder,
+    Predictor,
+    prediction_loss,
+    prediction_targets,
+    published_part,
+    read_encoder,
+)
+from masking import MultiBlockMasks, MultiBlockPlan
+from metrics import feature_health
+from model import resize_positions
+from optim import ema_update_, half_cosine, make_adamw, multipliers, scheduled_ahead, set_rates_
+from report import Panel
+from training import (
+    Run,
+    TrainState,
+    describe,
+    global_batch_size,
+    milestones,
+    run_command,
+    warn_of_another_course,
+    weights_to_start_from,
+)
+from utils import derive_seed, ending_in_words, setup_logging
+from weights import load_strictly, read_state_dict
+
+logger = logging.getLogger("capi")
+
+DEFAULT_CONFIG = Path(__file__).parent / "default_ijepa_config.yaml"
+COURSE_KEYS = ("optim", "masks", "predictor.position_noise_std")
+"""What the rest of a training depends on: a change when it continues is a warning."""
+FINITE = ("loss", "grad_norm")
+"""Scalars of a step that must be finite."""
+SAMPLED_BATCHES = 8
+"""Batches whose masks are drawn to say how many patches contexts and targets have."""
+PUBLISHED_CONTEXT = 0.25
+"""Share of the patches that contexts of the published models have, as 128 images in a forward pass cut them."""
+
+# --- Knobs: the sections of the configuration that are this method's own ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Arguments of `ijepa.Encoder`."""
+
+    patch_size: int = field(metadata=COUNT)
+    embed_dim: int = field(metadata=COUNT)
+    depth: int = field(metadata=COUNT)
+    num_heads: int = field(metadata=COUNT)
+    mlp_dim: int | None = field(metadata=COUNT)
+    """Hidden channels of the MLPs; null for 4 x embed_dim."""
+
+    def __post_init__(self) -> None:
+        """Check that positions and heads divide the channels."""
+        _check_width("model", self.embed_dim, self.num_heads)
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    """Arguments of `ijepa.Predictor`, and what stands at the positions that it predicts."""
+
+    embed_dim: int = field(metadata=COUNT)
+    """384 in the paper, for every encoder."""
+    depth: int = field(metadata=COUNT)
+    num_heads: int | None = field(metadata=COUNT)
+    """null for as many as the encoder has."""
+    position_noise_std: float = field(metadata=NOT_NEGATIVE)
+    """Standard deviation of StoP's noise, in the encoder's width; 0 for I-JEPA. The authors' configs call it `var` and
+    use it as a standard deviation: 0.25, for ViT-H 0.2. Whoever reads the paper's sigma as a variance takes the root.
+    With noise there is no mask token: the bias of the projection that noise and context share takes its place."""
+
+
+@dataclass(frozen=True)
+class MasksConfig:
+    """Arguments of `masking.MultiBlockPlan`, which says more about each."""
+
+    num_contexts: int = field(metadata=COUNT)
+    num_targets: int = field(metadata=COUNT)
+    context_scale: tuple[float, float] = field(metadata=within(above=0, at_most=1, ascending=True))
+    """Area of the context block, as fractions of the image."""
+    target_scale: tuple[float, float] = field(metadata=within(above=0, at_most=1, ascending=True))
+    """Area of a target block, as fractions of the image."""
+    target_aspect: tuple[float, float] = field(metadata=within(above=0, ascending=True))
+    """Height / width of a target block."""
+    min_keep: int = field(metadata=NOT_NEGATIVE)
+    """A context has more patches than this after the targets are taken out."""
+    allow_overlap: bool
+    """Whether targets stay in the context."""
+    context_patches: int | None = field(metadata=COUNT)
+    """null, as published: contexts are cut to the smallest of a forward pass, so that optim.batch_size_per_gpu decides
+    how much is seen. A number: all are cut to it, and smaller ones are drawn again."""
+    cut_from_below: bool
+    """true, as published: a cut leaves the first patches in reading order. false: random ones."""
+    reach_border: bool
+    """false, as published: no block reaches the last row or column of the grid."""
+    independent_aspect: bool
+    """false, as published: one random number decides on area and aspect ratio of a target. true: each has its own."""
+
+
+@dataclass(frozen=True)
+class IjepaOptimConfig(OptimConfig):
+    """Length, batch, and the optimizer of student and predictor. `lr_schedule` is as I-JEPA counts: the first update
+    has the value of step 1."""
+
+    epochs: float | None = field(metadata=POSITIVE)
+    """Instead of total_iters: passes over data.images_per_epoch images, each without a last part that fills no batch.
+    null: total_iters counts."""
+    weight_decay: tuple[float, float] = field(metadata=within(at_least=0, size=2))
+    """At the first and the last update, a half cosine between them. Biases and norms have none."""
+    momentum: tuple[float, float] = field(metadata=within(at_least=0, at_most=1, size=2))
+    """EMA momentum m in ema = m * ema + (1 - m) * student at the first and the last update, a line between them."""
+    hold_after: int | float | None = field(metadata=POSITIVE)
+    """Step, or with a decimal point the fraction of total_iters, after which learning rate and weight decay stay what
+    they are; StoP's ViT-H holds them after 250 of 300 epochs. null: never."""
+
+    @property
+    def hold_step(self) -> int:
+        """`hold_after` in steps."""
+        if self.hold_after is None:
+            return self.total_iters
+        return round(self.hold_after * self.total_iters) if isinstance(self.hold_after, float) else self.hold_after
+
+
+@dataclass(frozen=True)
+class IjepaDataConfig(ImagesConfig):
+    """Images and crops."""
+
+    images_per_epoch: int | None = field(metadata=COUNT)
+    """How many images an epoch is, for optim.epochs and for the log; null where nobody counts in epochs."""
+    interpolation: str = field(metadata=one_of("bilinear", "bicubic"))
+    """How crops are resized; with data.decode=gpu bicubic alone."""
+    grayscale: float = field(metadata=FRACTION)
+    """Fraction of the crops that lose their colours; 0.2 for StoP."""
+    blur: float = field(metadata=FRACTION)
+    """Fraction of the crops that are blurred, with a radius of 0.1 to 2 pixels; 0.5 for StoP."""
+
+    def __post_init__(self) -> None:
+        """Check that the GPU is not asked for what it does not do."""
+        own = self.interpolation != "bicubic" or self.grayscale > 0 or self.blur > 0
+        require(
+            self.decode == "cpu" or not own,
+            "data.decode",
+            self.decode,
+            "crops there are bicubic and keep their colours; use data.decode=cpu, or data.interpolation=bicubic "
+            "data.grayscale=0 data.blur=0",
+        )
+
+
+@dataclass(frozen=True)
+class IjepaConfig(TrainingConfig):
+    """Everything `train_ijepa.py` reads."""
+
+    EXPORTS: ClassVar[tuple[str, ...]] = ("student_ema", "student")
+
+    optim: IjepaOptimConfig
+    data: IjepaDataConfig
+    model: EncoderConfig
+    predictor: PredictorConfig
+    masks: MasksConfig
+
+    def __post_init__(self) -> None:
+        """Check rules that span sections."""
+        super().__post_init__()
+        size, patch = self.data.images_size, self.model.patch_size
+        nearest = max(patch, round(size / patch) * patch)
+        require(
+            size % patch == 0,
+            "data.images_size",
+            size,
+            f"must be a multiple of model.patch_size={patch}; the nearest is {nearest}",
+        )
+        _check_width("predictor", self.predictor.embed_dim, self.predictor_heads)
+        require(
+            self.optim.epochs is None or self.data.images_per_epoch is not None,
+            "optim.epochs",
+            self.optim.epochs,
+            "needs data.images_per_epoch, the number of images; or give optim.total_iters",
+        )
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a crop."""
+        return self.data.images_size // self.model.patch_size
+
+    @property
+    def predictor_heads(self) -> int:
+        """Attention heads of the predictor."""
+        return self.predictor.num_heads or self.model.num_heads
+
+    def make_encoder(self) -> Encoder:
+        """The encoder that this describes."""
+        return Encoder(grid_size=self.grid_size, **asdict(self.model))
+
+    def make_predictor(self) -> Predictor:
+        """The predictor that this describes."""
+        return Predictor(
+            grid_size=self.grid_size,
+            encoder_dim=self.model.embed_dim,
+            embed_dim=self.predictor.embed_dim,
+            depth=self.predictor.depth,
+            num_heads=self.predictor_heads,
+        )
+
+
+def _check_width(section: str, embed_dim: int, num_heads: int) -> None:
+    for number, what in ((4, "4: sine and cosine of row and column"), (num_heads, f"the {num_heads} heads")):
+        require(embed_dim % number == 0, f"{section}.embed_dim", embed_dim, f"must be a multiple of {what}")
+
+
+def with_length(cfg: IjepaConfig) -> IjepaConfig:
+    """The configuration with `optim.total_iters` as `optim.epochs` asks for it, which needs the number of ranks.
+
+    Raises: UserError if an epoch has fewer images than a batch.
+    """
+    optim, num_images = cfg.optim, cfg.data.images_per_epoch
+    if optim.epochs is None or num_images is None:
+        return cfg
+    batch = global_batch_size(optim)
+    require(
+        num_images >= batch, "data.images_per_epoch", num_images, f"fewer than the {batch} images of one update; use "
+        "a smaller optim.batch_size_per_gpu or optim.accumulation_steps",
+    )  # fmt: skip
+    total_iters = max(1, int(optim.epochs * (num_images // batch)))
+    return replace(cfg, optim=replace(optim, total_iters=total_iters))
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Scheduled values of one update."""
+
+    lr: float
+    weight_decay: float
+    momentum: float
+    """EMA momentum m in ema = m * ema + (1 - m) * student."""
+
+
+def hyper_at(step: int, cfg: IjepaConfig) -> Hyper:
+    """Scheduled values of the update after `step` finished ones. Pure, so a resumed run has nothing to restore."""
+    optim, total = cfg.optim, cfg.optim.total_iters
+    # Learning rate and weight decay are those of the step under way, which counts from 1; the momentum counts from 0.
+    held = min(step, optim.hold_step - 1)
+    first, last = optim.momentum
+    return Hyper(
+        lr=scheduled_ahead(optim.lr_schedule, held, total),
+        weight_decay=half_cosine(*optim.weight_decay, (held + 1) / total),
+        momentum=first + step * (last - first) / total,
+    )
+
+
+# --- State and step --------------------------------------------------------------------------------------------------
+
+
+def do_teacher(encoder: Encoder, images: Float[Tensor, "b c h w"], dtype: torch.dtype) -> Float[Tensor, "b n d"]:
+    """Features of all patches of whole images."""
+    with torch.no_grad(), torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        return encoder.encode(images)
+
+
+def do_student(
+    student: nn.ModuleDict,
+    images: Float[Tensor, "b c h w"],
+    context_indices: Int[Tensor, "c b v"],
+    target_indices: Int[Tensor, "t b m"],
+    features: Float[Tensor, "b n d"],
+    noise: Float[Tensor, "tcb m d"] | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, ""]:
+    """Distance between the teacher's features at the targets and those predicted from the context."""
+    encoder: Any = student["backbone"]
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        context = encoder.encode(images, context_indices)
+        predicted = student["predictor"](context, context_indices, target_indices, noise)
+    return prediction_loss(predicted, prediction_targets(features, target_indices, len(context_indices)))
+
+
+class IjepaState(TrainState):
+    """Everything a checkpoint holds.
+
+    Modules: `student` {backbone, predictor}; `student_ema` {backbone}, the moving average of its backbone, which is the
+    teacher and which is what a run exports.
+    """
+
+    MODEL_KEYS = ("model", "predictor.embed_dim", "predictor.depth", "predictor.num_heads", "data.images_size")
+
+    def __init__(
+        self, cfg: IjepaConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
+    ) -> None:
+        super().__init__(cfg, device, compiled=compiled)
+        self.cfg = cfg
+        compilation = cfg.efficiency.compilation
+        start = None if init_from is None else StartingWeights(init_from)
+        self.student = self.place(
+            lambda: nn.ModuleDict({"backbone": cfg.make_encoder(), "predictor": cfg.make_predictor()}),
+            compilation.do_student,
+            load=None if start is None else start.fill_student,
+        )
+        self.student_ema = self.place(
+            lambda: nn.ModuleDict({"backbone": cfg.make_encoder()}),
+            compilation.do_teacher,
+            is_teacher=True,
+            load=None if start is None else start.fill_teacher,
+        )
+        if start is None:
+            ema_update_(self.student_ema["backbone"], self.student["backbone"], 0.0)
+        self.modules = {"student": self.student, "student_ema": self.student_ema}
+        self.do_teacher = self.compile(do_teacher, "do_teacher")
+        self.do_student = self.compile(do_student, "do_student")
+        by_name = multipliers(self.student, patch_embed_lr_mult=1, rope_lr_mult=1, layernorm_wd_mult=0)
+        self.optimizer = make_adamw(self.student, cfg.optim.betas, by_name)
+        self.optimizers = {"student": (self.student, self.optimizer)}
+
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        """The teacher's patch features, not compiled, for batches of any size."""
+        encoder: Any = self.student_ema["backbone"]
+        return do_teacher(encoder, images, self.dtype)
+
+    def draw_noise(self, forward_pass: int, batch: Batch) -> Float[Tensor, "tcb m d"] | None:
+        """StoP's noise of one of an update's forward passes; None for I-JEPA.
+
+        It follows from seed, step and the number of the forward pass among those of all ranks.
+        """
+        std = self.cfg.predictor.position_noise_std
+        if std == 0:
+            return None
+        number = forward_pass * world_size() + rank()
+        seed = derive_seed(self.cfg.train.seed, "position-noise", self.step, number)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        (contexts, images, _), (blocks, _, patches) = (
+            batch.masks[f"{name}_indices"].shape for name in ("context", "target")
+        )
+        size = (blocks * contexts * images, patches, self.cfg.model.embed_dim)
+        return std * torch.randn(size, generator=generator, device=self.device)
+
+
+@dataclass(frozen=True)
+class StartingWeights:
+    """The file of `train.init_from`: an export of a training, or what the authors publish."""
+
+    path_or_url: str
+
+    @functools.cached_property
+    def file(self) -> dict[str, Any]:
+        """What it holds."""
+        return read_state_dict(self.path_or_url, key="train.init_from")
+
+    def fill_student(self, student: nn.ModuleDict) -> None:
+        """Copy encoder and, if the file has one, predictor into a fresh student, and say what stays random.
+
+        Raises: UserError if the weights do not fit.
+        """
+        self._fill(student["backbone"], read_encoder(self.file, self.path_or_url, "encoder"), "pos_embed")
+        prefix = "predictor."
+        predictor = {key.removeprefix(prefix): x for key, x in self.file.items() if key.startswith(prefix)}
+        if "predictor" in self.file:
+            predictor = published_part(self.file, "predictor")
+        if predictor:
+            self._fill(student["predictor"], predictor, "predictor_pos_embed")
+        random = "" if predictor else "; the predictor, which the file lacks, starts random"
+        logger.info("student and teacher start from %s%s", self.path_or_url, random)
+
+    def fill_teacher(self, student_ema: nn.ModuleDict) -> None:
+        """Copy the target encoder of a published file, or the encoder of an export, into the teacher.
+
+        Raises: UserError if the weights do not fit.
+        """
+        self._fill(student_ema["backbone"], read_encoder(self.file, self.path_or_url, "target_encoder"), "pos_embed")
+
+    def _fill(self, module: nn.Module, weights: dict[str, Tensor], table: str) -> None:
+        side = int(module.grid_size)  # pyright: ignore[reportArgumentType]  # of an encoder or a predictor
+        if table in weights:
+            resized = resize_positions(weights[table], (side, side), antialias=False)
+            weights = {**weights, table: resized}
+        remedy = "Set model.* and predictor.* to what they were trained with"
+        load_strictly(module, weights, self.path_or_url, remedy=remedy)
+
+
+def train_step(
+    state: IjepaState, batches: Sequence[Batch], hyper: Hyper, *, with_health: bool = False
+) -> dict[str, Tensor]:
+    """One update of student and average. Returns detached scalars, still on the device.
+
+    Args:
+        state: changed in place.
+        batches: normalised images and indices of the accumulation steps, on the device.
+        hyper: learning rate, weight decay and momentum of this update.
+        with_health: also compute effective rank, norms and spread of the teacher's features.
+    """
+    set_rates_(state.optimizer, hyper.lr, hyper.weight_decay)
+    state.zero_grad()
+    teacher = state.student_ema["backbone"]
+    total = torch.zeros((), device=state.device)
+    features: list[Tensor] = []
+    for forward_pass, batch in enumerate(batches):
+        features.append(state.do_teacher(teacher, batch.images, state.dtype))
+        loss = state.do_student(
+            state.student,
+            batch.images,
+            batch.masks["context_indices"],
+            batch.masks["target_indices"],
+            features[-1],
+            state.draw_noise(forward_pass, batch),
+            state.dtype,
+        )
+        # The mean of the means of forward passes, as over ranks: each has block sizes of its own.
+        state.backward(loss / len(batches))
+        total = total + loss.detach() / len(batches)
+    lengths = [batch.masks["context_indices"].shape[2] for batch in batches]
+    mean_length = sum(lengths) / len(lengths)
+    scalars = {"loss": total, "context_patches": torch.full((), mean_length, device=state.device)}
+    if with_health:
+        scalars |= feature_health(torch.cat(features))
+    updated, norms = state.apply_gradients()
+    if updated:
+        ema_update_(teacher, state.student["backbone"], hyper.momentum)
+    return mean_over_ranks(scalars) | norms
+
+
+def panels(cfg: IjepaConfig) -> list[Panel]:
+    """The curves of a training's metrics that its reports show."""
+    patches = cfg.grid_size**2
+    return [
+        Panel("Smooth L1 loss", "per channel of a normalised feature", {"loss": ""}),
+        Panel("Effective rank of the teacher's features", "dimensions", {"teacher_rank": ""}),
+        Panel("Norms of the teacher's features", "norm", {"feature_norm_median": "median", "feature_norm_max": "max"}),
+        Panel("Norm of the gradient", "norm", {"grad_norm": ""}),
+        Panel("Patches of a context", "number", {"context_patches": ""}, whole=("fraction of the image", patches)),
+        Panel("Schedules", "learning rate", {"lr": ""}, right={"momentum": "EMA momentum (right axis)"}),
+    ]
+
+
+# --- The run ---------------------------------------------------------------------------------------------------------
+
+
+def train(cfg: IjepaConfig, output_dir: Path, device: torch.device) -> None:
+    """Train up to `optim.total_iters` finished updates, or until a signal; continue what is in `output_dir`."""
+    cfg = with_length(cfg)
+    state = IjepaState(cfg, device, init_from=weights_to_start_from(cfg, output_dir))
+    sizes = sampled_sizes(cfg)
+    with Run(
+        cfg,
+        state,
+        output_dir,
+        make_loader=functools.partial(make_loader, cfg),
+        encode=state.encode,
+        log_line=functools.partial(log_line, cfg),
+        finite=FINITE,
+        panels=panels(cfg),
+        flops_per_image=step_flops_per_image(cfg, sizes),
+        opening=opening(cfg, state, sizes),
+        warnings=warnings(cfg, sizes),
+        on_resume=functools.partial(warn_if_changed, cfg=cfg),
+    ) as run:
+        while not run.is_over():
+            hyper = hyper_at(state.step, cfg)
+            scalars = train_step(state, run.next_batches(), hyper, with_health=run.looks_at_health)
+            state.step += 1  # finished updates: checkpoint 3750 holds 3750
+            run.count(scalars, asdict(hyper))
+            run.log()
+            run.save()
+            run.evaluate()
+    run.export()
+
+
+def make_loader(cfg: IjepaConfig, **place: Any) -> PretrainLoader:
+    """The loader of a training; `place` says where it runs and where it continues, see `PretrainLoader`.
+
+    Raises: UserError if data or masks do not fit the configuration.
+    """
+    colours = Colours(cfg.data.grayscale, cfg.data.blur)
+    return PretrainLoader(
+        cfg.data,
+        MultiBlockMasks(mask_plan(cfg), cfg.train.seed),
+        seed=cfg.train.seed,
+        batch_size=cfg.optim.batch_size_per_gpu,
+        num_workers=cfg.efficiency.dataloader_num_workers,
+        keep_listing=cfg.efficiency.cache_dataset,
+        interpolation=cfg.data.interpolation,
+        change_colours=colours if colours.change_anything else None,
+        **place,
+    )
+
+
+def warn_if_changed(saved: SavedState, cfg: IjepaConfig) -> None:
+    """Warn of keys that shape the rest of the training and are others than at the checkpoint."""
+
+    def values(step: int, cfg: IjepaConfig) -> dict[str, float]:
+        hyper = hyper_at(step, cfg)
+        return {
+            "learning rate": hyper.lr,
+            "weight decay": hyper.weight_decay,
+            "EMA momentum": hyper.momentum,
+        }
+
+    warn_of_another_course(saved, cfg, COURSE_KEYS, values)
+
+
+def mask_plan(cfg: IjepaConfig) -> MultiBlockPlan:
+    """How contexts and targets are drawn.
+
+    Raises: UserError if some leave nothing to see or nothing to predict.
+    """
+    return MultiBlockPlan(cfg.grid_size, cfg.grid_size, **asdict(cfg.masks))
+
+
+@dataclass(frozen=True)
+class MaskSizes:
+    """Patches of a context and of a target block, the mean of some forward passes."""
+
+    context: float
+    target: float
+
+
+def sampled_sizes(cfg: IjepaConfig) -> MaskSizes:
+    """Draw the masks of a few forward passes and see how large they are: how contexts are cut depends on the batch."""
+    masks, b = MultiBlockMasks(mask_plan(cfg), cfg.train.seed), cfg.optim.batch_size_per_gpu
+    drawn = [masks([(b * i + image,) for image in range(b)]) for i in range(SAMPLED_BATCHES)]
+    context, target = (
+        sum(each[f"{name}_indices"].shape[2] for each in drawn) / SAMPLED_BATCHES for name in ("context", "target")
+    )
+    return MaskSizes(context, target)
+
+
+def step_flops_per_image(cfg: IjepaConfig, sizes: MaskSizes) -> float:
+    """Model FLOPs of one step per image: matmuls alone, recomputation not counted, a backward pass as two forward ones.
+
+    Args:
+        cfg: of the training.
+        sizes: of contexts and targets, on average.
+    """
+    model, predictor, masks, patches = cfg.model, cfg.predictor, cfg.masks, cfg.grid_size**2
+    embedding = embedding_flops(patches, model.patch_size, model.embed_dim)
+    encoder = functools.partial(block_flops, model.embed_dim, mlp_dim=model.mlp_dim)
+    tokens = sizes.context + sizes.target
+    per_block = predictor.depth * block_flops(predictor.embed_dim, tokens, tokens)
+    num_projected = sizes.context / masks.num_targets + sizes.target * (2 if predictor.position_noise_std else 1)
+    per_block += 2 * num_projected * model.embed_dim * predictor.embed_dim
+    teacher = embedding + model.depth * encoder(patches, patches)
+    student = masks.num_contexts * (model.depth * encoder(sizes.context, sizes.context) + masks.num_targets * per_block)
+    return teacher + 2 * embedding + 3 * student
+
+
+def opening(cfg: IjepaConfig, state: IjepaState, sizes: MaskSizes) -> str:
+    """What is trained, in a line of the log."""
+    encoder, predictor = (
+        sum(p.numel() for p in state.student[name].parameters()) / 1e6 for name in ("backbone", "predictor")
+    )
+    return (
+        f"{encoder:.1f}M encoder and {predictor:.1f}M predictor parameters; {cfg.grid_size**2} patches per image: "
+        f"{mask_words(cfg, sizes)}; {length_words(cfg)}"
+    )
+
+
+def mask_words(cfg: IjepaConfig, sizes: MaskSizes) -> str:
+    """How much is seen and predicted."""
+    return (
+        f"{cfg.masks.num_contexts} context of about {sizes.context:.1f} patches "
+        f"({sizes.context / cfg.grid_size**2:.0%}), {cfg.masks.num_targets} targets of about {sizes.target:.1f}"
+    )
+
+
+def length_words(cfg: IjepaConfig) -> str:
+    """How long the training is, in steps and, where the number of images is known, in epochs."""
+    optim, num_images = cfg.optim, cfg.data.images_per_epoch
+    batch = global_batch_size(optim)
+    words = f"{optim.total_iters:,} steps of {batch:,} images"
+    return words if num_images is None else f"{words} = {optim.total_iters * batch / num_images:.1f} epochs"
+
+
+def warnings(cfg: IjepaConfig, sizes: MaskSizes) -> list[str]:
+    """What is not going to go well."""
+    share, batch = sizes.context / cfg.grid_size**2, cfg.optim.batch_size_per_gpu
+    if cfg.masks.context_patches is not None or share < 1.3 * PUBLISHED_CONTEXT:
+        return []
+    return [
+        f"contexts show about {share:.0%} of an image, as they are cut to the smallest of the {batch} images in a "
+        f"forward pass (optim.batch_size_per_gpu); with 128, as published, about {PUBLISHED_CONTEXT:.0%}. "
+        f"masks.context_patches={round(PUBLISHED_CONTEXT * cfg.grid_size**2)} shows as much with any batch"
+    ]
+
+
+def log_line(cfg: IjepaConfig, values: Mapping[str, float]) -> str:
+    """How it goes, in a line of the log."""
+    return f"loss {values['loss']:.4f}  context {values['context_patches']:.1f} of {cfg.grid_size**2} patches"
+
+
+def dry_run(cfg: IjepaConfig) -> str:
+    """What a training with this config would be, without training: data, grid, tokens, parameters, schedule."""
+    cfg = with_length(cfg)
+    sizes = sampled_sizes(cfg)
+    with torch.device("meta"):
+        encoder, predictor = (
+            sum(p.numel() for p in m.parameters()) for m in (cfg.make_encoder(), cfg.make_predictor())
+        )
+    state = 4 * (5 * encoder + 4 * predictor) / world_size() / 2**30
+    schedule = ["schedule     step         lr         weight decay momentum"]
+    for step in milestones(cfg.optim):
+        hyper = hyper_at(step, cfg)
+        schedule.append(f"             {step:<12} {hyper.lr:<10.3g} {hyper.weight_decay:<12.4g} {hyper.momentum:.6g}")
+    noise = cfg.predictor.position_noise_std
+    return describe(
+        cfg,
+        functools.partial(make_loader, cfg),
+        sizes=[
+            f"length       {length_words(cfg)}",
+            f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {cfg.grid_size**2} patches "
+            f"of {cfg.model.patch_size} px",
+            f"tokens       {mask_words(cfg, sizes)}",
+            f"positions    {f'stochastic, standard deviation {noise:g}' if noise else 'exact'}",
+            f"parameters   {encoder:,} in the encoder, {predictor:,} in the predictor",
+        ],
+        costs=[
+            f"memory       {state:.1f} GiB per device for weights, gradients, optimizer and average, and activations",
+            f"compute      {step_flops_per_image(cfg, sizes) / 1e12:.4f} TFLOP per image",
+        ],
+        schedule=schedule,
+        warnings=warnings(cfg, sizes),
+    )
+
+
+@ending_in_words
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains."""
+    args = parser.parse_intermixed_args(arguments)
+    setup_logging()
+    cfg = load_config(IjepaConfig, DEFAULT_CONFIG, args.sources)
+    mask_plan(cfg)
+    return run_command(
+        args,
+        cfg,
+        dry_run=lambda: dry_run(cfg),
+        train=functools.partial(train, cfg),
+        make_state=functools.partial(IjepaState, cfg, compiled=False),
+        has_kernels=False,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
