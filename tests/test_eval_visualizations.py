@@ -15,7 +15,7 @@ from torch import nn
 
 import eval_visualizations as vis
 from checkpoint import Checkpoints
-from clustering import OnlineClustering
+from clustering import OnlineClustering, normalize_features
 from config import load_config
 from evaluation import EvaluationConfig, FrozenModel, load_model_file
 from utils import UserError
@@ -124,7 +124,8 @@ def test_assignments_are_those_of_the_training_head():
     nn.init.normal_(head.layer.bias)
     x = torch.randn(3, 10, WIDTH, generator=seeded(0))
     weights = vis.ClusteringHead(head.layer.weight.detach(), head.layer.bias.detach(), is_teacher=None)
-    assert torch.equal(weights.assign(x), head._logits(x).argmax(dim=-1))
+    logits = head.layer(normalize_features(x))
+    assert torch.equal(weights.assign(x), logits.argmax(dim=-1))
 
 
 def test_colours_of_clusters_differ_where_they_are_used_most():
