@@ -765,10 +765,14 @@ def _fill(tensors: dict[str, Tensor], reader: CheckpointReader, *, alone: bool =
         load_tensors(tensors, storage_reader=reader, no_dist=alone)
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
-        if not all(isinstance(cause, OSError | pickle.UnpicklingError) for cause in causes):
+        if not all(isinstance(cause, OSError | EOFError | RuntimeError | pickle.UnpicklingError) for cause in causes):
             raise
         asked = re.search(r"GLOBAL (\S+)", str(causes[0]))  # torch goes on to advise how to let it run
-        why = f"a tensor of it is none, and asks for {asked[1]}" if asked else str(causes[0]).partition("\n")[0]
+        why = (
+            f"a tensor of it is none, and asks for {asked[1]}"
+            if asked
+            else str(causes[0]).partition("\n")[0] or "a file ends early"
+        )
         raise UserError(f"The checkpoint {str(reader.path)!r} cannot be read: {why}") from error
 
 

@@ -391,13 +391,14 @@ def test_clustering_head_must_fit_be_there_and_be_readable(place, checkpoint, tm
     ):
         torch.save({"clustering.layer.weight": unfit}, tmp_path / "unfit.pth")
         assert says in message(tmp_path / "unfit.pth")
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
     step = Checkpoints(checkpoint, keep=1).newest()
     assert step is not None
-    for file in step.iterdir():
-        (damaged / file.name).write_bytes(file.read_bytes()[: 40 if file.suffix == ".distcp" else None])
-    assert "cannot be read" in message(damaged)
+    for size in (0, 40, 900):
+        damaged = tmp_path / f"damaged{size}"
+        damaged.mkdir()
+        for file in step.iterdir():
+            (damaged / file.name).write_bytes(file.read_bytes()[: size if file.suffix == ".distcp" else None])
+        assert re.search(r"cannot be read: .*\w", message(damaged)), f"{size} bytes are left"
 
 
 def test_clustering_head_of_a_file_is_that_of_the_checkpoint(place, checkpoint, tmp_path):
