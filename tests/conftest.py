@@ -42,7 +42,7 @@ def load_golden_json(name: str) -> Any:
     return json.loads((GOLDEN / f"{name}.json").read_text())
 
 
-def run_cli(*args: str | Path, cwd: Path = ROOT, timeout: float = 100, **env: str) -> subprocess.CompletedProcess[str]:
+def run_cli(*args: str | Path, cwd: Path = ROOT, timeout: float = 200, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a script of the repository in a process of its own; shape checks stay off, as for a user."""
     return subprocess.run(
         [sys.executable, *map(str, args)],

@@ -24,9 +24,11 @@ GRACE_S = 3.0
 """How long ranks may go on after one of them has failed: they wait for it in vain."""
 
 
-def _context() -> ForkServerContext:
+def forkserver() -> ForkServerContext:
+    """Processes that are forked off a server which has imported a training, and what torch imports in its first step:
+    that takes half of the processor time of a tiny run."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fsdp", "train_capi"])
+    context.set_forkserver_preload(["pytest", "train_capi", "torch._inductor.compile_fx"])
     return context
 
 
@@ -36,7 +38,7 @@ class RankError(AssertionError):
 
 class _Rank:
     def __init__(self) -> None:
-        context = _context()
+        context = forkserver()
         self.connection, theirs = context.Pipe()
         self.stacks = Path(tempfile.mkstemp(prefix="rank-stacks-")[1])
         self.process = context.Process(target=_serve, args=(theirs, str(self.stacks)), daemon=True)
@@ -61,7 +63,7 @@ class _Rank:
 _pool: list[_Rank] = []
 
 
-def run_on_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 90) -> list[Any]:
+def run_on_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 200) -> list[Any]:
     """Call `function(*args)` on ranks of a fresh gloo process group; what each returned.
 
     Args:
@@ -151,7 +153,7 @@ def launched(function: Callable[..., Any], num_ranks: int, *args: Any) -> Iterat
     processes = []
     for rank in range(num_ranks):
         environ = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        processes.append(_context().Process(target=_call_launched, args=(environ, function, args)))
+        processes.append(forkserver().Process(target=_call_launched, args=(environ, function, args)))
     try:
         for process in processes:
             process.start()

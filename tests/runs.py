@@ -1,7 +1,7 @@
 """Tiny training runs that tests start, in this process or in one that can be killed."""
 
 import json
-import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from ranks import forkserver
 
 SPEED = {"images_per_s", "step_ms", "data_wait", "memory_gib", "eta_s", "mfu", "probe_s"}
 """Metrics that depend on the machine and the moment."""
@@ -101,13 +102,11 @@ class KillableRun:
     """A training in a process of its own, started from a server that has imported everything already."""
 
     def __init__(self, arguments: list[str], output_dir: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train_capi"])
         self.output_dir = output_dir
-        self.process = context.Process(target=_child, args=(arguments,))
+        self.process = forkserver().Process(target=_child, args=(arguments,))
         self.process.start()
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> bool:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 200) -> bool:
         """Until the condition holds (True) or the process ended (False)."""
         end = time.monotonic() + seconds
         while not condition():
@@ -119,11 +118,9 @@ class KillableRun:
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process.pid is not None
-        import os
-
         os.kill(self.process.pid, number)
 
-    def join(self, seconds: float = 60) -> int:
+    def join(self, seconds: float = 200) -> int:
         self.process.join(seconds)
         assert self.process.exitcode is not None, "still running"
         return self.process.exitcode

@@ -1,5 +1,6 @@
 import os
 import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -207,10 +208,14 @@ def test_a_rank_without_peers_gives_up_and_says_where_it_looked(monkeypatch, ran
     with session("cpu") as device:
         assert device == torch.device("cpu")
         assert not distributed.is_distributed(), "one process needs no group"
-    for name, value in (TORCHRUN | {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}).items():
+    with socket.socket() as server:  # a port at which nobody is, another worker's rank neither
+        server.bind(("127.0.0.1", 0))
+        port = str(server.getsockname()[1])
+    lonely = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in (TORCHRUN | lonely).items():
         monkeypatch.setenv(name, value)
     with (
-        pytest.raises(UserError, match=r"rank \d of 2 .*: no meeting of all ranks at 127.0.0.1:29400 within 1 s"),
+        pytest.raises(UserError, match=rf"rank \d of 2 .*: no meeting of all ranks at 127.0.0.1:{port} within 1 s"),
         session("cpu", timeout=timedelta(seconds=1)),
     ):
         pass

@@ -631,7 +631,6 @@ def compiled_on_two_ranks() -> tuple[Tensor, list[dict[str, Any]]]:
 
 
 @needs_compiler
-@pytest.mark.timeout(180)
 def test_compiled_code_gives_the_gradients_of_the_whole_batch(compiled_on_two_ranks):
     x, results = compiled_on_two_ranks
     plain = make_layers()
@@ -642,7 +641,6 @@ def test_compiled_code_gives_the_gradients_of_the_whole_batch(compiled_on_two_ra
 
 
 @needs_compiler
-@pytest.mark.timeout(180)
 def test_generated_code_gathers_ahead_and_waits_late(compiled_on_two_ranks):
     _, results = compiled_on_two_ranks
     assert [[kind for kind, _ in part] for part in results[0]["events"]] == [

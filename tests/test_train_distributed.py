@@ -261,7 +261,6 @@ def test_a_preempted_job_is_requeued_once_and_goes_on_as_if_nothing_had_been(clu
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(cluster, images, tmp_path):
     out = tmp_path / "run"
     limit = ["launcher.time_min=2", "launcher.signal_delay_s=70"]
