@@ -360,7 +360,7 @@ def do_student(
     return per_token.sum() if per_token.device.type == "mps" else per_token.double().sum()  # mps has no float64
 
 
-class CapiState(TrainState):
+class CapiState(TrainState[CapiConfig]):
     """Everything a checkpoint holds.
 
     Modules: `student` {backbone, head}; `student_ema`, their moving average, whose backbone is the teacher and which is
@@ -373,7 +373,6 @@ class CapiState(TrainState):
         self, cfg: CapiConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
     ) -> None:
         super().__init__(cfg, device, compiled=compiled)
-        self.cfg = cfg
         compilation = cfg.efficiency.compilation
         self.student = self.place(
             self._make_student,
@@ -424,7 +423,8 @@ class CapiState(TrainState):
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """The teacher's patch features, not compiled, for batches of any size."""
-        return do_teacher(self.student_ema["backbone"], images, self.dtype)
+        backbone: Any = self.student_ema["backbone"]
+        return do_teacher(backbone, images, self.dtype)
 
 
 def start_from(student: nn.ModuleDict, path_or_url: str) -> None:

@@ -319,7 +319,7 @@ def do_student(
     return prediction_loss(predicted, prediction_targets(features, target_indices, len(context_indices)))
 
 
-class IjepaState(TrainState):
+class IjepaState(TrainState[IjepaConfig]):
     """Everything a checkpoint holds.
 
     Modules: `student` {backbone, predictor}; `student_ema` {backbone}, the moving average of its backbone, which is the
@@ -332,7 +332,6 @@ class IjepaState(TrainState):
         self, cfg: IjepaConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
     ) -> None:
         super().__init__(cfg, device, compiled=compiled)
-        self.cfg = cfg
         compilation = cfg.efficiency.compilation
         start = None if init_from is None else StartingWeights(init_from)
         self.student = self.place(

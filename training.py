@@ -23,7 +23,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -72,6 +72,7 @@ from utils import (
 
 logger = logging.getLogger("capi")
 
+ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 M = TypeVar("M", bound=nn.Module)
 
 SMALLEST_SCALE = 1e-4
@@ -80,7 +81,7 @@ BATCH_KEYS = ("optim.batch_size_per_gpu.", "optim.accumulation_steps.")
 """What may be divided otherwise over ranks: their product with the number of ranks counts."""
 
 
-class TrainState:
+class TrainState(Generic[ConfigT]):
     """Everything a checkpoint holds, and how an update acts on it; a method's state inherits from it.
 
     Its constructor calls this one, which seeds the initial weights, builds its networks with `place`, and fills
@@ -91,10 +92,9 @@ class TrainState:
     MODEL_KEYS: ClassVar[tuple[str, ...]] = ("model",)
     """Keys and sections of the configuration that say which weights there are."""
 
-    def __init__(self, cfg: TrainingConfig, device: torch.device, *, compiled: bool = True) -> None:
+    def __init__(self, cfg: ConfigT, device: torch.device, *, compiled: bool = True) -> None:
         efficiency = cfg.efficiency
-        self.device, self.step, self.efficiency, self.compiled = device, 0, efficiency, compiled
-        self.training_config = cfg
+        self.cfg, self.device, self.compiled, self.step = cfg, device, compiled, 0
         self.dtype: torch.dtype = getattr(torch, efficiency.param_dtype)
         self.sharding = Sharding(
             mode=efficiency.fsdp,
@@ -136,21 +136,21 @@ class TrainState:
         if load is not None and rank() == 0:
             load(module)
         blocks: list[nn.Module] = [p for p in module.modules() if hasattr(p, "is_transformer_block")]
-        if self.efficiency.attention == "xformers":
+        if self.cfg.efficiency.attention == "xformers":
             from speed.attention import attend_by_xformers
 
             attention: list[nn.Module] = [p for p in module.modules() if hasattr(p, "attend")]
             attend_by_xformers(attention, self.device, self.dtype)
         if is_teacher:
             module.requires_grad_(False).eval()
-            if self.efficiency.teacher_fp8:
+            if self.cfg.efficiency.teacher_fp8:
                 from speed.fp8 import multiply_in_fp8
 
                 multiply_in_fp8(blocks, self.device)
-        elif self.efficiency.rematerialization.enabled:
+        elif self.cfg.efficiency.rematerialization.enabled:
             from speed.recomputing import recompute_blocks
 
-            recompute_blocks(blocks, self.efficiency.rematerialization)
+            recompute_blocks(blocks, self.cfg.efficiency.rematerialization)
         if compilation is not None and not compilation.disable and self.compiled:
             from speed.compiling import compile_blocks
 
@@ -160,7 +160,7 @@ class TrainState:
 
     def compile(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         """A function of tensors, compiled as `efficiency.compilation.<name>` says."""
-        options = self.efficiency.compilation
+        options = self.cfg.efficiency.compilation
         own: CompileConfig = getattr(options, name)
         if own.disable or not self.compiled:
             return function
@@ -209,7 +209,7 @@ class TrainState:
         # Only float16 has to know on the host whether to skip; elsewhere nothing waits for the device.
         skip = scaled and not bool(sum(norms.values(), torch.zeros((), device=self.device)).isfinite())
         if not skip:
-            limit = self.training_config.optim.clip_grad
+            limit = self.cfg.optim.clip_grad
             if limit is not None:
                 nn.utils.clip_grads_with_norm_(list(self.modules["student"].parameters()), limit, local["student"])
             for _, optimizer in self.optimizers.values():
@@ -267,7 +267,7 @@ def global_batch_size(optim: OptimConfig) -> int:
 # --- Going on from a checkpoint, and exports -------------------------------------------------------------------------
 
 
-def make_checkpoints(cfg: TrainingConfig, state_type: type[TrainState], output_dir: Path) -> Checkpoints:
+def make_checkpoints(cfg: TrainingConfig, state_type: type[TrainState[Any]], output_dir: Path) -> Checkpoints:
     """The checkpoints of a run."""
     saving = cfg.train.checkpointing
     return Checkpoints(
@@ -281,17 +281,17 @@ def weights_to_start_from(cfg: TrainingConfig, output_dir: Path) -> str | None:
     return None if continues else cfg.train.init_from
 
 
-def restore(state: TrainState, checkpoints: Checkpoints) -> SavedState | None:
+def restore(state: TrainState[Any], checkpoints: Checkpoints) -> SavedState | None:
     """Load the checkpoint that the config chooses into `state`: `resume_from`, or the newest with `auto_resume`.
 
     Raises: UserError if it is damaged, or holds another model or numbers that are not finite, or if there are
         checkpoints and `auto_resume` is off.
     """
-    train = state.training_config.train
+    train = state.cfg.train
     places: dict[str, Any] = {
         "modules": state.modules,
         "optimizers": state.optimizers,
-        "config": dataclasses.asdict(state.training_config),
+        "config": dataclasses.asdict(state.cfg),
     }
     if train.resume_from is not None:
         saved = checkpoints.restore(train.resume_from, **places, restarted=was_requeued())
@@ -355,7 +355,7 @@ def warn_of_another_course(
     )
 
 
-def export(state: TrainState, name: str, path: Path) -> None:
+def export(state: TrainState[Any], name: str, path: Path) -> None:
     """Write a network in the format of released weights, with its config beside it; every rank calls it.
 
     Args:
@@ -364,18 +364,18 @@ def export(state: TrainState, name: str, path: Path) -> None:
         path: of the file.
     """
     parts: Any = state.modules[name]
-    export_weights(path, dict(parts.items()), to_yaml(state.training_config))
+    export_weights(path, dict(parts.items()), to_yaml(state.cfg))
 
 
-def export_all(state: TrainState, output_dir: Path) -> list[Path]:
+def export_all(state: TrainState[Any], output_dir: Path) -> list[Path]:
     """Write every network that this method exports to the folder of the run; returns the files."""
-    paths = [output_dir / f"{name}.pth" for name in sorted(state.training_config.EXPORTS)]
+    paths = [output_dir / f"{name}.pth" for name in sorted(state.cfg.EXPORTS)]
     for path in paths:
         export(state, path.stem, path)
     return paths
 
 
-def export_newest(state: TrainState, output_dir: Path) -> list[Path]:
+def export_newest(state: TrainState[Any], output_dir: Path) -> list[Path]:
     """Export the checkpoint that training would continue from; returns the files.
 
     Args:
@@ -384,7 +384,7 @@ def export_newest(state: TrainState, output_dir: Path) -> list[Path]:
 
     Raises: UserError if there is none.
     """
-    cfg = state.training_config
+    cfg = state.cfg
     checkpoints = Checkpoints(output_dir, keep=cfg.train.checkpointing.max_to_keep, model_keys=state.MODEL_KEYS)
     if restore(state, checkpoints) is None:
         raise UserError(f"train.output_dir={cfg.train.output_dir!r} has no checkpoint to export; train first")
@@ -423,7 +423,7 @@ class Run:
     def __init__(
         self,
         cfg: TrainingConfig,
-        state: TrainState,
+        state: TrainState[Any],
         output_dir: Path,
         *,
         make_loader: Callable[..., PretrainLoader],
@@ -705,7 +705,7 @@ def run_command(
     *,
     dry_run: Callable[[], str],
     train: Callable[[Path, torch.device], None],
-    make_state: Callable[[torch.device], TrainState],
+    make_state: Callable[[torch.device], TrainState[Any]],
     has_kernels: bool = True,
 ) -> int:
     """Do what the options of `utils.add_training_options` ask for. Returns the exit code.
