@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -101,11 +102,13 @@ def test_sums_are_kept_in_float64(tmp_path):
 
 def test_the_meters_hold_no_graph(tmp_path):
     metrics = Metrics(tmp_path)
-    weight = torch.ones((), requires_grad=True)
-    metrics.update(loss=weight * 2)
-    total = metrics._sums["loss"]
-    assert isinstance(total, torch.Tensor)
-    assert not total.requires_grad
+    activation = torch.ones((), requires_grad=True).exp()
+    loss, kept = activation * activation, weakref.ref(activation)
+    del activation
+    assert kept() is not None, "the graph of a product keeps its factors, or this shows nothing"
+    metrics.update(loss=loss)
+    del loss
+    assert kept() is None, "activations would be kept until the window is written"
 
 
 def test_the_file_has_the_exact_numbers_with_step_first_and_the_rest_in_order(tmp_path):
