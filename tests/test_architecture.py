@@ -1,6 +1,7 @@
 """The house map: who may import whom, and what no file may do."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -35,6 +36,9 @@ SOURCES = [*MODULES, *sorted(path for folder in FOLDERS for path in ROOT.glob(f"
 HEAVY = {"datasets", "submitit", "matplotlib", "sklearn", "scipy", "timm", "xformers", "huggingface_hub", "pandas"}
 
 
+parse = functools.cache(ast.parse)  # every test here reads the same files
+
+
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
@@ -52,7 +56,7 @@ def imports(nodes: Iterable[ast.AST]) -> set[str]:
 
 def imported_modules(path: Path) -> set[str]:
     """Everything imported anywhere in the file, also inside functions."""
-    return imports(ast.walk(ast.parse(path.read_text())))
+    return imports(ast.walk(parse(path.read_text())))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
@@ -69,7 +73,7 @@ def test_imports_point_down(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_heavy_packages_are_imported_where_they_are_used(path):
-    heavy = sorted(imports(ast.parse(path.read_text()).body) & HEAVY)
+    heavy = sorted(imports(parse(path.read_text()).body) & HEAVY)
     assert not heavy, f"{path.name} imports {', '.join(heavy)} for everyone; do it in the functions that need it"
 
 
@@ -84,7 +88,7 @@ def names_in(node: ast.AST | None) -> set[str]:
 def faults(source: str) -> list[str]:
     """Places where a source hides errors or runs code out of files, as sentences."""
     said = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         if isinstance(node, ast.ExceptHandler) and node.type is None:
             said.append(f"line {node.lineno} catches everything; name the errors that are expected")
         is_suppress = isinstance(node, ast.Call) and "suppress" in names_in(node.func)
