@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import load_golden_json, seeded
+from golden_ijepa import CONTEXT, IJEPA, IMAGES, STOP, TARGET, hashed, tiny_networks
 from torch import Tensor, nn
 
 from ijepa import (
@@ -23,47 +24,8 @@ from ijepa import (
 from masking import MultiBlockMasks, MultiBlockPlan
 from utils import UserError
 
-IJEPA, STOP = load_golden_json("vectors_ijepa"), load_golden_json("vectors_stop")
 TINY = IJEPA["tiny"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-
-
-def hashed(num: int, index: int) -> Tensor:
-    """Rule H: uniform numbers in [0, 1), from integers alone."""
-    mask = 0xFFFFFFFF
-    x = (torch.arange(num, dtype=torch.int64) + 1000003 * (index + 1)) & mask
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & mask
-    x = x ^ (x >> 15)
-    low = x & 0xFFFF  # the product of two 32-bit numbers does not fit into a signed 64-bit one
-    x = (low * 0x846CA68B + ((((x >> 16) * 0x846CA68B) & 0xFFFF) << 16)) & mask
-    x = x ^ (x >> 16)
-    return x.double() / 2**32
-
-
-@torch.no_grad()
-def fill(module: nn.Module) -> None:
-    for index, (key, tensor) in enumerate(sorted(module.state_dict().items())):
-        if "pos_embed" in key:
-            continue
-        amplitude = math.sqrt(3 * tensor.shape[0] / tensor.numel()) if tensor.ndim > 1 else 0.1
-        values = amplitude * (2 * hashed(tensor.numel(), index) - 1)
-        owner, _, kind = key.rpartition(".")
-        values += 1 if kind == "weight" and "norm" in owner.rpartition(".")[2] else 0
-        tensor.copy_(values.view(tensor.shape))
-
-
-def tiny_networks() -> tuple[Encoder, Predictor]:
-    """The networks of the vectors, with the weights of the vectors."""
-    encoder = Encoder(grid_size=4, patch_size=12, embed_dim=32, depth=2, num_heads=4)
-    predictor = Predictor(grid_size=4, encoder_dim=32, embed_dim=16, depth=2, num_heads=4)
-    fill(encoder)
-    fill(predictor)
-    return encoder, predictor
-
-
-IMAGES = (2 * hashed(2 * 3 * 48 * 48, 776) - 1).float().view(2, 3, 48, 48)
-CONTEXT, TARGET = torch.tensor(TINY["enc_masks"]), torch.tensor(TINY["pred_masks"])
 
 
 def plan(grid: int, **changes: Any) -> MultiBlockPlan:
