@@ -306,34 +306,26 @@ def hub_source(images: Path, kind: str, tmp_path: Path) -> str:
     return f"hf://parquet?data_files={files!r}&split='train'&img_field='image'&streaming=True".replace(" ", "")
 
 
-NINE_STEPS = [
-    "optim.total_iters=9",  # 36 images: the fourth pass over the ten of them
-    "train.log_loss_every=2",  # windows of log and checkpoint differ: averages in the middle must survive
-    "train.checkpointing.period=3",
-    DROP_PATH,
-]
-
-
-@pytest.fixture(scope="module", params=["folder", "stream"])
-def never_interrupted(request, images, tmp_path_factory) -> tuple[str, Path]:
-    """Where images come from, and the folder of a run of nine steps on them, without workers."""
-    root = tmp_path_factory.mktemp("straight")
-    source = hub_source(images, request.param, root)
-    assert run_main(tiny(source, root / "run", *NINE_STEPS)) == 0
-    return source, root / "run"
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_run_killed_at_any_moment_ends_like_one_never_interrupted(never_interrupted, tmp_path, num_workers):
-    source, straight = never_interrupted
-    arguments = tiny(source, tmp_path, *NINE_STEPS, f"efficiency.dataloader_num_workers={num_workers}")
+@pytest.mark.parametrize("kind", ["folder", "stream"])
+def test_a_run_killed_at_any_moment_ends_like_one_never_interrupted(images, tmp_path, kind, num_workers):
+    extra = [
+        "optim.total_iters=9",  # 36 images: the fourth pass over the ten of them
+        f"efficiency.dataloader_num_workers={num_workers}",
+        "train.log_loss_every=2",  # windows of log and checkpoint differ: averages in the middle must survive
+        "train.checkpointing.period=3",
+        DROP_PATH,
+    ]
+    source = hub_source(images, kind, tmp_path)
+    straight, killed = (tiny(source, tmp_path / name, *extra) for name in ("straight", "killed"))
+    assert run_main(straight) == 0
     for at_step in (2, 4, 6, 8):
-        run = KillableRun(arguments, tmp_path)
-        run.wait_for(lambda at_step=at_step: logged_steps(tmp_path) >= at_step)
+        run = KillableRun(killed, tmp_path / "killed")
+        run.wait_for(lambda at_step=at_step: logged_steps(tmp_path / "killed") >= at_step)
         run.signal(signal.SIGKILL)
         assert run.join() == -signal.SIGKILL
-    assert run_main(arguments) == 0
-    assert_same_run(tmp_path, straight)
+    assert run_main(killed) == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "straight")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
