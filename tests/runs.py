@@ -1,5 +1,6 @@
 """Tiny training runs that tests start, in this process or in one that can be killed."""
 
+import importlib
 import json
 import os
 import signal
@@ -92,18 +93,16 @@ def run_main(arguments: list[str]) -> int:
     return train_capi.main(arguments)
 
 
-def _child(arguments: list[str]) -> None:
-    import train_capi
-
-    raise SystemExit(train_capi.main(arguments))
+def _child(script: str, arguments: list[str]) -> None:
+    raise SystemExit(importlib.import_module(script).main(arguments))
 
 
 class KillableRun:
     """A training in a process of its own, started from a server that has imported everything already."""
 
-    def __init__(self, arguments: list[str], output_dir: Path) -> None:
+    def __init__(self, arguments: list[str], output_dir: Path, script: str = "train_capi") -> None:
         self.output_dir = output_dir
-        self.process = forkserver().Process(target=_child, args=(arguments,))
+        self.process = forkserver().Process(target=_child, args=(script, arguments))
         self.process.start()
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 200) -> bool:

@@ -25,29 +25,54 @@ from speed.compiling import compile_function, kept_compilations
 from train_capi import CapiConfig
 from utils import UserError
 
-CODE = """
-    import torch, torch._dynamo
-    from config import DEFAULT_PRETRAIN_CONFIG, load_config
-    from train_capi import CapiConfig
+METHODS = {
+    "capi": """
+    from config import DEFAULT_PRETRAIN_CONFIG as DEFAULT
     from golden import DROP_PATH, GOLDEN_CONFIG, golden_batches
-    from train_capi import CapiState, train_step
-    from train_capi import hyper_at
+    from train_capi import CapiConfig as Config, CapiState as State, hyper_at, train_step
+
+    own = [*GOLDEN_CONFIG, "model.encoder_kwargs.depth=1", "model.decoder_kwargs.depth=1", DROP_PATH]
+    losses = ("capi_loss", "clustering_loss")
+
+    def batches(step):
+        return golden_batches(step, 1)
+""",
+    "stop": """
+    from data import Batch
+    from golden_ijepa import GOLDEN_CONFIG, STOP_NOISE
+    from masking import MultiBlockMasks
+    from train_ijepa import DEFAULT_CONFIG as DEFAULT, IjepaConfig as Config, IjepaState as State
+    from train_ijepa import hyper_at, mask_plan, train_step
+
+    own = [*GOLDEN_CONFIG, "data.images_size=96", "model.depth=1", "predictor.depth=1", STOP_NOISE]
+    losses = ("loss",)
+
+    def batches(step):
+        masks = MultiBlockMasks(mask_plan(eager.cfg), 0)([(4 * step + image,) for image in range(4)])
+        lengths.add((masks["context_indices"].shape[2], masks["target_indices"].shape[2]))
+        assert len(lengths) > min(step, 2), "all steps have as many patches"
+        return [Batch(images=torch.randn(4, 3, 96, 96), masks=masks, sample_ids=torch.arange(4))]
+""",
+}
+"""For each method: its configuration, state and step; arguments of its own; and what it trains on."""
+
+COMPARE = """
+    import torch, torch._dynamo
+    from config import load_config
 
     torch.set_num_threads(2)
-    small = ["model.encoder_kwargs.depth=1", "model.decoder_kwargs.depth=1", DROP_PATH]
+    lengths = set()
+
     def state(disable):
-        cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [
-            *GOLDEN_CONFIG, *small,
-            f"efficiency.compilation.do_teacher.disable={disable}",
-            f"efficiency.compilation.do_student.disable={disable}",
-        ])
-        return CapiState(cfg, torch.device("cpu"))
+        disabled = [f"efficiency.compilation.{name}.disable={disable}" for name in ("do_teacher", "do_student")]
+        return State(load_config(Config, DEFAULT, [*own, *disabled]), torch.device("cpu"))
+
     eager, compiled = state("true"), state("false")
     for i in range(4):
         torch._dynamo.config.error_on_recompile = i > 1
-        a = train_step(eager, golden_batches(i, 1), hyper_at(i, eager.cfg))
-        b = train_step(compiled, golden_batches(i, 1), hyper_at(i, eager.cfg))
-        for name in ("capi_loss", "clustering_loss", "grad_norm"):
+        given, hyper = batches(i), hyper_at(i, eager.cfg)
+        a, b = (train_step(one, given, hyper) for one in (eager, compiled))
+        for name in (*losses, "grad_norm"):
             torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6, msg=f"{name} at step {i}")
     for (name, p), q in zip(eager.student.named_parameters(), compiled.student.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=0, msg=name)
@@ -70,8 +95,9 @@ def run_code(code):
 
 @needs_compiler
 @pytest.mark.timeout(300)
-def test_compiled_steps_equal_eager_steps():
-    run_code(CODE)
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_steps_equal_eager_steps(method):
+    run_code(METHODS[method] + COMPARE)
 
 
 GRAPHS = """

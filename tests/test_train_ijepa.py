@@ -21,7 +21,7 @@ from golden_ijepa import (
     tiny_run,
 )
 from ranks import run_on_ranks
-from runs import assert_same_run, make_images, metrics_of
+from runs import KillableRun, assert_same_run, logged_steps, make_images, metrics_of
 from torch import Tensor
 
 import train_ijepa
@@ -212,6 +212,18 @@ def test_an_interrupted_run_ends_like_one_never_interrupted(images, finished, tm
         assert train_ijepa.main(tiny_run(images, tmp_path, *own)) == 0
     assert metrics_of(tmp_path)[-1]["step"] == stop_at + 1
     assert train_ijepa.main(tiny_run(images, tmp_path, *own)) == 0
+    assert_same_run(tmp_path, straight)
+
+
+def test_a_run_killed_at_any_moment_ends_like_one_never_interrupted(images, finished, tmp_path):
+    straight, own = finished
+    arguments = tiny_run(images, tmp_path, *own)
+    for at_step in (1, 3, 5):
+        run = KillableRun(arguments, tmp_path, script="train_ijepa")
+        run.wait_for(lambda at_step=at_step: logged_steps(tmp_path) >= at_step)
+        run.signal(signal.SIGKILL)
+        assert run.join() == -signal.SIGKILL
+    assert train_ijepa.main(arguments) == 0
     assert_same_run(tmp_path, straight)
 
 
