@@ -4,10 +4,11 @@
     python export.py runs/mine/checkpoints/step_000003750 backbone.safetensors backbone.onnx
     python export.py student_ema.pth backbone.onnx              a file that was exported before, or an address
 
-`.pth` is the format of the released weights, `.safetensors` has the same keys; both get their config beside them, as
-`.yaml`, where `model.load_model` finds it. `.onnx` takes images of any number and size and gives the three outputs of
-`EncoderDecoder.forward`; it needs `pip install -c constraints.txt -e '.[onnx]'` in this folder. The reverse,
-starting a run from weights, is the key `train.init_from`.
+`.pth` is a dict of tensors by their published names, `.safetensors` has the same keys; both get their config beside
+them, as `.yaml`, where the loader of the method (`model.load_model`, `ijepa.load_model`) finds it. `.onnx` takes images
+of any number and size and gives the three outputs of the backbone's `forward`; it needs
+`pip install -c constraints.txt -e '.[onnx]'` in this folder. The reverse, starting a run from weights, is the key
+`train.init_from`.
 """
 
 from pathlib import Path
@@ -38,11 +39,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import train_ijepa
 from checkpoint import Checkpoints, export_weights, read_weights
 from clustering import L2NormLinear
 from config import DEFAULT_PRETRAIN_CONFIG, TrainingConfig, load_config, read_yaml, to_yaml
 from model import EncoderDecoder
 from train_capi import CapiConfig
+from train_ijepa import IjepaConfig
 from utils import UserError, ending_in_words, replacing, setup_logging, write_text_atomically
 from weights import load_backbone_weights, read_state_dict, save_safetensors
 
@@ -71,7 +74,17 @@ def _capi_modules(cfg: CapiConfig, weights: Mapping[str, Any]) -> dict[str, nn.M
     return modules
 
 
-METHODS = {"capi": Method(CapiConfig, DEFAULT_PRETRAIN_CONFIG, _capi_modules)}
+def _ijepa_modules(cfg: IjepaConfig, weights: Mapping[str, Any]) -> dict[str, nn.Module]:
+    modules: dict[str, nn.Module] = {"backbone": cfg.make_encoder()}
+    if "predictor.mask_token" in weights:
+        modules["predictor"] = cfg.make_predictor()
+    return modules
+
+
+METHODS = {
+    "capi": Method(CapiConfig, DEFAULT_PRETRAIN_CONFIG, _capi_modules),
+    "predictor": Method(IjepaConfig, train_ijepa.DEFAULT_CONFIG, _ijepa_modules),
+}
 """By the section that the configurations of that method alone have. The first is that of weights without one."""
 
 
@@ -171,7 +184,7 @@ def _write_safetensors(exportable: Exportable, path: Path) -> None:
 class _Named(nn.Module):
     """The backbone one level down: its parameter `registers` may not be called like an output of the graph."""
 
-    def __init__(self, backbone: EncoderDecoder) -> None:
+    def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
 
@@ -189,7 +202,7 @@ def _no_chatter() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _write_onnx(backbone: EncoderDecoder, path: Path) -> None:
+def _write_onnx(backbone: Any, path: Path) -> None:
     p = backbone.patch_size
     example = torch.zeros(2, backbone.in_chans, 4 * p, 6 * p)  # three numbers that differ: none is taken for another
     batch, rows, columns = torch.export.Dim("batch"), torch.export.Dim("rows"), torch.export.Dim("columns")

@@ -705,13 +705,13 @@ def resize_positions(
 
     Args:
         table: the rows of the patches, row-major, after at most one for the class token, which is kept.
-        grid: rows and columns wanted.
+        grid: rows and columns wanted; those of the table give the table itself.
         antialias: low-pass before shrinking, as MAE and DINOv2 with registers do and DINO and I-JEPA do not.
         offset: DINO, iBOT and DINOv2 without registers enlarge by (n + 0.1) / side instead of n / side.
     """
     side = math.isqrt(table.shape[1])
     class_row, patches = table.split([table.shape[1] - side * side, side * side], dim=1)
-    if grid == (side, side):
+    if grid == (side, side) and not torch.compiler.is_exporting():  # which would fix the grid of what is exported
         return table
     square = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
     if offset:

@@ -78,6 +78,10 @@ def weights_source(
     return url if pretrained else None
 
 
+EXPORTED = "backbone."
+"""What keys of the encoder begin with in an export of a training here."""
+
+
 def load_published(
     network: nn.Module,
     source: str | None,
@@ -86,6 +90,7 @@ def load_published(
     prefix: str = "",
     drop: tuple[str, ...] = (),
     rename: Callable[[StateDict], StateDict] | None = None,
+    exports: bool = False,
 ) -> None:
     """Copy a published file into `network`: every tensor finds its place and every place its tensor.
 
@@ -96,6 +101,7 @@ def load_published(
         prefix: removed from the keys.
         drop: beginnings of the keys, before the prefix is removed, that belong to no part of the backbone.
         rename: turns the file's state dict into the network's.
+        exports: whether it may also be an export of a training here, whose keys are those after `EXPORTED`.
 
     Raises: UserError if the file cannot be read, or naming the keys that are missing, unexpected or misshapen.
     """
@@ -104,6 +110,8 @@ def load_published(
     # Training scripts of the time stored their options beside the weights. A Namespace is a bag of values, no code.
     with torch.serialization.safe_globals([argparse.Namespace]):
         state: Any = read_state_dict(source)
+    if exports and any(key.startswith(EXPORTED) for key in state):
+        state, path, prefix = {key: x for key, x in state.items() if key.startswith(EXPORTED)}, (), EXPORTED
     for depth, level in enumerate(path):
         if not isinstance(state, Mapping) or level not in state:
             entries = ", ".join(map(str, list(state)[:8])) if isinstance(state, Mapping) else type(state).__name__

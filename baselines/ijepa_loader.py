@@ -28,13 +28,14 @@ def load_model(
     device: str | torch.device = "cpu",
     encoder: str = "encoder",
 ) -> nn.Module:
-    """Build an encoder; `pretrained=False` leaves random weights, `pretrained_weights` is a path or URL."""
+    """Build an encoder; `pretrained=False` leaves random weights, `pretrained_weights` is a path or URL, also of an
+    export of train_ijepa.py."""
     if encoder not in ("encoder", "target_encoder"):
         raise UserError(f"encoder={encoder!r} must be one of encoder, target_encoder")
     architecture, patch_size, file_name = look_up(model_name, MODELS)
     vit = create_vit(architecture)
     source = weights_source(BASE_URL + file_name, pretrained_weights, pretrained)
-    load_published(vit, source, path=(encoder,), prefix="module.")
+    load_published(vit, source, path=(encoder,), prefix="module.", exports=True)
     return PatchFeatures(vit, patch_size, resize_plainly, class_token=False).to(device).eval()
 
 

@@ -25,11 +25,12 @@ def load_model(
     pretrained: bool = True,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """Build an encoder; `pretrained=False` leaves random weights, `pretrained_weights` is a path or URL."""
+    """Build an encoder; `pretrained=False` leaves random weights, `pretrained_weights` is a path or URL, also of an
+    export of train_ijepa.py."""
     architecture, file_name = look_up(model_name, MODELS)
     vit = create_vit(architecture, img_size=224, class_token=False, fc_norm=False)
     source = weights_source(BASE_URL + file_name, pretrained_weights, pretrained)
-    load_published(vit, source, path=("target_encoder",), prefix="module.")
+    load_published(vit, source, path=("target_encoder",), prefix="module.", exports=True)
     return PatchFeatures(vit, 16, resize_plainly, class_token=False, published_grid=(14, 14)).to(device).eval()
 
 

@@ -95,7 +95,7 @@ def run_code(code):
 
 @needs_compiler
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["capi", pytest.param("stop", marks=pytest.mark.slow)])
 def test_compiled_steps_equal_eager_steps(method):
     run_code(METHODS[method] + COMPARE)
 

@@ -5,24 +5,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as v1
 
-from crops import Crop, cut, draw_crop
+from crops import BLUR_RADIUS, Colours, Crop, cut, draw_crop
 
 
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("layout", ["channels innermost", "channels outermost"])
 @pytest.mark.parametrize("box", [(0, 0, 60, 80), (3, 7, 41, 50), (10, 0, 50, 33), (59, 79, 1, 1), (5, 5, 20, 24)])
-def test_a_crop_is_that_of_torchvision_on_a_pillow_image_within_rounding(box, layout):
+def test_a_crop_is_that_of_torchvision_on_a_pillow_image_within_rounding(box, layout, mode):
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if layout == "channels outermost":
         pixels = pixels.contiguous()
-    resized = v1.resized_crop(image, *box, [56, 56], v1.InterpolationMode.BICUBIC)
+    resized = v1.resized_crop(image, *box, [56, 56], v1.InterpolationMode(mode))
     for flip, oracle in ((False, resized), (True, v1.hflip(resized))):
-        crop = cut(pixels, Crop(*box, flip=flip), 56)
+        crop = cut(pixels, Crop(*box, flip=flip), 56, mode)
         assert (crop.dtype, crop.shape) == (torch.uint8, (3, 56, 56))
         error = (crop.permute(1, 2, 0).numpy().astype(int) - np.asarray(oracle)).__abs__()
         assert error.max() <= 1, "more than rounding"
@@ -62,3 +63,29 @@ def test_of_an_image_that_no_box_fits_the_middle_is_taken_as_torchvision_does(si
     expected = RandomResizedCrop.get_params(torch.empty(3, height, width), [1.0, 1.0], [3 / 4, 4 / 3])
     crop = draw_crop(width, height, (1.0, 1.0), True, 0)
     assert (crop.top, crop.left, crop.height, crop.width) == tuple(expected)
+
+
+def test_so_many_crops_lose_their_colours_and_so_many_are_blurred():
+    crop = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)).permute(2, 0, 1)
+    image = Image.fromarray(crop.permute(1, 2, 0).numpy())
+    colours, kinds, radii = Colours(grayscale=0.2, blur=0.5), [], []
+    for key in range(600):
+        changed = colours(crop, 0, key)
+        assert torch.equal(changed, colours(crop, 0, key)), "not a function of the key"
+        assert (changed.dtype, changed.shape) == (torch.uint8, crop.shape)
+        assert changed.permute(1, 2, 0).is_contiguous()
+        is_grey = bool((changed[0] == changed[1]).all() and (changed[1] == changed[2]).all())
+        sharp = np.asarray(image.convert("L").convert("RGB") if is_grey else image)
+        is_blurred = not np.array_equal(changed.permute(1, 2, 0).numpy(), sharp)
+        kinds.append((is_grey, is_blurred))
+        if is_blurred and not is_grey:
+            radii.append(float(changed.float().std()))
+    grey, blurred = np.array(kinds).T
+    assert abs(grey.mean() - 0.2) < 0.05
+    # The smallest radii round to no change.
+    assert abs(blurred.mean() - 0.5) < 0.08
+    assert abs(np.corrcoef(grey, blurred)[0, 1]) < 0.1, "grey crops are blurred more often"
+    limits = [np.asarray(image.filter(ImageFilter.GaussianBlur(radius))).astype(float).std() for radius in BLUR_RADIUS]
+    assert limits[1] - 1 < min(radii) < max(radii) < limits[0] + 1
+    assert not Colours(grayscale=0.0, blur=0.0).change_anything
+    assert all(Colours(grayscale=0.0, blur=0.0)(crop, 0, key) is crop for key in range(50))

@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train_capi
+from crops import Colours, cut, draw_crop
 from data import (
     DevicePrefetcher,
     PretrainLoader,
@@ -152,6 +153,21 @@ def test_crops_keep_the_permitted_area_and_ratio_and_half_are_flipped(monkeypatc
     for key in range(20):
         crop = unflipped.crop(Sample("x", lambda: content), key).float()
         assert crop[0, :, 0].mean() < crop[0, :, -1].mean(), "flipped although do_hflip=false"
+
+
+def test_crops_are_resized_and_coloured_as_asked():
+    content = encode(photo(3, 90, 70))
+    sample, cfg = Sample("x", lambda: content), make_config()
+    colours = Colours(grayscale=1.0, blur=0.0)
+    plain, bilinear, grey = (
+        make_loader(cfg, dataset=MemoryDataset(1), **own).maker.crop(sample, 5)
+        for own in ({}, {"interpolation": "bilinear"}, {"change_colours": colours})
+    )
+    box = draw_crop(90, 70, cfg.data.crop_scale, cfg.data.do_hflip, cfg.train.seed, 5)
+    pixels = sample.pixels(lambda *_: 1)
+    assert torch.equal(plain, cut(pixels, box, 56)) and torch.equal(bilinear, cut(pixels, box, 56, "bilinear"))
+    assert not torch.equal(plain, bilinear)
+    assert torch.equal(grey, colours(plain, cfg.train.seed, 5)) and torch.equal(grey[0], grey[2])
 
 
 class Outputs(TorchDispatchMode):

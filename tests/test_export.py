@@ -10,12 +10,14 @@ import pytest
 import torch
 import yaml
 from conftest import run_cli
+from golden_ijepa import tiny_run
 from ranks import run_on_ranks
 from runs import make_images, run_main, tiny
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import export
+import ijepa
 import train_capi
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from model import EncoderDecoder, load_model
@@ -251,3 +253,40 @@ def test_a_run_that_has_a_checkpoint_does_not_start_anew(images, run, tmp_path, 
 def test_a_missing_file_is_a_mistake_with_a_name(images, tmp_path, capsys):
     assert run_main(tiny(images, tmp_path / "run", "train.init_from=nothing.pth")) == 2
     assert "train.init_from='nothing.pth': there is no such file" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- other methods
+
+
+@pytest.fixture(scope="module")
+def ijepa_run(images, tmp_path_factory) -> Path:
+    import train_ijepa
+
+    output_dir = tmp_path_factory.mktemp("runs") / "ijepa"
+    assert train_ijepa.main(tiny_run(images, output_dir, "optim.total_iters=2")) == 0
+    return output_dir
+
+
+@pytest.mark.parametrize("model", ["student", "student_ema"])
+def test_a_checkpoint_of_ijepa_goes_through_both_formats(ijepa_run, tmp_path, model):
+    first, second = tmp_path / "w.safetensors", tmp_path / "w.pth"
+    assert export.main([str(ijepa_run), str(first), "--model", model]) == 0
+    assert export.main([str(first), str(second)]) == 0
+    assert_equal_weights(load(second), load(ijepa_run / f"{model}.pth"))
+    assert ijepa.load_model(pretrained_weights=first)(torch.zeros(1, 3, 32, 32)).feature_map.isfinite().all()
+
+
+@pytest.mark.timeout(300)
+def test_onnx_of_ijepa_equals_torch_for_any_number_and_size_of_images(ijepa_run, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime: Any = pytest.importorskip("onnxruntime")
+    done = run_cli("export.py", ijepa_run, tmp_path / "w.onnx", timeout=280)
+    assert done.returncode == 0, done.stderr
+    session = onnxruntime.InferenceSession(tmp_path / "w.onnx")
+    model = ijepa.load_model(pretrained_weights=ijepa_run / "student_ema.pth")
+    for b, height, width in ((1, 32, 32), (3, 16, 40), (2, 20, 64)):
+        images = torch.randn(b, 3, height, width)
+        with torch.no_grad():
+            expected = model(images)
+        for a, e in zip(session.run(None, {"images": images.numpy()}), expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(a), e, atol=2e-5, rtol=0, msg=f"{b}x{height}x{width}")

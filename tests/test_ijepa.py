@@ -292,16 +292,19 @@ def test_a_published_file_is_a_model_of_the_evaluations(published):
         load_model(pretrained_weights=path, num_heads=4, encoder="teacher")
 
 
-def test_the_loader_of_baselines_computes_what_this_encoder_does(published):
+@pytest.mark.parametrize("source", [lambda path, _: path, lambda _, exported: exported], ids=["published", "exported"])
+def test_the_loader_of_baselines_computes_what_this_encoder_does(published, source):
     """Another implementation, timm's, of the same file."""
     from baselines._shared import PatchFeatures, create_vit, load_published, resize_plainly
 
     path, _, target = published
+    exported = path.with_name("student_ema.pth")
+    torch.save({f"backbone.{key}": value for key, value in target.state_dict().items()}, exported)
     vit = create_vit(
         "vit_base_patch16_224", img_size=48, patch_size=12, embed_dim=32, depth=2, num_heads=4, class_token=False,
         fc_norm=False,
     )  # fmt: skip
-    load_published(vit, str(path), path=("target_encoder",), prefix="module.")
+    load_published(vit, str(source(path, exported)), path=("target_encoder",), prefix="module.", exports=True)
     theirs = PatchFeatures(vit, 12, resize_plainly, class_token=False).eval()
     for size in ((48, 48), (24, 60)):
         images = torch.randn(2, 3, *size, generator=seeded(0))

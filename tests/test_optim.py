@@ -8,7 +8,7 @@ from torch import nn
 from clustering import L2NormLinear
 from config import DEFAULT_PRETRAIN_CONFIG, ScheduleConfig, load_config
 from model import EncoderDecoder
-from optim import Multipliers, ema_update_, make_adamw, multipliers, scheduled, set_rates_
+from optim import Multipliers, ema_update_, make_adamw, multipliers, scheduled, scheduled_ahead, set_rates_
 from train_capi import CapiConfig, hyper_at
 
 
@@ -30,6 +30,19 @@ def test_fractions_of_the_default_recipe_are_the_published_steps():
     assert hyper_at(250_000, cfg).lr == pytest.approx(golden[0]["values"]["250000"])
     assert hyper_at(250_000, cfg).momentum == pytest.approx(golden[1]["values"]["250000"])
     assert hyper_at(250_000, cfg).clustering_lr == pytest.approx(golden[2]["values"]["250000"])
+
+
+def test_a_schedule_ahead_begins_a_step_up_and_ends_at_the_final_value():
+    """Published numbers are in test_train_ijepa.py; here are the keys that those leave alone."""
+    values = {"start_warmup_value": 1.0, "base_value": 3.0, "final_value": 0.5, "warmup_iters": 4, "truncate_cos": 1.0}
+    curve = [scheduled_ahead(ScheduleConfig(freeze_iters=2, **values), step, 20) for step in range(21)]
+    assert curve[0] == 0 and curve[1] == 0, "frozen: the values of step 1 and 2"
+    assert curve[2:6] == [1.5, 2.0, 2.5, 3.0]
+    assert curve[19] == curve[20] == pytest.approx(0.5)
+    assert curve[12] == pytest.approx(1.75), "the middle of the cosine"
+    only_warmup = ScheduleConfig(freeze_iters=0, **(values | {"warmup_iters": 4}))
+    assert [scheduled_ahead(only_warmup, step, 4) for step in range(3)] == [1.5, 2.0, 2.5]
+    assert scheduled_ahead(only_warmup, 3, 4) == 0.5
 
 
 def test_a_shorter_run_is_the_same_curve_compressed():
