@@ -5,7 +5,6 @@ every image. I-JEPA (section 3): a `MultiBlockPlan` draws a context block and ta
 """
 
 import inspect
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -307,20 +306,22 @@ class MultiBlockPlan:
     ) -> tuple[list[Int64[Tensor, " v"]], list[Int64[Tensor, " m"]]]:
         """Positions of one image's contexts and of its targets, ascending in `[0, n)`; contexts are not cut yet."""
         targets = [self._place(target_size, generator) for _ in range(self.num_targets)]
-        contexts = []
-        for _ in range(self.num_contexts):
-            context, num_avoided = self._place(context_size, generator), 0 if self.allow_overlap else len(targets)
-            for attempt in itertools.count(1):
-                kept = context.clone()
-                for target in targets[:num_avoided]:
-                    kept &= ~target
-                if kept.sum() > self.least_kept:
-                    break
-                if attempt % RETRIES == 0:
-                    num_avoided -= 1
-                context = self._place(context_size, generator)
-            contexts.append(kept.flatten().nonzero().squeeze(1))
-        return contexts, [target.flatten().nonzero().squeeze(1) for target in targets]
+        contexts = [self._draw_context(context_size, targets, generator) for _ in range(self.num_contexts)]
+        return [_positions(context) for context in contexts], [_positions(target) for target in targets]
+
+    def _draw_context(
+        self, size: tuple[int, int], targets: Sequence[Bool[Tensor, "hp wp"]], generator: Generator
+    ) -> Bool[Tensor, "hp wp"]:
+        num_avoided, failures = 0 if self.allow_overlap else len(targets), 0
+        while True:
+            context = self._place(size, generator)
+            for target in targets[:num_avoided]:
+                context &= ~target
+            if context.sum() > self.least_kept:
+                return context
+            failures += 1
+            if failures % RETRIES == 0:
+                num_avoided -= 1
 
     def _size(
         self, scale: tuple[float, float], aspect: tuple[float, float], u_scale: float, u_aspect: float
@@ -385,3 +386,7 @@ class MultiBlockMasks:
         if self.plan.cut_from_below:
             return context[:length]
         return context[torch.randperm(len(context), generator=generator)[:length].sort().values]
+
+
+def _positions(block: Bool[Tensor, "hp wp"]) -> Int64[Tensor, " patches"]:
+    return block.flatten().nonzero().squeeze(1)

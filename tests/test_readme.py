@@ -11,9 +11,11 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT, run_cli
+from golden_ijepa import tiny_run
 from PIL import Image
 from runs import TINY, make_images, run_main
 
+import train_ijepa
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from model import EncoderDecoder
 from sources import SEGMENTATION_SETS, parse_data_url
@@ -24,6 +26,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = dict(enumerate(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)))
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS.values() for line in block.splitlines() if line.strip()]
 TRAINING = [command for command in COMMANDS if command.startswith("python train_capi.py")]
+TRAINING_IJEPA = [command for command in COMMANDS if command.startswith("python train_ijepa.py")]
 SLURM = [command for command in COMMANDS if command.startswith("python train_distributed.py")]
 EXPORT, EXTRACT, BENCHMARK = (
     next(command for command in COMMANDS if command.startswith(f"python {script}"))
@@ -41,7 +44,17 @@ def test_the_commands_are_all_of_a_kind_that_is_tested():
             assert rest[0] in make_targets, command
         else:
             install = "pip install -c constraints.txt -e '.[test]'"
-            assert command in [*TRAINING, *TORCHRUN, *SLURM, *EVALUATIONS, EXPORT, EXTRACT, BENCHMARK, install], command
+            assert command in [
+                *TRAINING,
+                *TRAINING_IJEPA,
+                *TORCHRUN,
+                *SLURM,
+                *EVALUATIONS,
+                EXPORT,
+                EXTRACT,
+                BENCHMARK,
+                install,
+            ], command
 
 
 def test_training_commands_run_one_after_the_other(tmp_path, monkeypatch):
@@ -58,6 +71,19 @@ def test_training_commands_run_one_after_the_other(tmp_path, monkeypatch):
         monkeypatch.chdir(ROOT)
         assert run_main([config, *TINY, *rest]) == 0, command
     assert (tmp_path / "runs" / "mine" / "student_ema.pth").is_file()
+
+
+def test_training_commands_of_ijepa_run(tmp_path, monkeypatch):
+    images = make_images(tmp_path / "images", size=40)
+    assert TRAINING_IJEPA
+    monkeypatch.chdir(ROOT)
+    for command in TRAINING_IJEPA:
+        words = (
+            w.replace("/my/images", str(images)).replace("runs/", f"{tmp_path}/runs/") for w in shlex.split(command)
+        )
+        config, *rest = list(words)[2:]
+        assert train_ijepa.main([config, *tiny_run(images, tmp_path, "optim.total_iters=1"), *rest]) == 0, command
+    assert (tmp_path / "runs" / "ijepa" / "student_ema.pth").is_file()
 
 
 def test_torchrun_commands_run_with_two_processes(tmp_path):
@@ -212,19 +238,27 @@ def test_imagenet_is_named_alike_everywhere():
     assert urls == {f"hf://ILSVRC/imagenet-1k?split='{split}'&tgt_field='label'" for split in ("train", "validation")}
 
 
+def has_key(cfg: object, key: str) -> bool:
+    for part in key.split("."):
+        if part.isupper():
+            break
+        if not hasattr(cfg, part):
+            return False
+        cfg = getattr(cfg, part)
+    return True
+
+
 def test_keys_that_are_named_exist():
-    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [])
-    sections = "train|capi|optim|data|model|efficiency"
+    cfgs = [
+        load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, []),
+        load_config(train_ijepa.IjepaConfig, train_ijepa.DEFAULT_CONFIG, []),
+    ]
+    sections = "train|capi|optim|data|model|efficiency|predictor|masks"
     # Not file names, and not methods of the examples' `model`, which have a parenthesis.
     named = {key for key in re.findall(rf"`((?:{sections})\.[a-z_.]+)(?!\()\b", README) if not key.endswith(".py")}
     assert len(named) > 10
     for key in named:
-        value = cfg
-        for part in key.split("."):
-            if part.isupper():
-                break
-            assert hasattr(value, part), f"README names {key}, which is no configuration key"
-            value = getattr(value, part)
+        assert any(has_key(cfg, key) for cfg in cfgs), f"README names {key}, which is no configuration key"
 
 
 def test_files_that_are_named_exist():
