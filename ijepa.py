@@ -5,7 +5,7 @@ This file is also a model file in the sense of the evaluations: `load_model` bui
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Features, Float, Int, Mlp, patch_grid, resize_positions
+from model import Backbone, Features, Float, Int, Mlp, patch_grid, resize_positions
 from utils import UserError
 from weights import backbone_part, load_strictly, read_state_dict
 
@@ -137,7 +137,7 @@ def _init_weights(module: nn.Module) -> None:
             part.reset_parameters()
 
 
-class Encoder(nn.Module):
+class Encoder(Backbone):
     """The ViT of I-JEPA: patches with frozen positions, no class token, no registers, a norm at the end.
 
     Args:
@@ -186,13 +186,29 @@ class Encoder(nn.Module):
 
         Returns: tokens after the final norm, [c*b, v, d], mask-major; without masks [b, n, d].
         """
-        grid = patch_grid(images, self.patch_size)
-        x = self.patch_embed(images) + resize_positions(self.pos_embed, grid, antialias=False)
+        x = self._embed(images)
         if context_indices is not None:
             x = gather_patches(x, context_indices)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    def _embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
+        grid = patch_grid(images, self.patch_size)
+        return self.patch_embed(images) + resize_positions(self.pos_embed, grid, antialias=False)
+
+    def _run_encoder(
+        self, x: Float[Tensor, "b 3 h w"], blocks: Sequence[int], *, stop_early: bool
+    ) -> tuple[Float[Tensor, "b n d"], list[Float[Tensor, "b n d"]]]:
+        tokens, chosen = self._embed(x), []
+        for index, block in enumerate(self.blocks[: max(blocks) + 1 if stop_early else None]):
+            tokens = block(tokens)
+            if index in blocks:
+                chosen.append(tokens)
+        return tokens, chosen
+
+    def _final_norm(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return self.norm(tokens)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Features:
         """Features of whole images, for evaluation: `global_repr` is the mean over patches, there are no registers."""

@@ -364,7 +364,103 @@ class Predictor(_Tower):
         return self.run(queries, coords, context, context_coords, layers=layers, drop_path=drop_path)[0]
 
 
-class EncoderDecoder(nn.Module):
+class Backbone(nn.Module):
+    """Features after chosen blocks of an encoder, by the calls of DINOv2 and timm.
+
+    A subclass has its sizes, runs its blocks, and says which norm follows on the last of them.
+    """
+
+    patch_size: int
+    n_blocks: int
+    n_registers: int
+
+    def _run_encoder(
+        self, x: Float[Tensor, "b c h w"], blocks: Sequence[int], *, stop_early: bool
+    ) -> tuple[Float[Tensor, "b rn d"], list[Float[Tensor, "b rn d"]]]:
+        """Tokens after the last block that ran, and after each of `blocks`, which ascend; none of them normed."""
+        raise NotImplementedError
+
+    def _final_norm(self, tokens: Float[Tensor, "b rn d"]) -> Float[Tensor, "b rn d"]:
+        raise NotImplementedError
+
+    def get_intermediate_layers(
+        self,
+        x: Float[Tensor, "b c h w"],
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        norm: bool = True,
+        return_registers: bool = False,
+    ) -> tuple[Any, ...]:
+        """Patch tokens after chosen blocks of the encoder, called as DINOv2's method of that name.
+
+        Args:
+            x: normalised images; both sides must be multiples of the patch size.
+            n: how many of the last blocks, or which ones: 0 is the first, -1 the last.
+            reshape: `[b, d, rows, columns]` instead of `[b, patches, d]`.
+            norm: put them through the encoder's final norm, as `forward` does.
+            return_registers: give (patch tokens, registers `[b, registers, d]`) for each block.
+
+        Returns: one item per block, first block first.
+        Raises: UserError for a block that does not exist.
+        """
+        output_fmt = "NCHW" if reshape else "NLC"
+        _, chosen = self._run_encoder(x, self._which_blocks("n", n), stop_early=True)
+        return tuple(self._intermediates(x, chosen, return_registers, norm, output_fmt))
+
+    def forward_intermediates(
+        self,
+        x: Float[Tensor, "b c h w"],
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Features after chosen blocks of the encoder, called as timm's method of that name.
+
+        Args:
+            x: normalised images; both sides must be multiples of the patch size.
+            indices: how many of the last blocks, which ones (0 is the first, -1 the last), or None for all.
+            return_prefix_tokens: give (features, registers `[b, registers, d]`) for each block.
+            norm: put the intermediate features through the encoder's final norm; the final tokens always are.
+            stop_early: do not run the blocks after the last chosen one.
+            output_fmt: `NCHW` for `[b, d, rows, columns]`, `NLC` for `[b, patches, d]`.
+            intermediates_only: leave out the final tokens.
+
+        Returns: final tokens `[b, registers + patches, d]` and the list of intermediate features, first block first;
+            or that list alone.
+        Raises: UserError for a block that does not exist, or another format.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise UserError(f"output_fmt={output_fmt!r} must be one of NCHW, NLC")
+        blocks = self._which_blocks("indices", self.n_blocks if indices is None else indices)
+        last, chosen = self._run_encoder(x, blocks, stop_early=stop_early)
+        intermediates = self._intermediates(x, chosen, return_prefix_tokens, norm, output_fmt)
+        return intermediates if intermediates_only else (self._final_norm(last), intermediates)
+
+    def _which_blocks(self, name: str, chosen: int | Sequence[int]) -> list[int]:
+        depth = self.n_blocks
+        indices = range(-chosen, 0) if isinstance(chosen, int) else chosen
+        if not indices or min(indices) < -depth or max(indices) >= depth:
+            raise UserError(f"{name}={chosen!r}: the encoder has {depth} blocks, 0 to {depth - 1}")
+        return sorted({index % depth for index in indices})
+
+    def _intermediates(
+        self, x: Tensor, chosen: Sequence[Tensor], with_registers: bool, norm: bool, output_fmt: str
+    ) -> list[Any]:
+        grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
+        intermediates: list[Any] = []
+        for hidden in chosen:
+            tokens = self._final_norm(hidden) if norm else hidden
+            patches = tokens[:, self.n_registers :]
+            if output_fmt == "NCHW":
+                patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
+            intermediates.append((patches, tokens[:, : self.n_registers]) if with_registers else patches)
+        return intermediates
+
+
+class EncoderDecoder(Backbone):
     """Encoder (the ViT that is kept) and predictor ("decoder") of CAPI (arXiv:2502.08769, section 3).
 
     State-dict names are those of the released weights. Token order is registers, then patches in row-major order.
@@ -537,69 +633,6 @@ class EncoderDecoder(nn.Module):
             return None
         return torch.stack([residual.draw(b, generator) for residual in residuals]).unflatten(0, (-1, 2))
 
-    def get_intermediate_layers(
-        self,
-        x: Float[Tensor, "b c h w"],
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        norm: bool = True,
-        return_registers: bool = False,
-    ) -> tuple[Any, ...]:
-        """Patch tokens after chosen blocks of the encoder, called as DINOv2's method of that name.
-
-        Args:
-            x: normalised images; both sides must be multiples of the patch size.
-            n: how many of the last blocks, or which ones: 0 is the first, -1 the last.
-            reshape: `[b, d, rows, columns]` instead of `[b, patches, d]`.
-            norm: put them through the encoder's final norm, as `forward` does.
-            return_registers: give (patch tokens, registers `[b, registers, d]`) for each block.
-
-        Returns: one item per block, first block first.
-        Raises: UserError for a block that does not exist.
-        """
-        output_fmt = "NCHW" if reshape else "NLC"
-        _, chosen = self._run_encoder(x, self._which_blocks("n", n), stop_early=True)
-        return tuple(self._intermediates(x, chosen, return_registers, norm, output_fmt))
-
-    def forward_intermediates(
-        self,
-        x: Float[Tensor, "b c h w"],
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Features after chosen blocks of the encoder, called as timm's method of that name.
-
-        Args:
-            x: normalised images; both sides must be multiples of the patch size.
-            indices: how many of the last blocks, which ones (0 is the first, -1 the last), or None for all.
-            return_prefix_tokens: give (features, registers `[b, registers, d]`) for each block.
-            norm: put the intermediate features through the encoder's final norm; the final tokens always are.
-            stop_early: do not run the blocks after the last chosen one.
-            output_fmt: `NCHW` for `[b, d, rows, columns]`, `NLC` for `[b, patches, d]`.
-            intermediates_only: leave out the final tokens.
-
-        Returns: final tokens `[b, registers + patches, d]` and the list of intermediate features, first block first;
-            or that list alone.
-        Raises: UserError for a block that does not exist, or another format.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise UserError(f"output_fmt={output_fmt!r} must be one of NCHW, NLC")
-        blocks = self._which_blocks("indices", self.n_blocks if indices is None else indices)
-        last, chosen = self._run_encoder(x, blocks, stop_early=stop_early)
-        intermediates = self._intermediates(x, chosen, return_prefix_tokens, norm, output_fmt)
-        return intermediates if intermediates_only else (self.enc_norm(last), intermediates)
-
-    def _which_blocks(self, name: str, chosen: int | Sequence[int]) -> list[int]:
-        depth = self.n_blocks
-        indices = range(-chosen, 0) if isinstance(chosen, int) else chosen
-        if not indices or min(indices) < -depth or max(indices) >= depth:
-            raise UserError(f"{name}={chosen!r}: the encoder has {depth} blocks, 0 to {depth - 1}")
-        return sorted({index % depth for index in indices})
-
     def _run_encoder(
         self, x: Float[Tensor, "b c h w"], blocks: Sequence[int], *, stop_early: bool
     ) -> tuple[Float[Tensor, "b rn d"], list[Float[Tensor, "b rn d"]]]:
@@ -610,18 +643,8 @@ class EncoderDecoder(nn.Module):
         outputs = self.encoder.run(tokens, coords, layers=layers if stop_early else {*layers, self.n_blocks})
         return outputs[-1], outputs[: len(blocks)]
 
-    def _intermediates(
-        self, x: Tensor, chosen: Sequence[Tensor], with_registers: bool, norm: bool, output_fmt: str
-    ) -> list[Any]:
-        grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
-        intermediates: list[Any] = []
-        for hidden in chosen:
-            tokens = self.enc_norm(hidden) if norm else hidden
-            patches = tokens[:, self.n_registers :]
-            if output_fmt == "NCHW":
-                patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
-            intermediates.append((patches, tokens[:, : self.n_registers]) if with_registers else patches)
-        return intermediates
+    def _final_norm(self, tokens: Float[Tensor, "b rn d"]) -> Float[Tensor, "b rn d"]:
+        return self.enc_norm(tokens)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> "EncoderDecoder":

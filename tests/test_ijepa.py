@@ -254,6 +254,22 @@ def test_an_encoder_gives_what_evaluations_ask_for_at_any_size():
     assert torch.equal(encoder(IMAGES).feature_map.flatten(1, 2), encoder.encode(IMAGES))
 
 
+def test_an_encoder_gives_its_layers_by_the_calls_of_others():
+    encoder, _ = tiny_networks()
+    images = torch.randn(2, 3, 24, 60)
+    whole = encoder(images).feature_map
+    first, last = encoder.get_intermediate_layers(images, 2)
+    torch.testing.assert_close(last.unflatten(1, (2, 5)), whole, **CLOSE)
+    shallow = Encoder(grid_size=4, patch_size=12, embed_dim=32, depth=1, num_heads=4)
+    shallow.load_state_dict({key: value for key, value in encoder.state_dict().items() if "blocks.1" not in key})
+    torch.testing.assert_close(first.unflatten(1, (2, 5)), shallow(images).feature_map, **CLOSE)
+    tokens, (only,) = encoder.forward_intermediates(images, indices=[0])
+    assert only.shape == (2, 32, 2, 5)
+    torch.testing.assert_close(tokens.unflatten(1, (2, 5)), whole, **CLOSE)
+    with pytest.raises(UserError, match="the encoder has 2 blocks, 0 to 1"):
+        encoder.get_intermediate_layers(images, [2])
+
+
 def test_an_image_that_is_no_multiple_of_the_patch_is_refused():
     encoder, _ = tiny_networks()
     with pytest.raises(UserError, match="50x48 must be a multiple of the patch size 12"):
