@@ -1,6 +1,7 @@
-"""CAPI backbones for `torch.hub`, with torch alone installed: one trained here, or a released one by its name.
+"""Backbones of CAPI, I-JEPA and StoP for `torch.hub`, with torch alone: one trained here, or a released one by name.
 
     model = torch.hub.load("/path/to/this/folder", "capi", source="local", weights="runs/mine")
+    model = torch.hub.load("/path/to/this/folder", "ijepa", source="local", weights="runs/mine")
     model = torch.hub.load("/path/to/this/folder", "capi_vitl14_lvd", source="local")
     global_repr, registers, feature_map = model(torch.zeros(1, 3, 224, 224))
 
@@ -46,7 +47,7 @@ def _import(name: str) -> _Any:
     # Without jaxtyping annotations say less, and that a program has it shall not depend on us.
     folder = utils.FolderOfModules(_FOLDER, _PACKAGE, hidden=["jaxtyping"])
     module = folder.import_module(name)
-    for part in ("model", "weights", "utils"):
+    for part in ("model", "ijepa", "weights", "utils"):
         for value in list(vars(sys.modules.get(f"{_PACKAGE}.{part}", utils)).values()):
             if isinstance(value, type) and value.__module__.startswith(f"{_PACKAGE}."):
                 _pickle_by_folder(value)
@@ -152,6 +153,40 @@ def capi(weights: str | _Path, config: str | _Path | dict[str, _Any] | None = No
         config: the training configuration, or its section `model` as a dict, which come on top of the released
             architecture. None: the .yaml of the same name beside the weights, if there is one.
     """
+    source, section = _source_and_section(weights, config)
+    try:
+        return _load(_merged(VIT_L14, section), source)
+    except TypeError as error:
+        raise _model.UserError(f"config={str(config)!r}: the section model has a wrong key: {error}") from error
+
+
+def ijepa(
+    weights: str | _Path,
+    config: str | _Path | dict[str, _Any] | None = None,
+    num_heads: int | None = None,
+    encoder: str = "target_encoder",
+) -> _Any:
+    """An encoder of I-JEPA or StoP: one that was trained here, or that of a file which its authors publish.
+
+    Args:
+        weights: as for `capi`, or a published `.pth.tar`, or its address.
+        config: the training configuration, or its section `model` as a dict. None: the .yaml of the same name beside
+            the weights, if there is one.
+        num_heads: attention heads, which no shape tells, where there is no configuration: 16 for ViT-L, H and g, 12 for
+            ViT-B.
+        encoder: which one of a published file; `target_encoder` is the one that the paper evaluates, the other is
+            `encoder`.
+    """
+    source, section = _source_and_section(weights, config)
+    return _import("ijepa").load_model(
+        pretrained_weights=source, num_heads=num_heads or section.get("num_heads"), encoder=encoder
+    )
+
+
+def _source_and_section(
+    weights: str | _Path, config: str | _Path | dict[str, _Any] | None
+) -> tuple[str | _Path, dict[str, _Any]]:
+    """Address or file of the weights, and the section `model` of their configuration, empty if there is none."""
     file = _Path(weights)
     beside = file.parent / f"{file.stem}.yaml"
     if file.is_dir() and (file / "config.json").is_file():
@@ -166,10 +201,7 @@ def capi(weights: str | _Path, config: str | _Path | dict[str, _Any] | None = No
     if config is None and beside.is_file():
         config = beside
     section = config if isinstance(config, dict) else {} if config is None else _model_section(_Path(config))
-    try:
-        return _load(_merged(VIT_L14, section), weights if "://" in str(weights) else file)
-    except TypeError as error:
-        raise _model.UserError(f"config={str(config)!r}: the section model has a wrong key: {error}") from error
+    return (weights if "://" in str(weights) else file), section
 
 
 def _merged(below: dict[str, _Any], above: _Mapping[str, _Any]) -> dict[str, _Any]:

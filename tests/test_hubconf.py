@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from golden_ijepa import TINY_RUN
 from omegaconf import OmegaConf
 
 import export
 import hubconf
+import train_ijepa
 from checkpoint import export_weights
 from config import DEFAULT_PRETRAIN_CONFIG, load_config, to_yaml
 from model import EncoderDecoder, load_model
@@ -72,7 +74,7 @@ def test_the_architecture_is_that_of_the_default_training():
 
 def test_torch_hub_lists_the_names_and_nothing_else():
     listed = {name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")}
-    assert listed == NAMES.keys() | {"capi"}
+    assert listed == NAMES.keys() | {"capi", "ijepa"}
     assert hubconf.dependencies == ["torch"]
 
 
@@ -140,6 +142,22 @@ def test_capi_loads_what_a_run_or_an_export_or_save_pretrained_wrote(run, tmp_pa
     torch.save(expected.state_dict(), tmp_path / "elsewhere.pth")
     for config in (run / "student_ema.yaml", str(run / "student_ema.yaml"), expected.arguments):
         assert_same_model(hubconf.capi(tmp_path / "elsewhere.pth", config=config), expected)
+
+
+def test_ijepa_loads_what_a_run_wrote_and_what_is_published(tmp_path):
+    cfg = load_config(train_ijepa.IjepaConfig, train_ijepa.DEFAULT_CONFIG, TINY_RUN)
+    encoder, average = cfg.make_encoder(), cfg.make_encoder().eval()
+    export_weights(tmp_path / "run" / "student_ema.pth", {"backbone": average}, to_yaml(cfg))
+    for weights in (tmp_path / "run", tmp_path / "run" / "student_ema.pth"):
+        assert_same_model(hubconf.ijepa(weights), average)
+    parts = {"encoder": encoder, "target_encoder": average}
+    file = {name: {f"module.{k}": v for k, v in part.state_dict().items()} for name, part in parts.items()}
+    torch.save(file | {"opt": {}, "epoch": 300}, tmp_path / "published.pth.tar")
+    assert_same_model(hubconf.ijepa(tmp_path / "published.pth.tar", num_heads=2), average)
+    both = {"num_heads": 2, "encoder": "encoder"}
+    assert_same_model(hubconf.ijepa(tmp_path / "published.pth.tar", **both), encoder.eval())
+    with pytest.raises(UserError, match="Nothing tells the attention heads"):
+        hubconf.ijepa(tmp_path / "published.pth.tar")
 
 
 def test_the_config_is_read_as_omegaconf_reads_it(tmp_path):
