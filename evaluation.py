@@ -6,6 +6,7 @@ reads its share of the images, and what was computed is gathered in the order of
 """
 
 import argparse
+import functools
 import hashlib
 import inspect
 import json
@@ -133,6 +134,38 @@ class FrozenModel:
 
         Raises: UserError if the image size does not fit the patch size, or the model breaks the contract.
         """
+        out = self._run(self.module, images)
+        height, width = images.shape[-2:]
+        features = self._checked(out, len(images), height // self.patch_size, width // self.patch_size)
+        if check_finite:
+            given = {"global representation": features.global_repr, "feature map": features.feature_map}
+            self._check_finite(given if features.registers is None else given | {"registers": features.registers})
+        return features
+
+    @torch.no_grad()
+    def pooled_blocks(
+        self, images: UInt8[Tensor, "b 3 h w"], num_blocks: int, *, check_finite: bool = True
+    ) -> Float[Tensor, "b n d"]:
+        """Mean patch tokens after each of the last blocks, first block first, put through the model's final norm.
+
+        The model has `get_intermediate_layers(images, n, reshape=True, norm=True)` for it, as DINOv2 has, which gives
+        one map [b, d, rows, columns] per block.
+
+        Raises: as `__call__`, and UserError if the model has no such method or gives something else.
+        """
+        blocks = getattr(self.module, "get_intermediate_layers", None)
+        if blocks is None:
+            raise self._broken("it has no get_intermediate_layers(x, n, reshape, norm), which gives its last blocks")
+        maps = self._run(functools.partial(blocks, n=num_blocks, reshape=True, norm=True), images)
+        is_map = [isinstance(x, Tensor) and x.ndim == 4 and len(x) == len(images) for x in maps]
+        if len(is_map) != num_blocks or not all(is_map):
+            raise self._broken(f"get_intermediate_layers did not return {num_blocks} maps [b, d, rows, columns]")
+        pooled = torch.stack([x.float().mean((2, 3)) for x in maps], dim=1)
+        if check_finite:
+            self._check_finite({"output of get_intermediate_layers": pooled})
+        return pooled
+
+    def _run(self, network: Callable[[Tensor], Any], images: UInt8[Tensor, "b 3 h w"]) -> Any:
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise UserError(
@@ -141,11 +174,7 @@ class FrozenModel:
             )
         x = (images.to(self.device, non_blocking=True).float() / 255 - self.mean) / self.std
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out = self.module(x)
-        features = self._checked(out, len(images), height // self.patch_size, width // self.patch_size)
-        if check_finite:
-            self._check_finite(features)
-        return features
+            return network(x)
 
     def _checked(self, out: Any, b: int, hp: int, wp: int) -> Features:
         if not isinstance(out, tuple) or len(out) != 3:
@@ -170,10 +199,7 @@ class FrozenModel:
             registers = None
         return Features(global_repr.float(), None if registers is None else registers.float(), feature_map.float())
 
-    def _check_finite(self, features: Features) -> None:
-        given = {"global representation": features.global_repr, "feature map": features.feature_map}
-        if features.registers is not None:
-            given["registers"] = features.registers
+    def _check_finite(self, given: Mapping[str, Tensor]) -> None:
         finite = torch.stack([tensor.isfinite().all().to(self.device) for tensor in given.values()])
         for what, is_finite in zip(given, finite.tolist(), strict=True):  # one wait for the device, not one for each
             if not is_finite:
@@ -352,14 +378,18 @@ def my_share(num: int, place: int | None = None) -> range:
 
 
 def extract(
-    model: FrozenModel, batches: ImageBatches, compute: Callable[..., tuple[Tensor, ...]], *, gather: bool = True
+    model: Callable[[Tensor], Any],
+    batches: ImageBatches,
+    compute: Callable[..., tuple[Tensor, ...]],
+    *,
+    gather: bool = True,
 ) -> tuple[Tensor, ...]:
     """Run the model over all images and keep what `compute` makes of its features, on the CPU.
 
     Memory: what is kept, once, and one batch. The rows of all ranks come together in the order of the images.
 
     Args:
-        model: the model.
+        model: features of 8-bit images, such as a `FrozenModel`.
         batches: images and labels.
         compute: from (features, *labels of the batch) to tensors with any number of rows.
         gather: whether every rank gets the rows of all ranks; else its own.

@@ -1,9 +1,11 @@
 """Labels of images: reading them, matching the classes of several data sets, splits, and balanced draws."""
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -352,6 +354,52 @@ def choose_rows(labels: Int64[Tensor, "n l"], per_class: int | float, seed: int,
             )
         chosen.append(rows[torch.randperm(len(rows), generator=generator)[:wanted]])
     return torch.cat(chosen).sort().values
+
+
+class ImageList(NamedTuple):
+    """Images that a text file names."""
+
+    indices: Int64[Tensor, " f"]
+    """In the data set, ascending."""
+    sha256: str
+    """Of the names, sorted and joined by newlines: equal for equal lists, in whatever order."""
+
+
+def read_image_list(path: str, data: Labelled, key: str) -> ImageList:
+    """The images of a data set whose names a text file has, a name a line: the end of the path of the image's file.
+
+    Args:
+        path: of the text file; a name is `n04235860_14959.JPEG`, or `n04235860/n04235860_14959.JPEG`.
+        data: the images to choose from.
+        key: the key that holds `path`, for messages.
+
+    Raises: UserError if the file cannot be read, or a name in it does not stand for one labelled image.
+    """
+    where = f"{key}={path}"
+    try:
+        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{where} cannot be read ({error}); give a text file with the name of an image a line"
+        ) from error
+    if not names or len(set(names)) < len(names):
+        what = "has a name twice" if names else "is empty"
+        raise UserError(f"{where} {what}; give a text file with the name of an image a line")
+    if isinstance(data.dataset, HubDataset):
+        raise UserError(f"{where}: images of {data.where} have no files; use torchvision://ImageFolder, or null")
+    depths = {len(Path(name).parts) for name in names}
+    found: dict[str, list[int]] = {name: [] for name in names}
+    for index in data.labelled.tolist():
+        parts = Path(data.dataset[index].name).parts
+        for depth in depths:
+            found.get("/".join(parts[-depth:]), []).append(index)
+    for name, indices in found.items():
+        if len(indices) != 1:
+            raise UserError(
+                f"{where}: {len(indices)} labelled images of {data.where} have the name {name}; it must be one"
+            )
+    digest = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
+    return ImageList(torch.tensor(sorted(index for (index,) in found.values())), digest)
 
 
 def choose_images(has_class: Bool[Tensor, "n c"], num: int, seed: int) -> list[int]:

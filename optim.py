@@ -1,7 +1,7 @@
 """What changes weights: schedules (step to value), optimizers with a group per multiplier, and the moving average."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,11 @@ def scheduled_ahead(schedule: ScheduleConfig, step: int, total_iters: int) -> fl
     num_steps = total_iters - schedule.freeze_iters - warmup
     progress = min(1.0, (step - warmup) / num_steps) if num_steps else 1.0
     return half_cosine(schedule.base_value, schedule.final_value, progress, schedule.truncate_cos)
+
+
+def stepped(progress: float, milestones: Sequence[float], factor: float = 0.1) -> float:
+    """What a learning rate is multiplied by that is multiplied with `factor` at each of the milestones."""
+    return factor ** sum(progress >= milestone for milestone in milestones)
 
 
 def half_cosine(start: float, end: float, progress: float, truncate: float = 1.0) -> float:

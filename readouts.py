@@ -1,18 +1,18 @@
 """Readouts: what is fitted on frozen features to see what they are good for.
 
 Nearest neighbours, exact and in bounded memory; logistic regression on features that stay where they are, CPU or GPU;
-and linear and attentive classifiers, of which a whole grid of learning rates and weight decays trains at once. They
-take tensors, and know neither a model nor an evaluation.
+and linear and attentive classifiers, of which a whole grid of learning rates and weight decays trains at once, with
+AdamW, SGD or LARS. They take tensors, and know neither a model nor an evaluation.
 """
 
 import logging
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
@@ -40,6 +40,11 @@ HEAD_DIM = 64
 """Channels of an attention head, or the largest divisor of the width below that."""
 INIT_STD = 0.02
 BETAS = (0.9, 0.95)
+MOMENTUM = 0.9
+TRUST = 0.001
+"""Coefficient of LARS: how long an update is, as a fraction of the length of what it updates."""
+BATCH_NORM_EPS = 1e-5
+BATCH_NORM_MOMENTUM = 0.1
 
 
 # ---------------------------------------------------------------------------------------------------- shared
@@ -69,6 +74,18 @@ def spread(tasks: Sequence[T], run: Callable[[T], R]) -> list[R]:
     own = {number: run(tasks[number]) for number in range(rank(), len(tasks), world_size())}
     outcomes = {number: outcome for part in gather_objects(own) for number, outcome in part.items()}
     return [outcomes[number] for number in range(len(tasks))]
+
+
+def mean_and_variance(x: Float[Tensor, "n d"], correction: int) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+    """Mean and variance of each column over the rows of all ranks, which call this together; a rank may have no row.
+
+    Args:
+        x: this rank's rows.
+        correction: what is subtracted from the number of rows in the denominator of the variance.
+    """
+    num_rows = all_reduce_sum_(torch.tensor(len(x), device=x.device)).to(x.dtype)
+    mean = all_reduce_sum_(x.sum(0)) / num_rows
+    return mean, all_reduce_sum_((x - mean).square().sum(0)) / (num_rows - correction)
 
 
 def best_of(values: Sequence[float]) -> int:
@@ -267,6 +284,7 @@ def fit_logistic(
     *,
     max_iter: int = 1000,
     tol: float = 1e-12,
+    intercept: bool = True,
 ) -> tuple[Float[Tensor, "k d"], Float[Tensor, " k"]]:
     """Minimise mean cross-entropy + |weight|^2 / (2 c n) by L-BFGS: scikit-learn's LogisticRegression.
 
@@ -280,6 +298,7 @@ def fit_logistic(
         c: inverse strength of the penalty, which leaves the bias alone.
         max_iter: L-BFGS iterations.
         tol: largest component of the gradient at which it stops.
+        intercept: whether there is a bias; without one it is 0 for every class that occurs.
 
     Returns: weight and bias, on the device of the features; logits are `features @ weight.T + bias`.
     """
@@ -291,8 +310,9 @@ def fit_logistic(
     present, compact = labels.unique(return_inverse=True)
     with sklearn.config_context(array_api_dispatch=True), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        fitted = LogisticRegression(C=c, max_iter=max_iter, tol=tol).fit(features, compact)
-    rows, intercepts = fitted.coef_, fitted.intercept_
+        fitted = LogisticRegression(C=c, max_iter=max_iter, tol=tol, fit_intercept=intercept).fit(features, compact)
+    rows = fitted.coef_
+    intercepts = fitted.intercept_ if intercept else rows.new_zeros(len(rows))
     if len(present) == 2:  # one row then says how much the second class is ahead of the first
         rows = torch.cat([torch.zeros_like(rows), rows])
         intercepts = torch.cat([torch.zeros_like(intercepts), intercepts])
@@ -321,12 +341,28 @@ class LogisticModel(NamedTuple):
         *,
         scaling: str,
         max_iter: int,
+        correction: int = 0,
+        intercept: bool = True,
     ) -> "LogisticModel":
-        """Scale features as one of `SCALINGS` says, with their own mean and deviation, and fit; see `fit_logistic`."""
-        std, mean = torch.std_mean(features, dim=0, correction=0)
+        """Scale features as one of `SCALINGS` says, with their own mean and deviation, and fit; see `fit_logistic`.
+
+        `correction` is subtracted from n in the denominator of the squared deviation.
+        """
+        std, mean = torch.std_mean(features, dim=0, correction=correction)
         std = std.where(std > 0, 1)
         x = _scaled(features, scaling, mean, std)
-        return cls(scaling, mean, std, *fit_logistic(x, labels, num_classes, c, max_iter=max_iter))
+        fitted = fit_logistic(x, labels, num_classes, c, max_iter=max_iter, intercept=intercept)
+        return cls(scaling, mean, std, *fitted)
+
+    def with_statistics_of(self, features: Float[Tensor, "n d"]) -> "LogisticModel":
+        """The same model, which scales with the mean and the unbiased deviation of these features of all ranks.
+
+        Given the test images themselves, their score is transductive: each prediction depends on all of them.
+        """
+        features = features.reshape(-1, len(self.mean))  # a rank without images may not know how wide they are
+        mean, variance = mean_and_variance(features.double(), correction=1)
+        std = variance.sqrt().where(variance > 0, 1)
+        return self._replace(mean=mean.to(self.mean), std=std.to(self.std))
 
     def logits(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n 1 k"]:
         """Logits of images, with the axis that `any_match` has for several classifiers."""
@@ -380,6 +416,37 @@ class LinearClassifiers(nn.Module):
         return F.linear(x, self.weight.flatten(0, 1), self.bias.flatten()).unflatten(1, self.bias.shape)
 
 
+class NormedClassifiers(LinearClassifiers):
+    """m linear classifiers, each behind a batch norm of its own: what VISSL calls `eval_mlp`.
+
+    All see the same vectors, so all norms have the same statistics, taken over the images of all ranks. Scale and shift
+    are each classifier's own; they are multiplied into its weight, so that all is still one matrix product.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_classifiers: int, dim: int, num_classes: int) -> None:
+        super().__init__(num_classifiers, dim, num_classes)
+        self.norm_weight = nn.Parameter(torch.ones(num_classifiers, dim))
+        self.norm_bias = nn.Parameter(torch.zeros(num_classifiers, dim))
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+
+    def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b m k"]:
+        """Logits of every classifier for each image; in training, with the statistics of the images of all ranks."""
+        mean, variance = self.running_mean, self.running_var
+        if self.training:
+            mean, variance = mean_and_variance(x, correction=0)
+            num_rows = len(x) * world_size()
+            self.running_mean.lerp_(mean, BATCH_NORM_MOMENTUM)
+            self.running_var.lerp_(variance * num_rows / max(1, num_rows - 1), BATCH_NORM_MOMENTUM)
+        normed = (x - mean) / (variance + BATCH_NORM_EPS).sqrt()
+        weight = self.weight * self.norm_weight.unsqueeze(1)
+        bias = self.bias + (self.weight @ self.norm_bias.unsqueeze(2)).squeeze(2)
+        return F.linear(normed, weight.flatten(0, 1), bias.flatten()).unflatten(1, bias.shape)
+
+
 class AttentiveClassifiers(nn.Module):
     """m classifiers, each of which pools the tokens by attention with one learned query before a linear layer.
 
@@ -417,7 +484,11 @@ Classifiers = LinearClassifiers | AttentiveClassifiers
 
 
 def make_classifiers(
-    shapes: Mapping[str, torch.Size], num_classifiers: int, num_classes: int, seed: int
+    shapes: Mapping[str, torch.Size],
+    num_classifiers: int,
+    num_classes: int,
+    seed: int,
+    normed: Collection[str] = (),
 ) -> nn.ModuleDict:
     """Stacks of classifiers, attentive for representations of one vector per token, else linear.
 
@@ -426,32 +497,37 @@ def make_classifiers(
         num_classifiers: in each stack.
         num_classes: classes to tell apart.
         seed: those of a representation are initialised from it and its name, whatever else is evaluated.
+        normed: representations of one vector whose classifiers have a batch norm before them.
     """
     classifiers = nn.ModuleDict()
     for name, shape in shapes.items():
-        kind = AttentiveClassifiers if len(shape) == 2 else LinearClassifiers
+        linear = NormedClassifiers if name in normed else LinearClassifiers
+        kind = AttentiveClassifiers if len(shape) == 2 else linear
         with seeded(derive_seed(seed, "classifiers", name)):
             classifiers[name] = kind(num_classifiers, shape[-1], num_classes)
     return classifiers
 
 
-class StackedAdamW:
-    """AdamW (arXiv:1711.05101) of stacked classifiers, each with its own learning rate and weight decay.
+class StackedOptimizer:
+    """Updates stacked classifiers, each with its own learning rate and weight decay.
 
     Args:
-        module: all its parameters have the classifiers as first axis. Those whose name ends in `bias` do not decay.
+        module: all its parameters have the classifiers as first axis.
         learning_rates, weight_decays: one of each classifier.
     """
+
+    num_moments: ClassVar[int]
+    """Tensors that are kept for each parameter."""
 
     def __init__(
         self, module: nn.Module, learning_rates: Float[Tensor, " m"], weight_decays: Float[Tensor, " m"]
     ) -> None:
         self.parameters = dict(module.named_parameters())
         self.learning_rates, self.weight_decays = learning_rates, weight_decays
-        self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.parameters.items()}
-        self.eps = 1e-8
+        self.moments = {
+            name: tuple(torch.zeros_like(p) for _ in range(self.num_moments)) for name, p in self.parameters.items()
+        }
 
-    @torch.no_grad()
     def step(self, number: int, lr_scale: float) -> None:
         """Update all parameters from their gradients, which are overwritten: another tensor of their size costs time.
 
@@ -459,19 +535,78 @@ class StackedAdamW:
             number: which update this is, from 1 on.
             lr_scale: what the learning rates are multiplied by.
         """
-        corrections = [1 - beta**number for beta in BETAS]
+        raise NotImplementedError
+
+    def _gradients(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         for name, p in self.parameters.items():
-            grad = p.grad
-            assert grad is not None, f"{name} has no gradient"
-            lr = (lr_scale * self.learning_rates).view(-1, *[1] * (p.ndim - 1))
+            assert p.grad is not None, f"{name} has no gradient"
+            yield name, p, p.grad
+
+
+def _along(values: Float[Tensor, " m"], p: Tensor) -> Tensor:
+    """One value of each classifier, shaped to be multiplied with a parameter of all."""
+    return values.view(-1, *[1] * (p.ndim - 1))
+
+
+class StackedAdamW(StackedOptimizer):
+    """AdamW (arXiv:1711.05101). Parameters whose name ends in `bias` do not decay."""
+
+    num_moments = 2
+    eps = 1e-8
+
+    @torch.no_grad()
+    def step(self, number: int, lr_scale: float) -> None:
+        """Update all parameters from their gradients; see `StackedOptimizer.step`."""
+        corrections = [1 - beta**number for beta in BETAS]
+        for name, p, grad in self._gradients():
+            lr = _along(lr_scale * self.learning_rates, p)
             if not name.endswith("bias"):
-                p.mul_(1 - lr * self.weight_decays.view(lr.shape))
+                p.mul_(1 - lr * _along(self.weight_decays, p))
             mean, square = self.moments[name]
             mean.lerp_(grad, 1 - BETAS[0])
             square.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
             # (mean / c0) / (sqrt(square / c1) + eps), with the corrections c0 and c1 moved into eps and the step size.
             deviation = torch.sqrt(square, out=grad).add_(self.eps * corrections[1] ** 0.5)
             p.addcmul_(torch.div(mean, deviation, out=grad), lr * (-(corrections[1] ** 0.5) / corrections[0]))
+
+
+class StackedSGD(StackedOptimizer):
+    """SGD with Nesterov momentum, as VISSL trains its linear classifiers: all but batch norms decays, biases too."""
+
+    num_moments = 1
+
+    @torch.no_grad()
+    def step(self, number: int, lr_scale: float) -> None:
+        """Update all parameters from their gradients; see `StackedOptimizer.step`."""
+        for name, p, grad in self._gradients():
+            if not name.split(".")[-1].startswith("norm_"):
+                grad.addcmul_(p, _along(self.weight_decays, p))
+            (velocity,) = self.moments[name]
+            velocity.mul_(MOMENTUM).add_(grad)
+            grad.add_(velocity, alpha=MOMENTUM)
+            p.addcmul_(grad, _along(lr_scale * self.learning_rates, p), value=-1)
+
+
+class StackedLARS(StackedOptimizer):
+    """LARS (arXiv:1708.03888): the gradient of each matrix gets `TRUST` times the length of the matrix.
+
+    Biases and batch norms neither decay nor are adapted.
+    """
+
+    num_moments = 1
+
+    @torch.no_grad()
+    def step(self, number: int, lr_scale: float) -> None:
+        """Update all parameters from their gradients; see `StackedOptimizer.step`."""
+        for name, p, grad in self._gradients():
+            if p.ndim > 2:  # a matrix of each classifier
+                grad.addcmul_(p, _along(self.weight_decays, p))
+                length, grad_length = (x.flatten(1).norm(dim=1) for x in (p, grad))
+                ratio = (TRUST * length / grad_length).where((length > 0) & (grad_length > 0), 1)
+                grad.mul_(_along(ratio, p))
+            (velocity,) = self.moments[name]
+            velocity.mul_(MOMENTUM).add_(grad)
+            p.addcmul_(velocity, _along(lr_scale * self.learning_rates, p), value=-1)
 
 
 def any_label_loss(logits: Float[Tensor, "b m k"], labels: Int64[Tensor, "b l"]) -> Float[Tensor, " m"]:
@@ -487,7 +622,7 @@ class Training:
     """Everything that changes while classifiers train: what a checkpoint holds."""
 
     classifiers: nn.ModuleDict
-    optimizer: StackedAdamW
+    optimizer: StackedOptimizer
     step: int = 0
     """Finished updates."""
     validations: dict[int, dict[str, list[float]]] = field(default_factory=dict)
@@ -527,6 +662,7 @@ def train_step(
 
     Returns: representation -> the loss of each of its classifiers [m], still on the device.
     """
+    training.classifiers.train()
     losses = {name: any_label_loss(head(inputs[name]), labels) for name, head in training.classifiers.items()}
     training.classifiers.zero_grad()
     # Classifiers share nothing, so the gradient of the sum is that of each; one that diverges harms no other.
@@ -543,7 +679,9 @@ def pick(classifiers: Classifiers, number: int) -> Classifiers:
     """A stack that holds a copy of classifier `number` of this one alone."""
     _, dim = classifiers.weight.shape[1:]
     one = type(classifiers)(1, dim, classifiers.bias.shape[1]).to(classifiers.bias.device)
-    one.load_state_dict({name: value[number : number + 1] for name, value in classifiers.state_dict().items()})
+    own = dict(classifiers.named_parameters())
+    state = classifiers.state_dict()  # statistics of a batch norm are those of all
+    one.load_state_dict({name: x[number : number + 1] if name in own else x for name, x in state.items()})
     return one
 
 

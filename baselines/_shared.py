@@ -212,3 +212,34 @@ class PatchFeatures(nn.Module):
         replaced = {} if self.positions is None else {"pos_embed": self.positions(table, grid)}
         tokens = torch.func.functional_call(self.network, replaced, (images,))
         return split_tokens(tokens, grid, class_token=self.class_token, num_registers=self.num_registers)
+
+    def get_intermediate_layers(
+        self, x: Float[Tensor, "b c h w"], n: int = 1, reshape: bool = False, norm: bool = True
+    ) -> tuple[Tensor, ...]:
+        """Patch tokens after each of the `n` last blocks, first block first, called as DINOv2's method of that name.
+
+        Args:
+            x: normalised images; both sides must be multiples of the patch size.
+            n: how many blocks.
+            reshape: `[b, d, rows, columns]` instead of `[b, patches, d]`.
+            norm: put the tokens through the final norm, as `forward` does.
+
+        Raises: UserError if there are fewer blocks.
+        """
+        network: Any = self.network
+        blocks = list(network.blocks)
+        if not 0 < n <= len(blocks):
+            raise UserError(f"n={n}: the network has {len(blocks)} blocks")
+        outputs: list[Tensor] = []
+        hooks = [block.register_forward_hook(lambda _, __, out: outputs.append(out)) for block in blocks[-n:]]
+        try:
+            self(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        grid = patch_grid(x, self.patch_size)
+        tokens = [network.norm(out) if norm else out for out in outputs]
+        maps = [
+            split_tokens(t, grid, class_token=self.class_token, num_registers=self.num_registers)[2] for t in tokens
+        ]
+        return tuple(x.movedim(-1, 1) if reshape else x.flatten(1, 2) for x in maps)

@@ -1,5 +1,6 @@
 """Classification of frozen features: goldens, oracles, ranks, resuming, the command, and mistakes."""
 
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -8,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_cli, seeded
+from conftest import load_golden_json, run_cli, seeded
 from PIL import Image
 from ranks import run_on_ranks
 from samples import COLOURS, Listed, folder_url, save_colour_folders
+from sklearn.linear_model import LogisticRegression
+from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,11 +23,14 @@ import eval_classification
 from config import load_config
 from eval_classification import (
     EVALUATION,
+    METHODS,
     CentreCropped,
     ClassificationConfig,
+    classifiers_recipe,
     represent,
     start_training,
     train_batches,
+    vissl_recipe,
 )
 from evaluation import FrozenModel
 from labels import open_labelled, open_splits
@@ -46,6 +52,10 @@ class Tiny(nn.Module):
         map = self.patches(images).movedim(1, -1)
         registers = map.flatten(1, 2)[:, : self.registers] if self.registers else None
         return map.mean((1, 2)), registers, map
+    def get_intermediate_layers(self, images, n, reshape, norm):
+        assert reshape and norm
+        map = self.patches(images)
+        return (map.square(), map.tanh(), map)[-n:]
 def __model_loader__(registers=2):
     return Tiny(registers)
 """
@@ -103,12 +113,13 @@ def error_of(capsys, *args):
 
 
 @pytest.mark.parametrize(("resize", "shorter"), [("null", 37), ("50", 50)])
-def test_images_are_resized_and_their_centre_is_cut_out(images, resize, shorter):
-    cfg = config(images, "out", "resolution=32", f"resize={resize}")
+@pytest.mark.parametrize("filter_name", ["bicubic", "bilinear"])
+def test_images_are_resized_and_their_centre_is_cut_out(images, resize, shorter, filter_name):
+    cfg = config(images, "out", "resolution=32", f"resize={resize}", f"resize_interpolation={filter_name}")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
     crop, labels = CentreCropped(cfg, 3)(image, [2, 1])
     width = shorter * 90 // 60
-    resized = image.resize((width, shorter), Image.Resampling.BICUBIC)
+    resized = image.resize((width, shorter), Image.Resampling[filter_name.upper()])
     left, top = round((width - 32) / 2), round((shorter - 32) / 2)
     expected = np.asarray(resized.crop((left, top, left + 32, top + 32)))
     assert np.array_equal(crop.movedim(0, -1).numpy(), expected)
@@ -163,7 +174,7 @@ def cost_of_a_step(images, *overrides):
     )
     model = FrozenModel(module, cfg, torch.device("cpu"), "model.py")
     shapes = {name: torch.Size([192]) for name in ("cls", "avg_patch")} | {"patch": torch.Size([64, 192])}
-    training = start_training(cfg, shapes, 100, torch.device("cpu"))
+    training = start_training(cfg, classifiers_recipe(cfg, model, shapes), 100, torch.device("cpu"))
     batch = torch.zeros(8, 3, 64, 64, dtype=torch.uint8), torch.arange(8).unsqueeze(1)
     with CountOperators() as operators:
         step_on_images(training, model, *batch)
@@ -190,7 +201,7 @@ def test_a_classifier_that_diverges_harms_no_other(images):
     weights = []
     for other in ("2e-2", "1e30"):
         cfg = config(images, "out", f"learning_rates=[1e-2,{other}]", "weight_decays=[0.1]")
-        training = start_training(cfg, SHAPES, 3, torch.device("cpu"))
+        training = start_training(cfg, classifiers_recipe(cfg, model, SHAPES), 3, torch.device("cpu"))
         for _ in range(4):
             step_on_images(training, model, *batch)
         weights.append(training.classifiers.state_dict())
@@ -202,10 +213,11 @@ def test_a_classifier_that_diverges_harms_no_other(images):
 SHAPES = {"cls": torch.Size([8]), "concat_objects": torch.Size([16]), "patch": torch.Size([16, 8])}
 
 
-def frozen_tiny(images, registers=2):
+def frozen_tiny(images, registers=2, seed=0):
     from evaluation import load_model_file
 
-    torch.manual_seed(0)
+    if seed is not None:
+        torch.manual_seed(seed)
     module = load_model_file(str(images / "tiny.py"), {"registers": registers})
     return FrozenModel(module, config(images), torch.device("cpu"), "tiny.py")
 
@@ -229,9 +241,17 @@ class Killed(Exception):  # noqa: N818
     pass
 
 
-@pytest.mark.parametrize("killed_after", [1, 5, 6])
-def test_interrupted_training_equals_uninterrupted_bit_for_bit(images, tmp_path, monkeypatch, killed_after):
-    options = "methods=[classifiers]", "n_iters=7"
+SHORT_VISSL = ["methods=[vissl]", "vissl_epochs=2", "vissl_decay_epochs=[1]", "vissl_blocks=2"]
+TRAINED = {
+    "classifiers": ["methods=[classifiers]", "n_iters=10"],
+    "vissl": [*SHORT_VISSL, "vissl_weight_decays=[5e-4,0]"],
+}
+
+
+@pytest.mark.parametrize("killed_after", [1, 5, 9])
+@pytest.mark.parametrize("method", TRAINED)
+def test_interrupted_training_equals_uninterrupted_bit_for_bit(images, tmp_path, monkeypatch, method, killed_after):
+    options = TRAINED[method]
     EVALUATION.run(config(images, tmp_path / "straight", *options), torch.device("cpu"))
     broken = config(images, tmp_path / "broken", *options)
 
@@ -251,11 +271,133 @@ def test_interrupted_training_equals_uninterrupted_bit_for_bit(images, tmp_path,
 
     monkeypatch.setattr(eval_classification, "train_step", counted_step)
     EVALUATION.run(broken, torch.device("cpu"))
-    assert steps == list(range(killed_after // 2 * 2, 7)), "it did not continue at its checkpoint"
+    assert steps == list(range(killed_after // 2 * 2, 10)), "it did not continue at its checkpoint"
     assert results_of(tmp_path / "broken")["results"] == results_of(tmp_path / "straight")["results"]
-    a, b = (torch.load(tmp_path / run / "classifiers.pth", weights_only=True) for run in ("broken", "straight"))
+    a, b = (torch.load(tmp_path / run / f"{method}.pth", weights_only=True) for run in ("broken", "straight"))
     assert all(torch.equal(a[name], b[name]) for name in a.keys() | b.keys())
-    assert not (tmp_path / "broken" / "classifiers_checkpoint.pth").exists()
+    assert not (tmp_path / "broken" / f"{method}_checkpoint.pth").exists()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_linear_probes_of_vissl_equal_layers_of_torch_that_are_trained_one_by_one(images, tmp_path, optimizer):
+    options = [*SHORT_VISSL, f"vissl_optimizer={optimizer}", "vissl_learning_rates=[5.0]"]
+    cfg = config(images, tmp_path, *options)
+    torch.manual_seed(cfg.seed)  # as the run does: the weights of the model are random
+    model = frozen_tiny(images, seed=None)
+    EVALUATION.run(cfg, torch.device("cpu"))
+    trained = torch.load(tmp_path / "vissl.pth", weights_only=True)
+    data = open_labelled(cfg.train_dataset_name, "train_dataset_name")
+    splits = open_splits(
+        cfg.train_dataset_name, None, cfg.test_dataset_names, val_proportion=0.3, num_classes=None, all_classes=True
+    )
+    num_steps = 10  # two passes over 42 images in steps of 8
+    start = start_training(cfg, vissl_recipe(cfg, model, 42), 3, model.device).classifiers.state_dict()
+    for name, width in (("last", 8), ("last_bn", 8), ("concat", 16), ("concat_bn", 16)):
+        norm, linear = nn.BatchNorm1d(width).double(), nn.Linear(width, 3).double()
+        linear.load_state_dict({key: start[f"{name}.{key}"][0].double() for key in ("weight", "bias")})
+        layers = nn.Sequential(norm, linear) if name.endswith("_bn") else linear
+        velocity = {p: torch.zeros_like(p) for p in layers.parameters()}
+        batches = itertools.islice(train_batches(cfg, data, splits.fit, 0, pin=False), num_steps)
+        for step, (crops, labels) in enumerate(batches):
+            patches = model(crops).feature_map.double()
+            x = torch.cat([patches.tanh().mean((1, 2))] * (width // 16) + [patches.mean((1, 2))], dim=1)
+            rate = 5.0 * 8 / 256 * (0.1 if step * 8 / 42 >= 1 else 1.0)
+            gradients = torch.autograd.grad(F.cross_entropy(layers(x), labels[:, 0]), list(velocity))
+            for (p, v), gradient in zip(velocity.items(), gradients, strict=True):
+                with torch.no_grad():
+                    if p.ndim == 2 or (optimizer == "sgd" and p is linear.bias):
+                        gradient.add_(p, alpha=5e-4)
+                    if optimizer == "lars" and p.ndim == 2:
+                        gradient.mul_(0.001 * p.norm() / gradient.norm())
+                    v.mul_(0.9).add_(gradient)
+                    p.sub_(rate * (gradient + 0.9 * v if optimizer == "sgd" else v))
+        for key, expected in linear.state_dict().items():
+            torch.testing.assert_close(trained[f"{name}.{key}"][0].double(), expected, rtol=1e-3, atol=1e-5)
+        if name.endswith("_bn"):
+            for key in ("running_mean", "running_var"):
+                torch.testing.assert_close(trained[f"{name}.{key}"].double(), norm.state_dict()[key], rtol=1e-4, atol=0)
+            torch.testing.assert_close(
+                trained[f"{name}.norm_weight"][0].double(), norm.weight.detach(), rtol=1e-4, atol=0
+            )
+    results = results_of(tmp_path)["results"]
+    assert list(results) == ["vissl_last", "vissl_last_bn", "vissl_concat", "vissl_concat_bn"]
+    assert results["vissl_concat_bn"]["settings"] == {
+        "blocks": 2, "batch_norm": True, "optimizer": optimizer, "epochs": 2, "decay_epochs": [1],
+        "learning_rate": 5.0, "weight_decay": 5e-4, "global_batch_size": 8, "steps": 10, "resolution": 16,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- few labels
+
+
+def test_low_shot_equals_scikit_learn_on_the_listed_images_with_both_kinds_of_statistics(images, tmp_path):
+    listed = [f"{name}/{i}.png" for i in (3, 11, 7) for name in COLOURS]
+    (tmp_path / "few.txt").write_text("\n".join(listed) + "\n\n")
+    options = ["methods=[low_shot]", f"low_shot_list={tmp_path}/few.txt", "resize=16", "low_shot_penalty=0.5"]
+    cfg = config(images, tmp_path / "out", *options)
+    torch.manual_seed(cfg.seed)
+    model = frozen_tiny(images, seed=None)
+    rows, labels = {}, {}
+    for split in ("train", "test"):
+        data = open_labelled(folder_url(images / split), split)
+        chosen = [
+            i for i in range(len(data.labels))
+            if split == "test" or data.dataset[i].name.removeprefix(f"{images}/train/") in listed
+        ]  # fmt: skip
+        crops = torch.stack([CentreCropped(cfg, 1)(data.dataset[i].image(), 0)[0] for i in chosen])
+        rows[split] = model(crops).feature_map.double().mean((1, 2)).numpy()
+        labels[split] = data.labels[chosen, 0].numpy()
+    assert len(labels["train"]) == 9
+
+    def standardised(x, like):
+        return (x - like.mean(0)) / like.std(0, ddof=1)
+
+    oracle = LogisticRegression(C=2.0, fit_intercept=False, tol=1e-10, max_iter=10_000)
+    oracle.fit(standardised(rows["train"], rows["train"]), labels["train"])
+    clean, transductive = (
+        oracle.score(standardised(rows["test"], rows[like]), labels["test"]) for like in ("train", "test")
+    )
+    EVALUATION.run(cfg, torch.device("cpu"))
+    written = results_of(tmp_path / "out")
+    result = written["results"]["low_shot_avg_patch"]
+    assert (result["top1"], result["top1_transductive"]) == pytest.approx((clean, transductive))
+    assert clean != transductive, "they cannot be told apart"
+    assert result["settings"]["num_labels"] == 9
+    assert result["settings"]["list_is_published"] is False
+    assert result["settings"]["list_sha256"] == hashlib.sha256("\n".join(sorted(listed)).encode()).hexdigest()
+    assert [score["label"] for score in written["scores"]] == ["top1", "top1_transductive"]
+    assert "numbers published in" in written["scores"][1]["terms"]["top1_transductive"]
+
+
+def test_the_published_list_is_known_by_its_hash(images, tmp_path, monkeypatch):
+    golden = load_golden_json("vectors_stop")["one_percent_list"]
+    assert golden["sha256_of_sorted_lines_joined_by_newline"] == eval_classification.ONE_PERCENT_SHA256
+    (tmp_path / "few.txt").write_text("\n".join(f"{name}/1.png" for name in COLOURS))
+    digest = hashlib.sha256("\n".join(sorted(f"{name}/1.png" for name in COLOURS)).encode()).hexdigest()
+    monkeypatch.setattr(eval_classification, "ONE_PERCENT_SHA256", digest)
+    options = ["methods=[low_shot]", f"low_shot_list={tmp_path}/few.txt"]
+    EVALUATION.run(config(images, tmp_path / "out", *options), torch.device("cpu"))
+    assert results_of(tmp_path / "out")["results"]["low_shot_avg_patch"]["settings"]["list_is_published"] is True
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("", "is empty; give a text file with the name of an image a line"),
+        ("red/1.png\nred/1.png\n", "has a name twice"),
+        ("red/1.png\nred/100.png\n", "0 labelled images of train_dataset_name="),
+        ("red/1.png\n2.png\n", "3 labelled images of train_dataset_name="),
+        ("red/1.png\nred/2.png\n", "must name images of two classes or more"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_refused(images, tmp_path, capsys, content, message):
+    path = tmp_path / "few.txt"
+    if content is not None:
+        path.write_text(content)
+    found = error_of(capsys, *arguments(images, tmp_path, "methods=[low_shot]", f"low_shot_list={path}"))
+    assert f"low_shot_list={path}" in found or f"low_shot_list='{path}'" in found
+    assert message in found
 
 
 def test_a_checkpoint_of_another_training_is_refused(images, tmp_path, monkeypatch):
@@ -289,16 +431,18 @@ def evaluate_on_ranks(arguments):
 
 def test_two_ranks_give_the_results_of_one(images, tmp_path):
     images_of_test = f"test_dataset_names={folder_url(images / 'test')}"
-    one = arguments(images, tmp_path / "one", images_of_test)
-    two = arguments(images, tmp_path / "two", images_of_test, "batch_size_per_gpu=4")
+    every_method = [*SHORT_VISSL[1:], f"methods=[{','.join(METHODS)}]"]
+    one = arguments(images, tmp_path / "one", images_of_test, *every_method)
+    two = arguments(images, tmp_path / "two", images_of_test, *every_method, "batch_size_per_gpu=4")
     evaluate_on_ranks(one)
     run_on_ranks(evaluate_on_ranks, 2, two)
     expected, actual = results_of(tmp_path / "one"), results_of(tmp_path / "two")
     assert actual["about"]["num_ranks"] == 2
     assert actual["results"] == expected["results"]
-    a, b = (torch.load(tmp_path / run / "classifiers.pth", weights_only=True) for run in ("one", "two"))
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    for method in ("classifiers", "vissl"):
+        a, b = (torch.load(tmp_path / run / f"{method}.pth", weights_only=True) for run in ("one", "two"))
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 # -------------------------------------------------------------------------------------- labels and data sets
@@ -396,6 +540,12 @@ def test_what_is_done_is_skipped(images, tmp_path, monkeypatch):
         (["resize=8"], "resize=8: must be at least resolution=16"),
         (["warmup_iters=6"], "warmup_iters=6: must be 0 or more and below n_iters=6"),
         (["knn_k=[1000]", "methods=[knn]"], "knn_k=[1000]: there are 60 training images"),
+        (["methods=[vissl]", "vissl_blocks=4"], "vissl_blocks=4: model_path="),
+        (["methods=[vissl]", "vissl_blocks=4"], "did not return 4 maps [b, d, rows, columns]"),
+        (["vissl_epochs=8"], "vissl_decay_epochs=[8, 16, 24]: must all be below vissl_epochs=8"),
+        (["vissl_optimizer=adam"], "vissl_optimizer='adam': must be one of sgd, lars"),
+        (["low_shot_penalty=0"], "low_shot_penalty=0.0: must be above 0"),
+        (["methods=[low_shot]", "labels_per_class=30"], "labels_per_class=30: class 0 (blue) of train_dataset_name="),
         (["test_dataset_names=[a]"], "test_dataset_names=['a']: must be a data URL, or name: URL pairs"),
         (["test_dataset_names={images}/test/red"], "no image has a label; give a data set with labels"),
         (["train_dataset_name=torchvision://ImageFolder?root='{images}/one'"], "all images are of class 0 (red)"),

@@ -326,6 +326,16 @@ def test_the_loader_of_baselines_computes_what_this_encoder_does(published, sour
         images = torch.randn(2, 3, *size, generator=seeded(0))
         for a, b in zip((target(images)[0], target(images)[2]), (theirs(images)[0], theirs(images)[2]), strict=True):
             torch.testing.assert_close(a, b, **CLOSE)
+        options = ({"n": 2, "reshape": True}, {"n": 1}, {"n": 2, "norm": False})
+        for given in options:
+            both = target.get_intermediate_layers(images, **given), theirs.get_intermediate_layers(images, **given)
+            assert len(both[0]) == given["n"]
+            torch.testing.assert_close(*both, **CLOSE)
+        (_, last), whole = target.get_intermediate_layers(images, 2, reshape=True), target(images).feature_map
+        torch.testing.assert_close(last.movedim(1, -1), whole, **CLOSE)
+    for model in (target, theirs):
+        with pytest.raises(UserError, match=r"n=3: the \w+ has 2 blocks"):
+            model.get_intermediate_layers(images, 3)
 
 
 def test_weights_of_another_method_are_refused_in_words():

@@ -8,7 +8,7 @@ from torch import nn
 from clustering import L2NormLinear
 from config import DEFAULT_PRETRAIN_CONFIG, ScheduleConfig, load_config
 from model import EncoderDecoder
-from optim import Multipliers, ema_update_, make_adamw, multipliers, scheduled, scheduled_ahead, set_rates_
+from optim import Multipliers, ema_update_, make_adamw, multipliers, scheduled, scheduled_ahead, set_rates_, stepped
 from train_capi import CapiConfig, hyper_at
 
 
@@ -100,3 +100,10 @@ def test_ema_moves_by_one_minus_momentum():
     assert torch.equal(module.weight, target)
     ema_update_(ema, module, 0.0)
     assert torch.equal(ema.weight, target)
+
+
+def test_a_stepped_rate_falls_to_a_tenth_at_each_milestone():
+    progress = [0, 7.999, 8, 15.9, 16, 24, 27.9]
+    values = [stepped(x, [8, 16, 24]) for x in progress]
+    assert values == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.001, 0.001])
+    assert stepped(5, []) == 1

@@ -166,7 +166,10 @@ class Model(torch.nn.Module):
         patches = torch.nn.functional.avg_pool2d(images, 4).movedim(1, -1)
         return patches.mean((1, 2)), None, patches
 
-def __model_loader__(model_name):
+    def get_intermediate_layers(self, images, n, reshape, norm):
+        return (self(images)[2].movedim(-1, 1),) * n
+
+def __model_loader__(model_name, encoder=None):
     return Model()
 """
 
@@ -197,12 +200,20 @@ def test_evaluation_commands_run_as_written_with_another_model_and_data_of_ours(
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)
     assert {shlex.split(command)[1] for command in EVALUATIONS} == few.keys()
+    (tmp_path / "1percent.txt").write_text("cat/01.jpg\ndog/03.jpg\n")
     for command in EVALUATIONS:
         script, *rest = shlex.split(command)[1:]
         model_path, model_name = (word.split("=")[1] for word in rest[:2])
         assert model_name in import_from_path(ROOT / model_path).MODELS
+        small = ["model_path=model.py", *few[script], "device=cpu", "num_workers=0"]
+        replacements = {
+            "resize": "16",
+            "val_dataset_name": f"torchvision://ImageFolder?root='{tmp_path}/classes/val'",
+        }
+        given = {word.split("=")[0] for word in rest}
+        small += [f"{key}={value}" for key, value in replacements.items() if key in given]
         module = importlib.import_module(Path(script).stem)
-        assert module.main([*rest, "model_path=model.py", *few[script], "device=cpu", "num_workers=0"]) == 0, command
+        assert module.main([*rest, *small]) == 0, command
 
 
 def test_the_released_models_have_their_published_numbers():
@@ -213,6 +224,19 @@ def test_the_released_models_have_their_published_numbers():
         model = EncoderDecoder(**load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, []).model.kwargs())
     parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("decoder."))
     assert int(parameters / 1e6) == 302, "the encoder is not as large as the table says"
+
+
+def test_the_protocols_of_ijepa_and_stop_have_the_published_numbers():
+    section = README.split("### The protocols of I-JEPA and StoP")[1].split("\n### ")[0]
+    rows = re.findall(
+        r"^\| (StoP|I-JEPA) \| ViT-(\S+), .*? \|(?: ([\d.]+))? \|(?: ([\d.]+))? \| ([\d.]+) \|", section, re.MULTILINE
+    )
+    assert {(method, size): numbers for method, size, *numbers in rows} == {
+        ("StoP", "B/16"): ["60.3", "72.6", "74.5"], ("StoP", "L/16"): ["65.1", "77.1", "78.5"],
+        ("StoP", "H/16"): ["65.4", "79.0", "79.6"], ("I-JEPA", "B/16"): ["57.1", "70.9", "72.9"],
+        ("I-JEPA", "L/16"): ["64.2", "76.1", "77.5"], ("I-JEPA", "H/14"): ["62.9", "78.2", "79.3"],
+        ("I-JEPA", "H/16"): ["", "", "81.1"],
+    }  # fmt: skip
 
 
 def test_urls_of_data_sets_parse_and_their_arguments_exist():

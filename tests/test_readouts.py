@@ -1,28 +1,33 @@
 """readouts.py against goldens, scikit-learn and plain loops; golden labels of k-NN are in test_eval_segmentation.py."""
 
 import itertools
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_golden, seeded
+from conftest import load_golden, load_golden_json, seeded
+from ranks import run_on_ranks
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
 
 import readouts
+from distributed import rank, world_size
 from readouts import (
     GROUP_SIZE,
     AttentiveClassifiers,
     LinearClassifiers,
     LogisticModel,
+    NormedClassifiers,
     StackedAdamW,
+    StackedLARS,
+    StackedSGD,
     any_label_loss,
     any_match,
     fit_logistic,
+    mean_and_variance,
     nearest,
+    pick,
     weighted_vote,
 )
 
@@ -37,7 +42,7 @@ def test_any_match_equals_golden():
 
 
 def load_golden_accuracy():
-    return json.loads((Path(__file__).parent / "golden" / "evaluation.json").read_text())["anymatch_top1"]
+    return load_golden_json("evaluation")["anymatch_top1"]
 
 
 def test_a_mapping_restricts_and_renumbers_the_classes():
@@ -139,6 +144,59 @@ def test_logistic_regression_is_that_of_scikit_learn_on_standardised_features():
     )
 
 
+def stop_example(num, row_labels, part):
+    """Features and labels of the example of StoP's evaluation, in float64; see `data` in vectors_stop.json."""
+    flat = torch.arange(num * 8, dtype=torch.float64).view(num, 8)
+    labels = (row_labels * torch.arange(num)) % 3
+    column, one_hot = torch.arange(8), F.one_hot(labels, 8)
+    if part == "train":
+        return (1.618 * flat).sin() + 0.5 * column + 0.35 * one_hot, labels
+    x = 0.6 * (0.917 * flat).cos() + 0.4 * column + 0.9 * one_hot
+    x[:, 0] += 0.8
+    return x, labels
+
+
+@pytest.mark.parametrize("number", [0, 1, 2], ids=["0.0025", "0.00025", "1"])
+def test_logistic_regression_of_stop_reaches_the_optimum_of_its_vectors(number):
+    golden = load_golden_json("vectors_stop")["logistic_eval"]
+    expected = golden["results"][number]
+    x, y = stop_example(60, 7, "train")
+    test_x, test_y = stop_example(48, 5, "test")
+    torch.testing.assert_close(x.std(0)[:3], torch.tensor(golden["std_check"], dtype=torch.float64))
+    c = 1 / expected["lambda_cli"]
+    fitted = LogisticModel.fit(x, y, 3, c, scaling="standard", max_iter=10_000, correction=1, intercept=False)
+    loss = F.cross_entropy(fitted.logits(x).squeeze(1), y)
+    objective = loss + expected["lambda_effective"] / 2 * fitted.weight.square().sum()
+    assert objective.item() == pytest.approx(expected["objective"], rel=1e-7)
+    assert fitted.weight.norm().item() == pytest.approx(expected["W_frobenius"], rel=1e-4)
+    assert not fitted.bias.any(), "there is an intercept"
+
+    def accuracy(model, features, labels):
+        return model.num_correct(features, labels.unsqueeze(1)) / len(labels)
+
+    assert accuracy(fitted, x, y) == expected["train_acc"]
+    assert accuracy(fitted, test_x, test_y) == expected["test_acc_with_train_stats"]
+    transductive = fitted.with_statistics_of(test_x)
+    assert accuracy(transductive, test_x, test_y) == expected["test_acc_with_own_test_stats"]
+
+
+def share_of_rows(x, sizes):
+    x = x.split(sizes)[rank()]
+    model = LogisticModel("standard", torch.zeros(3), torch.ones(3), torch.zeros(2, 3), torch.zeros(2))
+    # A rank without images does not know how wide features are.
+    return *mean_and_variance(x, 1), *model.with_statistics_of(x if len(x) else torch.empty(0, 1))[1:3]
+
+
+@pytest.mark.parametrize("sizes", [[3, 5], [0, 8]])
+def test_mean_and_variance_are_those_of_the_rows_of_all_ranks(sizes):
+    x = torch.randn(8, 3, generator=seeded(0)) * 5 + 100
+    x[:, 2] = 7
+    variance, mean = torch.var_mean(x, dim=0)
+    for ours in run_on_ranks(share_of_rows, 2, x, sizes):
+        torch.testing.assert_close(ours[:2], (mean, variance))
+        torch.testing.assert_close(ours[2:], (mean, variance.sqrt().where(variance > 0, 1)))
+
+
 # --------------------------------------------------------------------------------------- trained classifiers
 
 
@@ -229,6 +287,128 @@ def test_stacked_adamw_equals_torch_adamw_of_each_classifier():
             optimizer.step()
     for m, (name, p) in itertools.product(range(3), stack.named_parameters()):
         torch.testing.assert_close(p[m], alone[m][name], rtol=1e-5, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}")
+
+
+def norm_and_linear(stack, m):
+    """Classifier m of the stack as two layers of torch, in float64."""
+    norm, linear = nn.BatchNorm1d(stack.weight.shape[2]), nn.Linear(*reversed(stack.weight.shape[1:]))
+    with torch.no_grad():
+        for ours, theirs in (
+            (stack.norm_weight, norm.weight), (stack.norm_bias, norm.bias), (stack.weight, linear.weight),
+            (stack.bias, linear.bias),
+        ):  # fmt: skip
+            theirs.copy_(ours[m])
+    return nn.Sequential(norm, linear).double()
+
+
+def test_normed_classifiers_equal_a_batch_norm_and_a_linear_layer_each():
+    stack = NormedClassifiers(3, 6, 4)
+    for parameter in stack.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    alone = [norm_and_linear(stack, m) for m in range(3)]
+    direction = torch.randn(8, 3, 4, generator=seeded(9))
+    for number in range(3):
+        x = torch.randn(8, 6, generator=seeded(number)) * 3 + torch.arange(6)
+        out, expected = stack(x), torch.stack([one(x.double()) for one in alone], dim=1)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    actual = torch.autograd.grad((out * direction).sum(), list(stack.parameters()))
+    wanted = [torch.autograd.grad((expected[:, m] * direction[:, m]).sum(), one.parameters()) for m, one in
+              enumerate(alone)]  # fmt: skip
+    order = dict(zip(("norm_weight", "norm_bias", "weight", "bias"), zip(*wanted, strict=True), strict=True))
+    for (name, _), gradient in zip(stack.named_parameters(), actual, strict=True):
+        torch.testing.assert_close(gradient.double(), torch.stack(order[name]), rtol=1e-4, atol=1e-4)
+    stack.eval()
+    expected = torch.stack([one.eval()(x.double()) for one in alone], dim=1)
+    torch.testing.assert_close(stack(x).double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pick(stack, 2).eval()(x)[:, 0], stack(x)[:, 2])
+
+
+def normed_on_my_share(x):
+    torch.manual_seed(0)
+    stack = NormedClassifiers(2, 6, 4)
+    return stack(x.chunk(world_size())[rank()]).detach(), stack.running_mean, stack.running_var
+
+
+def test_batch_norm_is_over_the_images_of_all_ranks():
+    x = torch.randn(8, 6, generator=seeded(0)) * 3 + 1
+    outs, means, variances = zip(*run_on_ranks(normed_on_my_share, 2, x), strict=True)
+    expected, mean, variance = normed_on_my_share(x)
+    torch.testing.assert_close(torch.cat(outs), expected)
+    torch.testing.assert_close((means[0], variances[0]), (mean, variance))
+    assert torch.equal(means[0], means[1])
+
+
+GRID = torch.tensor([[0.1, 5e-4], [0.01, 5e-4], [6.4, 0.0]])
+"""Learning rate and weight decay of three classifiers."""
+STEPS = ((1, 1.0), (2, 1.0), (3, 0.1))
+"""Number of a step, and what learning rates are multiplied by."""
+
+
+def gradients(stack, number):
+    return {name: torch.randn(p.shape, generator=seeded(10 * number + len(name))) for name, p in
+            stack.named_parameters()}  # fmt: skip
+
+
+def steps_of(optimizer, stack):
+    """Take the steps; of each, the gradients and the learning rates of the classifiers."""
+    for number, lr_scale in STEPS:
+        for name, gradient in gradients(stack, number).items():
+            stack.get_parameter(name).grad = gradient
+        optimizer.step(number, lr_scale)
+        yield gradients(stack, number), lr_scale * GRID[:, 0]
+
+
+def test_stacked_sgd_equals_torch_sgd_of_each_classifier_and_batch_norms_do_not_decay():
+    stack = NormedClassifiers(3, 6, 4)
+    alone = [{name: nn.Parameter(p[m].detach().clone()) for name, p in stack.named_parameters()} for m in range(3)]
+    others = [
+        torch.optim.SGD(
+            [{"params": [p], "weight_decay": 0.0 if name.startswith("norm") else wd} for name, p in named.items()],
+            lr=lr, momentum=0.9, nesterov=True,
+        )
+        for named, (lr, wd) in zip(alone, GRID.tolist(), strict=True)
+    ]  # fmt: skip
+    for given, rates in steps_of(StackedSGD(stack, *GRID.T), stack):
+        for m, (optimizer, rate) in enumerate(zip(others, rates.tolist(), strict=True)):
+            for name, p in alone[m].items():
+                p.grad = given[name][m]
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+    for m, (name, p) in itertools.product(range(3), stack.named_parameters()):
+        torch.testing.assert_close(p[m], alone[m][name], rtol=1e-5, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}")
+
+
+def test_lars_equals_its_vectors():
+    golden = load_golden_json("lars")
+    stack = LinearClassifiers(1, 2, 2)
+    with torch.no_grad():
+        stack.weight[0], stack.bias[0] = torch.tensor(golden["init_W"]), torch.tensor(golden["init_b"])
+    optimizer = StackedLARS(stack, torch.tensor([golden["lr"]]), torch.tensor([float(golden["wd"])]))
+    for number, after in enumerate(golden["after"], 1):
+        stack.weight.grad, stack.bias.grad = torch.tensor([golden["grad_W"]]), torch.tensor([golden["grad_b"]])
+        optimizer.step(number, 1.0)
+        torch.testing.assert_close(stack.weight[0].detach(), torch.tensor(after["W"]), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(stack.bias[0].detach(), torch.tensor(after["b"]), rtol=1e-6, atol=1e-7)
+
+
+def test_stacked_lars_equals_a_plain_loop_in_float64():
+    stack = NormedClassifiers(3, 6, 4)
+    with torch.no_grad():
+        stack.weight[1] = 0  # has no length, so its gradient is taken as it is
+    start = {name: p.detach().double().clone() for name, p in stack.named_parameters()}
+    velocity = {name: torch.zeros_like(p) for name, p in start.items()}
+    for given, rates in steps_of(StackedLARS(stack, *GRID.T), stack):
+        for (name, p), m in itertools.product(start.items(), range(3)):
+            grad = given[name][m].double()
+            if name == "weight":
+                grad = grad + GRID[m, 1].double() * p[m]
+                length, grad_length = p[m].square().sum().sqrt(), grad.square().sum().sqrt()
+                grad = grad * (0.001 * length / grad_length if length > 0 else 1)
+            velocity[name][m] = 0.9 * velocity[name][m] + grad
+            p[m] -= rates[m].double() * velocity[name][m]
+    for name, p in stack.named_parameters():
+        torch.testing.assert_close(p.double(), start[name], rtol=1e-5, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}")
 
 
 def test_loss_is_cross_entropy_with_all_labels_of_an_image_as_target():
