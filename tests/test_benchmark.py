@@ -20,6 +20,7 @@ import benchmark
 import config
 from config import load_config
 from launch import claim_output_dir
+from report import Panel, write_panels
 from sources import make_dataset
 from utils import UserError
 
@@ -525,7 +526,7 @@ def test_two_models_of_one_name_are_told_apart(tmp_path):
 def test_the_training_run_is_in_the_report(here):
     record = {"step": 1, "capi_loss": 4.0, "lr": 0.1}
     Path("runs/a/metrics.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record | {"step": 9}) + "\n")
-    Path("runs/a/config.yaml").write_text("capi: {num_clusters: 16}")
+    write_panels(Path("runs/a"), [Panel("Cross-entropy losses", "nats", {"capi_loss": "student"})])
     assert benchmark.main([*NO_RANDOM, "evals.two=null", "run_dir=runs/a"]) == 0
     assert "Cross-entropy losses over 9 steps" in Path("out/report.html").read_text()
 

@@ -40,7 +40,7 @@ import eval_visualizations
 from checkpoint import Checkpoints, SavedState, check_compatible, export_weights
 from config import DEFAULT_PRETRAIN_CONFIG, load_config, to_yaml
 from launch import claim_output_dir
-from train_capi import CapiConfig
+from train_capi import CapiConfig, CapiState
 from utils import UserError
 
 YAML = "model:\n  depth: 2\n"
@@ -1055,12 +1055,13 @@ def test_a_saved_configuration_equals_itself_when_read_back(config, tmp_path, ca
     checkpoints.save(1, **arguments, extra={}, rank_extra={}, config_yaml=to_yaml(config))
     state = checkpoints.restore_latest(**arguments, config=asdict(config))
     assert state is not None
-    assert check_compatible(state.config, asdict(config)) == {}
+    assert check_compatible(state.config, asdict(config), CapiState.MODEL_KEYS) == {}
     assert "changed since" not in caplog.text
 
 
 def test_another_model_is_refused_key_by_key(config, tmp_path):
-    run, checkpoints = Training(seed=1).mark(1), Checkpoints(tmp_path, keep=1)
+    run = Training(seed=1).mark(1)
+    checkpoints = Checkpoints(tmp_path, keep=1, model_keys=CapiState.MODEL_KEYS)
     checkpoints.save(
         1, modules=run.modules, optimizers=run.optimizers, extra={}, rank_extra={}, config_yaml=to_yaml(config)
     )
@@ -1091,7 +1092,7 @@ def test_other_changes_are_returned_and_logged(config, tmp_path, caplog):
     )
     other = asdict(config)
     other["optim"]["total_iters"] = 7
-    assert check_compatible(asdict(config), other) == {"optim.total_iters": (500_000, 7)}
+    assert check_compatible(asdict(config), other, CapiState.MODEL_KEYS) == {"optim.total_iters": (500_000, 7)}
     checkpoints.restore_latest(modules=run.modules, optimizers=run.optimizers, config=other)
     assert "optim.total_iters: 500000 -> 7" in caplog.text
 
