@@ -216,30 +216,6 @@ class Encoder(Backbone):
         feature_map = tokens.unflatten(1, patch_grid(images, self.patch_size))
         return Features(tokens.mean(dim=1), tokens[:, :0], feature_map)
 
-    def get_intermediate_layers(
-        self, x: Float[Tensor, "b 3 h w"], n: int = 1, reshape: bool = False, norm: bool = True
-    ) -> tuple[Tensor, ...]:
-        """Patch tokens after each of the `n` last blocks, first block first, called as DINOv2's method of that name.
-
-        Args:
-            x: normalised images; both sides are multiples of the patch size.
-            n: how many blocks.
-            reshape: `[b, d, rows, columns]` instead of `[b, patches, d]`.
-            norm: put the tokens through the final norm, as `forward` does.
-
-        Raises: UserError if there are fewer blocks.
-        """
-        if not 0 < n <= self.n_blocks:
-            raise UserError(f"n={n}: the encoder has {self.n_blocks} blocks")
-        grid = patch_grid(x, self.patch_size)
-        tokens = self.patch_embed(x) + resize_positions(self.pos_embed, grid, antialias=False)
-        outputs = []
-        for block in self.blocks:
-            tokens = block(tokens)
-            outputs.append(tokens)
-        chosen = [self.norm(tokens) if norm else tokens for tokens in outputs[-n:]]
-        return tuple(t.transpose(1, 2).unflatten(2, grid) if reshape else t for t in chosen)
-
 
 class Predictor(nn.Module):
     """Predicts the features of target patches from those of the context, every target block by itself.

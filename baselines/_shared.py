@@ -224,7 +224,7 @@ class PatchFeatures(nn.Module):
             reshape: `[b, d, rows, columns]` instead of `[b, patches, d]`.
             norm: put the tokens through the final norm, as `forward` does.
 
-        Raises: UserError if there are fewer blocks.
+        Raises: UserError if there are fewer blocks, or if they have other tokens than the network returns.
         """
         network: Any = self.network
         blocks = list(network.blocks)
@@ -238,6 +238,9 @@ class PatchFeatures(nn.Module):
             for hook in hooks:
                 hook.remove()
         grid = patch_grid(x, self.patch_size)
+        num_tokens = int(self.class_token) + (self.num_registers or 0) + grid[0] * grid[1]
+        if any(out.shape[1] != num_tokens for out in outputs):  # as in XCiT, whose class token comes after the blocks
+            raise UserError("blocks of this network do not hold the tokens that it returns; choose another model")
         tokens = [network.norm(out) if norm else out for out in outputs]
         maps = [
             split_tokens(t, grid, class_token=self.class_token, num_registers=self.num_registers)[2] for t in tokens

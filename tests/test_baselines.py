@@ -771,3 +771,24 @@ def test_every_family_runs_through_the_benchmark_on_the_demo_data(family, tmp_pa
         <= 1
     )
     assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("family", "model_name", "size"),
+    [("dino", "dino_vits16", 32), ("dinov2", "dinov2_vits14_reg", 28), ("stop", "stop_vitb16", 32)],
+)
+def test_the_last_intermediate_layer_is_the_feature_map(family, model_name, size):
+    model = loader(family).load_model(model_name, pretrained=False)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layers = model.get_intermediate_layers(images, 3, reshape=True)
+        assert len(layers) == 3
+        assert torch.equal(layers[-1].movedim(1, -1), model(images)[2])
+        with pytest.raises(UserError, match="n=13: the network has 12 blocks"):
+            model.get_intermediate_layers(images, 13)
+
+
+def test_blocks_without_the_class_token_are_refused():
+    model = loader("dino").load_model("dino_xcit_small_12_p16", pretrained=False)
+    with torch.no_grad(), pytest.raises(UserError, match="do not hold the tokens that it returns"):
+        model.get_intermediate_layers(torch.zeros(1, 3, 32, 32))

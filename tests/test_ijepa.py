@@ -333,9 +333,8 @@ def test_the_loader_of_baselines_computes_what_this_encoder_does(published, sour
             torch.testing.assert_close(*both, **CLOSE)
         (_, last), whole = target.get_intermediate_layers(images, 2, reshape=True), target(images).feature_map
         torch.testing.assert_close(last.movedim(1, -1), whole, **CLOSE)
-    for model in (target, theirs):
-        with pytest.raises(UserError, match=r"n=3: the \w+ has 2 blocks"):
-            model.get_intermediate_layers(images, 3)
+    with pytest.raises(UserError, match="n=3: the network has 2 blocks"):
+        theirs.get_intermediate_layers(images, 3)
 
 
 def test_weights_of_another_method_are_refused_in_words():
