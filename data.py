@@ -196,9 +196,11 @@ class SampleMaker:
             from speed.device_decode import EncodedCrops
 
             encoded = EncodedCrops.pack(crops)
+        # Masks before images: the other way around, malloc takes the memory of most batches anew, page by page.
+        masks = self.masks(keys)
         return Batch(
             images=_stack([crop for crop in crops if isinstance(crop, Tensor)], self.image_size),
-            masks=self.masks(keys),
+            masks=masks,
             sample_ids=torch.tensor(sample_ids),
             bad=bad,
             encoded=encoded,
