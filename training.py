@@ -200,12 +200,10 @@ class TrainState(Generic[ConfigT]):
             for _, optimizer in self.optimizers.values():
                 self.scaler.unscale_(optimizer)
         local = {name: grad_norm(module) for name, (module, _) in self.optimizers.items()}
-        norms = {
-            "grad_norm" if name == "student" else f"{name}_grad_norm": norm.full_tensor()
-            if isinstance(norm, DTensor)
-            else norm
-            for name, norm in local.items()
-        }
+        norms = {}
+        for name, norm in local.items():
+            key = "grad_norm" if name == "student" else f"{name}_grad_norm"
+            norms[key] = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # Only float16 has to know on the host whether to skip; elsewhere nothing waits for the device.
         skip = scaled and not bool(sum(norms.values(), torch.zeros((), device=self.device)).isfinite())
         if not skip:
@@ -265,14 +263,6 @@ def global_batch_size(optim: OptimConfig) -> int:
 
 
 # --- Going on from a checkpoint, and exports -------------------------------------------------------------------------
-
-
-def make_checkpoints(cfg: TrainingConfig, state_type: type[TrainState[Any]], output_dir: Path) -> Checkpoints:
-    """The checkpoints of a run."""
-    saving = cfg.train.checkpointing
-    return Checkpoints(
-        output_dir, keep=saving.max_to_keep, async_save=saving.async_save, model_keys=state_type.MODEL_KEYS
-    )
 
 
 def weights_to_start_from(cfg: TrainingConfig, output_dir: Path) -> str | None:
@@ -440,7 +430,10 @@ class Run:
         self.total = cfg.optim.total_iters
         self._make_loader, self._encode, self._log_line, self._finite = make_loader, encode, log_line, finite
         check_decode(cfg.data.decode, self.device)
-        self.checkpoints = make_checkpoints(cfg, type(state), output_dir)
+        saving = cfg.train.checkpointing
+        self.checkpoints = Checkpoints(
+            output_dir, keep=saving.max_to_keep, async_save=saving.async_save, model_keys=state.MODEL_KEYS
+        )
         self.meters = Metrics(output_dir, cfg.train.loggers, config=dataclasses.asdict(cfg), enabled=rank() == 0)
         state.parts["metrics"] = self.meters
         saved = restore(state, self.checkpoints)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from conftest import load_golden_json
+from runs import TINY_TRAINING
 from torch import Tensor, nn
 
 from config import load_config
@@ -34,24 +35,12 @@ GOLDEN_CONFIG = [
 STOP_NOISE = "predictor.position_noise_std=0.25"
 
 TINY_RUN = [
-    "train.device=cpu",
-    "train.log_loss_every=1",
-    "train.health_every=3",
-    "train.checkpointing.period=2",
-    "optim.batch_size_per_gpu=4",
-    "optim.total_iters=6",
+    *TINY_TRAINING,
     "optim.momentum=[0.9,1.0]",
     "data.images_size=32",
-    "data.stream_shuffle_block=4",
     "model={patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}",
     "predictor={embed_dim: 16, depth: 1}",
     "masks.min_keep=4",
-    "efficiency.param_dtype=float32",
-    "efficiency.dataloader_num_workers=0",
-    "efficiency.compilation.do_teacher.disable=true",
-    "efficiency.compilation.do_student.disable=true",
-    "efficiency.rematerialization.enabled=false",
-    "evals=null",
 ]
 
 

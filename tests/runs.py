@@ -17,31 +17,36 @@ from ranks import forkserver
 SPEED = {"images_per_s", "step_ms", "data_wait", "memory_gib", "eta_s", "mfu", "probe_s"}
 """Metrics that depend on the machine and the moment."""
 
-TINY = [
+TINY_TRAINING = [
     "train.device=cpu",
     "train.log_loss_every=1",
     "train.health_every=3",
     "train.checkpointing.period=2",
-    "capi.num_clusters=16",
     "optim.batch_size_per_gpu=4",
     "optim.total_iters=6",
-    "optim.momentum_schedule.start_warmup_value=0.9",
-    "optim.momentum_schedule.base_value=0.9",
-    "data.images_size=16",
-    "data.prediction_subsampling=0.5",
     "data.stream_shuffle_block=4",
-    "model.patch_size=4",
-    "model.n_registers=4",
-    "model.transformers_kwargs.embed_dim=32",
-    "model.transformers_kwargs.block_kwargs.attn_kwargs.num_heads=2",
-    "model.encoder_kwargs.depth=2",
-    "model.decoder_kwargs.depth=1",
     "efficiency.param_dtype=float32",
     "efficiency.dataloader_num_workers=0",
     "efficiency.compilation.do_teacher.disable=true",
     "efficiency.compilation.do_student.disable=true",
     "efficiency.rematerialization.enabled=false",
     "evals=null",
+]
+"""What tiny runs of all methods share."""
+
+TINY = [
+    *TINY_TRAINING,
+    "capi.num_clusters=16",
+    "optim.momentum_schedule.start_warmup_value=0.9",
+    "optim.momentum_schedule.base_value=0.9",
+    "data.images_size=16",
+    "data.prediction_subsampling=0.5",
+    "model.patch_size=4",
+    "model.n_registers=4",
+    "model.transformers_kwargs.embed_dim=32",
+    "model.transformers_kwargs.block_kwargs.attn_kwargs.num_heads=2",
+    "model.encoder_kwargs.depth=2",
+    "model.decoder_kwargs.depth=1",
 ]
 
 FAKE_EVALUATION = """

@@ -11,7 +11,7 @@ import toy_method
 import yaml
 from conftest import ROOT, run_cli
 from ranks import run_on_ranks
-from runs import FAKE_EVALUATION, TINY, assert_same_run, make_images, metrics_of
+from runs import FAKE_EVALUATION, TINY_TRAINING, assert_same_run, make_images, metrics_of
 
 import training
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
@@ -39,12 +39,9 @@ def place(tmp_path_factory) -> Path:
     return root
 
 
-SHARED = [each for each in TINY if each.split(".")[0] in ("train", "efficiency")]
-
-
 def arguments(place: Path, output_dir: Path, *overrides: str) -> list[str]:
-    length = ["optim.total_iters=6", "optim.batch_size_per_gpu=4", "optim.lr_schedule.warmup_iters=2"]
-    return [str(place / "toy.yaml"), *SHARED, *length, f"train.output_dir={output_dir}", *overrides]
+    own = ["optim.lr_schedule.warmup_iters=2", f"train.output_dir={output_dir}"]
+    return [str(place / "toy.yaml"), *TINY_TRAINING, *own, *overrides]
 
 
 @pytest.fixture(scope="module")
