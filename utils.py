@@ -243,9 +243,11 @@ def ended_with_block(process: "subprocess.Popen[Any]") -> Iterator[None]:
     try:
         yield
     finally:
-        end_process(process)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        try:
+            end_process(process)
+        finally:  # also if a second signal interrupts the wait
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 # --- Small things ----------------------------------------------------------------------------------------------------

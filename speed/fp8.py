@@ -20,8 +20,13 @@ def multiply_in_fp8(blocks: Iterable[nn.Module], device: torch.device) -> None:
     Every token's features and every output's weights are divided by their largest magnitude, so that one large value
     costs its own row its precision and no other. Results are bfloat16.
 
-    Raises: UserError if the GPU has no such units. A CPU computes it too, without being faster.
+    Raises: UserError if the GPU has no such units. A CPU computes it too, without being faster, if torch is new enough.
     """
+    if device.type == "cpu" and not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU"):
+        raise UserError(
+            f"efficiency.teacher_fp8=true: torch {torch.__version__} has no 8-bit float matmuls on a CPU; set it to "
+            "false"
+        )
     if device.type not in ("cuda", "cpu") or (
         device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY
     ):

@@ -7,11 +7,22 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from conftest import ROOT
 
-from utils import REMEDIES, UserError, ending_in_words, remove, replacing, write_text_atomically, writing_explained
+from utils import (
+    REMEDIES,
+    Interrupted,
+    UserError,
+    ended_with_block,
+    ending_in_words,
+    remove,
+    replacing,
+    write_text_atomically,
+    writing_explained,
+)
 
 
 def start(code: str, *arguments: str) -> subprocess.Popen[str]:
@@ -216,6 +227,28 @@ def test_a_child_ends_with_its_parent_whatever_ends_that(number, code):
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, "")
+
+
+def test_a_second_signal_while_a_child_is_ended_leaves_no_handler_behind():
+    """`timeout` sends two; what handles the second would raise from wherever the process is then."""
+
+    class Impatient:
+        pid = 0
+
+        def poll(self):
+            return None
+
+        def send_signal(self, number):
+            pass
+
+        def wait(self, timeout=None):
+            if timeout is not None:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted), ended_with_block(cast("Any", Impatient())):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @linux
