@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -821,6 +822,7 @@ class PretrainLoader:
             if self.start_method == "forkserver":
                 # Imported once by the server, not once by every worker.
                 context.set_forkserver_preload(["torch", "torchvision.transforms.v2", "numpy", "PIL.Image"])
+                _start_fork_server()
         return DataLoader(
             batches,
             batch_size=None,
@@ -910,9 +912,26 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
+SIGNALS_OF_LAUNCHERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Launchers send them to every process of a job. The trainer decides what they mean, and needs batches until it stops."""
+
+
+def _start_fork_server() -> None:
+    """Start the processes that workers come from and depend on, with the signals of launchers blocked for good.
+
+    Either would end at a signal, and with the fork server its workers. What a process blocks, those that it starts do.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_LAUNCHERS)
+    try:
+        resource_tracker.ensure_running()  # unblocks SIGINT and SIGTERM when it is done; it ignores them itself
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_LAUNCHERS)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(_: int) -> None:
-    # Launchers signal every process of a job. The trainer decides what that means, and needs batches until it stops.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in SIGNALS_OF_LAUNCHERS:
         signal.signal(number, signal.SIG_IGN)
     # DataLoader's own check looks at the parent process, which is the fork server, and that outlives the trainer.
     threading.Thread(target=_exit_with_trainer, daemon=True).start()

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import textwrap
 import threading
 import time
 import types
@@ -935,6 +936,35 @@ def test_workers_outlive_the_signals_of_a_launcher(folder):
     assert not any(worker.is_alive() for worker in workers), "workers were left behind"
 
 
+JOB = """
+    import os, signal, sys
+    from samples import make_config
+    from train_capi import make_loader
+
+    if __name__ == "__main__":
+        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
+        for number in numbers:
+            signal.signal(number, lambda *_: None)
+        with make_loader(make_config(f"data.dataset={sys.argv[1]}", workers=2), rank=0, world_size=1) as loader:
+            next(loader)
+            for number in numbers:
+                os.killpg(0, number)
+            for _ in range(20):
+                next(loader)
+        print("20 more")
+"""
+
+
+def test_what_workers_come_from_outlives_the_signals_of_a_launcher(folder, tmp_path):
+    """Slurm signals every process of a job step: the fork server and what tracks its resources too."""
+    (tmp_path / "job.py").write_text(textwrap.dedent(JOB))
+    done = subprocess.run(
+        [sys.executable, tmp_path / "job.py", folder], start_new_session=True, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "20 more\n", "")
+
+
 def workers_of(loader):
     return getattr(loader._batches, "_workers")  # noqa: B009  # not known to the type checker
 
@@ -1092,10 +1122,11 @@ def test_workers_end_when_the_trainer_is_killed(folder, tmp_path):
     script = tmp_path / "trainer.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from config import CapiConfig, DEFAULT_PRETRAIN_CONFIG, load_config\n"
-        "from data import PretrainLoader\n"
+        "from config import DEFAULT_PRETRAIN_CONFIG, load_config\n"
+        "from train_capi import CapiConfig, make_loader\n"
         "if __name__ == '__main__':\n"
-        "    loader = make_loader(load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, sys.argv[1:]))\n"
+        "    config = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, sys.argv[1:])\n"
+        "    loader = make_loader(config, rank=0, world_size=1)\n"
         "    next(loader)\n"
         "    print(*[worker.pid for worker in loader._batches._workers], flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
