@@ -37,9 +37,12 @@ from clustering import SHIFT, SINKHORN_EPS, ClusteringStep, OnlineClustering, no
 from distributed import all_reduce_max_, all_reduce_sum_, is_distributed
 from utils import UserError
 
-CPU_BYTES, GPU_BYTES, DISTRIBUTED_GPU_BYTES = 2**25, 2**29, 2**31
-"""Size of the float32 logits that are alive together, where `chunk` leaves it open. With several ranks each chunk costs
-a reduction over them per Sinkhorn round, and one more: fewer and larger chunks."""
+CPU_BYTES, GPU_BYTES = 2**25, 2**31
+"""Size of the float32 logits that are alive together, where `chunk` leaves it open; Triton's kernels hold half of it in
+bfloat16. A CPU works in its cache. On a GPU each chunk costs its launches, 1.2 ms on an H100, and with several ranks a
+reduction per Sinkhorn round and one more: few and large chunks."""
+LARGEST_DOT = 2**30
+"""Elements of which torch computes a dot product on a GPU, which has an int to count them."""
 BLOCK_BYTES = 2**22
 """Size of a block's logits on a CPU. Less fits the cache of a core better, but costs more calls."""
 
@@ -222,7 +225,7 @@ class _TorchPart:
             # sum over prototypes of assignments * (log(exp_sums) - log).
             largest = logits.amax(dim=-1, keepdim=True) * -scale
             log = torch.add(largest, logits, alpha=scale, out=logits)
-            dot = torch.dot(assignments.flatten(), log.flatten())
+            dot = sum(map(torch.dot, assignments.flatten().split(LARGEST_DOT), log.flatten().split(LARGEST_DOT)))
             exp_sums = log.exp_().sum(dim=-1)  # written over `log`, and so over the logits
             results.loss += torch.dot(exp_sums.log().flatten(), sums.flatten()) - dot
             # A token's assignments sum to about 1, not exactly: its prediction has the same sum, so that residuals are
@@ -269,7 +272,7 @@ class HeadPass:
         (self.p, self.b, _), k, device = x.shape, len(weight), x.device
         self.weight, self.bias, self.x, self.options = weight, bias, x, options
         self.num_alive = 2 if is_distributed() else 1
-        budget = CPU_BYTES if device.type == "cpu" else GPU_BYTES if self.num_alive == 1 else DISTRIBUTED_GPU_BYTES
+        budget = CPU_BYTES if device.type == "cpu" else GPU_BYTES
         self.chunk = min(self.p, options.chunk or _positions_in(budget // self.num_alive, self.b, k))
         self.part = self.chunk
         if device.type == "cpu" and self.num_alive == 1 and options.positionwise_sk:

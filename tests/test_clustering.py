@@ -101,6 +101,11 @@ def test_chunks_and_blocks_change_nothing(positionwise, chunk, block_bytes, monk
     assert_golden_with_usage(positionwise, "torch", chunk)
 
 
+def test_a_dot_product_of_more_elements_than_torch_counts_is_a_sum_of_several(monkeypatch):
+    monkeypatch.setattr(speed.clustering, "LARGEST_DOT", 7)
+    assert_golden_with_usage(True, "torch")
+
+
 @pytest.mark.parametrize("positionwise", [True, False])
 def test_the_plain_step_is_golden(positionwise):
     assert_golden_with_usage(positionwise, "plain")
