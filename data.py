@@ -913,7 +913,7 @@ def _identity(batch: Any) -> Any:
 
 
 SIGNALS_OF_LAUNCHERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Launchers send them to every process of a job. The trainer decides what they mean, and needs batches until it stops."""
+"""Launchers send them to every process of a job. The trainer decides what they mean, and needs batches meanwhile."""
 
 
 def _start_fork_server() -> None:

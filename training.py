@@ -774,17 +774,13 @@ def describe(
 
 def efficiency_warnings(cfg: TrainingConfig, device: torch.device) -> list[str]:
     """What keeps a training from being fast on this device."""
-    efficiency = cfg.efficiency
-    if (
-        device.type != "cuda"
-        or not efficiency.rematerialization.enabled
-        or not efficiency.compilation.do_student.disable
-    ):
+    recomputed, student = cfg.efficiency.rematerialization.enabled, cfg.efficiency.compilation.do_student
+    if device.type != "cuda" or not recomputed or not student.disable:
         return []
     return [
-        "efficiency.rematerialization.enabled=true: without compilation, choosing what is kept takes longer than the GPU "
-        "needs (a step of ViT-S/14 with 256 images on an H100: 349 ms instead of 108); set it to false if memory allows "
-        "(there 5.2 instead of 3.9 GiB), or efficiency.compilation.do_student.disable=false"
+        "efficiency.rematerialization.enabled=true: without compilation, choosing what is kept takes longer than the "
+        "GPU needs (a step of ViT-S/14 with 256 images on an H100: 349 ms instead of 108); set it to false if memory "
+        "allows (there 5.2 instead of 3.9 GiB), or efficiency.compilation.do_student.disable=false"
     ]
 
 

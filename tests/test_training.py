@@ -140,3 +140,14 @@ def test_a_toy_whose_loss_is_not_finite_is_stopped_before_it_is_saved(place, tmp
     assert toy_method.main(arguments(place, tmp_path)) == 2
     assert "grad_norm became NaN at step 1" in capsys.readouterr().err
     assert not list(tmp_path.glob("checkpoints/step_*"))
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+@pytest.mark.parametrize("recomputed", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_recomputation_without_compilation_is_warned_of_on_a_gpu(place, device, recomputed, is_compiled):
+    options = {"rematerialization.enabled": recomputed, "compilation.do_student.disable": not is_compiled}
+    overrides = [f"efficiency.{key}={str(value).lower()}" for key, value in options.items()]
+    cfg = load_config(toy_method.ToyConfig, place / "toy.yaml", overrides)
+    expected = device == "cuda" and recomputed and not is_compiled
+    assert bool(training.efficiency_warnings(cfg, torch.device(device))) == expected
