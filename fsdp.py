@@ -180,6 +180,26 @@ def _from_rank_0(tensor: Tensor, device: torch.device, group: Any) -> Tensor:
     return full
 
 
+@torch.no_grad()
+def divide_like(parameter: Tensor, full: Tensor | None) -> Tensor:
+    """What this rank holds of a tensor of rank 0, divided as a parameter of the same shape is; every rank calls it.
+
+    Args:
+        parameter: of a module that `parallelize` has seen, in any mode.
+        full: the tensor on rank 0, which may be returned; None on the others.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if full is None:
+        full = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    full = full.to(parameter.device, parameter.dtype).contiguous()
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(full, parameter.device_mesh, parameter.placements)
+    if is_distributed():
+        dist.broadcast(full, src=0)
+    return full
+
+
 def _same_weights(module: nn.Module, device: torch.device, group: Any) -> None:
     for submodule in module.modules():
         for name, parameter in list(submodule._parameters.items()):

@@ -4,6 +4,7 @@ State-dict names and shapes are those of the published weights. Position tables 
 This file is also a model file in the sense of the evaluations: `load_model` builds an encoder from weights on disk.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -353,6 +354,56 @@ def read_encoder(file: Mapping[str, Any], source: str, encoder: str = "target_en
 def published_part(file: Mapping[str, Any], part: str) -> dict[str, Tensor]:
     """One of the `PUBLISHED_PARTS` of a published file, without the prefix that its keys have."""
     return {key.removeprefix("module."): value for key, value in file[part].items()}
+
+
+def published_moments(file: Mapping[str, Any], source: str) -> dict[str, dict[str, Tensor]]:
+    """What the AdamW of a published file keeps of each parameter, by the names that exports have.
+
+    The file only numbers parameters. They are in four groups: those of encoder and predictor that decay, then those
+    that do not, which are biases and all others with one axis; within a group they stand as in the state dicts of the
+    file, in which I-JEPA and StoP order mask token and table differently. Tables have a number and nothing else, nor
+    has the mask token of StoP. Numbers and shapes are compared; were two parameters of one group and shape exchanged,
+    nothing in the file would tell.
+
+    Args:
+        file: what was read.
+        source: where it is from, for messages.
+
+    Returns: for each parameter that was updated its `step`, `exp_avg` and `exp_avg_sq`.
+    Raises: UserError if the file holds no such optimizer.
+    """
+    prefixes = {"encoder": "backbone", "predictor": "predictor"}
+    groups = [
+        [
+            f"{prefix}.{key}"
+            for key, value in published_part(file, part).items()
+            if ("bias" not in key and value.ndim > 1) == decays
+        ]
+        for decays in (True, False)
+        for part, prefix in prefixes.items()
+        if part in file
+    ]
+    try:
+        state = file["opt"]["state"]
+        numbers = [group["params"] for group in file["opt"]["param_groups"]]
+        sizes = [len(group) for group in numbers]
+        known = {
+            number: {key: torch.as_tensor(own[key]) for key in ("step", "exp_avg", "exp_avg_sq")}
+            for number, own in state.items()
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"train.init_optimizer=true: {source!r} holds no AdamW under opt; set it to false, or give a file as the "
+            "authors publish it"
+        ) from error
+    if sizes != [len(group) for group in groups]:
+        raise UserError(
+            f"train.init_optimizer=true: the optimizer in {source!r} has groups of {sizes} parameters, its encoder and "
+            f"predictor have {[len(group) for group in groups]}; set it to false, or give a file as the authors "
+            "publish it"
+        )
+    names = zip(itertools.chain(*numbers), itertools.chain(*groups), strict=True)
+    return {name: known[number] for number, name in names if number in known}
 
 
 def encoder_sizes(weights: Mapping[str, Tensor], source: str) -> dict[str, int]:

@@ -34,6 +34,7 @@ from config import (
     POSITIVE,
     ImagesConfig,
     OptimConfig,
+    TrainConfig,
     TrainingConfig,
     load_config,
     one_of,
@@ -49,6 +50,7 @@ from ijepa import (
     Predictor,
     prediction_loss,
     prediction_targets,
+    published_moments,
     published_part,
     read_encoder,
 )
@@ -61,6 +63,7 @@ from training import (
     Run,
     TrainState,
     describe,
+    fill_adamw,
     global_batch_size,
     milestones,
     run_command,
@@ -83,6 +86,24 @@ PUBLISHED_CONTEXT = 0.25
 """Share of the patches that contexts of the published models have, as 128 images in a forward pass cut them."""
 
 # --- Knobs: the sections of the configuration that are this method's own ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class IjepaTrainConfig(TrainConfig):
+    """The run itself."""
+
+    init_optimizer: bool
+    """Whether the optimizer too starts from the file of init_from, which has to be one that the authors publish. The
+    schedules start at step 0 all the same."""
+
+    def __post_init__(self) -> None:
+        """Check that there is a file."""
+        require(
+            not self.init_optimizer or self.init_from is not None,
+            "train.init_optimizer",
+            self.init_optimizer,
+            "needs train.init_from, a file as the authors publish it",
+        )
 
 
 @dataclass(frozen=True)
@@ -198,6 +219,7 @@ class IjepaConfig(TrainingConfig):
 
     EXPORTS: ClassVar[tuple[str, ...]] = ("student_ema", "student")
 
+    train: IjepaTrainConfig
     optim: IjepaOptimConfig
     data: IjepaDataConfig
     model: EncoderConfig
@@ -353,6 +375,9 @@ class IjepaState(TrainState[IjepaConfig]):
         by_name = multipliers(self.student, patch_embed_lr_mult=1, rope_lr_mult=1, layernorm_wd_mult=0)
         self.optimizer = make_adamw(self.student, cfg.optim.betas, by_name)
         self.optimizers = {"student": (self.student, self.optimizer)}
+        if start is not None and cfg.train.init_optimizer:
+            unused = {"predictor.mask_token"} if cfg.predictor.position_noise_std else ()
+            fill_adamw(self.student, self.optimizer, start.moments, source=start.path_or_url, unused=unused)
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """The teacher's patch features, not compiled, for batches of any size."""
@@ -409,6 +434,13 @@ class StartingWeights:
         Raises: UserError if the weights do not fit.
         """
         self._fill(student_ema["backbone"], read_encoder(self.file, self.path_or_url, "target_encoder"), "pos_embed")
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """What the optimizer of a published file keeps of each parameter, see `ijepa.published_moments`.
+
+        Raises: UserError if the file has none.
+        """
+        return published_moments(self.file, self.path_or_url)
 
     def _fill(self, module: nn.Module, weights: dict[str, Tensor], table: str) -> None:
         side = int(module.grid_size)  # pyright: ignore[reportArgumentType]  # of an encoder or a predictor

@@ -21,7 +21,7 @@ import dataclasses
 import gc
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -51,8 +51,8 @@ from data import (
     merge_positions,
     normalize,
 )
-from distributed import pick_device, rank, session, world_size
-from fsdp import Sharding, average_gradients_, parallelize
+from distributed import on_rank_0, pick_device, rank, session, world_size
+from fsdp import Sharding, average_gradients_, divide_like, parallelize
 from launch import StopRequest, claim_output_dir, requeue, was_requeued
 from metrics import FiniteWatch, Metrics, Profile, Throughput
 from optim import grad_norm
@@ -69,6 +69,7 @@ from utils import (
     write_text_atomically,
     writing_explained,
 )
+from weights import not_finite
 
 logger = logging.getLogger("capi")
 
@@ -269,6 +270,60 @@ def weights_to_start_from(cfg: TrainingConfig, output_dir: Path) -> str | None:
     """`train.init_from`, unless the training continues from a checkpoint."""
     continues = cfg.train.resume_from is not None or Checkpoints(output_dir, keep=1).newest() is not None
     return None if continues else cfg.train.init_from
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of every weight."""
+
+
+def fill_adamw(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    read: Callable[[], Mapping[str, Mapping[str, Tensor]]],
+    *,
+    source: str,
+    unused: Collection[str] = (),
+) -> None:
+    """Let AdamW go on from moments that rank 0 reads, divided over ranks as its weights are; every rank calls it.
+
+    Args:
+        module: whose parameters it updates.
+        optimizer: a fresh AdamW; its learning rates and other hyper-parameters stay.
+        read: called on rank 0 alone: by the name of a parameter its `step`, `exp_avg` and `exp_avg_sq`.
+        source: where they are from, for messages.
+        unused: names of parameters that get no gradient, whose moments do not matter.
+
+    Raises: UserError on all ranks, naming the parameters whose moments are missing, misshapen or not finite.
+    """
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad and name not in unused}
+    moments: dict[str, Mapping[str, Tensor]] = {}
+
+    def read_steps() -> dict[str, float]:
+        moments.update({name: state for name, state in read().items() if name not in unused})
+        shapes = {f"{name}.{part}": list(state[part].shape) for name, state in moments.items() for part in MOMENTS}
+        expected = {f"{name}.{part}": list(p.shape) for name, p in parameters.items() for part in MOMENTS}
+        wrong = [key for key in sorted(shapes.keys() | expected.keys()) if shapes.get(key) != expected.get(key)]
+        if wrong:
+            listing = ", ".join(f"{key} ({shapes.get(key)}, expected {expected.get(key)})" for key in wrong[:5])
+            raise UserError(
+                f"train.init_optimizer=true: the optimizer in {source!r} is not that of this model: {len(wrong)} of "
+                f"its tensors do not fit: {listing}; set it to false, or train the model of that file"
+            )
+        named = ((f"{name}.{part}", state[part]) for name, state in moments.items() for part in MOMENTS)
+        if problem := not_finite(named):
+            raise UserError(
+                f"train.init_optimizer=true: the optimizer in {source!r} is not all finite: {problem}; set it to false"
+            )
+        return {name: float(state["step"]) for name, state in moments.items()}
+
+    steps = on_rank_0(read_steps)
+    number = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, step in steps.items():
+        parameter, own = parameters[name], moments.get(name, {})
+        divided = {part: divide_like(parameter, own.get(part)) for part in MOMENTS}
+        state[number[parameter]] = {"step": torch.tensor(step), **divided}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def restore(state: TrainState[Any], checkpoints: Checkpoints) -> SavedState | None:

@@ -25,12 +25,14 @@ from golden_ijepa import (
 from ranks import run_on_ranks
 from runs import FAKE_EVALUATION, KillableRun, assert_same_run, logged_steps, make_images, metrics_of
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import train_ijepa
 from checkpoint import SavedState
 from config import load_config
 from ijepa import load_model, sincos_table
 from train_ijepa import DEFAULT_CONFIG, IjepaConfig, IjepaState, hyper_at, warn_if_changed, with_length
+from utils import UserError
 
 BOTH = pytest.mark.parametrize("overrides", [[], [STOP_NOISE]], ids=["ijepa", "stop"])
 
@@ -338,6 +340,121 @@ def test_a_training_starts_from_a_published_file(published):
             assert torch.equal(value, parts[part][key]), f"{part}: {key}"
 
 
+def trained_elsewhere(path: Path, order: str, *, uses_mask_token: bool = True) -> dict[str, dict[str, Tensor]]:
+    """Add the authors' AdamW after three updates to a published file; what it keeps, by the names of our parameters.
+
+    It is made here as they make it: from modules whose parameters have this order, in four groups.
+    """
+    encoder, predictor = tiny_networks()
+    named = {"backbone": dict(encoder.named_parameters()), "predictor": dict(predictor.named_parameters())}
+    if order == "table first":  # StoP's
+        token = named["predictor"].pop("mask_token")
+        table = named["predictor"].pop("predictor_pos_embed")
+        named["predictor"] = {"predictor_pos_embed": table, "mask_token": token, **named["predictor"]}
+    groups = [
+        {"params": [p for name, p in part.items() if ("bias" in name or p.ndim == 1) == excluded], "extra": excluded}
+        for excluded in (False, True)
+        for part in named.values()
+    ]
+    assert [len(group["params"]) for group in groups] == [group["n"] for group in IJEPA["tiny"]["opt_groups"]]
+    optimizer = torch.optim.AdamW(groups)
+    generator = torch.Generator().manual_seed(1)
+    parameters = {f"{part}.{name}": p for part, own in named.items() for name, p in own.items() if p.requires_grad}
+    if not uses_mask_token:
+        del parameters["predictor.mask_token"]
+    for _ in range(3):
+        for p in parameters.values():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    file = torch.load(path, weights_only=True)
+    file["predictor"] = {f"module.{name}": file["predictor"][f"module.{name}"] for name in named["predictor"]}
+    torch.save(file | {"opt": optimizer.state_dict()}, path)
+    return {name: optimizer.state[p] for name, p in parameters.items()}
+
+
+WITH_OPTIMIZER = ["train.init_from=x", "train.init_optimizer=true"]
+
+
+@pytest.mark.parametrize("order", ["mask token first", "table first"])
+def test_a_training_starts_from_a_published_optimizer(published, order):
+    path, _ = published
+    expected = trained_elsewhere(path, order)
+    state = start(path, *WITH_OPTIMIZER)
+    kept = {name: state.optimizer.state[p] for name, p in state.student.named_parameters() if p.requires_grad}
+    assert kept.keys() == expected.keys()
+    for name, own in expected.items():
+        for part in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(kept[name][part], own[part]), f"{part} of {name}"
+    assert kept["backbone.norm.bias"]["step"] == 3
+    scalars = train_ijepa.train_step(state, golden_batches(), hyper_at(0, state.cfg))
+    assert kept["backbone.norm.bias"]["step"] == 4 and scalars["loss"].isfinite()
+    assert not start(path).optimizer.state, "it was not asked for"
+
+
+def test_the_published_optimizer_of_stop_has_no_mask_token(published):
+    path, _ = published
+    trained_elsewhere(path, "table first", uses_mask_token=False)
+    state = start(path, *WITH_OPTIMIZER, STOP_NOISE)
+    assert state.student["predictor"].mask_token not in state.optimizer.state
+    assert state.student["predictor"].predictor_proj.weight in state.optimizer.state
+    with pytest.raises(UserError, match=r"2 of its tensors do not fit: predictor.mask_token.exp_avg \(None, expected"):
+        start(path, *WITH_OPTIMIZER)
+
+
+def moments_on_this_rank(path: Path, mode: str) -> dict[str, Tensor]:
+    state = start(path, *WITH_OPTIMIZER, f"efficiency.fsdp={mode}")
+    moments = {}
+    for name, parameter in state.student.named_parameters():
+        for part, value in state.optimizer.state.get(parameter, {}).items():
+            if mode != "none" and part != "step":
+                assert value.placements == parameter.placements and value.to_local().shape == parameter.to_local().shape
+            moments[f"{name}.{part}"] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+    train_ijepa.train_step(state, golden_batches(), hyper_at(0, state.cfg))
+    return moments
+
+
+@pytest.mark.parametrize(("mode", "num_ranks"), [("simple", 3), ("fully_shard", 2), ("none", 2)])
+def test_every_rank_has_its_part_of_a_published_optimizer(published, mode, num_ranks):
+    path, _ = published
+    expected = {f"{name}.{part}": x for name, own in trained_elsewhere(path, "").items() for part, x in own.items()}
+    for moments in run_on_ranks(moments_on_this_rank, num_ranks, path, mode):
+        assert moments.keys() == expected.keys()
+        assert [key for key, value in expected.items() if not torch.equal(moments[key], value)] == []
+
+
+def fault(path: Path, mode: str) -> str:
+    with pytest.raises(UserError) as caught:
+        moments_on_this_rank(path, mode)
+    return str(caught.value)
+
+
+def test_an_optimizer_that_does_not_fit_is_refused_in_words(published, tmp_path):
+    path, _ = published
+    trained_elsewhere(path, "")
+    file = torch.load(path, weights_only=True)
+    moment = file["opt"]["state"][1]["exp_avg"]
+    damage = {
+        "holds no AdamW under opt": {"opt": {}},
+        "has groups of [2, 1] parameters, its encoder and predictor have [10, 12, 19, 20]": {
+            "opt": {"state": {}, "param_groups": [{"params": [0, 1]}, {"params": [2]}]}
+        },
+        "patch_embed.proj.weight.exp_avg ([3], expected [32, 3, 12, 12])": {
+            "opt": file["opt"]
+            | {"state": file["opt"]["state"] | {1: file["opt"]["state"][1] | {"exp_avg": moment[0, 0, 0, :3]}}}
+        },
+        "is not all finite: backbone.patch_embed.proj.weight.exp_avg (13824 of": {
+            "opt": file["opt"]
+            | {"state": file["opt"]["state"] | {1: file["opt"]["state"][1] | {"exp_avg": moment / 0}}}
+        },
+    }
+    for words, changed in damage.items():
+        torch.save(file | changed, tmp_path / "damaged.pth.tar")
+        with pytest.raises(UserError, match=r"^train.init_optimizer=true: .*damaged\.pth.*set it to false") as caught:
+            start(tmp_path / "damaged.pth.tar", *WITH_OPTIMIZER)
+        assert words in str(caught.value)
+    assert run_on_ranks(fault, 2, tmp_path / "damaged.pth.tar", "none") == [str(caught.value)] * 2, "a rank waits"
+
+
 def test_a_training_starts_from_an_export_with_or_without_predictor(images, finished):
     run, own = finished
     for name in ("student", "student_ema"):
@@ -453,6 +570,7 @@ def test_a_change_on_the_way_is_told(caplog):
         (["predictor.embed_dim=18"], "predictor.embed_dim=18: must be a multiple of 4"),
         (["optim.epochs=1", "data.images_per_epoch=null"], "optim.epochs=1.0: needs data.images_per_epoch"),
         (["optim.epochs=1", "data.images_per_epoch=3"], "data.images_per_epoch=3: fewer than the 4 images"),
+        (["train.init_optimizer=true"], "train.init_optimizer=True: needs train.init_from"),
         (["data.decode=gpu"], "data.decode='gpu': crops there are bicubic and keep their colours"),
         (["masks.context_pathces=3"], "unknown key masks.context_pathces; did you mean masks.context_patches?"),
     ],
