@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 import signal
 import textwrap
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 import yaml
 from conftest import ROOT
@@ -236,10 +238,13 @@ FORWARD_PASSES = 4
 """Of an update, on all ranks together."""
 
 
-def train_on_this_rank(arguments: list[str]) -> None:
+def train_on_this_rank(arguments: list[str]) -> int:
+    """A whole run, with this rank's share of the forward passes; how many graphs were compiled for it."""
+    torch._dynamo.utils.counters.clear()
     share = f"optim.accumulation_steps={FORWARD_PASSES // dist.get_world_size()}"
     cfg = load(*arguments, share)
     train_ijepa.train(cfg, Path(cfg.train.output_dir), torch.device("cpu"))
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @pytest.fixture(scope="module")
@@ -254,19 +259,31 @@ def alone(images, tmp_path_factory) -> dict[str, Path]:
 OWN = {"ijepa": [], "stop": [STOP_NOISE]}
 
 
+COMPILED = [f"efficiency.compilation.{name}.disable=false" for name in ("do_teacher", "do_student")]
+compiles = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="it needs a C++ compiler"),
+]
+
+
 @pytest.mark.parametrize(
-    ("method", "num_ranks", "mode"),
+    ("method", "num_ranks", "mode", "compiled"),
     [
-        ("ijepa", 2, "simple"),
-        ("stop", 2, "fully_shard"),
-        ("stop", 2, "none"),
-        pytest.param("stop", 4, "simple", marks=pytest.mark.slow),
+        ("ijepa", 2, "simple", []),
+        ("stop", 2, "fully_shard", []),
+        ("stop", 2, "none", []),
+        pytest.param("stop", 4, "simple", [], marks=pytest.mark.slow),
+        pytest.param("ijepa", 2, "simple", COMPILED, marks=compiles),
+        pytest.param("stop", 2, "fully_shard", COMPILED, marks=compiles),
     ],
 )
-def test_ranks_are_accumulation_steps_of_one(images, alone, tmp_path, method, num_ranks, mode):
+def test_ranks_are_accumulation_steps_of_one(images, alone, tmp_path, method, num_ranks, mode, compiled):
     """As many images per forward pass: then masks and noise are the same too."""
-    arguments = tiny_run(images, tmp_path, *OWN[method], "optim.batch_size_per_gpu=2", f"efficiency.fsdp={mode}")
-    run_on_ranks(train_on_this_rank, num_ranks, arguments)
+    own = [*OWN[method], f"efficiency.fsdp={mode}", *compiled]
+    arguments = tiny_run(images, tmp_path, "optim.batch_size_per_gpu=2", *own)
+    graphs = run_on_ranks(train_on_this_rank, num_ranks, arguments, timeout_s=590)
+    assert all((number > 0) == bool(compiled) for number in graphs), graphs
     for a, b in zip(metrics_of(tmp_path), metrics_of(alone[method]), strict=True):
         for key in ("loss", "grad_norm", "context_patches"):
             assert a[key] == pytest.approx(b[key], rel=2e-5), f"{key} at step {a['step']}"
