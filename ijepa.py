@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model import Backbone, Features, Float, Int, Mlp, patch_grid, resize_positions
 from utils import UserError
-from weights import backbone_part, load_strictly, read_state_dict
+from weights import CardText, backbone_part, load_strictly, read_state_dict
 
 NORM_EPS = 1e-6
 TARGET_NORM_EPS = 1e-5
@@ -152,6 +152,34 @@ class Encoder(Backbone):
     Raises: UserError if the sizes do not fit together.
     """
 
+    card_text = CardText(
+        method="I-JEPA",
+        tag="ijepa",
+        files="`ijepa.py`, `model.py`, `weights.py` and `utils.py`",
+        module="ijepa",
+        about="""\
+A vision transformer of {parameters:.0f}M parameters, width {width}, {depth} blocks and patches of {patch} pixels,
+pretrained without labels by I-JEPA, *Self-Supervised Learning from Images with a Joint-Embedding Predictive
+Architecture* ([arXiv:2301.08243](https://arxiv.org/abs/2301.08243)): from a part of an image, a student predicts a
+teacher's features of others; or by StoP, *Stochastic Positional Embeddings Improve Masked Image Modeling*
+([arXiv:2308.00566](https://arxiv.org/abs/2308.00566)), which blurs where these are.""",
+        citation="""\
+@inproceedings{assran2023ijepa,
+  title     = {Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture},
+  author    = {Assran, Mahmoud and Duval, Quentin and Misra, Ishan and Bojanowski, Piotr and Vincent, Pascal and
+               Rabbat, Michael and LeCun, Yann and Ballas, Nicolas},
+  booktitle = {CVPR},
+  year      = {2023}
+}
+
+@inproceedings{bar2024stop,
+  title     = {Stochastic Positional Embeddings Improve Masked Image Modeling},
+  author    = {Bar, Amir and Bordes, Florian and Shocher, Assaf and Assran, Mahmoud and Vincent, Pascal and
+               Ballas, Nicolas and Darrell, Trevor and Globerson, Amir and LeCun, Yann},
+  booktitle = {ICML},
+  year      = {2024}
+}""",
+    )
     kept_in_float32 = ("pos_embed", "norm")
     forward_methods = ("encode",)
     in_chans = 3
@@ -161,6 +189,14 @@ class Encoder(Backbone):
         self, *, grid_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, mlp_dim: int | None = None
     ) -> None:
         super().__init__()
+        self.arguments = {
+            "grid_size": grid_size,
+            "patch_size": patch_size,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_dim": mlp_dim,
+        }
         self.grid_size, self.patch_size, self.embed_dim, self.n_blocks = grid_size, patch_size, embed_dim, depth
         self.pos_embed = nn.Parameter(torch.empty(1, grid_size**2, embed_dim), requires_grad=False)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)

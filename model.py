@@ -7,14 +7,14 @@ This file is also a model file in the sense of the evaluations: `load_model` bui
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils import UserError
-from weights import load_backbone_weights, load_from_hub, read_state_dict, with_hub_methods
+from weights import CardText, load_backbone_weights, load_from_hub, read_state_dict, with_hub_methods
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -28,6 +28,8 @@ else:
                 return Tensor
 
         Float = Int = Shaped = _Untyped
+
+BackboneT = TypeVar("BackboneT", bound="Backbone")
 
 DEFAULT_CONFIG = Path(__file__).parent / "default_pretrain_config.yaml"
 
@@ -365,11 +367,14 @@ class Predictor(_Tower):
 
 
 class Backbone(nn.Module):
-    """Features after chosen blocks of an encoder, by the calls of DINOv2 and timm.
+    """Features after chosen blocks of an encoder, by the calls of DINOv2 and timm, and the Hugging Face Hub.
 
     A subclass has its sizes, runs its blocks, and says which norm follows on the last of them.
     """
 
+    card_text: ClassVar[CardText]
+    arguments: dict[str, Any]
+    """What builds this model again; `save_pretrained` writes it."""
     patch_size: int
     n_blocks: int
     n_registers: int
@@ -459,6 +464,45 @@ class Backbone(nn.Module):
             intermediates.append((patches, tokens[:, : self.n_registers]) if with_registers else patches)
         return intermediates
 
+    @classmethod
+    def from_pretrained(cls: type[BackboneT], name_or_path: str | Path, **kwargs: Any) -> BackboneT:
+        """Load what `save_pretrained` or `push_to_hub` wrote: a folder, or a repository of the Hugging Face Hub.
+
+        Args:
+            name_or_path: `owner/name`, or a folder with `config.json` and `model.safetensors`.
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, as for any model of the hub;
+                `map_location`, where to put the model; arguments of the model, which win over `config.json`.
+
+        Returns: the model in eval mode.
+        Raises: UserError if it is not there or does not fit.
+        """
+        return load_from_hub(cls, str(name_or_path), kwargs)
+
+    def save_pretrained(self, folder: str | Path, *, card: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        """Write `model.safetensors`, `config.json` and a model card `README.md`, if there is none, into a folder.
+
+        Args:
+            folder: made if it does not exist.
+            card: for the model card: any of `license` (of the weights; apache-2.0 if not given), `name` and `training`
+                (on what, for how long: a sentence of yours).
+            kwargs: as for `save_pretrained` of huggingface_hub's mixin.
+        """
+        card = {"name": str(folder)} | dict(card or {})
+        return with_hub_methods(self).save_pretrained(folder, model_card_kwargs=card, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, card: Mapping[str, Any] | None = None, **kwargs: Any) -> str:
+        """Upload to the Hugging Face Hub what `save_pretrained` writes; needs `hf auth login` or `token`.
+
+        Args:
+            repo_id: `owner/name`; made if it does not exist.
+            card: as for `save_pretrained`.
+            kwargs: `private`, `token`, `branch`, `commit_message`, `create_pr`, as for any model of the hub.
+
+        Returns: address of the commit.
+        """
+        card = {"name": repo_id} | dict(card or {})
+        return with_hub_methods(self).push_to_hub(repo_id, model_card_kwargs=card, **kwargs)
+
 
 class EncoderDecoder(Backbone):
     """Encoder (the ViT that is kept) and predictor ("decoder") of CAPI (arXiv:2502.08769, section 3).
@@ -481,6 +525,25 @@ class EncoderDecoder(Backbone):
     Raises: UserError on an impossible combination.
     """
 
+    card_text = CardText(
+        method="CAPI",
+        tag="capi",
+        files="`model.py`, `weights.py` and `utils.py`",
+        module="model",
+        about="""\
+A vision transformer of {parameters:.0f}M parameters (with its predictor), width {width}, {depth} blocks, patches of
+{patch} pixels and {registers} registers, pretrained without labels by CAPI, *Cluster and Predict Latent Patches for
+Improved Masked Image Modeling* ([arXiv:2502.08769](https://arxiv.org/abs/2502.08769)): a teacher clusters its patch
+features, and a student predicts the clusters of hidden patches.""",
+        citation="""\
+@article{darcet2025capi,
+  title   = {Cluster and Predict Latent Patches for Improved Masked Image Modeling},
+  author  = {Darcet, Timoth{\\'e}e and Baldassarre, Federico and Oquab, Maxime and Mairal, Julien and
+             Bojanowski, Piotr},
+  journal = {Transactions on Machine Learning Research},
+  year    = {2025}
+}""",
+    )
     # For code that divides weights over ranks. The predictor's residual stream begins with the mask token.
     kept_in_float32 = ("mask_token",)
     forward_methods = ("forward_pretrain",)
@@ -502,7 +565,7 @@ class EncoderDecoder(Backbone):
         out_layer: int = -1,
     ) -> None:
         super().__init__()
-        self.arguments: dict[str, Any] = {  # what builds this model again; `save_pretrained` writes it
+        self.arguments = {
             "patch_size": patch_size,
             "in_chans": in_chans,
             "norm_layer_type": norm_layer_type,
@@ -645,45 +708,6 @@ class EncoderDecoder(Backbone):
 
     def _final_norm(self, tokens: Float[Tensor, "b rn d"]) -> Float[Tensor, "b rn d"]:
         return self.enc_norm(tokens)
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> "EncoderDecoder":
-        """Load what `save_pretrained` or `push_to_hub` wrote: a folder, or a repository of the Hugging Face Hub.
-
-        Args:
-            name_or_path: `owner/name`, or a folder with `config.json` and `model.safetensors`.
-            kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, as for any model of the hub;
-                `map_location`, where to put the model; arguments of the model, which win over `config.json`.
-
-        Returns: the model in eval mode.
-        Raises: UserError if it is not there or does not fit.
-        """
-        return load_from_hub(cls, str(name_or_path), kwargs)
-
-    def save_pretrained(self, folder: str | Path, *, card: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-        """Write `model.safetensors`, `config.json` and a model card `README.md`, if there is none, into a folder.
-
-        Args:
-            folder: made if it does not exist.
-            card: for the model card: any of `license` (of the weights; apache-2.0 if not given), `name` and `training`
-                (on what, for how long: a sentence of yours).
-            kwargs: as for `save_pretrained` of huggingface_hub's mixin.
-        """
-        card = {"name": str(folder)} | dict(card or {})
-        return with_hub_methods(self).save_pretrained(folder, model_card_kwargs=card, **kwargs)
-
-    def push_to_hub(self, repo_id: str, *, card: Mapping[str, Any] | None = None, **kwargs: Any) -> str:
-        """Upload to the Hugging Face Hub what `save_pretrained` writes; needs `hf auth login` or `token`.
-
-        Args:
-            repo_id: `owner/name`; made if it does not exist.
-            card: as for `save_pretrained`.
-            kwargs: `private`, `token`, `branch`, `commit_message`, `create_pr`, as for any model of the hub.
-
-        Returns: address of the commit.
-        """
-        card = {"name": repo_id} | dict(card or {})
-        return with_hub_methods(self).push_to_hub(repo_id, model_card_kwargs=card, **kwargs)
 
     def _embed_patches(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n d"], int, int]:
         patch_grid(x, self.patch_size)  # raises

@@ -19,6 +19,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -383,11 +384,30 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 # The Hugging Face Hub. A model class gets the methods of huggingface_hub's mixin only where they are used.
 
+
+@dataclass(frozen=True)
+class CardText:
+    """What a class of models says on its model card."""
+
+    method: str
+    """What pretrained it."""
+    tag: str
+    """The same as a tag of the hub."""
+    files: str
+    """Which files of this repository it needs, as a list in words."""
+    module: str
+    """Where the class is imported from."""
+    about: str
+    """A paragraph; {parameters} in millions, {width}, {depth}, {patch} and {registers} are filled in."""
+    citation: str
+    """BibTeX."""
+
+
 HUB_ARGUMENTS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
 
 def with_hub_methods(model: Any) -> Any:
-    """An `EncoderDecoder` that shares the weights of `model` and whose hub methods are those of huggingface_hub."""
+    """A model that shares the weights of `model` and whose hub methods are those of huggingface_hub."""
     with torch.device("meta"):
         twin = _hub_class(type(model))(**model.arguments)
     twin.load_state_dict(model.state_dict(), assign=True)
@@ -395,7 +415,7 @@ def with_hub_methods(model: Any) -> Any:
 
 
 def load_from_hub(model_class: Any, name_or_path: str, kwargs: dict[str, Any]) -> Any:
-    """Build a model of `model_class` from a folder or a repository of the hub: `EncoderDecoder.from_pretrained`."""
+    """Build a model of `model_class` from a folder or a repository of the hub: its `from_pretrained`."""
     hub_class = _hub_class(model_class)
     _hub_file(name_or_path, "config.json", {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
     try:
@@ -430,17 +450,24 @@ def _hub_class(model_class: Any) -> Any:
             save_safetensors(self.state_dict(), save_directory / "model.safetensors", {"format": "pt"})
 
         def generate_model_card(self, *, name: str, license: str = "apache-2.0", training: str = "") -> Any:  # noqa: A002  # the hub's word
+            said = model_class.card_text
+            sizes = {
+                "parameters": sum(p.numel() for p in self.parameters()) / 1e6,
+                "width": self.embed_dim,
+                "depth": self.n_blocks,
+                "patch": self.patch_size,
+                "registers": self.n_registers,
+            }
             text = MODEL_CARD.format(
                 name=name,
                 license=license,
                 training=training,
-                parameters=sum(p.numel() for p in self.parameters()) / 1e6,
-                width=self.embed_dim,
-                depth=self.n_blocks,
-                patch=self.patch_size,
-                registers=self.n_registers,
+                library="capi",
+                model_class=model_class.__name__,
                 channels=self.in_chans,
                 size=16 * self.patch_size,
+                **sizes,
+                **vars(said) | {"about": said.about.format(**sizes)},
             )
             return ModelCard(re.sub(r"\n{3,}", "\n\n", text))
 
@@ -467,34 +494,31 @@ def _hub_file(name_or_path: str, file: str, kwargs: Mapping[str, Any]) -> Path:
 MODEL_CARD = """\
 ---
 license: {license}
-library_name: capi
+library_name: {library}
 pipeline_tag: image-feature-extraction
 tags:
-- capi
+- {tag}
 - self-supervised-learning
 - model_hub_mixin
 - pytorch_model_hub_mixin
 ---
 
-# CAPI features: {name}
+# {method} features: {name}
 
-A vision transformer of {parameters:.0f}M parameters (with its predictor), width {width}, {depth} blocks, patches of
-{patch} pixels and {registers} registers, pretrained without labels by CAPI, *Cluster and Predict Latent Patches for
-Improved Masked Image Modeling* ([arXiv:2502.08769](https://arxiv.org/abs/2502.08769)): a teacher clusters its patch
-features, and a student predicts the clusters of hidden patches.
+{about}
 
 {training}
 
 ## Use
 
-With `model.py`, `weights.py` and `utils.py` of the code that wrote this, and
+With {files} of the code that wrote this, and
 `pip install torch huggingface_hub safetensors`:
 
 ```python
 import torch
-from model import EncoderDecoder
+from {module} import {model_class}
 
-model = EncoderDecoder.from_pretrained("{name}")
+model = {model_class}.from_pretrained("{name}")
 # RGB in [0, 1], minus (0.485, 0.456, 0.406), divided by (0.229, 0.224, 0.225)
 images = torch.zeros(1, {channels}, {size}, {size})
 with torch.no_grad():
@@ -511,13 +535,7 @@ The weights: {license}.
 ## Citation
 
 ```bibtex
-@article{{darcet2025capi,
-  title   = {{Cluster and Predict Latent Patches for Improved Masked Image Modeling}},
-  author  = {{Darcet, Timoth{{\\'e}}e and Baldassarre, Federico and Oquab, Maxime and Mairal, Julien and
-             Bojanowski, Piotr}},
-  journal = {{Transactions on Machine Learning Research}},
-  year    = {{2025}}
-}}
+{citation}
 ```
 """
 """What `save_pretrained` and `push_to_hub` write beside the weights, for those who find them on the hub."""

@@ -141,7 +141,6 @@ KNOW_A_METHOD = {
     "train_ijepa", "ijepa",  # which are I-JEPA and StoP, with masks in masking
     "demo", "export", "hubconf",  # which train, unpack and publish it
     "flops",  # what a step costs
-    "weights",  # the card of published weights
     "eval_segmentation",  # how labels were counted for the published numbers
     "eval_visualizations",  # draws the clusters of a teacher
 }  # fmt: skip

@@ -7,10 +7,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import torch.nn.functional as F
 from golden import tiny_model
+from golden_ijepa import tiny_networks
 from safetensors.torch import load_file
 
-from model import EncoderDecoder
+from ijepa import Encoder
+from model import Backbone, EncoderDecoder
 from utils import UserError
 
 
@@ -20,37 +23,48 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
-def assert_same_model(a: EncoderDecoder, b: EncoderDecoder) -> None:
-    images = torch.randn(2, 3, 8, 12)
+def assert_same_model(a: Backbone, b: Backbone) -> None:
+    images = torch.randn(2, 3, 2 * a.patch_size, 3 * a.patch_size)
     for name, value in a.state_dict().items():
         assert torch.equal(value, b.state_dict()[name]), name
     for x, y in zip(a.eval()(images), b.eval()(images), strict=True):
         assert torch.equal(x, y)
 
 
-def test_what_was_saved_is_loaded(tmp_path):
-    model = tiny_model(out_layer=1, n_registers=8)
+def tiny_encoder() -> Encoder:
+    return tiny_networks()[0]
+
+
+EACH_CLASS = pytest.mark.parametrize("make", [lambda: tiny_model(out_layer=1, n_registers=8), tiny_encoder])
+
+
+@EACH_CLASS
+def test_what_was_saved_is_loaded(tmp_path, make):
+    model = make()
     model.save_pretrained(tmp_path / "mine")
-    loaded = EncoderDecoder.from_pretrained(tmp_path / "mine")
-    assert type(loaded) is EncoderDecoder
+    loaded = type(model).from_pretrained(tmp_path / "mine")
+    assert type(loaded) is type(model)
     assert not loaded.training
     assert loaded.arguments == model.arguments
     assert_same_model(loaded, model)
 
 
-def test_the_files_are_those_of_the_hub(tmp_path):
-    model = tiny_model()
+@EACH_CLASS
+def test_the_files_are_those_of_the_hub(tmp_path, make):
+    model = make()
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json", "README.md"}
     assert json.loads((tmp_path / "config.json").read_text()) == model.arguments
     assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
 
 
-def test_saving_does_not_change_the_model(tmp_path):
-    model = tiny_model().train()
+@EACH_CLASS
+def test_saving_does_not_change_the_model(tmp_path, make):
+    model = make().train()
     parameters = list(model.parameters())
+    kind = type(model)
     model.save_pretrained(tmp_path)
-    assert type(model) is EncoderDecoder
+    assert type(model) is kind
     assert model.training
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
 
@@ -60,24 +74,47 @@ def test_arguments_win_over_the_config(tmp_path):
     assert EncoderDecoder.from_pretrained(tmp_path, out_layer=1).out_layer == 1
 
 
-def test_the_model_card_says_what_it_is_and_its_example_runs(tmp_path):
+@pytest.mark.parametrize(
+    ("make", "said", "shape"),
+    [
+        (tiny_model, ("arXiv:2502.08769", "Darcet, Timoth{\\'e}e", "width 32, 2 blocks"), (1, 16, 16, 32)),
+        (
+            tiny_encoder,
+            (
+                "arXiv:2301.08243",
+                "arXiv:2308.00566",
+                "Assran, Mahmoud",
+                "Bar, Amir",
+                "width 32, 2 blocks and patches of 12",
+            ),
+            (1, 16, 16, 32),
+        ),
+    ],
+)
+def test_the_model_card_says_what_it_is_and_its_example_runs(tmp_path, make, said, shape):
     folder = tmp_path / "mine"
-    tiny_model().save_pretrained(folder, card={"license": "cc0-1.0", "training": "Trained on 480 photos."})
+    make().save_pretrained(folder, card={"license": "cc0-1.0", "training": "Trained on 480 photos."})
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     assert card.data.to_dict()["license"] == "cc0-1.0"
     assert card.data.to_dict()["library_name"] == "capi"
-    for part in (
-        "arXiv:2502.08769",
-        "cc0-1.0",
-        "Trained on 480 photos.",
-        "Darcet, Timoth{\\'e}e",
-        "width 32, 2 blocks",
-    ):
+    for part in ("cc0-1.0", "Trained on 480 photos.", *said):
         assert part in card.text, part
     snippet = card.text.split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {}
     exec(snippet, names)  # our own text
-    assert names["feature_map"].shape == (1, 16, 16, 32)
+    assert names["feature_map"].shape == shape
+
+
+def test_an_encoder_that_was_loaded_takes_other_resolutions_by_bicubic_positions(tmp_path):
+    model = tiny_encoder()
+    model.save_pretrained(tmp_path)
+    loaded = Encoder.from_pretrained(tmp_path)
+    table = model.pos_embed.detach().unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    resized = F.interpolate(table, size=(8, 8), mode="bicubic").flatten(2).transpose(1, 2)
+    larger = Encoder(**model.arguments | {"grid_size": 8}).eval()
+    larger.load_state_dict(model.state_dict() | {"pos_embed": resized})
+    images = torch.randn(2, 3, 96, 96)
+    torch.testing.assert_close(loaded(images).feature_map, larger(images).feature_map)
 
 
 def test_a_model_card_of_ones_own_stays(tmp_path):
@@ -150,6 +187,14 @@ def test_folders_that_hold_no_model_are_refused(tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises(UserError, match=message):
         EncoderDecoder.from_pretrained(tmp_path)
+
+
+def test_a_folder_of_another_class_is_refused(tmp_path):
+    for model, other in ((tiny_model(), Encoder), (tiny_encoder(), EncoderDecoder)):
+        folder = tmp_path / other.__name__
+        model.save_pretrained(folder)
+        with pytest.raises(UserError, match=r"config.json, or an argument, does not describe the model"):
+            other.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", ["lab/not-here", "no/such/folder"])

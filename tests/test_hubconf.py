@@ -148,7 +148,8 @@ def test_ijepa_loads_what_a_run_wrote_and_what_is_published(tmp_path):
     cfg = load_config(train_ijepa.IjepaConfig, train_ijepa.DEFAULT_CONFIG, TINY_RUN)
     encoder, average = cfg.make_encoder(), cfg.make_encoder().eval()
     export_weights(tmp_path / "run" / "student_ema.pth", {"backbone": average}, to_yaml(cfg))
-    for weights in (tmp_path / "run", tmp_path / "run" / "student_ema.pth"):
+    average.save_pretrained(tmp_path / "hub")
+    for weights in (tmp_path / "run", tmp_path / "run" / "student_ema.pth", tmp_path / "hub"):
         assert_same_model(hubconf.ijepa(weights), average)
     parts = {"encoder": encoder, "target_encoder": average}
     file = {name: {f"module.{k}": v for k, v in part.state_dict().items()} for name, part in parts.items()}
