@@ -3,12 +3,16 @@
     python export.py runs/mine backbone.pth                     the newest checkpoint of a run
     python export.py runs/mine/checkpoints/step_000003750 backbone.safetensors backbone.onnx
     python export.py student_ema.pth backbone.onnx              a file that was exported before, or an address
+    python export.py IN1K-vit.h.14-300e.pth.tar backbone.pth --config configs/ijepa/vith14.yaml
 
+The last is a file of several networks, as the authors of I-JEPA and StoP publish them: `student_ema` is its target
+encoder, `student` its encoder with the predictor.
 `.pth` is a dict of tensors by their published names, `.safetensors` has the same keys; both get their config beside
 them, as `.yaml`, where the loader of the method (`model.load_model`, `ijepa.load_model`) finds it. `.onnx` takes images
 of any number and size and gives the three outputs of the backbone's `forward`; it needs
-`pip install -c constraints.txt -e '.[onnx]'` in this folder. The reverse, starting a run from weights, is the key
-`train.init_from`.
+`pip install -c constraints.txt -e '.[onnx]'` in this folder. `.pth.tar`, of a run or checkpoint of I-JEPA or StoP, is
+what the authors' programs read: encoder, predictor and target encoder. The reverse, starting a run from weights, is the
+key `train.init_from`.
 """
 
 from pathlib import Path
@@ -16,11 +20,13 @@ from pathlib import Path
 from utils import command_line
 
 with command_line(__doc__, __name__) as parser:
-    FORMATS = (".pth", ".safetensors", ".onnx")
+    FORMATS = (".pth", ".safetensors", ".onnx", ".pth.tar")
     MODELS = ("student_ema", "student")
     parser.add_argument("source", help="folder of a run, checkpoint, or file or address of weights")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=f"to write: {', '.join(FORMATS)}")
-    parser.add_argument("--model", choices=MODELS, default="student_ema", help="of a checkpoint; default: %(default)s")
+    parser.add_argument(
+        "--model", choices=MODELS, default="student_ema", help="of a checkpoint or .pth.tar; default: %(default)s"
+    )
     parser.add_argument(
         "--config", type=Path, help="of a file of weights; default: the .yaml beside it, if there is one"
     )
@@ -39,6 +45,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import ijepa
 import train_ijepa
 from checkpoint import Checkpoints, export_weights, read_weights
 from clustering import L2NormLinear
@@ -64,6 +71,10 @@ class Method:
     make_modules: Callable[[Any, Mapping[str, Any]], dict[str, nn.Module]]
     """From a configuration and weights to modules for them, by their prefix in released weights: `backbone`, whose
     `forward` gives the three outputs, and others that the weights have too."""
+    as_exported: Callable[[Mapping[str, Any], str], Mapping[str, Any]]
+    """From what a file holds, and one of `MODELS`, to its weights as a training exports them."""
+    as_published: Callable[[Mapping[str, Mapping[str, nn.Module]]], Mapping[str, Any]] | None
+    """From the modules of all `MODELS` to what the authors publish; None if that is what a training exports."""
 
 
 def _capi_modules(cfg: CapiConfig, weights: Mapping[str, Any]) -> dict[str, nn.Module]:
@@ -82,8 +93,8 @@ def _ijepa_modules(cfg: IjepaConfig, weights: Mapping[str, Any]) -> dict[str, nn
 
 
 METHODS = {
-    "capi": Method(CapiConfig, DEFAULT_PRETRAIN_CONFIG, _capi_modules),
-    "predictor": Method(IjepaConfig, train_ijepa.DEFAULT_CONFIG, _ijepa_modules),
+    "capi": Method(CapiConfig, DEFAULT_PRETRAIN_CONFIG, _capi_modules, lambda file, _: file, None),
+    "predictor": Method(IjepaConfig, train_ijepa.DEFAULT_CONFIG, _ijepa_modules, ijepa.as_exported, ijepa.as_published),
 }
 """By the section that the configurations of that method alone have. The first is that of weights without one."""
 
@@ -94,6 +105,7 @@ class Exportable:
 
     modules: dict[str, Any]
     cfg: TrainingConfig
+    method: Method
 
 
 def read(source: str, *, model: str = "student_ema", config_path: Path | None = None) -> Exportable:
@@ -101,7 +113,7 @@ def read(source: str, *, model: str = "student_ema", config_path: Path | None = 
 
     Args:
         source: a run's folder, one of its checkpoints, or a file or address of weights.
-        model: which weights of a checkpoint, one of `MODELS`.
+        model: which weights of a checkpoint or a published file of several networks, one of `MODELS`.
         config_path: configuration of a file of weights. None: the one beside it, or the default.
 
     Raises: UserError if there is nothing to read or it does not fit its configuration.
@@ -114,14 +126,20 @@ def read(source: str, *, model: str = "student_ema", config_path: Path | None = 
         weights = read_state_dict(source, key="source")
         beside = Path(source).with_suffix(".yaml")
         config_path = config_path or (beside if beside.is_file() else None)
+        if config_path is None and any(part in weights for part in ijepa.PUBLISHED_PARTS):
+            raise UserError(
+                f"source={source!r} holds several networks, and no configuration lies beside it: give the one that "
+                "describes them, such as --config configs/ijepa/vith14.yaml"
+            )
     method = _method_of(config_path)
+    weights = method.as_exported(weights, model)
     cfg = load_config(method.config, method.default_config, [] if config_path is None else [str(config_path)])
     with torch.device("meta"):
         modules = method.make_modules(cfg, weights)
     for name, module in modules.items():
         own = {key.removeprefix(f"{name}."): x for key, x in weights.items() if key.startswith(f"{name}.")}
         load_backbone_weights(module.to_empty(device="cpu").eval(), own or weights, source)
-    return Exportable(modules, cfg)
+    return Exportable(modules, cfg, method)
 
 
 def _method_of(config_path: Path | None) -> Method:
@@ -142,6 +160,8 @@ def _checkpoint_in(folder: Path) -> Path:
 def write(exportable: Exportable, path: Path) -> None:
     """Write one file, in the format that its suffix names; a file that was there before is replaced at the end.
 
+    `publish` writes `.pth.tar`.
+
     Raises: UserError for another suffix, a missing package, or a folder that cannot be written to.
     """
     check_path(path)
@@ -157,9 +177,28 @@ def write(exportable: Exportable, path: Path) -> None:
         raise UserError(f"{str(path)!r} could not be written: {error}") from error
 
 
+def publish(source: str, path: Path) -> None:
+    """Write student and average of a run or checkpoint into one file, in the layout in which the authors publish.
+
+    Raises: UserError for another source or method, as `read` does, or for a folder that cannot be written to.
+    """
+    if not Path(source).is_dir():
+        raise UserError(f"{str(path)!r} is to hold student and average: give a run or a checkpoint, not {source!r}")
+    both = {model: read(source, model=model) for model in MODELS}
+    as_published = both["student"].method.as_published
+    if as_published is None:
+        raise UserError(f"{str(path)!r}: what the authors of this method publish is what .pth holds; call it so")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(path) as temporary:
+            torch.save(as_published({model: exportable.modules for model, exportable in both.items()}), temporary)
+    except OSError as error:
+        raise UserError(f"{str(path)!r} could not be written: {error}") from error
+
+
 def check_path(path: Path) -> None:
     """Raise UserError unless the suffix is one of `FORMATS` and the packages that it needs are there."""
-    if path.suffix not in FORMATS:
+    if not path.name.endswith(FORMATS):
         raise UserError(f"{str(path)!r}: the name must end in one of {', '.join(FORMATS)}")
     if path.suffix == ".onnx":
         try:
@@ -234,7 +273,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_path(path)
     exportable = read(args.source, model=args.model, config_path=args.config)
     for path in args.files:
-        write(exportable, path)
+        if path.name.endswith(".pth.tar"):
+            publish(args.source, path)
+        else:
+            write(exportable, path)
         sys.stdout.write(os.fsencode(path).decode(errors="backslashreplace") + "\n")
     return 0
 

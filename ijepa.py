@@ -25,6 +25,13 @@ PUBLISHED_PARTS = ("encoder", "target_encoder", "predictor")
 """State dicts in a published file; all keys in them begin with `module.`."""
 
 
+EXPORTED_AS = {
+    "student": {"backbone": "encoder", "predictor": "predictor"},
+    "student_ema": {"backbone": "target_encoder"},
+}
+"""Which of them is what in the exports of a training, by the prefix that its keys have there."""
+
+
 def sincos_table(grid: tuple[int, int], dim: int) -> Float[Tensor, "1 n d"]:
     """Positions of the patches of a grid as sines and cosines, row-major: column first, as in MAE.
 
@@ -392,6 +399,30 @@ def published_part(file: Mapping[str, Any], part: str) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in file[part].items()}
 
 
+def as_exported(file: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """The weights of a published file as a training exports them; those of an export as they are.
+
+    Args:
+        file: what was read.
+        model: one of `EXPORTED_AS`.
+    """
+    parts = {prefix: part for prefix, part in EXPORTED_AS[model].items() if part in file}
+    if not parts:
+        return dict(file)
+    return {
+        f"{prefix}.{key}": value for prefix, part in parts.items() for key, value in published_part(file, part).items()
+    }
+
+
+def as_published(models: Mapping[str, Mapping[str, nn.Module]]) -> dict[str, dict[str, Tensor]]:
+    """What programs of the authors read, of all `EXPORTED_AS`: weights alone, without what continues a training."""
+    return {
+        part: {f"module.{key}": value for key, value in models[model][prefix].state_dict().items()}
+        for model, parts in EXPORTED_AS.items()
+        for prefix, part in parts.items()
+    }
+
+
 def published_moments(file: Mapping[str, Any], source: str) -> dict[str, dict[str, Tensor]]:
     """What the AdamW of a published file keeps of each parameter, by the names that exports have.
 
@@ -408,7 +439,6 @@ def published_moments(file: Mapping[str, Any], source: str) -> dict[str, dict[st
     Returns: for each parameter that was updated its `step`, `exp_avg` and `exp_avg_sq`.
     Raises: UserError if the file holds no such optimizer.
     """
-    prefixes = {"encoder": "backbone", "predictor": "predictor"}
     groups = [
         [
             f"{prefix}.{key}"
@@ -416,7 +446,7 @@ def published_moments(file: Mapping[str, Any], source: str) -> dict[str, dict[st
             if ("bias" not in key and value.ndim > 1) == decays
         ]
         for decays in (True, False)
-        for part, prefix in prefixes.items()
+        for prefix, part in EXPORTED_AS["student"].items()
         if part in file
     ]
     try:

@@ -276,11 +276,72 @@ def test_a_checkpoint_of_ijepa_goes_through_both_formats(ijepa_run, tmp_path, mo
     assert ijepa.load_model(pretrained_weights=first)(torch.zeros(1, 3, 32, 32)).feature_map.isfinite().all()
 
 
+@pytest.fixture(scope="module")
+def published(ijepa_run, tmp_path_factory) -> Path:
+    """The run in the layout in which the authors publish."""
+    path = tmp_path_factory.mktemp("published") / "run.pth.tar"
+    assert export.main([str(ijepa_run), str(path)]) == 0
+    return path
+
+
+def test_a_run_is_written_in_the_layout_of_the_authors(ijepa_run, published):
+    file = load(published)
+    parts = {"encoder": ("student", "backbone"), "predictor": ("student", "predictor")}
+    parts["target_encoder"] = ("student_ema", "backbone")
+    assert file.keys() == parts.keys() == set(ijepa.PUBLISHED_PARTS)
+    for part, (name, prefix) in parts.items():
+        weights = load(ijepa_run / f"{name}.pth")
+        own = {key.removeprefix(f"{prefix}."): x for key, x in weights.items() if key.startswith(f"{prefix}.")}
+        assert_equal_weights(file[part], {f"module.{key}": value for key, value in own.items()})
+    for encoder, name in (("target_encoder", "student_ema"), ("encoder", "student")):
+        model = ijepa.load_model(pretrained_weights=published, encoder=encoder, num_heads=2)
+        exported = ijepa.load_model(pretrained_weights=ijepa_run / f"{name}.pth")
+        assert_equal_weights(model.state_dict(), exported.state_dict())
+
+
+@pytest.mark.parametrize("model", ["student", "student_ema"])
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_a_file_of_the_authors_becomes_what_a_run_exports(ijepa_run, published, tmp_path, model, name):
+    config = str(ijepa_run / "config.yaml")
+    assert export.main([str(published), str(tmp_path / name), "--model", model, "--config", config]) == 0
+    assert_equal_weights(read_state_dict(tmp_path / name), load(ijepa_run / f"{model}.pth"))
+
+
+def test_a_training_starts_from_a_run_in_the_layout_of_the_authors(images, ijepa_run, published):
+    import train_ijepa
+
+    cfg = load_config(train_ijepa.IjepaConfig, train_ijepa.DEFAULT_CONFIG, tiny_run(images, ijepa_run))
+    state = train_ijepa.IjepaState(cfg, torch.device("cpu"), init_from=str(published))
+    for name in ("student", "student_ema"):
+        assert_equal_weights(state.modules[name].state_dict(), load(ijepa_run / f"{name}.pth"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("{published}", "w.pth"), "holds several networks, and no configuration lies beside it"),
+        (("{published}", "w.pth", "--config", "{capi}/config.yaml"), "The weights in"),
+        (("{ijepa}/student.pth", "w.pth.tar"), "is to hold student and average: give a run or a checkpoint, not"),
+        (("{capi}", "w.pth.tar"), "what the authors of this method publish is what .pth holds"),
+        (("{ijepa}", "w.tar"), "the name must end in one of .pth, .safetensors, .onnx, .pth.tar"),
+    ],
+)
+def test_mistakes_with_files_of_the_authors_are_explained(
+    run, ijepa_run, published, tmp_path, monkeypatch, capsys, arguments, says
+):
+    monkeypatch.chdir(tmp_path)
+    places = {"published": published, "ijepa": ijepa_run, "capi": run}
+    assert export.main([argument.format(**places) for argument in arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.timeout(300)
-def test_onnx_of_ijepa_equals_torch_for_any_number_and_size_of_images(ijepa_run, tmp_path):
+def test_onnx_of_a_file_of_the_authors_equals_torch_for_any_number_and_size_of_images(ijepa_run, published, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime: Any = pytest.importorskip("onnxruntime")
-    done = run_cli("export.py", ijepa_run, tmp_path / "w.onnx", timeout=280)
+    config = ["--config", ijepa_run / "config.yaml"]
+    done = run_cli("export.py", published, tmp_path / "w.onnx", *config, timeout=280)
     assert done.returncode == 0, done.stderr
     session = onnxruntime.InferenceSession(tmp_path / "w.onnx")
     model = ijepa.load_model(pretrained_weights=ijepa_run / "student_ema.pth")
