@@ -8,8 +8,9 @@ patches, as 128 images in a forward pass cut them. Eager; float32 on a CPU, bflo
 
 Times are medians of steps taken in turn in one process. On a CPU that others use too, the wall says little: `processor
 ms per image` is the time that all threads ran, and `times the first` the median of its ratio in a turn; on a GPU that
-of the wall. `added GiB` is the peak above what was there before the networks were built: weights, gradients, optimizers, average and activations;
-each method has a process of its own for it. `TFLOP per image` counts matmuls alone, and none twice that is recomputed.
+of the wall. Threads that wait for each other run too, so OMP_NUM_THREADS=1 is for a busy machine. `added GiB` is the
+peak above what was there before the networks were built: weights, gradients, optimizers, average and activations; each
+method has a process of its own for it. `TFLOP per image` counts matmuls alone, and none twice that is recomputed.
 """
 
 import argparse
