@@ -18,10 +18,10 @@ import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,11 @@ from utils import UserError, hash_file, locked, replacing
 
 
 def read_state_dict(
-    path_or_url: str | Path, *, sha256: str | None = None, key: str = "pretrained_weights"
+    path_or_url: str | Path,
+    *,
+    sha256: str | None = None,
+    key: str = "pretrained_weights",
+    module_packages: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Read the dict that a `.pth` or `.safetensors` file holds, without executing anything the file may contain.
 
@@ -41,6 +45,8 @@ def read_state_dict(
         path_or_url: a file; or an address, downloaded once into torch's hub folder (`TORCH_HOME` moves it).
         sha256: what the file must hash to; None checks nothing.
         key: argument or config key by which the user gave the file, for messages.
+        module_packages: packages such as `torch.nn.modules`. A `.pth` file may then hold, instead of a dict, a whole
+            module of their classes, as of torch 1.6. They are not imported; the module's state dict is returned.
 
     Raises: UserError if the file is missing, unreachable, damaged, another one than `sha256` says, or refused. Damage
         shows in the checksums that a `.pth` archive has; a .safetensors file and torch's format before 1.6 have none.
@@ -69,8 +75,10 @@ def read_state_dict(
             )
     if sha256 is not None and (actual := hash_file(path)) != sha256.lower():
         raise UserError(f"{key}: {str(path)!r} has sha256 {actual} instead of {sha256}: damaged or changed; {again}")
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_pth
-    loaded = read(path, key, again)
+    if path.suffix == ".safetensors":
+        loaded = _read_safetensors(path, key, again)
+    else:
+        loaded = _read_pth(path, key, again, tuple(f"{package}." for package in module_packages))
     if not isinstance(loaded, dict):
         raise UserError(
             f"{key}: {str(path)!r} holds a {type(loaded).__name__}, not a dict of tensors; give another file"
@@ -159,17 +167,58 @@ HARMLESS = {"argparse.Namespace"}
 """What a refusal tells how to allow: bags of values, which training scripts of the time saved their options in."""
 
 
-def _read_pth(path: Path, key: str, again: str) -> Any:
+class _StandIn:
+    """Takes the place of a class that a file names: it does nothing, but has the attributes that are in the file."""
+
+    def __new__(cls, *_args: Any) -> "_StandIn":
+        return super().__new__(cls)
+
+
+def _load_without_classes(file: BinaryIO, prefixes: tuple[str, ...]) -> Any:
+    """What `torch.load` reads of weights alone, with stand-ins for the classes whose names begin with a prefix."""
+    stand_ins: dict[str, Any] = {}
+    while True:
+        file.seek(0)
+        try:
+            with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]):
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            # Torch names the first class that it does not know, in both of its formats.
+            name = "".join(re.findall(r"GLOBAL (\S+) was not an allowed", str(error)))
+            if not name.startswith(prefixes) or name in stand_ins:
+                raise
+            stand_ins[name] = type(name, (_StandIn,), {})
+        else:
+            return dict(_module_tensors(loaded)) if isinstance(loaded, _StandIn) else loaded
+
+
+def _module_tensors(module: _StandIn, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The entries of a module's state dict."""
+    tensors = {**module.__dict__["_parameters"], **module.__dict__["_buffers"]}
+    yield from ((prefix + name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    for name, child in module.__dict__["_modules"].items():
+        yield from _module_tensors(child, f"{prefix}{name}.")
+
+
+def _read_pth(path: Path, key: str, again: str, prefixes: tuple[str, ...]) -> Any:
     try:
         _verify_checksums(path)
         with path.open("rb") as file:  # torch takes names in UTF-8 alone
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return _load_without_classes(file, prefixes)
     except pickle.UnpicklingError as error:
         names = re.findall(r"GLOBAL (\S+)", str(error))
-        if names and zipfile.is_zipfile(path):
-            with path.open("rb") as file:
+        if not zipfile.is_zipfile(path):
+            names = names or _pickled_names(path)
+        elif names:
+            with path.open("rb") as file, contextlib.suppress(pickle.UnpicklingError, EOFError, *UNREADABLE):
                 names = torch.serialization.get_unsafe_globals_in_checkpoint(file) or names  # all of them
-        names = names or _pickled_names(path)
+        names = [name for name in names if not name.startswith(prefixes)]
+        if prefixes and not names and "Only persistent_load of storage" in str(error):
+            raise UserError(
+                f"{key}: {str(path)!r} is a module in torch's format before 1.6, of which only dicts are read here. "
+                "Where you trust the file and have its classes, convert it once: torch.save(torch.load(path, "
+                "weights_only=False).state_dict(), 'weights.pth')"
+            ) from error
         if not names:
             kind = _kind_of(path)
             raise UserError(

@@ -5,6 +5,7 @@ import contextlib
 import fractions
 import hashlib
 import http.server
+import io
 import os
 import pickle
 import struct
@@ -162,6 +163,33 @@ def test_an_old_training_file_says_which_names_it_needs_and_loads_with_them(tmp_
     with torch.serialization.safe_globals([argparse.Namespace]):
         loaded = read_state_dict(file)
     assert_are_the_weights(loaded["state_dict"])
+
+
+def test_a_module_is_read_as_its_state_dict_if_its_package_is_named(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.BatchNorm1d(3))
+    torch.save(module, tmp_path / "module.pth")
+    loaded = read_state_dict(tmp_path / "module.pth", module_packages=("torch.nn.modules",))
+    assert loaded.keys() == module.state_dict().keys()
+    assert all(torch.equal(loaded[key], x) for key, x in module.state_dict().items())
+    with pytest.raises(UserError, match=r"is refused: .* would execute .*torch\.nn\.modules\.linear\.Linear"):
+        read_state_dict(tmp_path / "module.pth")
+
+
+def test_a_damaged_module_is_read_or_refused_and_nothing_else(tmp_path):
+    file, random = tmp_path / "module.pth", Random(0)
+    torch.save(torch.nn.Sequential(torch.nn.Linear(2, 3)), file)
+    good = file.read_bytes()
+    with zipfile.ZipFile(file) as archive:
+        pickled = archive.read("module/data.pkl")
+    for _ in range(200):
+        damaged = bytearray(pickled)
+        for _ in range(random.choice([1, 3])):
+            damaged[random.randrange(len(damaged))] = random.randrange(256)
+        with zipfile.ZipFile(file, "w") as archive, zipfile.ZipFile(io.BytesIO(good)) as old:
+            for part in old.namelist():
+                archive.writestr(part, bytes(damaged) if part == "module/data.pkl" else old.read(part))
+        with contextlib.suppress(UserError):
+            read_state_dict(file, module_packages=("torch.nn.modules",))
 
 
 @pytest.mark.parametrize(
