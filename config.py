@@ -559,7 +559,7 @@ _parse = functools.lru_cache(maxsize=16)(ast.parse)  # a configuration names the
 def script_keys(script: Path) -> set[str] | None:
     """Keys of an evaluation script, read from its source and not run; None where they cannot be told from that."""
     keys: set[str] = set()
-    configs = {"EvaluationConfig"}
+    configs = {"FrozenModelConfig", "EvaluationConfig"}
     for path in (ROOT / "evaluation.py", script):
         try:
             tree = _parse(path.read_text())
@@ -574,7 +574,7 @@ def script_keys(script: Path) -> set[str] | None:
             configs.add(node.name)
             fields = (field for field in node.body if isinstance(field, ast.AnnAssign))
             keys |= {ast.unparse(f.target) for f in fields if not ast.unparse(f.annotation).startswith("ClassVar")}
-    return keys if len(configs) > 1 else None
+    return keys if len(configs) > 2 else None
 
 
 @dataclass(frozen=True)

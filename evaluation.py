@@ -74,11 +74,9 @@ class Features(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Keys of every evaluation."""
+class FrozenModelConfig:
+    """Keys of every script that runs a frozen model over images."""
 
-    output_dir: str = ""
-    """Where results_<script>.json and everything else is written. Empty: chosen, see `choose_output_dir`."""
     model_path: str = "model.py"
     """Python file with `__model_loader__(**model_loader_kwargs)`; relative to the current folder, or to this file's."""
     model_loader_kwargs: dict[str, Any] = field(default_factory=dict, metadata=LOADER_KWARGS)
@@ -97,6 +95,14 @@ class EvaluationConfig:
     seed: int = field(default=0, metadata=SEED)
     """What random weights, splits and initialisations follow from."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(FrozenModelConfig):
+    """Keys of every evaluation."""
+
+    output_dir: str = ""
+    """Where results_<script>.json and everything else is written. Empty: chosen, see `choose_output_dir`."""
+
     free_keys: ClassVar[tuple[str, ...]] = ()
     """Keys that may change between runs into one folder, besides `SPEED_KEYS`: the evaluation sees to it by itself."""
 
@@ -111,7 +117,7 @@ class FrozenModel:
     registers [b, r, d] or None, and a feature map [b, h / patch_size, w / patch_size, d].
     """
 
-    def __init__(self, model: nn.Module, cfg: EvaluationConfig, device: torch.device, name: str) -> None:
+    def __init__(self, model: nn.Module, cfg: FrozenModelConfig, device: torch.device, name: str) -> None:
         self.device, self.name = device, name
         self.module = model.to(device).eval().requires_grad_(False)
         self.dtype: torch.dtype = getattr(torch, cfg.dtype)
