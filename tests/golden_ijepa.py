@@ -6,6 +6,7 @@ Code that a test runs in a process of its own imports this file too: it needs th
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from conftest import load_golden_json
 from runs import TINY_TRAINING
@@ -51,15 +52,13 @@ def tiny_run(images: Path | str, output_dir: Path, *overrides: str) -> list[str]
 
 def hashed(num: int, index: int) -> Tensor:
     """Rule H: uniform numbers in [0, 1), from integers alone."""
-    mask = 0xFFFFFFFF
-    x = (torch.arange(num, dtype=torch.int64) + 1000003 * (index + 1)) & mask
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & mask
-    x = x ^ (x >> 15)
-    low = x & 0xFFFF  # the product of two 32-bit numbers does not fit into a signed 64-bit one
-    x = (low * 0x846CA68B + ((((x >> 16) * 0x846CA68B) & 0xFFFF) << 16)) & mask
-    x = x ^ (x >> 16)
-    return x.double() / 2**32
+    x = np.arange(num, dtype=np.uint32) + np.uint32(1000003 * (index + 1))
+    x ^= x >> 16
+    x *= np.uint32(0x7FEB352D)
+    x ^= x >> 15
+    x *= np.uint32(0x846CA68B)
+    x ^= x >> 16
+    return torch.from_numpy(x / 2**32)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ LAYERS = [
     {"cae", "checkpoint", "clustering", "data", "flops", "fsdp", "hubconf", "ijepa", "launch", "metrics", "optim"},
     {"baselines", "pictures", "readouts", "report", "speed.clustering", "speed.compiling"},
     {"evaluation", "probe"},
-    {"labels"},
+    {"cae_tokenizer", "labels"},
     {"training_evals"},
     {"training"},
     {"train_capi", "train_ijepa", "train_cae"},
@@ -143,6 +143,7 @@ KNOW_A_METHOD = {
     "flops",  # what a step costs
     "eval_segmentation",  # how labels were counted for the published numbers
     "eval_visualizations",  # draws the clusters of a teacher
+    "cae_tokenizer",  # makes what CAE predicts
 }  # fmt: skip
 OUR_NAME = re.compile(r'"capi"|\btrain_capi\.py\b')
 """What the repository is called in loggers and trackers, and what a user types."""

@@ -28,9 +28,9 @@ COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS.values() for line i
 TRAINING = [command for command in COMMANDS if command.startswith("python train_capi.py")]
 TRAINING_IJEPA = [command for command in COMMANDS if command.startswith("python train_ijepa.py")]
 SLURM = [command for command in COMMANDS if command.startswith("python train_distributed.py")]
-EXPORT, EXTRACT, BENCHMARK = (
+EXPORT, EXTRACT, BENCHMARK, TOKENIZER = (
     next(command for command in COMMANDS if command.startswith(f"python {script}"))
-    for script in ("export.py", "extract_features.py", "benchmark.py")
+    for script in ("export.py", "extract_features.py", "benchmark.py", "cae_tokenizer.py")
 )
 EVALUATIONS = [command for command in COMMANDS if command.startswith("python eval_")]
 TORCHRUN = [command for command in COMMANDS if command.startswith("torchrun ")]
@@ -53,6 +53,7 @@ def test_the_commands_are_all_of_a_kind_that_is_tested():
                 EXPORT,
                 EXTRACT,
                 BENCHMARK,
+                TOKENIZER,
                 install,
             ], command
 
@@ -131,7 +132,7 @@ def test_the_python_examples_run_as_written(mine):
         assert done.returncode == 0, done.stderr
 
 
-def test_export_extraction_and_benchmark_run_as_written(mine):
+def test_export_extraction_tokenizer_and_benchmark_run_as_written(mine):
     def run(command, *more):
         words = [w.replace("/my/images", str(mine / "images")) for w in shlex.split(command)[1:]]
         words[0] = str(ROOT / words[0])
@@ -143,6 +144,9 @@ def test_export_extraction_and_benchmark_run_as_written(mine):
     done = run(EXTRACT, "device=cpu", "num_workers=0")
     assert done.returncode == 0, done.stderr
     assert list((mine / "features" / "shards").glob("*.safetensors"))
+    done = run(TOKENIZER, "device=cpu", "num_workers=0", "vocabulary_size=20")
+    assert done.returncode == 0, done.stderr
+    assert (mine / "tokenizer.safetensors").is_file()
     only_pictures = [
         "evals.in1k_classification=null",
         "evals.ade20k_segmentation=null",
