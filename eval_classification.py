@@ -9,9 +9,11 @@ at once on one forward pass, and continues after an interruption. `knn` needs no
 features with all labels, `few_label` with few of them. What is chosen is chosen on a validation part; an image counts
 as correct if the top prediction is any of its labels.
 
-Two more are protocols of papers: `vissl` (arXiv:2301.08243, 2308.00566) trains linear classifiers of the last blocks
+The others are protocols of papers: `vissl` (arXiv:2301.08243, 2308.00566) trains linear classifiers of the last blocks
 with SGD or LARS, with and without batch norm; `low_shot` (arXiv:2308.00566) fits a logistic regression without
-intercept to 1 % of the images, with a penalty that is given.
+intercept to 1 % of the images, with a penalty that is given; `linear_probe` (arXiv:2111.06377) trains a linear
+classifier of the global representation with LARS, `attentive_probe` (arXiv:2202.03026) one of what a learned query
+attends to, with SGD, both behind a batch norm without scale and shift.
 """
 
 from utils import add_sources, command_line
@@ -20,9 +22,11 @@ with command_line(__doc__, __name__) as parser:
     add_sources(parser)
 
 import contextlib
+import copy
 import functools
 import itertools
 import logging
+import math
 import resource
 import sys
 import time
@@ -75,16 +79,19 @@ from labels import (
     pad,
     read_image_list,
 )
-from optim import scheduled, stepped
+from optim import scheduled, stepped, warmed_half_cosine
 from readouts import (
     SCALINGS,
+    AttentiveProbes,
     CheckpointFile,
     Classifiers,
     LogisticModel,
+    NormedClassifiers,
     StackedAdamW,
     StackedLARS,
     StackedOptimizer,
     StackedSGD,
+    StandardisedClassifiers,
     Training,
     any_match,
     best_of,
@@ -100,7 +107,7 @@ from utils import UserError, derive_seed, due
 
 logger = logging.getLogger("eval_classification")
 
-METHODS = ("classifiers", "knn", "logreg", "few_label", "vissl", "low_shot")
+METHODS = ("classifiers", "knn", "logreg", "few_label", "vissl", "low_shot", "linear_probe", "attentive_probe")
 POOLED = ("cls", "avg_patch", "cls_avg_patch", "avg_objects", "concat_objects")
 """Representations of one vector per image: for linear classifiers."""
 TOKENS = ("objects", "patch")
@@ -117,10 +124,12 @@ TRANSDUCTIVE = "top1_transductive"
 TRANSDUCTIVE_MEANING = (
     "As top1, but the features of test images are standardised with the mean and deviation of the test images instead "
     "of those of the training images, so that each prediction depends on the whole test set. The numbers published in "
-    "arXiv:2308.00566 are computed so."
+    "arXiv:2308.00566 are computed so, and those of attentive probes in arXiv:2202.03026 for batches of test images."
 )
 ONE_PERCENT_SHA256 = "6581e723dbf23ae41ebd1d66d0b3c1c0eb8865d5abfa906987f6563513f4b9b8"
 """Of the 12,811 file names of ImageNet-1k with which arXiv:2308.00566 fits its logistic regression; see `ImageList`."""
+ATTENTIVE_FINAL_LR = 1e-6 / 0.4
+"""Learning rate at the end of an attentive probe, as a fraction of the highest."""
 VISSL_OPTIMIZERS: dict[str, type[StackedOptimizer]] = {"sgd": StackedSGD, "lars": StackedLARS}
 REPORTED_K = 20
 """k whose accuracy is called top1, as is usual in the field; choosing the best k on the test set would flatter."""
@@ -150,7 +159,7 @@ class ClassificationConfig(EvaluationConfig):
         default_factory=lambda: ["classifiers", "knn", "few_label"],
         metadata=one_of(*METHODS, not_empty=True, distinct=True),
     )
-    """Any of classifiers, knn, logreg, few_label, vissl, low_shot."""
+    """Any of classifiers, knn, logreg, few_label, vissl, low_shot, linear_probe, attentive_probe."""
     representations: list[str] = field(
         default_factory=lambda: ["cls", "avg_patch", "patch"],
         metadata=one_of(*POOLED, *TOKENS, not_empty=True, distinct=True),
@@ -218,6 +227,14 @@ class ClassificationConfig(EvaluationConfig):
     """Passes after which learning rates fall to a tenth. ViT-H: [15, 30, 45]."""
     vissl_blocks: int = field(default=4, metadata=COUNT)
     """Last blocks of the model whose mean patch tokens, each through the final norm, are concatenated."""
+    linear_probe_learning_rates: list[float] = field(default_factory=lambda: [0.1], metadata=CANDIDATES)
+    """Learning rates of LARS for a batch of 256 images over all ranks; scaled in proportion to it."""
+    attentive_probe_learning_rates: list[float] = field(default_factory=lambda: [0.0125], metadata=CANDIDATES)
+    """Learning rates of SGD with Nesterov momentum, likewise; published: 0.4 for 8192 images."""
+    probe_epochs: int = field(default=90, metadata=COUNT)
+    """linear_probe, attentive_probe: passes over the training images, `batch_size_per_gpu` in each step on one rank."""
+    probe_warmup_epochs: int = field(default=10, metadata=NOT_NEGATIVE)
+    """linear_probe, attentive_probe: passes of the linear warm-up, before a half cosine."""
 
     def __post_init__(self) -> None:
         """Check rules that span keys."""
@@ -238,6 +255,12 @@ class ClassificationConfig(EvaluationConfig):
             "vissl_decay_epochs",
             self.vissl_decay_epochs,
             f"must all be below vissl_epochs={self.vissl_epochs}; change one of them",
+        )
+        require(
+            self.probe_warmup_epochs < self.probe_epochs,
+            "probe_warmup_epochs",
+            self.probe_warmup_epochs,
+            f"must be below probe_epochs={self.probe_epochs}; change one of them",
         )
         number = self.labels_per_class
         require(
@@ -306,17 +329,43 @@ def image_batches(
     )
 
 
+class ClippedCrop(v2.RandomResizedCrop):
+    """A random crop whose first draw counts: sides that are longer than the image are shortened to it.
+
+    The crop of MAE's linear probe (arXiv:2111.06377). `RandomResizedCrop` draws again, and crops less often so wide or
+    so high as the image.
+    """
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """A box within the image, from torch's generator."""
+        (image,) = flat_inputs
+        width, height = image.size
+        uniform, log_uniform = torch.rand(2, dtype=torch.float64).tolist()
+        area = width * height * (self.scale[0] + uniform * (self.scale[1] - self.scale[0]))
+        low, high = map(math.log, self.ratio)
+        ratio = math.exp(low + log_uniform * (high - low))
+        w, h = min(width, round(math.sqrt(area * ratio))), min(height, round(math.sqrt(area / ratio)))
+        top, left = (int(torch.randint(rest + 1, ())) for rest in (height - h, width - w))
+        return {"top": top, "left": left, "height": h, "width": w}
+
+
 class TrainBatches(Dataset[Any]):
     """Augmented training batches; asked for by (position in the training, index in the data set) pairs.
 
     The augmentation of an image follows from the seed and its position alone.
     """
 
-    def __init__(self, cfg: ClassificationConfig, data: Labelled, indices: Int64[Tensor, " fit"]) -> None:
+    def __init__(
+        self,
+        cfg: ClassificationConfig,
+        data: Labelled,
+        indices: Int64[Tensor, " fit"],
+        crop_kind: type[v2.RandomResizedCrop],
+    ) -> None:
         self.seed, self.data, self.indices = cfg.seed, data, indices
         low, high = cfg.crop_scale
         bicubic = v2.InterpolationMode.BICUBIC
-        crop = v2.RandomResizedCrop(cfg.resolution, (low, high), interpolation=bicubic, antialias=True)
+        crop = crop_kind(cfg.resolution, (low, high), interpolation=bicubic, antialias=True)
         self.transform = v2.Compose([crop, v2.RandomHorizontalFlip(0.5), v2.PILToTensor()])
 
     def __getitem__(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor] | UserError:
@@ -335,14 +384,20 @@ class TrainBatches(Dataset[Any]):
 
 
 def train_batches(
-    cfg: ClassificationConfig, data: Labelled, indices: Int64[Tensor, " fit"], step: int, *, pin: bool
+    cfg: ClassificationConfig,
+    data: Labelled,
+    indices: Int64[Tensor, " fit"],
+    step: int,
+    *,
+    pin: bool,
+    crop_kind: type[v2.RandomResizedCrop] = v2.RandomResizedCrop,
 ) -> Iterator[tuple[UInt8[Tensor, "b 3 h w"], Int64[Tensor, "b l"]]]:
     """This rank's batches from `step` on, without end; all ranks together see the same whatever their number is."""
     order = EpochOrder(len(indices), derive_seed(cfg.seed, "classification order"))
     start = step * cfg.batch_size_per_gpu * world_size()
     num_workers = reader_processes(cfg.num_workers, cfg.batch_size_per_gpu * 3 * cfg.resolution**2)
     loader = DataLoader(
-        TrainBatches(cfg, data, indices),
+        TrainBatches(cfg, data, indices, crop_kind),
         batch_size=None,
         sampler=_Pairs(order, start, rank(), world_size(), cfg.batch_size_per_gpu),
         num_workers=num_workers,
@@ -463,7 +518,7 @@ def extract_feature_sets(
 
 @dataclass(frozen=True)
 class Recipe:
-    """How stacks of classifiers are trained: what sets those of the method `vissl` apart from `classifiers`."""
+    """How stacks of classifiers are trained: what sets the methods that do so apart."""
 
     method: str
     """One of `METHODS`, the beginning of the names of files."""
@@ -481,8 +536,10 @@ class Recipe:
     """Stack -> the key of its result."""
     settings: Mapping[str, Mapping[str, Any]]
     """Stack -> what its result says about it, beside what all say."""
-    normed: tuple[str, ...] = ()
-    """Stacks whose classifiers have a batch norm."""
+    kinds: Mapping[str, type[Classifiers]] = field(default_factory=dict)
+    """Stack -> its classifiers, where they are not plain linear or attentive ones."""
+    crop_kind: type[v2.RandomResizedCrop] = v2.RandomResizedCrop
+    """How training images are cropped."""
 
 
 def classifiers_recipe(cfg: ClassificationConfig, model: FrozenModel, shapes: Mapping[str, torch.Size]) -> Recipe:
@@ -521,7 +578,7 @@ def vissl_recipe(cfg: ClassificationConfig, model: FrozenModel, num_fit: int) ->
         return {"last": last, "last_bn": last, "concat": concat, "concat_bn": concat}
 
     try:
-        black = inputs(torch.zeros(1, 3, cfg.resolution, cfg.resolution, dtype=torch.uint8))
+        black = inputs(black_image(cfg))
     except UserError as error:
         raise UserError(
             f"vissl_blocks={cfg.vissl_blocks}: {error}; change it, or leave vissl out of methods"
@@ -545,13 +602,81 @@ def vissl_recipe(cfg: ClassificationConfig, model: FrozenModel, num_fit: int) ->
             }
             for name in black
         },
-        normed=("last_bn", "concat_bn"),
+        kinds={"last_bn": NormedClassifiers, "concat_bn": NormedClassifiers},
     )
+
+
+def linear_probe_recipe(cfg: ClassificationConfig, model: FrozenModel, num_fit: int) -> Recipe:
+    """The linear probe of MAE (arXiv:2111.06377), with LARS, of the global representation."""
+
+    def inputs(images: Tensor, *, check_finite: bool = True) -> dict[str, Tensor]:
+        return {"cls": model(images, check_finite=check_finite).global_repr}
+
+    return Recipe(
+        method="linear_probe",
+        shapes={"cls": inputs(black_image(cfg))["cls"].shape[1:]},
+        inputs=inputs,
+        grid=[(learning_rate, 0.0) for learning_rate in cfg.linear_probe_learning_rates],
+        optimizer=StackedLARS,
+        num_steps=max(1, round(cfg.probe_epochs * num_fit / cfg.global_batch_size)),
+        lr_scale=lambda step: warmed_half_cosine(
+            step * cfg.global_batch_size / num_fit, cfg.probe_warmup_epochs, cfg.probe_epochs
+        ),
+        names={"cls": "linear_probe_cls"},
+        settings={"cls": {"representation": "cls", **probe_settings(cfg, "lars")}},
+        kinds={"cls": StandardisedClassifiers},
+        crop_kind=ClippedCrop,
+    )
+
+
+def attentive_probe_recipe(cfg: ClassificationConfig, model: FrozenModel, num_fit: int) -> Recipe:
+    """The attentive probe of arXiv:2202.03026, with SGD, of the global representation and the patch tokens.
+
+    Raises: UserError if these have different widths.
+    """
+
+    def inputs(images: Tensor, *, check_finite: bool = True) -> dict[str, Tensor]:
+        global_repr, _, feature_map = model(images, check_finite=check_finite)
+        patches = feature_map.flatten(1, 2)
+        if global_repr.shape[1] != patches.shape[2]:
+            raise UserError(
+                f"model_path={model.name}: its global representation has {global_repr.shape[1]} channels and its "
+                f"patches have {patches.shape[2]}; leave attentive_probe out of methods"
+            )
+        return {"cls_patch": torch.cat([global_repr.unsqueeze(1), patches], dim=1)}
+
+    num_steps = max(1, round(cfg.probe_epochs * num_fit / cfg.global_batch_size))
+    schedule = ScheduleConfig(
+        start_warmup_value=0.0, base_value=1.0, final_value=ATTENTIVE_FINAL_LR, freeze_iters=0, truncate_cos=1.0,
+        warmup_iters=round(cfg.probe_warmup_epochs * num_fit / cfg.global_batch_size),
+    )  # fmt: skip
+    return Recipe(
+        method="attentive_probe",
+        shapes={"cls_patch": inputs(black_image(cfg))["cls_patch"].shape[1:]},
+        inputs=inputs,
+        grid=[(learning_rate, 0.0) for learning_rate in cfg.attentive_probe_learning_rates],
+        optimizer=StackedSGD,
+        num_steps=num_steps,
+        lr_scale=lambda step: scheduled(schedule, step, num_steps),
+        names={"cls_patch": "attentive_probe_cls_patch"},
+        settings={"cls_patch": {"representation": "cls_patch", **probe_settings(cfg, "sgd")}},
+        kinds={"cls_patch": AttentiveProbes},
+    )
+
+
+def probe_settings(cfg: ClassificationConfig, optimizer: str) -> dict[str, Any]:
+    """What results of both probes say."""
+    return {"optimizer": optimizer, "epochs": cfg.probe_epochs, "warmup_epochs": cfg.probe_warmup_epochs}
+
+
+def black_image(cfg: ClassificationConfig) -> UInt8[Tensor, "1 3 h w"]:
+    """An image with which the shapes of features are found out."""
+    return torch.zeros(1, 3, cfg.resolution, cfg.resolution, dtype=torch.uint8)
 
 
 def start_training(cfg: ClassificationConfig, recipe: Recipe, num_classes: int, device: torch.device) -> Training:
     """Fresh classifiers, in each stack one for each learning rate and weight decay."""
-    classifiers = make_classifiers(recipe.shapes, len(recipe.grid), num_classes, cfg.seed, recipe.normed).to(device)
+    classifiers = make_classifiers(recipe.shapes, len(recipe.grid), num_classes, cfg.seed, recipe.kinds).to(device)
     learning_rates, weight_decays = torch.tensor(recipe.grid, device=device).T
     scale = cfg.global_batch_size / LR_BATCH_SIZE
     return Training(classifiers, recipe.optimizer(classifiers, learning_rates * scale, weight_decays))
@@ -567,7 +692,7 @@ def train_classifiers(
 ) -> None:
     """Train all classifiers to the end, with a validation and a checkpoint now and then."""
     pin = model.device.type == "cuda"
-    batches = train_batches(cfg, splits.train, splits.fit, training.step, pin=pin)
+    batches = train_batches(cfg, splits.train, splits.fit, training.step, pin=pin, crop_kind=recipe.crop_kind)
     quiet = True if rank() > 0 else None
     num_steps = recipe.num_steps
     with tqdm(total=num_steps, initial=training.step, desc=recipe.method, unit="step", disable=quiet) as bar:
@@ -614,6 +739,33 @@ def score_classifiers(
     return scores
 
 
+def score_transductively(
+    recipe: Recipe, classifiers: nn.ModuleDict, batches: ImageBatches, mapping: Int64[Tensor, " c"] | None
+) -> dict[str, list[float]]:
+    """Accuracy of attentive probes, by stack, if batch norms take the statistics of all the images to be classified.
+
+    The published code takes those of batches of 384 test images, which depend on the order of the images.
+    """
+    probes = {name: head for name, head in classifiers.items() if isinstance(head, AttentiveProbes)}
+    if not probes:
+        return {}
+
+    @torch.no_grad()
+    def pool(inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, ...]:
+        return (*(head.pool(inputs[name]) for name, head in probes.items()), labels)
+
+    columns = extract(recipe.inputs, batches, pool, gather=False)
+    scores = {}
+    for number, (name, head) in enumerate(probes.items()):
+        in_training = copy.deepcopy(head).train()
+        pooled = columns[number] if columns else torch.empty(0, *head.query.shape)  # this rank may have no image
+        labels = columns[-1] if columns else torch.empty(0, 1, dtype=torch.int64)
+        with torch.no_grad():
+            correct = any_match(in_training.classify(pooled.to(head.bias.device)), labels, mapping).sum(0)
+        scores[name] = [hits / batches.num_images for hits in all_reduce_sum_(correct).tolist()]
+    return scores
+
+
 def evaluate_classifiers(
     cfg: ClassificationConfig, model: FrozenModel, results: Results, splits: Splits, recipe: Recipe
 ) -> None:
@@ -636,6 +788,8 @@ def evaluate_classifiers(
         batches = image_batches(cfg, model, test.data, test.data.labelled, f"test{suffix}")
         for name, (top1,) in score_classifiers(recipe, best, batches, test.mapping).items():
             metrics[name][f"top1{suffix}"] = top1
+        for name, (top1,) in score_transductively(recipe, best, batches, test.mapping).items():
+            metrics[name][f"{TRANSDUCTIVE}{suffix}"] = top1
     if rank() == 0:
         save_atomically(results.output_dir / f"{recipe.method}.pth", best.state_dict())
     for name, number in chosen.items():
@@ -894,7 +1048,7 @@ def representation_shapes(cfg: ClassificationConfig, model: FrozenModel) -> dict
         f"must be a multiple of {patch}, the patch size of {model.name}; the nearest is "
         f"{max(patch, round(size / patch) * patch)}",
     )
-    features = model(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    features = model(black_image(cfg))
     names = {"cls", "avg_patch"} | (set(cfg.representations) if "classifiers" in cfg.methods else set())
     return {name: represent(features, name).shape[1:] for name in sorted(names)}
 
@@ -915,7 +1069,8 @@ def evaluate(cfg: ClassificationConfig, model: FrozenModel, results: Results) ->
         **({} if splits.val_is_part_of_train else {"val_dataset_name": splits.val.dataset}),
         **{f"test_dataset_names{suffix}": test.data.dataset for suffix, test in splits.tests.items()},
     )
-    meanings = {"top1": TOP1} | ({TRANSDUCTIVE: TRANSDUCTIVE_MEANING} if "low_shot" in cfg.methods else {})
+    has_transductive = not {"low_shot", "attentive_probe"}.isdisjoint(cfg.methods)
+    meanings = {"top1": TOP1} | ({TRANSDUCTIVE: TRANSDUCTIVE_MEANING} if has_transductive else {})
     results.declare_scores(
         *(Score((f"{name}{suffix}",), terms={name: meanings[name]}) for name in meanings for suffix in splits.tests)
     )
@@ -932,12 +1087,16 @@ def evaluate(cfg: ClassificationConfig, model: FrozenModel, results: Results) ->
         dims={name: list(shape) for name, shape in shapes.items()},
         test_resize=cfg.test_resize,
     )
-    if "classifiers" in cfg.methods:
-        with timed(results, "classifiers"):
-            evaluate_classifiers(cfg, model, results, splits, classifiers_recipe(cfg, model, shapes))
-    if "vissl" in cfg.methods:
-        with timed(results, "vissl"):
-            evaluate_classifiers(cfg, model, results, splits, vissl_recipe(cfg, model, len(splits.fit)))
+    num_fit = len(splits.fit)
+    recipes: dict[str, Callable[[], Recipe]] = {
+        "classifiers": lambda: classifiers_recipe(cfg, model, shapes),
+        "vissl": lambda: vissl_recipe(cfg, model, num_fit),
+        "linear_probe": lambda: linear_probe_recipe(cfg, model, num_fit),
+        "attentive_probe": lambda: attentive_probe_recipe(cfg, model, num_fit),
+    }
+    for method in [method for method in recipes if method in cfg.methods]:
+        with timed(results, method):
+            evaluate_classifiers(cfg, model, results, splits, recipes[method]())
     if "low_shot" in cfg.methods:
         with timed(results, LOW_SHOT_RESULT):
             evaluate_low_shot(cfg, model, results, splits)

@@ -50,6 +50,11 @@ def stepped(progress: float, milestones: Sequence[float], factor: float = 0.1) -
     return factor ** sum(progress >= milestone for milestone in milestones)
 
 
+def warmed_half_cosine(progress: float, warmup: float, total: float) -> float:
+    """What a learning rate is multiplied by that rises linearly until `warmup`, then falls along a half cosine to 0."""
+    return progress / warmup if progress < warmup else half_cosine(1.0, 0.0, (progress - warmup) / (total - warmup))
+
+
 def half_cosine(start: float, end: float, progress: float, truncate: float = 1.0) -> float:
     """From `start` at progress 0 to `end` at progress 1, along the first `truncate` of a half cosine."""
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * truncate * progress))

@@ -9,7 +9,7 @@ import logging
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -39,12 +39,15 @@ VOTE_ROWS = 1024
 HEAD_DIM = 64
 """Channels of an attention head, or the largest divisor of the width below that."""
 INIT_STD = 0.02
+PROBE_INIT_STD = 0.01
+"""Of the linear layers of published probes."""
 BETAS = (0.9, 0.95)
 MOMENTUM = 0.9
 TRUST = 0.001
 """Coefficient of LARS: how long an update is, as a fraction of the length of what it updates."""
 BATCH_NORM_EPS = 1e-5
 BATCH_NORM_MOMENTUM = 0.1
+LAYER_NORM_EPS = 1e-6
 
 
 # ---------------------------------------------------------------------------------------------------- shared
@@ -76,6 +79,18 @@ def spread(tasks: Sequence[T], run: Callable[[T], R]) -> list[R]:
     return [outcomes[number] for number in range(len(tasks))]
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """A sum over all ranks through which gradients flow, those of all ranks to each of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_reduce_sum_(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return all_reduce_sum_(gradients[0].clone())
+
+
 def mean_and_variance(x: Float[Tensor, "n d"], correction: int) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
     """Mean and variance of each column over the rows of all ranks, which call this together; a rank may have no row.
 
@@ -84,8 +99,8 @@ def mean_and_variance(x: Float[Tensor, "n d"], correction: int) -> tuple[Float[T
         correction: what is subtracted from the number of rows in the denominator of the variance.
     """
     num_rows = all_reduce_sum_(torch.tensor(len(x), device=x.device)).to(x.dtype)
-    mean = all_reduce_sum_(x.sum(0)) / num_rows
-    return mean, all_reduce_sum_((x - mean).square().sum(0)) / (num_rows - correction)
+    mean = _SumOverRanks.apply(x.sum(0)) / num_rows
+    return mean, _SumOverRanks.apply((x - mean).square().sum(0)) / (num_rows - correction)
 
 
 def best_of(values: Sequence[float]) -> int:
@@ -397,18 +412,35 @@ def _scaled(
 # --------------------------------------------------------------------------------------- trained classifiers
 
 
-def _normal_parameter(num_classifiers: int, *shape: int) -> nn.Parameter:
+def _normal_parameter(num_classifiers: int, *shape: int, std: float = INIT_STD) -> nn.Parameter:
     # The same start for all: classifiers then differ by learning rate and weight decay alone.
-    start = nn.init.trunc_normal_(torch.empty(1, *shape), std=INIT_STD)
+    start = nn.init.trunc_normal_(torch.empty(1, *shape), std=std)
     return nn.Parameter(start.expand(num_classifiers, *shape).clone(memory_format=torch.contiguous_format))
+
+
+def _batch_norm(x: Tensor, mean: Tensor, variance: Tensor, eps: float, *, training: bool) -> Tensor:
+    """Batch norm without scale and shift.
+
+    In training it takes the statistics of the images of all ranks, and moves the running `mean` and `variance` towards
+    them; else it takes these.
+    """
+    if training:
+        batch_mean, batch_variance = (part.view_as(mean) for part in mean_and_variance(x.flatten(1), correction=0))
+        num_rows = len(x) * world_size()
+        mean.lerp_(batch_mean.detach(), BATCH_NORM_MOMENTUM)
+        variance.lerp_(batch_variance.detach() * num_rows / max(1, num_rows - 1), BATCH_NORM_MOMENTUM)
+        mean, variance = batch_mean, batch_variance
+    return (x - mean) / (variance + eps).sqrt()
 
 
 class LinearClassifiers(nn.Module):
     """m linear classifiers of one vector per image, computed as one matrix product."""
 
+    weight_std: ClassVar = INIT_STD
+
     def __init__(self, num_classifiers: int, dim: int, num_classes: int) -> None:
         super().__init__()
-        self.weight = _normal_parameter(num_classifiers, num_classes, dim)
+        self.weight = _normal_parameter(num_classifiers, num_classes, dim, std=self.weight_std)
         self.bias = nn.Parameter(torch.zeros(num_classifiers, num_classes))
 
     def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b m k"]:
@@ -435,16 +467,31 @@ class NormedClassifiers(LinearClassifiers):
 
     def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b m k"]:
         """Logits of every classifier for each image; in training, with the statistics of the images of all ranks."""
-        mean, variance = self.running_mean, self.running_var
-        if self.training:
-            mean, variance = mean_and_variance(x, correction=0)
-            num_rows = len(x) * world_size()
-            self.running_mean.lerp_(mean, BATCH_NORM_MOMENTUM)
-            self.running_var.lerp_(variance * num_rows / max(1, num_rows - 1), BATCH_NORM_MOMENTUM)
-        normed = (x - mean) / (variance + BATCH_NORM_EPS).sqrt()
+        normed = _batch_norm(x, self.running_mean, self.running_var, BATCH_NORM_EPS, training=self.training)
         weight = self.weight * self.norm_weight.unsqueeze(1)
-        bias = self.bias + (self.weight @ self.norm_bias.unsqueeze(2)).squeeze(2)
+        bias = _linear_each(self.norm_bias, self.weight, self.bias)
         return F.linear(normed, weight.flatten(0, 1), bias.flatten()).unflatten(1, bias.shape)
+
+
+class StandardisedClassifiers(LinearClassifiers):
+    """m linear classifiers behind one batch norm without scale and shift: the linear probe of MAE (arXiv:2111.06377).
+
+    Statistics are taken over the images of all ranks; the published code has those of each rank for itself.
+    """
+
+    weight_std = PROBE_INIT_STD
+    eps = 1e-6
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_classifiers: int, dim: int, num_classes: int) -> None:
+        super().__init__(num_classifiers, dim, num_classes)
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+
+    def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b m k"]:
+        """Logits of every classifier for each image; in training, with the statistics of the images of all ranks."""
+        return super().forward(_batch_norm(x, self.running_mean, self.running_var, self.eps, training=self.training))
 
 
 class AttentiveClassifiers(nn.Module):
@@ -456,6 +503,8 @@ class AttentiveClassifiers(nn.Module):
     Keys have no bias: it would add the same to all scores of a head, which the softmax undoes.
     """
 
+    weight_std: ClassVar = INIT_STD
+
     def __init__(self, num_classifiers: int, dim: int, num_classes: int) -> None:
         super().__init__()
         self.head_dim = largest_divisor(dim, HEAD_DIM)
@@ -463,21 +512,88 @@ class AttentiveClassifiers(nn.Module):
         self.key_weight = _normal_parameter(num_classifiers, dim, dim)
         self.value_weight = _normal_parameter(num_classifiers, dim, dim)
         self.value_bias = nn.Parameter(torch.zeros(num_classifiers, dim))
-        self.weight = _normal_parameter(num_classifiers, num_classes, dim)
+        self.weight = _normal_parameter(num_classifiers, num_classes, dim, std=self.weight_std)
         self.bias = nn.Parameter(torch.zeros(num_classifiers, num_classes))
 
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b m k"]:
         """Logits of every classifier for each image."""
-        m, d = self.query.shape
+        attended = self._attend(tokens, self.query, self.key_weight, self.value_weight, self.value_bias)
+        # With the weight on the left, its gradient comes out in its own layout and needs no copy.
+        return torch.baddbmm(self.bias.unsqueeze(2), self.weight, attended).permute(2, 0, 1)
+
+    def _attend(
+        self,
+        tokens: Float[Tensor, "b n d"],
+        query: Float[Tensor, "m d"],
+        key_weight: Float[Tensor, "m d d"],
+        value_weight: Float[Tensor, "m d d"],
+        value_bias: Float[Tensor, "m d"],
+    ) -> Float[Tensor, "m d b"]:
+        m, d = query.shape
         # Views: were both in one parameter, each step would copy them and their gradients.
-        key_weight, value_weight = (w.view(-1, self.head_dim, d) for w in (self.key_weight, self.value_weight))
-        query = self.query.view(-1, 1, self.head_dim) / self.head_dim**0.5
+        key_weight, value_weight = (w.view(-1, self.head_dim, d) for w in (key_weight, value_weight))
+        query = query.view(-1, 1, self.head_dim) / self.head_dim**0.5
         scores = F.linear(tokens, (query @ key_weight).squeeze(1))  # [b, n, m*heads]
         pooled = scores.softmax(dim=1).transpose(1, 2) @ tokens  # [b, m*heads, d]
         values = pooled.transpose(0, 1) @ value_weight.transpose(1, 2)  # [m*heads, b, head_dim]
-        values = values.transpose(1, 2).reshape(m, d, -1) + self.value_bias.unsqueeze(2)  # [m, d, b], heads in a row
-        # With the weight on the left, its gradient comes out in its own layout and needs no copy.
-        return torch.baddbmm(self.bias.unsqueeze(2), self.weight, values).permute(2, 0, 1)
+        return values.transpose(1, 2).reshape(m, d, -1) + value_bias.unsqueeze(2)  # heads in a row
+
+
+class AttentiveProbes(AttentiveClassifiers):
+    """m attentive probes of arXiv:2202.03026: a query that attends to all tokens, then a linear layer.
+
+    Query, keys and values each have a layer norm before them; what was attended to is projected, and goes through a
+    batch norm without scale and shift, whose statistics are those of the images of all ranks. The norm of keys has no
+    shift, as keys have no bias: see `AttentiveClassifiers`.
+    """
+
+    weight_std = PROBE_INIT_STD
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_classifiers: int, dim: int, num_classes: int) -> None:
+        super().__init__(num_classifiers, dim, num_classes)
+        nn.init.zeros_(self.query)
+        self.norm_query_weight, self.norm_key_weight, self.norm_value_weight = (
+            nn.Parameter(torch.ones(num_classifiers, dim)) for _ in range(3)
+        )
+        self.norm_query_bias, self.norm_value_bias, self.query_bias, self.proj_bias = (
+            nn.Parameter(torch.zeros(num_classifiers, dim)) for _ in range(4)
+        )
+        self.query_weight = _normal_parameter(num_classifiers, dim, dim)
+        self.proj_weight = _normal_parameter(num_classifiers, dim, dim)
+        self.register_buffer("running_mean", torch.zeros(num_classifiers, dim))
+        self.register_buffer("running_var", torch.ones(num_classifiers, dim))
+
+    def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b m k"]:
+        """Logits of every classifier for each image; in training, with the statistics of the images of all ranks."""
+        return self.classify(self.pool(tokens))
+
+    def pool(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
+        """What the query of every classifier attends to, projected."""
+        query = F.layer_norm(self.query, self.query.shape[1:], eps=LAYER_NORM_EPS)
+        query = query * self.norm_query_weight + self.norm_query_bias
+        # Scale and shift of the norms are multiplied into the weights, so that all see the same normed tokens.
+        attended = self._attend(
+            F.layer_norm(tokens, tokens.shape[2:], eps=LAYER_NORM_EPS),
+            _linear_each(query, self.query_weight, self.query_bias),
+            self.key_weight * self.norm_key_weight.unsqueeze(1),
+            self.value_weight * self.norm_value_weight.unsqueeze(1),
+            _linear_each(self.norm_value_bias, self.value_weight, self.value_bias),
+        )
+        return torch.baddbmm(self.proj_bias.unsqueeze(2), self.proj_weight, attended).permute(2, 0, 1)
+
+    def classify(self, pooled: Float[Tensor, "b m d"]) -> Float[Tensor, "b m k"]:
+        """Logits of every classifier, from what `pool` gave for each image."""
+        normed = _batch_norm(pooled, self.running_mean, self.running_var, BATCH_NORM_EPS, training=self.training)
+        return torch.baddbmm(self.bias.unsqueeze(2), self.weight, normed.permute(1, 2, 0)).permute(2, 0, 1)
+
+
+def _linear_each(
+    x: Float[Tensor, "m d"], weight: Float[Tensor, "m k d"], bias: Float[Tensor, "m k"]
+) -> Float[Tensor, "m k"]:
+    """One vector of each classifier through a linear layer of its own."""
+    return (weight @ x.unsqueeze(2)).squeeze(2) + bias
 
 
 Classifiers = LinearClassifiers | AttentiveClassifiers
@@ -488,7 +604,7 @@ def make_classifiers(
     num_classifiers: int,
     num_classes: int,
     seed: int,
-    normed: Collection[str] = (),
+    kinds: Mapping[str, type[Classifiers]],
 ) -> nn.ModuleDict:
     """Stacks of classifiers, attentive for representations of one vector per token, else linear.
 
@@ -497,12 +613,11 @@ def make_classifiers(
         num_classifiers: in each stack.
         num_classes: classes to tell apart.
         seed: those of a representation are initialised from it and its name, whatever else is evaluated.
-        normed: representations of one vector whose classifiers have a batch norm before them.
+        kinds: representation -> classifiers of another kind.
     """
     classifiers = nn.ModuleDict()
     for name, shape in shapes.items():
-        linear = NormedClassifiers if name in normed else LinearClassifiers
-        kind = AttentiveClassifiers if len(shape) == 2 else linear
+        kind = kinds.get(name, AttentiveClassifiers if len(shape) == 2 else LinearClassifiers)
         with seeded(derive_seed(seed, "classifiers", name)):
             classifiers[name] = kind(num_classifiers, shape[-1], num_classes)
     return classifiers
@@ -679,9 +794,10 @@ def pick(classifiers: Classifiers, number: int) -> Classifiers:
     """A stack that holds a copy of classifier `number` of this one alone."""
     _, dim = classifiers.weight.shape[1:]
     one = type(classifiers)(1, dim, classifiers.bias.shape[1]).to(classifiers.bias.device)
-    own = dict(classifiers.named_parameters())
-    state = classifiers.state_dict()  # statistics of a batch norm are those of all
-    one.load_state_dict({name: x[number : number + 1] if name in own else x for name, x in state.items()})
+    shapes = {name: x.shape for name, x in one.state_dict().items()}
+    state = classifiers.state_dict()
+    # Statistics of a batch norm that sees the same for all classifiers have no axis of classifiers.
+    one.load_state_dict({n: x if x.shape == shapes[n] else x[number : number + 1] for n, x in state.items()})
     return one
 
 

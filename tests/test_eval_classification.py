@@ -26,7 +26,10 @@ from eval_classification import (
     METHODS,
     CentreCropped,
     ClassificationConfig,
+    ClippedCrop,
+    attentive_probe_recipe,
     classifiers_recipe,
+    linear_probe_recipe,
     represent,
     start_training,
     train_batches,
@@ -35,7 +38,7 @@ from eval_classification import (
 from evaluation import FrozenModel
 from labels import open_labelled, open_splits
 from model import EncoderDecoder
-from readouts import Training, train_step
+from readouts import AttentiveProbes, Training, train_step
 from report import score_rows
 from utils import UserError
 
@@ -242,9 +245,12 @@ class Killed(Exception):  # noqa: N818
 
 
 SHORT_VISSL = ["methods=[vissl]", "vissl_epochs=2", "vissl_decay_epochs=[1]", "vissl_blocks=2"]
+SHORT_PROBES = ["probe_epochs=2", "probe_warmup_epochs=1"]
 TRAINED = {
     "classifiers": ["methods=[classifiers]", "n_iters=10"],
     "vissl": [*SHORT_VISSL, "vissl_weight_decays=[5e-4,0]"],
+    "linear_probe": ["methods=[linear_probe]", *SHORT_PROBES],
+    "attentive_probe": ["methods=[attentive_probe]", *SHORT_PROBES, "attentive_probe_learning_rates=[0.1,3.0]"],
 }
 
 
@@ -324,6 +330,72 @@ def test_linear_probes_of_vissl_equal_layers_of_torch_that_are_trained_one_by_on
     assert results["vissl_concat_bn"]["settings"] == {
         "blocks": 2, "batch_norm": True, "optimizer": optimizer, "epochs": 2, "decay_epochs": [1],
         "learning_rate": 5.0, "weight_decay": 5e-4, "global_batch_size": 8, "steps": 10, "resolution": 16,
+    }  # fmt: skip
+
+
+def schedule_of(images, make_recipe, batch_size, num_steps_per_epoch):
+    cfg = config(images, "out", f"batch_size_per_gpu={batch_size}")
+    recipe = make_recipe(cfg, frozen_tiny(images), num_steps_per_epoch * batch_size)
+    ((learning_rate, weight_decay),) = recipe.grid
+    assert weight_decay == 0
+    return recipe, lambda step: learning_rate * batch_size / 256 * recipe.lr_scale(step)
+
+
+def test_learning_rates_of_the_published_probes_equal_their_vectors(images):
+    golden = load_golden_json("vectors_cae")
+    recipe, lr_at = schedule_of(images, linear_probe_recipe, 16384, 160)
+    assert recipe.num_steps == 90 * 160
+    for epoch, expected in golden["linear_lr_6.4"].items():
+        assert lr_at(round(160 * float(epoch))) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    recipe, lr_at = schedule_of(images, attentive_probe_recipe, 8192, 156)
+    expected = golden["attentive_lr_ipe156"]
+    assert recipe.num_steps == expected.pop("n")
+    for step, value in expected.items():
+        assert lr_at(int(step)) == pytest.approx(value, rel=1e-9, abs=1e-12)
+
+
+def test_a_crop_of_the_linear_probe_is_the_first_that_is_drawn_cut_off_at_the_image():
+    crop = ClippedCrop(16, (0.08, 1.0))
+    image = Image.new("RGB", (200, 90))
+    torch.manual_seed(0)
+    boxes = [crop.make_params([image]) for _ in range(2000)]
+    for box in boxes:
+        assert 0 <= box["top"] <= 90 - box["height"] and 0 <= box["left"] <= 200 - box["width"]
+    torch.manual_seed(0)
+    area, ratio = torch.rand(2, dtype=torch.float64).tolist()
+    area, ratio = 200 * 90 * (0.08 + 0.92 * area), (3 / 4) * (16 / 9) ** ratio
+    assert boxes[0]["width"] == round((area * ratio) ** 0.5)
+    assert boxes[0]["height"] == min(90, round((area / ratio) ** 0.5))
+    # An area above 4/3 * 90^2 is higher than the image at every ratio.
+    assert sum(box["height"] == 90 for box in boxes) / 2000 > 1 - (4 / 3 * 90**2 / (200 * 90) - 0.08) / 0.92
+    assert crop(image).size == (16, 16)
+
+
+def test_the_test_set_standardises_itself_for_the_published_number_of_the_attentive_probe(images, tmp_path):
+    options = ["methods=[attentive_probe]", *SHORT_PROBES, "resize=16", "attentive_probe_learning_rates=[3.0]"]
+    cfg = config(images, tmp_path, *options)
+    torch.manual_seed(cfg.seed)
+    model = frozen_tiny(images, seed=None)
+    EVALUATION.run(cfg, torch.device("cpu"))
+    written = results_of(tmp_path)
+    probe = AttentiveProbes(1, 8, 3)
+    state = torch.load(tmp_path / "attentive_probe.pth", weights_only=True)
+    probe.load_state_dict({key.removeprefix("cls_patch."): x for key, x in state.items()})
+    data = open_labelled(folder_url(images / "test"), "test")
+    crops = torch.stack([CentreCropped(cfg, 1)(data.dataset[i].image(), 0)[0] for i in range(len(data.labels))])
+    features = model(crops)
+    tokens = torch.cat([features.global_repr.unsqueeze(1), features.feature_map.flatten(1, 2)], dim=1)
+    accuracy = {}
+    for name, training in (("top1", False), ("top1_transductive", True)):
+        predicted = probe.train(training)(tokens)[:, 0].argmax(1)
+        accuracy[name] = (predicted == data.labels[:, 0]).double().mean().item()
+    result = written["results"]["attentive_probe_cls_patch"]
+    assert {name: result[name] for name in accuracy} == accuracy
+    assert accuracy["top1"] != accuracy["top1_transductive"], "they cannot be told apart"
+    assert [score["label"] for score in written["scores"]] == ["top1", "top1_transductive"]
+    assert result["settings"] == {
+        "representation": "cls_patch", "optimizer": "sgd", "epochs": 2, "warmup_epochs": 1, "learning_rate": 3.0,
+        "weight_decay": 0.0, "global_batch_size": 8, "steps": 10, "resolution": 16,
     }  # fmt: skip
 
 
@@ -431,7 +503,7 @@ def evaluate_on_ranks(arguments):
 
 def test_two_ranks_give_the_results_of_one(images, tmp_path):
     images_of_test = f"test_dataset_names={folder_url(images / 'test')}"
-    every_method = [*SHORT_VISSL[1:], f"methods=[{','.join(METHODS)}]"]
+    every_method = [*SHORT_VISSL[1:], *SHORT_PROBES, f"methods=[{','.join(METHODS)}]"]
     one = arguments(images, tmp_path / "one", images_of_test, *every_method)
     two = arguments(images, tmp_path / "two", images_of_test, *every_method, "batch_size_per_gpu=4")
     evaluate_on_ranks(one)
@@ -439,7 +511,7 @@ def test_two_ranks_give_the_results_of_one(images, tmp_path):
     expected, actual = results_of(tmp_path / "one"), results_of(tmp_path / "two")
     assert actual["about"]["num_ranks"] == 2
     assert actual["results"] == expected["results"]
-    for method in ("classifiers", "vissl"):
+    for method in TRAINED:
         a, b = (torch.load(tmp_path / run / f"{method}.pth", weights_only=True) for run in ("one", "two"))
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -544,6 +616,8 @@ def test_what_is_done_is_skipped(images, tmp_path, monkeypatch):
         (["methods=[vissl]", "vissl_blocks=4"], "did not return 4 maps [b, d, rows, columns]"),
         (["vissl_epochs=8"], "vissl_decay_epochs=[8, 16, 24]: must all be below vissl_epochs=8"),
         (["vissl_optimizer=adam"], "vissl_optimizer='adam': must be one of sgd, lars"),
+        (["probe_epochs=5"], "probe_warmup_epochs=10: must be below probe_epochs=5"),
+        (["linear_probe_learning_rates=[]"], "linear_probe_learning_rates=[]: must"),
         (["low_shot_penalty=0"], "low_shot_penalty=0.0: must be above 0"),
         (["methods=[low_shot]", "labels_per_class=30"], "labels_per_class=30: class 0 (blue) of train_dataset_name="),
         (["test_dataset_names=[a]"], "test_dataset_names=['a']: must be a data URL, or name: URL pairs"),

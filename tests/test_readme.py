@@ -173,7 +173,7 @@ class Model(torch.nn.Module):
     def get_intermediate_layers(self, images, n, reshape, norm):
         return (self(images)[2].movedim(-1, 1),) * n
 
-def __model_loader__(model_name, encoder=None):
+def __model_loader__(model_name, encoder=None, pretrained_weights=None):
     return Model()
 """
 
@@ -199,7 +199,7 @@ def test_evaluation_commands_run_as_written_with_another_model_and_data_of_ours(
             f"train_dataset_name=torchvision://ImageFolder?root='{tmp_path}/classes/train'",
             f"test_dataset_names=torchvision://ImageFolder?root='{tmp_path}/classes/val'",
             "resolution=16", "n_iters=2", "warmup_iters=1", "batch_size_per_gpu=4", "val_proportion=0.3",
-            "learning_rates=[1e-3]",
+            "learning_rates=[1e-3]", "probe_epochs=2", "probe_warmup_epochs=1",
         ],
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)
@@ -213,6 +213,7 @@ def test_evaluation_commands_run_as_written_with_another_model_and_data_of_ours(
         replacements = {
             "resize": "16",
             "val_dataset_name": f"torchvision://ImageFolder?root='{tmp_path}/classes/val'",
+            "dtype": "float32",
         }
         given = {word.split("=")[0] for word in rest}
         small += [f"{key}={value}" for key, value in replacements.items() if key in given]
@@ -240,6 +241,15 @@ def test_the_protocols_of_ijepa_and_stop_have_the_published_numbers():
         ("StoP", "H/16"): ["65.4", "79.0", "79.6"], ("I-JEPA", "B/16"): ["57.1", "70.9", "72.9"],
         ("I-JEPA", "L/16"): ["64.2", "76.1", "77.5"], ("I-JEPA", "H/14"): ["62.9", "78.2", "79.3"],
         ("I-JEPA", "H/16"): ["", "", "81.1"],
+    }  # fmt: skip
+
+
+def test_the_probes_of_cae_have_the_published_numbers():
+    section = README.split("### The probes of CAE")[1].split("\n### ")[0]
+    rows = re.findall(r"^\| CAE \| ViT-(\S+), (\d+) epochs \|.*\| ([\d.]+) \| ([\d.]+) \|$", section, re.MULTILINE)
+    assert {(size, int(epochs)): (float(linear), float(attentive)) for size, epochs, linear, attentive in rows} == {
+        ("B/16", 300): (64.5, 74.0), ("B/16", 800): (68.9, 75.9), ("B/16", 1600): (70.3, 77.2),
+        ("L/16", 1600): (77.8, 81.2),
     }  # fmt: skip
 
 

@@ -1,11 +1,14 @@
 """readouts.py against goldens, scikit-learn and plain loops; golden labels of k-NN are in test_eval_segmentation.py."""
 
 import itertools
+import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from conftest import load_golden, load_golden_json, seeded
+from golden_ijepa import hashed
 from ranks import run_on_ranks
 from sklearn.linear_model import LogisticRegression
 from torch import nn
@@ -16,12 +19,14 @@ from distributed import rank, world_size
 from readouts import (
     GROUP_SIZE,
     AttentiveClassifiers,
+    AttentiveProbes,
     LinearClassifiers,
     LogisticModel,
     NormedClassifiers,
     StackedAdamW,
     StackedLARS,
     StackedSGD,
+    StandardisedClassifiers,
     any_label_loss,
     any_match,
     fit_logistic,
@@ -247,6 +252,175 @@ def test_attentive_classifiers_and_their_gradients_equal_attention_by_the_book(d
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
+# --- Published probes
+
+
+def published_probe_state(dim=32, depth=2, num_classes=10):
+    """The tiny attentive model of the vectors, encoder included, filled as they say."""
+    state = {"cls_token": torch.empty(1, 1, dim), "query_token": torch.empty(1, 1, dim), "pos_embed": torch.empty(0)}
+    matrices = {"head": num_classes, "attentive_blocks.0.cross_attn.proj": dim}
+    norms = ["norm", *(f"attentive_blocks.0.norm_{name}" for name in "qkv")]
+    for i in range(depth):
+        block = f"blocks.{i}"
+        norms += [f"{block}.norm1", f"{block}.norm2"]
+        state |= {f"{block}.{name}": torch.empty(dim) for name in ("gamma_1", "gamma_2", "attn.q_bias", "attn.v_bias")}
+        state |= {
+            f"{block}.attn.qkv.weight": torch.empty(3 * dim, dim),
+            f"{block}.mlp.fc2.weight": torch.empty(dim, 4 * dim),
+        }
+        state |= {f"{block}.mlp.fc2.bias": torch.empty(dim)}
+        matrices |= {f"{block}.attn.proj": dim, f"{block}.mlp.fc1": 4 * dim}
+    state |= {
+        f"patch_embed.proj.{name}": torch.empty(shape) for name, shape in (("weight", (dim, 3, 8, 8)), ("bias", dim))
+    }
+    state |= {f"attentive_blocks.0.cross_attn.{name}": torch.empty(dim) for name in ("q_bias", "v_bias")}
+    state |= {f"attentive_blocks.0.cross_attn.{name}.weight": torch.empty(dim, dim) for name in "qkv"}
+    for name in norms:
+        state |= {f"{name}.weight": torch.empty(dim), f"{name}.bias": torch.empty(dim)}
+    for name, rows in matrices.items():
+        state |= {f"{name}.weight": torch.empty(rows, dim), f"{name}.bias": torch.empty(rows)}
+    statistics = {f"fc_norm.{name}": None for name in ("running_mean", "running_var", "num_batches_tracked")}
+    for number, key in enumerate(sorted(state | statistics)):
+        if key in statistics or key == "pos_embed":
+            continue
+        x = state[key]
+        scale = math.sqrt(3 * len(x) / x.numel()) if x.ndim > 1 else 0.1
+        values = scale * (2 * hashed(x.numel(), number) - 1) + (0.5 if "gamma" in key else 0)
+        x.copy_(values.view(x.shape) + (1 if re.search(r"norm\w*\.weight$", key) else 0))
+    return state
+
+
+def published_tokens(state, images, num_heads=4, depth=2):
+    """All tokens of the tiny encoder of the vectors after its norm; positions have the row first."""
+
+    def layer(x, name):
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-6)
+
+    patches = F.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=8)
+    b, dim, side, _ = patches.shape
+    angles = torch.arange(side).outer(10000.0 ** -(torch.arange(dim // 4) / (dim // 4)))
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    positions = torch.cat([waves.repeat_interleave(side, 0), waves.repeat(side, 1)], dim=1)
+    x = torch.cat([state["cls_token"].expand(b, 1, dim), patches.flatten(2).transpose(1, 2) + positions], dim=1)
+    for i in range(depth):
+        block = f"blocks.{i}"
+        q_bias, v_bias = state[f"{block}.attn.q_bias"], state[f"{block}.attn.v_bias"]
+        bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+        qkv = F.linear(norm(x, f"{block}.norm1"), state[f"{block}.attn.qkv.weight"], bias)
+        q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + state[f"{block}.gamma_1"] * layer(attended, f"{block}.attn.proj")
+        hidden = F.gelu(layer(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1"))
+        x = x + state[f"{block}.gamma_2"] * layer(hidden, f"{block}.mlp.fc2")
+    return norm(x, "norm")
+
+
+@torch.no_grad()
+def test_attentive_probe_equals_its_vectors(monkeypatch):
+    monkeypatch.setattr(readouts, "HEAD_DIM", 8)
+    golden = load_golden_json("vectors_cae")["attentive_tiny_with_kwargs_removed"]
+    state = published_probe_state()
+    images = (2 * hashed(2 * 3 * 32 * 32, 776) - 1).float().view(2, 3, 32, 32)
+    tokens = published_tokens(state, images)
+    probe = AttentiveProbes(1, 32, 10)
+    cross = "attentive_blocks.0.cross_attn"
+    names = {"query": "query_token", "weight": "head.weight", "bias": "head.bias", "query_bias": f"{cross}.q_bias",
+             "value_bias": f"{cross}.v_bias"}  # fmt: skip
+    names |= {f"{name}_weight": f"{cross}.{name[0]}.weight" for name in ("query", "key", "value")}
+    names |= {f"proj_{kind}": f"{cross}.proj.{kind}" for kind in ("weight", "bias")}
+    for name in ("query", "key", "value"):
+        names |= {f"norm_{name}_{kind}": f"attentive_blocks.0.norm_{name[0]}.{kind}" for kind in ("weight", "bias")}
+    del names["norm_key_bias"]  # changes nothing
+    assert names.keys() == dict(probe.named_parameters()).keys()
+    for name, key in names.items():
+        parameter = probe.get_parameter(name)
+        parameter.copy_(state[key].view(parameter.shape))
+    for training, expected in ((False, golden["running_stats"]), (True, golden["batch_stats"])):
+        out = probe.train(training)(tokens)[:, 0, :4]
+        torch.testing.assert_close(out, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def probe_by_the_book(stack, m, tokens):
+    """Logits of probe m in training, in float64, each of its layers for itself."""
+    own = {name: parameter[m].double() for name, parameter in stack.named_parameters()}
+    d = tokens.shape[-1]
+
+    def normed(x, name):
+        return F.layer_norm(x, (d,), own[f"norm_{name}_weight"], own.get(f"norm_{name}_bias"), eps=1e-6)
+
+    query = F.linear(normed(own["query"], "query"), own["query_weight"], own["query_bias"]).expand(len(tokens), 1, d)
+    keys = F.linear(normed(tokens, "key"), own["key_weight"])
+    values = F.linear(normed(tokens, "value"), own["value_weight"], own["value_bias"])
+    query, keys, values = (x.unflatten(-1, (-1, stack.head_dim)).transpose(1, 2) for x in (query, keys, values))
+    pooled = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(1)
+    pooled = F.batch_norm(F.linear(pooled, own["proj_weight"], own["proj_bias"]), None, None, training=True, eps=1e-5)
+    return F.linear(pooled, own["weight"], own["bias"])
+
+
+def random_probes():
+    torch.manual_seed(0)
+    stack = AttentiveProbes(2, 96, 5)
+    for parameter in stack.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return stack
+
+
+PROBED = torch.randn(8, 7, 96, generator=seeded(0))
+DIRECTION = torch.randn(8, 2, 5, generator=seeded(1))
+
+
+def test_attentive_probes_and_their_gradients_equal_their_layers_one_by_one():
+    stack = random_probes()
+    out = stack(PROBED)
+    expected = torch.stack([probe_by_the_book(stack, m, PROBED.double()) for m in range(2)], dim=1)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    actual = torch.autograd.grad((out * DIRECTION).sum(), list(stack.parameters()))
+    wanted = torch.autograd.grad((expected * DIRECTION).sum(), list(stack.parameters()))
+    for (name, _), ours, theirs in zip(stack.named_parameters(), actual, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def probe_gradients_of_my_share():
+    stack = random_probes()
+    tokens, direction = (x.chunk(world_size())[rank()] for x in (PROBED, DIRECTION))
+    out = stack(tokens)
+    return out.detach(), torch.autograd.grad((out * direction).sum(), list(stack.parameters()))
+
+
+def test_attentive_probes_and_their_gradients_are_the_same_on_one_and_two_ranks():
+    outs, gradients = zip(*run_on_ranks(probe_gradients_of_my_share, 2), strict=True)
+    expected, wanted = probe_gradients_of_my_share()
+    torch.testing.assert_close(torch.cat(outs), expected)
+    for number, (one, two) in enumerate(zip(*gradients, strict=True)):
+        torch.testing.assert_close(one + two, wanted[number], rtol=1e-3, atol=1e-4)
+
+
+def test_an_attentive_probe_starts_with_a_query_of_zeros_and_its_query_learns():
+    stack = AttentiveProbes(2, 96, 5)
+    assert not stack.query.any() and stack.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert torch.equal(stack.weight[0], stack.weight[1]), "probes of a grid start differently"
+    (gradient,) = torch.autograd.grad((stack(PROBED) * DIRECTION).sum(), stack.norm_query_bias)
+    assert gradient.any()
+
+
+def test_standardised_classifiers_equal_a_batch_norm_without_affine_and_a_linear_layer():
+    stack = StandardisedClassifiers(2, 6, 4)
+    assert stack.weight.std().item() == pytest.approx(0.01, rel=0.3)
+    norm = nn.BatchNorm1d(6, affine=False, eps=1e-6).double()
+    for number in range(3):
+        x = torch.randn(8, 6, generator=seeded(number)) * 3e-3 + torch.arange(6)
+        out, normed = stack(x), norm(x.double())
+        for m in range(2):
+            expected = F.linear(normed, stack.weight[m].double(), stack.bias[m].double())
+            torch.testing.assert_close(out[:, m].double(), expected, rtol=1e-3, atol=1e-4)
+    out = pick(stack, 1).eval()(x)[:, 0]
+    expected = F.linear(norm.eval()(x.double()), stack.weight[1].double())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_linear_classifiers_equal_one_linear_layer_each():
     stack = LinearClassifiers(3, 6, 4)
     nn.init.normal_(stack.bias)
@@ -379,8 +553,8 @@ def test_stacked_sgd_equals_torch_sgd_of_each_classifier_and_batch_norms_do_not_
         torch.testing.assert_close(p[m], alone[m][name], rtol=1e-5, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}")
 
 
-def test_lars_equals_its_vectors():
-    golden = load_golden_json("lars")
+@pytest.mark.parametrize("golden", [load_golden_json("lars"), load_golden_json("vectors_cae")["lars_two_steps"]])
+def test_lars_equals_its_vectors(golden):
     stack = LinearClassifiers(1, 2, 2)
     with torch.no_grad():
         stack.weight[0], stack.bias[0] = torch.tensor(golden["init_W"]), torch.tensor(golden["init_b"])
