@@ -1,4 +1,4 @@
-"""Pictures of frozen patch features: principal components, norms, nearest patches, clusters, dictionary atoms.
+"""Pictures of frozen patch features: components, norms, nearest patches, clusters, dictionary atoms, predictions.
 
     python eval_visualizations.py model_loader_kwargs.pretrained_weights=student_ema.pth output_dir=results/pictures
         dataset_name="custom://Images?root='/data/images'" num_images=64 clustering_checkpoint=runs/my_run
@@ -14,6 +14,11 @@ image, `<kind>/<number of the image in the data set>.png`, a square of the resol
     nearest                cosine similarity to one patch, the query; nearest.png has the best matches
     clusters               the prototype of the teacher's clustering head that is most similar, a colour each
     dictionary/3_atoms     parts of sparse non-negative codes, mixed from one colour per atom
+    predictions            the first images, their visible patches, and what the student of the run predicts for hidden
+                           ones: there the patches of other images are shown that are most like the predictions
+
+Predictions need a checkpoint of the training; the folder of the run above the weights is found, or is named in
+predictor_checkpoint.
 
 The number of ranks does not change a picture by more than a grey level here and there: a sum has another order.
 """
@@ -44,7 +49,7 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoints, read_tensors
 from config import COUNT, POSITIVE, one_of, require, within
-from distributed import barrier, broadcast_object, rank
+from distributed import barrier, broadcast_object, on_rank_0, rank
 from evaluation import (
     Evaluation,
     EvaluationConfig,
@@ -53,6 +58,7 @@ from evaluation import (
     ImageBatches,
     Results,
     extract,
+    find_model_file,
     my_share,
     open_dataset,
     square,
@@ -60,6 +66,8 @@ from evaluation import (
 from pictures import (
     COLOR_RANGE,
     Moments,
+    PatchPredictor,
+    Prediction,
     image_scores,
     map_colors,
     project,
@@ -69,7 +77,7 @@ from pictures import (
     to_bytes,
 )
 from sources import BadImageError, ImageDataset
-from utils import UserError
+from utils import UserError, derive_seed, import_from_path
 from weights import check_values, read_state_dict
 
 if TYPE_CHECKING:
@@ -78,7 +86,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("visualizations")
 
-PICTURES = ("image_pca", "joint_pca", "norms", "nearest", "clusters", "dictionary")
+PICTURES = ("image_pca", "joint_pca", "norms", "nearest", "clusters", "dictionary", "predictions")
 """What can be drawn, in the order of the columns of overview.png; see `Kind`."""
 OUTLIER_DEVIATIONS = 5.0
 DICTIONARY_PATCHES = 16_384
@@ -86,6 +94,11 @@ DICTIONARY_PATCHES = 16_384
 DICTIONARY_ALPHA = 0.1
 """Sparsity penalty, for features whose root mean square length is 1."""
 MIN_COLUMNS = 4
+QUERIES_AT_A_TIME = 4096
+HIDDEN = 235
+"""Grey of patches that are neither seen nor predicted."""
+UNTRAINED = "random weights"
+"""Title of what a student predicts that was not trained."""
 
 # Told apart also by colour-blind people: Okabe and Ito's colours, then grey and brown. Fixed: atom 1 is always blue.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#000000", "#999999", "#661100")
@@ -141,10 +154,21 @@ class VisualizationsConfig(EvaluationConfig):
         ),
     )
     """Sizes of the dictionaries."""
+    predictor_checkpoint: str | None = None
+    """Where student and predictor are: a training checkpoint, or the folder of a run, of which the checkpoint whose
+    teacher has the weights under evaluation is taken. null looks for it in the folders above the weights."""
+    prediction_draws: int = field(default=3, metadata=COUNT)
+    """Draws from predictions that are not deterministic."""
     num_overview: int = field(default=6, metadata=COUNT)
-    """Images, the first ones drawn, in overview.png, norms.png and nearest.png."""
+    """Images, the first ones drawn, in overview.png, norms.png, nearest.png and predictions.png."""
 
-    free_keys: ClassVar[tuple[str, ...]] = ("pictures", "query", "clustering_checkpoint")
+    free_keys: ClassVar[tuple[str, ...]] = (
+        "pictures",
+        "query",
+        "clustering_checkpoint",
+        "predictor_checkpoint",
+        "prediction_draws",
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the evaluation
@@ -438,24 +462,31 @@ def read_clustering_head(source: str, module: nn.Module, width: int) -> Clusteri
     return ClusteringHead(weight, head.get("layer.bias"), is_teacher=is_teacher)
 
 
-def _read_training_checkpoint(step: Path, source: str, module: nn.Module) -> tuple[dict[str, Tensor], bool | None]:
-    """The clustering head, and whether the largest weight of the teacher in there is that of `module`."""
-    heads, teacher = "clustering.", "student_ema.backbone."
-    own = module.state_dict()
-
-    def choose(sizes: Mapping[str, torch.Size]) -> list[str]:
-        shared = [key for key in sizes if key.startswith(teacher) and key.removeprefix(teacher) in own]
-        largest = sorted(shared, key=lambda key: sizes[key].numel())[-1:]
-        return [key for key in sizes if key.startswith(heads)] + largest
-
+def _read_training_checkpoint(step: Path, source: str, module: nn.Module) -> tuple[dict[str, Tensor], bool]:
+    """The clustering head, and whether the teacher in there is `module`."""
+    heads = "clustering."
     try:
-        tensors = read_tensors(step, choose)
+        tensors = read_tensors(step, lambda sizes: [key for key in sizes if key.startswith(heads)])
+        is_teacher = has_teacher(step, module)
     except (OSError, UserError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"clustering_checkpoint={source}: {step} cannot be read: {reason}; give another one") from error
-    head = {key.removeprefix(heads): tensor for key, tensor in tensors.items() if key.startswith(heads)}
-    of_teacher = {key.removeprefix(teacher): x for key, x in tensors.items() if key.startswith(teacher)}
-    return head, bool(of_teacher) and all(torch.equal(x, own[key].cpu()) for key, x in of_teacher.items())
+    return {key.removeprefix(heads): tensor for key, tensor in tensors.items()}, is_teacher
+
+
+def has_teacher(step: Path, module: nn.Module) -> bool:
+    """Whether the teacher of a training checkpoint is `module`, as far as its largest weight tells.
+
+    Raises: UserError or OSError if the checkpoint cannot be read.
+    """
+    teacher, own = "student_ema.backbone.", module.state_dict()
+
+    def largest(sizes: Mapping[str, torch.Size]) -> list[str]:
+        shared = [key for key in sizes if key.startswith(teacher) and key.removeprefix(teacher) in own]
+        return sorted(shared, key=lambda key: sizes[key].numel())[-1:]
+
+    tensors = read_tensors(step, largest)
+    return bool(tensors) and all(torch.equal(x, own[key.removeprefix(teacher)].cpu()) for key, x in tensors.items())
 
 
 class AtomDictionary(NamedTuple):
@@ -507,6 +538,80 @@ def _fit_dictionary(sample: Float64[Tensor, "m d"], num_atoms: int, seed: int) -
     return AtomDictionary(mean, scale, atoms[codes.sum(dim=0).argsort(descending=True, stable=True)], 1 - float(error))
 
 
+# -------------------------------------------------------------------------------------------------- predictions
+
+
+def find_predictor_loader(model_path: str) -> Callable[..., PatchPredictor] | None:
+    """`__predictor_loader__` of the script that trains the models of a model file, see `pictures.PatchPredictor`.
+
+    The model file names the script, which is beside it, as `__trained_by__`. None if it names none, or that has none.
+    """
+    path = find_model_file(model_path)
+    script = getattr(import_from_path(path), "__trained_by__", None)
+    return None if script is None else getattr(import_from_path(path.with_name(script)), "__predictor_loader__", None)
+
+
+def find_checkpoint(cfg: VisualizationsConfig, module: nn.Module) -> Path | None:
+    """The training checkpoint that predictions are made by: of a run that whose teacher is `module`.
+
+    Returns: None if no run is named, and none in the folders above the weights has such a checkpoint.
+    Raises: UserError if a run is named that has none at all, or one cannot be read.
+    """
+    source = cfg.predictor_checkpoint
+    if source is not None and Path(source, ".metadata").is_file():
+        return Path(source)
+    weights = cfg.model_loader_kwargs.get("pretrained_weights")
+    above = [] if weights is None or "://" in str(weights) else Path(weights).absolute().parents
+    for folder in above if source is None else [Path(source)]:
+        steps = Checkpoints(folder, keep=1).all()[::-1]
+        try:
+            chosen = next((step for step in steps if has_teacher(step, module)), None)
+        except (OSError, UserError) as error:
+            raise UserError(
+                f"predictor_checkpoint={source}: a checkpoint in {folder} cannot be read: {error}; name another one"
+            ) from error
+        if source is not None:
+            remedy = "has no training checkpoint; give the folder of a run, or of a checkpoint"
+            require(bool(steps), "predictor_checkpoint", source, remedy)
+            if chosen is None:
+                logger.warning("%s: no checkpoint has a teacher with these weights, the newest is taken", source)
+            return chosen or steps[0]
+        if chosen is not None:
+            return chosen
+    return None
+
+
+def best_patches(x: Float[Tensor, "b n d"], queries: Float[Tensor, "q d"]) -> Float32[Tensor, "b q 2"]:
+    """For each image and query, the largest cosine similarity of a patch, and which patch that is.
+
+    Memory: similarities of one image and `QUERIES_AT_A_TIME` queries.
+    """
+    queries = F.normalize(queries.to(x.device).float(), dim=-1)
+    rows = []
+    for image in x:
+        patches = F.normalize(image.float(), dim=-1)
+        best = [(part @ patches.T).max(dim=-1) for part in queries.split(QUERIES_AT_A_TIME)]
+        rows.append(torch.cat([torch.stack([found.values, found.indices.float()], dim=-1) for found in best]))
+    return torch.stack(rows)
+
+
+def choose_patches(
+    rows: Float[Tensor, "images q 2"], own: Int64[Tensor, " q"]
+) -> tuple[Float[Tensor, " q"], Int64[Tensor, "q 2"]]:
+    """The best patch of all images for each query, but for those of the query's own image.
+
+    Args:
+        rows: what `best_patches` gave.
+        own: place of the image among `rows` that each query is of.
+
+    Returns: similarities, and (place of the image, patch).
+    """
+    similarity = rows[..., 0].clone()
+    similarity[own, torch.arange(len(own))] = -torch.inf
+    best, image = similarity.max(dim=0)
+    return best, torch.stack([image, rows[image, torch.arange(len(own)), 1].long()], dim=1)
+
+
 # ------------------------------------------------------------------------------------------------------ colours
 
 
@@ -543,10 +648,8 @@ def cluster_colors(usage: Int64[Tensor, " k"]) -> UInt8[Tensor, "k 3"]:
 
 def save_pictures(scene: Scene, kind: str, picture: Callable[[int], UInt8[Tensor, "h w 3"]]) -> None:
     """Write `picture(i)` for this rank's share of the images; returns when all ranks are done."""
-    (scene.folder / kind).mkdir(parents=True, exist_ok=True)
     for i in my_share(len(scene.numbers)):
-        path = picture_path(scene, kind, scene.numbers[i])
-        Image.fromarray(picture(i).numpy()).save(path, compress_level=1)
+        _save(scene, kind, scene.numbers[i], picture(i))
     barrier()
 
 
@@ -637,6 +740,79 @@ def nearest_figure(
         maps.append(bottom)
     _color_bar(figure, maps, "cividis", low, 1.0, "cosine similarity")
     return figure
+
+
+def predictions_figure(scene: Scene, draws: Sequence[str]) -> "Figure":
+    """A row per image: itself, the visible patches, the draws, and what a student with random weights predicts."""
+    from matplotlib.figure import Figure
+
+    titles, rows = ["visible", *draws], len(scene.shown)
+    figure = Figure(figsize=(1.7 * (len(titles) + 1), 1.72 * rows + 1.1), dpi=100, layout="constrained")
+    axes = figure.subplots(rows, len(titles) + 1, squeeze=False)
+    figure.suptitle(
+        f"Predicted patches, shown as the patch of {len(scene.numbers) - 1} other images that is most like the "
+        "prediction\n(grey: neither seen nor predicted)",
+        fontsize=10,
+    )
+    for row, number in enumerate(scene.shown):
+        show(axes[row, 0], read_image(scene.dataset, number, scene.cfg.resolution).movedim(0, -1).numpy())
+        axes[row, 0].set_ylabel(str(number), fontsize=9)
+        for ax, title in zip(axes[row, 1:], titles, strict=True):
+            show(ax, _read(scene, _folder_of(title), number))
+    for ax, title in zip(axes[0], ["image", *titles], strict=True):
+        ax.set_title(title, fontsize=9)
+    return figure
+
+
+def _folder_of(title: str) -> str:
+    """Where the pictures of a column of predictions.png are."""
+    return f"predictions/{title.replace(' ', '_')}"
+
+
+def read_squares(scene: Scene, patches: Int64[Tensor, "q 2"]) -> dict[tuple[int, int], UInt8[Tensor, "p p 3"]]:
+    """Pixels of patches of the images that are drawn, by (place of the image, patch)."""
+    squares = {}
+    for place, group in itertools.groupby(patches.unique(dim=0).tolist(), key=lambda pair: pair[0]):
+        pixels = read_image(scene.dataset, scene.numbers[place], scene.cfg.resolution).movedim(0, -1)
+        squares |= {(place, patch): pixels[_square_at(patch, scene)].clone() for _, patch in group}
+    return squares
+
+
+def save_patchworks(
+    scene: Scene,
+    number: int,
+    prediction: Prediction,
+    patches: Int64[Tensor, "draws m 2"],
+    squares: Mapping[tuple[int, int], UInt8[Tensor, "p p 3"]],
+) -> None:
+    """Write the visible part of an image, and for each draw the image with other patches where it is predicted.
+
+    Args:
+        scene: what is drawn and where to.
+        number: of the image in the data set.
+        prediction: what is visible, where is predicted, and the titles of the draws.
+        patches: keys of `squares` for each draw and predicted patch.
+        squares: see `read_squares`.
+    """
+    pixels = read_image(scene.dataset, number, scene.cfg.resolution).movedim(0, -1)
+    seen = torch.where(as_squares(prediction.visible, scene).unsqueeze(-1), pixels, HIDDEN)
+    _save(scene, _folder_of("visible"), number, seen)
+    for title, chosen in zip(prediction.draws, patches.tolist(), strict=True):
+        patchwork = seen.clone()
+        for position, (image, patch) in zip(prediction.positions.tolist(), chosen, strict=True):
+            patchwork[_square_at(position, scene)] = squares[image, patch]
+        _save(scene, _folder_of(title), number, patchwork)
+
+
+def _square_at(patch: int, scene: Scene) -> tuple[slice, slice]:
+    row, column = (place * scene.patch_size for place in divmod(patch, scene.grid))
+    return slice(row, row + scene.patch_size), slice(column, column + scene.patch_size)
+
+
+def _save(scene: Scene, kind: str, number: int, picture: UInt8[Tensor, "h w 3"]) -> None:
+    path = picture_path(scene, kind, number)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.numpy()).save(path, compress_level=1)
 
 
 def _read(scene: Scene, kind: str, number: int) -> np.ndarray:
@@ -909,6 +1085,107 @@ class _Clusters(Kind):
         return {"clusters": f"clusters of the\nteacher, {report['used']} used"}
 
 
+class _Predictions(Kind):
+    """What the student of a training predicts at hidden patches of the images in figures."""
+
+    name = "predictions"
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
+        alone = "the patches of other images are shown, and there is one image; raise num_images"
+        require(len(scene.numbers) > 1, "num_images", len(scene.numbers), alone)
+        checkpoint = on_rank_0(lambda: find_checkpoint(scene.cfg, scene.model.module))
+        assert checkpoint is not None
+        self.checkpoint, self.read_from = checkpoint, _read_from(str(checkpoint))
+        self.predictor, untrained = self._load(trained=True), self._load(trained=False)
+        # On one rank, so that all look for the same.
+        self.predictions = on_rank_0(lambda: [self._predict_beside(number, untrained) for number in scene.shown])
+        self.titles = list(self.predictions[0].draws)
+        self.queries = torch.cat([x for prediction in self.predictions for x in prediction.draws.values()])
+        given, taken = (x.shape[-1] for x in (self.predictor.targets(scene.query_features[None]), self.queries))
+        remedy = f"predicts features of width {taken}, and the model gives {given}; give a run of this model"
+        require(given == taken, "predictor_checkpoint", str(checkpoint), remedy)
+
+    def _load(self, *, trained: bool) -> PatchPredictor:
+        loader = find_predictor_loader(self.cfg.model_path)
+        assert loader is not None
+        with torch.random.fork_rng():
+            torch.manual_seed(derive_seed(self.cfg.seed, "untrained student"))
+            try:
+                predictor = loader(self.checkpoint, self.cfg.resolution, trained=trained)
+            except UserError as error:
+                wanted = f"give a run of the models of {self.cfg.model_path}"
+                raise UserError(f"predictor_checkpoint={self.checkpoint}: {error}; {wanted}") from error
+        return predictor.to(self.scene.model.device).eval()
+
+    def _predict_beside(self, number: int, untrained: PatchPredictor) -> Prediction:
+        """Predictions for an image, the last draw by a student with random weights; on the CPU."""
+        prediction, control = (self._predict(number, predictor) for predictor in (self.predictor, untrained))
+        draws = {**prediction.draws, UNTRAINED: next(iter(control.draws.values()))}
+        return prediction._replace(draws={title: x.float().cpu() for title, x in draws.items()})
+
+    def _predict(self, number: int, predictor: PatchPredictor) -> Prediction:
+        # One image at a time, with a seed of its own: what else is drawn changes nothing.
+        image = read_image(self.scene.dataset, number, self.cfg.resolution)
+        seed = derive_seed(self.cfg.seed, "prediction", number)
+        return self.scene.model.run(lambda x: predictor(x[0], seed, self.cfg.prediction_draws), image.unsqueeze(0))
+
+    @classmethod
+    def is_due(cls, scene: Scene, results: Results) -> bool:
+        cfg, is_there = scene.cfg, not super().is_due(scene, results)
+        is_asked_for = cfg.pictures != VisualizationsConfig().pictures or cfg.predictor_checkpoint is not None
+        if find_predictor_loader(cfg.model_path) is None:
+            remedy = f"{cfg.model_path} is of models that predict no patches; leave predictions out"
+            require(not is_asked_for, "pictures", cfg.pictures, remedy)
+            return False
+        checkpoint = on_rank_0(lambda: find_checkpoint(cfg, scene.model.module))
+        if checkpoint is not None:
+            made_of = {"read_from": _read_from(str(checkpoint)), "prediction_draws": cfg.prediction_draws}
+            return not is_there or not results.values[cls.name].items() >= made_of.items()
+        weights = cfg.model_loader_kwargs.get("pretrained_weights")
+        if not is_there:
+            remedy = f"no run in the folders above {weights} has a checkpoint with a teacher of these weights; name one"
+            require(weights is None or not is_asked_for, "predictor_checkpoint", None, remedy)
+            logger.info("no predictions are drawn: name the run that has the predictor in predictor_checkpoint")
+        return False
+
+    def measures(self) -> dict[str, Measure]:
+        return {"predictions": lambda x: best_patches(self.predictor.targets(x), self.queries)}
+
+    def draw(self, rows: Mapping[str, Tensor]) -> dict[str, Any]:
+        scene, titles = self.scene, self.titles
+        sizes = [len(titles) * len(prediction.positions) for prediction in self.predictions]
+        own = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        similarity, patches = choose_patches(rows["predictions"], own)
+        # Of each image, [draws, m] and [draws, m, 2].
+        similarities = [x.unflatten(0, (len(titles), -1)) for x in similarity.split(sizes)]
+        chosen = [x.unflatten(0, (len(titles), -1)) for x in patches.split(sizes)]
+        if rank() == 0:
+            squares = read_squares(scene, patches)
+            for number, prediction, patches_of_draws in zip(scene.shown, self.predictions, chosen, strict=True):
+                save_patchworks(scene, number, prediction, patches_of_draws, squares)
+            predictions_figure(scene, titles).savefig(scene.folder / "predictions.png")
+        barrier()
+        by_title = {
+            title: (torch.cat([x[i] for x in similarities]), torch.cat([x[i] for x in chosen]))
+            for i, title in enumerate(titles)
+        }
+        return {
+            "read_from": self.read_from,
+            "is_its_teacher": on_rank_0(lambda: has_teacher(self.checkpoint, scene.model.module)),
+            "prediction_draws": self.cfg.prediction_draws,
+            "draws": titles,
+            "predicted_patches": sum(sizes) // len(titles),
+            "median_similarity": {title: _rounded(x.median()) for title, (x, _) in by_title.items()},
+            "different_patches": {title: len(x.unique(dim=0)) for title, (_, x) in by_title.items()},
+        }
+
+    @staticmethod
+    def columns(scene: Scene, report: Mapping[str, Any]) -> dict[str, str]:
+        title = report["draws"][0]
+        return {_folder_of(title): f"hidden patches,\n{title}"}
+
+
 class _JointPca(Kind):
     """Principal components of the patches of all images together."""
 
@@ -975,7 +1252,7 @@ class _Dictionary(Kind):
         return {f"dictionary/{k}_atoms": f"dictionary of\n{k} atoms" for k in scene.cfg.dictionary_atoms}
 
 
-KINDS: tuple[type[Kind], ...] = (_ImagePca, _Norms, _Nearest, _Clusters, _JointPca, _Dictionary)
+KINDS: tuple[type[Kind], ...] = (_ImagePca, _Norms, _Nearest, _Clusters, _Predictions, _JointPca, _Dictionary)
 """In the order of the results: those that look once, then those that look again."""
 
 

@@ -140,7 +140,7 @@ class FrozenModel:
 
         Raises: UserError if the image size does not fit the patch size, or the model breaks the contract.
         """
-        out = self._run(self.module, images)
+        out = self.run(self.module, images)
         height, width = images.shape[-2:]
         features = self._checked(out, len(images), height // self.patch_size, width // self.patch_size)
         if check_finite:
@@ -162,7 +162,7 @@ class FrozenModel:
         blocks = getattr(self.module, "get_intermediate_layers", None)
         if blocks is None:
             raise self._broken("it has no get_intermediate_layers(x, n, reshape, norm), which gives its last blocks")
-        maps = self._run(functools.partial(blocks, n=num_blocks, reshape=True, norm=True), images)
+        maps = self.run(functools.partial(blocks, n=num_blocks, reshape=True, norm=True), images)
         is_map = [isinstance(x, Tensor) and x.ndim == 4 and len(x) == len(images) for x in maps]
         if len(is_map) != num_blocks or not all(is_map):
             raise self._broken(f"get_intermediate_layers did not return {num_blocks} maps [b, d, rows, columns]")
@@ -171,7 +171,12 @@ class FrozenModel:
             self._check_finite({"output of get_intermediate_layers": pooled})
         return pooled
 
-    def _run(self, network: Callable[[Tensor], Any], images: UInt8[Tensor, "b 3 h w"]) -> Any:
+    @torch.no_grad()
+    def run(self, network: Callable[[Tensor], Any], images: UInt8[Tensor, "b 3 h w"]) -> Any:
+        """Call a network on normalised images, in the precision of the evaluation.
+
+        Raises: UserError if the image size does not fit the patch size.
+        """
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise UserError(

@@ -491,3 +491,4 @@ def encoder_sizes(weights: Mapping[str, Tensor], source: str) -> dict[str, int]:
 
 
 __model_loader__ = load_model  # the name that evaluation scripts look for in a model file
+__trained_by__ = "train_ijepa.py"  # the file beside this one that has the predictor, for pictures

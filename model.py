@@ -842,3 +842,4 @@ def load_model(
 
 
 __model_loader__ = load_model  # the name that evaluation scripts look for in a model file
+__trained_by__ = "train_capi.py"  # the file beside this one that has the predictor, for pictures

@@ -1,11 +1,12 @@
-"""Pictures of patch features: principal components of any number of patches, and colours."""
+"""Pictures of patch features: principal components, colours, and what a method brings to show its predictions."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, UInt8
-from torch import Tensor
+from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt8
+from torch import Tensor, nn
 
 from distributed import all_reduce_sum_, broadcast_object
 
@@ -117,3 +118,40 @@ def show(ax: "Axes", pixels: np.ndarray, title: str = "") -> None:
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
+
+
+class Prediction(NamedTuple):
+    """What is predicted of an image from a part of its patches, row-major."""
+
+    visible: Bool[Tensor, " n"]
+    """Which patches are seen."""
+    positions: Int64[Tensor, " m"]
+    """Which patches are predicted, in `[0, n)`; of one that occurs more than once the last prediction counts."""
+    draws: Mapping[str, Float[Tensor, "m d"]]
+    """Title, of lower-case words -> representations there, whose cosine to `PatchPredictor.targets` says how alike a
+    patch is. A deterministic prediction is one draw."""
+
+
+class PatchPredictor(nn.Module):
+    """Student and predictor of a training checkpoint, for pictures of what they predict at hidden patches.
+
+    The script that trains a method derives a class from this one, and names what makes it `__predictor_loader__`: a
+    function of (checkpoint: Path, resolution: int, *, trained: bool), the folder, pixels along an edge of the images,
+    and whether the student has its trained weights, or random ones by torch's global generator.
+    """
+
+    def forward(self, image: Float[Tensor, "3 h w"], seed: int, num_draws: int) -> Prediction:
+        """Hide patches as the training does, and predict them.
+
+        Args:
+            image: normalised.
+            seed: what the mask and all draws follow from.
+            num_draws: how many draws, if the prediction is not deterministic.
+
+        Raises: UserError if images of this size cannot be masked.
+        """
+        raise NotImplementedError
+
+    def targets(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """What predictions are compared to, of the teacher's patch features: these themselves, unless overridden."""
+        return features

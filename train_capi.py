@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from checkpoint import SavedState
+from checkpoint import SavedState, read_weights
 from clustering import (
     L2NormLinear,
     OnlineClustering,
@@ -54,10 +54,11 @@ from config import (
 from data import Batch, PretrainLoader
 from distributed import all_reduce_sum_, mean_over_ranks, rank, world_size
 from flops import StepShape, device_memory_estimate, training_flops_per_image
-from masking import MaskPlan, PatchMasks, make_masking_generator
+from masking import MaskPlan, PatchMasks, draw_positions, make_masking_generator
 from metrics import feature_health
 from model import EncoderDecoder, RotaryEmbedding
 from optim import ema_update_, make_adamw, multipliers, scheduled, set_rates_
+from pictures import PatchPredictor, Prediction
 from report import Panel
 from training import (
     Run,
@@ -71,7 +72,7 @@ from training import (
     weights_to_start_from,
 )
 from utils import UserError, derive_seed, ending_in_words, setup_logging
-from weights import backbone_part, load_backbone_weights, read_state_dict
+from weights import backbone_part, load_backbone_weights, load_strictly, read_state_dict
 
 logger = logging.getLogger("capi")
 
@@ -405,9 +406,7 @@ class CapiState(TrainState[CapiConfig]):
             for module in backbone.modules():
                 if isinstance(module, RotaryEmbedding):
                     module.requires_grad_(False)
-        return nn.ModuleDict(
-            {"backbone": backbone, "head": L2NormLinear(backbone.pred_dim, self.cfg.capi.num_clusters)}
-        )
+        return with_head(backbone, self.cfg)
 
     def _make_clustering(self) -> OnlineClustering:
         width = self.cfg.model.transformers_kwargs.embed_dim
@@ -425,6 +424,11 @@ class CapiState(TrainState[CapiConfig]):
         """The teacher's patch features, not compiled, for batches of any size."""
         backbone: Any = self.student_ema["backbone"]
         return do_teacher(backbone, images, self.dtype)
+
+
+def with_head(backbone: EncoderDecoder, cfg: CapiConfig) -> nn.ModuleDict:
+    """A student: its backbone and a fresh head."""
+    return nn.ModuleDict({"backbone": backbone, "head": L2NormLinear(backbone.pred_dim, cfg.capi.num_clusters)})
 
 
 def start_from(student: nn.ModuleDict, path_or_url: str) -> None:
@@ -687,6 +691,58 @@ def dry_run(cfg: CapiConfig) -> str:
         schedule=schedule,
         warnings=warnings(cfg),
     )
+
+
+# --- For pictures ----------------------------------------------------------------------------------------------------
+
+
+class PrototypePredictor(PatchPredictor):
+    """A student's distribution over prototypes at hidden patches: the most likely one of each patch, then draws.
+
+    A prototype is represented by its row of the teacher's clustering head: the patch with the nearest feature is the
+    one that the teacher is most certain to be of it.
+    """
+
+    prototypes: Tensor
+
+    def __init__(self, cfg: CapiConfig, student: nn.ModuleDict, prototypes: Float[Tensor, "k d"]) -> None:
+        super().__init__()
+        self.cfg, self.student = cfg, student
+        self.register_buffer("prototypes", prototypes)
+
+    def forward(self, image: Float[Tensor, "3 h w"], seed: int, num_draws: int) -> Prediction:
+        """See `PatchPredictor.forward`; all hidden patches are predicted."""
+        data, patch_size = self.cfg.data, self.cfg.model.patch_size
+        plan = MaskPlan(image.shape[1] // patch_size, image.shape[2] // patch_size, data.mask_ratio, 1.0)
+        masking = make_masking_generator(data.masking_generator, **data.masking_generator_kwargs)
+        random = torch.Generator().manual_seed(seed)
+        seen, hidden = draw_positions(plan, masking, random)
+        backbone: Any = self.student["backbone"]
+        indices = (seen.to(image.device), hidden.to(image.device))
+        _, predicted = backbone.forward_pretrain(image.unsqueeze(0), *indices, do_prediction=True)
+        logits = self.student["head"](predicted).float()
+        probabilities = (logits / self.cfg.capi.student_temp).softmax(dim=-1).cpu()
+        chosen = {"most likely": probabilities.argmax(dim=-1)}
+        for number in range(1, num_draws + 1):
+            chosen[f"draw {number}"] = torch.multinomial(probabilities, 1, generator=random).squeeze(1)
+        visible = torch.zeros(plan.num_patches, dtype=torch.bool).index_fill(0, seen, True)
+        return Prediction(visible, hidden, {title: self.prototypes[k.to(image.device)] for title, k in chosen.items()})
+
+
+def load_predictor(checkpoint: Path, resolution: int, *, trained: bool) -> PrototypePredictor:
+    """Student and prototypes of a training checkpoint, for images of any `resolution`; see `PatchPredictor`.
+
+    Raises: UserError if it is damaged, or of another method.
+    """
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [str(checkpoint / "config.yaml")])
+    student = with_head(EncoderDecoder(**cfg.model.kwargs()), cfg)
+    if trained:
+        remedy = "Give a checkpoint as it was saved"
+        load_strictly(student, read_weights(checkpoint, "student"), str(checkpoint), remedy=remedy)
+    return PrototypePredictor(cfg, student, read_weights(checkpoint, "clustering")["layer.weight"].float())
+
+
+__predictor_loader__ = load_predictor  # the name that pictures of predictions look for
 
 
 @ending_in_words

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from checkpoint import SavedState
+from checkpoint import SavedState, read_weights
 from config import (
     COUNT,
     FRACTION,
@@ -58,6 +58,7 @@ from masking import MultiBlockMasks, MultiBlockPlan
 from metrics import feature_health
 from model import resize_positions
 from optim import ema_update_, half_cosine, make_adamw, multipliers, scheduled_ahead, set_rates_
+from pictures import PatchPredictor, Prediction
 from report import Panel
 from training import (
     Run,
@@ -443,12 +444,24 @@ class StartingWeights:
         return published_moments(self.file, self.path_or_url)
 
     def _fill(self, module: nn.Module, weights: dict[str, Tensor], table: str) -> None:
-        side = int(module.grid_size)  # pyright: ignore[reportArgumentType]  # of an encoder or a predictor
-        if table in weights:
-            resized = resize_positions(weights[table], (side, side), antialias=False)
-            weights = {**weights, table: resized}
-        remedy = "Set model.* and predictor.* to what they were trained with"
-        load_strictly(module, weights, self.path_or_url, remedy=remedy)
+        load_resized(module, weights, table, self.path_or_url)
+
+
+def load_resized(module: nn.Module, weights: dict[str, Tensor], table: str, source: str) -> None:
+    """Copy weights into an encoder or predictor whose grid of patches may be another one.
+
+    Args:
+        module: filled in place.
+        weights: by its own keys.
+        table: key of the positions, which are resized.
+        source: where the weights are from, for messages.
+
+    Raises: UserError if they do not fit.
+    """
+    side = int(module.grid_size)  # pyright: ignore[reportArgumentType]  # of an encoder or a predictor
+    if table in weights:
+        weights = {**weights, table: resize_positions(weights[table], (side, side), antialias=False)}
+    load_strictly(module, weights, source, remedy="Set model.* and predictor.* to what they were trained with")
 
 
 def train_step(
@@ -692,6 +705,64 @@ def dry_run(cfg: IjepaConfig) -> str:
         schedule=schedule,
         warnings=warnings(cfg, sizes),
     )
+
+
+# --- For pictures ----------------------------------------------------------------------------------------------------
+
+
+class BlockPredictor(PatchPredictor):
+    """A student's features of target blocks: one prediction by I-JEPA, as many as there is noise by StoP."""
+
+    def __init__(self, cfg: IjepaConfig) -> None:
+        super().__init__()
+        self.cfg, self.encoder, self.predictor = cfg, cfg.make_encoder(), cfg.make_predictor()
+
+    def forward(self, image: Float[Tensor, "3 h w"], seed: int, num_draws: int) -> Prediction:
+        """See `PatchPredictor.forward`; the context, the first of several, is cut as in a forward pass of training."""
+        batch = [(number,) for number in range(self.cfg.optim.batch_size_per_gpu)]
+        masks = MultiBlockMasks(mask_plan(self.cfg), seed)(batch)
+        context, targets = masks["context_indices"][:1, :1], masks["target_indices"][:, :1]
+        visible = torch.zeros(self.cfg.grid_size**2, dtype=torch.bool).index_fill(0, context.flatten(), True)
+        context, targets = context.to(image.device), targets.to(image.device)
+        encoded = self.encoder.encode(image.unsqueeze(0), context)
+        std = self.cfg.predictor.position_noise_std
+        noises: dict[str, Tensor | None] = {"predicted": None}
+        if std > 0:
+            random = torch.Generator().manual_seed(seed)
+            size = (*targets.flatten(0, 1).shape, self.cfg.model.embed_dim)
+            drawn = (std * torch.randn(size, generator=random).to(image.device) for _ in range(num_draws))
+            noises = {f"draw {number}": noise for number, noise in enumerate(drawn, 1)}
+        draws = {
+            title: self.predictor(encoded, context, targets, noise).flatten(0, 1) for title, noise in noises.items()
+        }
+        return Prediction(visible, targets.flatten().cpu(), draws)
+
+    def targets(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Teacher's features, normalised over their channels."""
+        everywhere = torch.arange(features.shape[1], device=features.device).expand(1, len(features), -1)
+        return prediction_targets(features, everywhere)
+
+
+def load_predictor(checkpoint: Path, resolution: int, *, trained: bool) -> BlockPredictor:
+    """Student and predictor of a training checkpoint; see `PatchPredictor`.
+
+    Raises: UserError if it is damaged, or of another method, or has no grid for images of this size.
+    """
+    sources = [str(checkpoint / "config.yaml"), f"data.images_size={resolution}"]
+    predictor = BlockPredictor(load_config(IjepaConfig, DEFAULT_CONFIG, sources))
+    if trained:
+        weights = read_weights(checkpoint, "student")
+        parts = {
+            "backbone": (predictor.encoder, "pos_embed"),
+            "predictor": (predictor.predictor, "predictor_pos_embed"),
+        }
+        for name, (module, table) in parts.items():
+            own = {key.removeprefix(f"{name}."): x for key, x in weights.items() if key.startswith(f"{name}.")}
+            load_resized(module, own, table, str(checkpoint))
+    return predictor
+
+
+__predictor_loader__ = load_predictor  # the name that pictures of predictions look for
 
 
 @ending_in_words

@@ -2,22 +2,27 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_cli, seeded
+from golden_ijepa import STOP_NOISE, tiny_run
 from PIL import Image
 from ranks import run_on_ranks
-from runs import make_images
+from runs import make_images, tiny
 from torch import nn
 
 import eval_visualizations as vis
+import train_capi
+import train_ijepa
 from checkpoint import Checkpoints
 from clustering import OnlineClustering, normalize_features
 from config import load_config
 from evaluation import EvaluationConfig, FrozenModel, load_model_file
+from sources import make_dataset
 from utils import UserError
 
 WIDTH = 16
@@ -412,3 +417,225 @@ def test_clustering_head_of_a_file_is_that_of_the_checkpoint(place, checkpoint, 
     assert of_file.is_teacher is None
     with pytest.raises(UserError, match="width 16, and the model gives 3"):
         vis.read_clustering_head(str(checkpoint), module, 3)
+
+
+# ------------------------------------------------------------------------------------------------------ predictions
+
+TRAINING = '''
+import torch
+from checkpoint import read_weights
+from pictures import PatchPredictor, Prediction
+class Oracle(PatchPredictor):
+    """Predicts at fixed positions what the checkpoint has in store, or random numbers if it is not trained."""
+    def __init__(self, wanted):
+        super().__init__()
+        self.register_buffer("wanted", wanted)
+    def forward(self, image, seed, num_draws):
+        visible = torch.zeros(16, dtype=torch.bool).index_fill(0, torch.tensor([0, 5]), True)
+        return Prediction(visible, torch.tensor([1, 6, 11]), {"kept": self.wanted, "turned": self.wanted.flip(0)})
+    def targets(self, features):
+        return 3 * features
+def __predictor_loader__(checkpoint, resolution, *, trained):
+    wanted = read_weights(checkpoint, "student")["wanted"]
+    return Oracle(wanted if trained else torch.randn_like(wanted))
+'''
+IN_STORE = [(3, 7), (5, 2), (0, 4)]
+"""(image, patch) whose features are predicted; of the first one also for itself."""
+
+
+@pytest.fixture(scope="module")
+def oracle(place):
+    """A folder with a model file, the script that trains it, and a run whose student predicts known patches."""
+    (place / "predicting.py").write_text(MODEL + '\n__trained_by__ = "training.py"\n')
+    (place / "training.py").write_text(TRAINING)
+    cfg = EvaluationConfig(output_dir="unused")
+    model = FrozenModel(load_model_file(str(place / "predicting.py"), {}), cfg, torch.device("cpu"), "predicting.py")
+    dataset = make_dataset(f"custom://Images?root='{place / 'images'}'")
+    squares = torch.stack([vis.square(dataset[i].image(), 16) for i in range(len(dataset))])
+    features = model(squares).feature_map.flatten(1, 2)
+    student = nn.Module()
+    student.register_buffer("wanted", torch.stack([2 * features[at] for at in IN_STORE]))
+    modules = {"student": student, "student_ema": nn.ModuleDict({"backbone": model.module})}
+    Checkpoints(place / "run", keep=1).save(7, modules=modules, optimizers={}, extra={}, rank_extra={}, config_yaml="")
+    return place, squares.movedim(1, -1).numpy().astype(int), features
+
+
+def predicted(oracle, output_dir, *more):
+    place, *_ = oracle
+    given = ["pictures=[predictions]", f"model_path={place / 'predicting.py'}", f"predictor_checkpoint={place / 'run'}"]
+    return run(place, output_dir, *given, *more)
+
+
+def patch_at(picture, patch):
+    row, column = (4 * place for place in divmod(patch, 4))
+    return picture[row : row + 4, column : column + 4]
+
+
+def test_a_predicted_patch_is_shown_pixel_for_pixel_and_never_of_the_same_image(oracle, tmp_path):
+    _, images, features = oracle
+    assert predicted(oracle, tmp_path) == 0
+    others = torch.nn.functional.normalize(features, dim=-1)
+    similarity = others @ others[0, 4]
+    similarity[0] = -2
+    second_best = divmod(int(similarity.argmax()), 16)
+    for number, last in ((0, second_best), (1, (0, 4))):
+        expected = {1: IN_STORE[0], 6: IN_STORE[1], 11: last}
+        for title, order in (("kept", [1, 6, 11]), ("turned", [11, 6, 1])):
+            picture = pixels(tmp_path / "artifacts" / "predictions" / title / f"00000{number}.png")
+            for position, source in zip([1, 6, 11], order, strict=True):
+                image, patch = expected[source]
+                shown = patch_at(picture, position)
+                assert np.array_equal(shown, patch_at(images[image], patch)), (number, title, position)
+            for position in range(16):
+                if position in (0, 5):
+                    assert np.array_equal(patch_at(picture, position), patch_at(images[number], position))
+                elif position not in expected:
+                    assert (patch_at(picture, position) == vis.HIDDEN).all(), "neither seen nor predicted"
+        seen = pixels(tmp_path / "artifacts" / "predictions" / "visible" / f"00000{number}.png")
+        assert [p for p in range(16) if (patch_at(seen, p) != vis.HIDDEN).any()] == [0, 5]
+    results = results_in(tmp_path)["predictions"]
+    assert results["draws"] == ["kept", "turned", "random weights"]
+    assert results["is_its_teacher"] is True
+    assert results["predicted_patches"] == 6, "three in each of the two images shown"
+    assert results["median_similarity"]["kept"] == pytest.approx(1.0)
+    assert results["median_similarity"]["random weights"] < 0.9
+
+
+def test_other_batches_and_ranks_show_the_same_predictions(oracle, tmp_path):
+    assert predicted(oracle, tmp_path / "one", "batch_size=1") == 0
+    assert predicted(oracle, tmp_path / "three", "batch_size=3") == 0
+    place, *_ = oracle
+    given = ["pictures=[predictions]", f"model_path={place / 'predicting.py'}", f"predictor_checkpoint={place / 'run'}"]
+    run_on_ranks(pictures_on_rank, 2, arguments(place, tmp_path / "ranks", *given))
+    names = sorted(str(path.relative_to(tmp_path / "one")) for path in (tmp_path / "one").rglob("*.png"))
+    assert len(names) == 4 * 2 + 2
+    for other in ("three", "ranks"):
+        for name in names:
+            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / other / name).read_bytes(), (other, name)
+
+
+def test_predictions_that_are_there_are_kept_and_those_of_another_request_are_not(oracle, tmp_path):
+    picture = tmp_path / "artifacts" / "predictions" / "kept" / "000000.png"
+    assert predicted(oracle, tmp_path) == 0
+    first = picture.stat().st_mtime_ns
+    assert predicted(oracle, tmp_path) == 0
+    assert picture.stat().st_mtime_ns == first
+    assert predicted(oracle, tmp_path, "prediction_draws=5") == 0
+    assert picture.stat().st_mtime_ns > first
+
+
+def test_best_patches_are_found_in_parts_as_at_once(monkeypatch):
+    x, queries = torch.randn(5, 9, 8, generator=seeded(0)), torch.randn(23, 8, generator=seeded(1))
+    similarity = torch.nn.functional.cosine_similarity(x[:, None], queries[None, :, None], dim=-1)  # [b, q, n]
+    monkeypatch.setattr(vis, "QUERIES_AT_A_TIME", 7)
+    rows = vis.best_patches(x, queries)
+    torch.testing.assert_close(rows[..., 0], similarity.amax(dim=2))
+    assert torch.equal(rows[..., 1].long(), similarity.argmax(dim=2))
+
+
+TRAININGS = {
+    "CAPI": (train_capi, tiny, "model.py", 16, ["most likely", "draw 1", "draw 2", "draw 3"]),
+    "I-JEPA": (train_ijepa, tiny_run, "ijepa.py", 32, ["predicted"]),
+    "StoP": (train_ijepa, lambda *run: tiny_run(*run, STOP_NOISE), "ijepa.py", 32, ["draw 1", "draw 2", "draw 3"]),
+}
+
+
+@pytest.fixture(scope="module", params=TRAININGS)
+def trained(request, place, tmp_path_factory):
+    """What a few steps of a method left, and how its predictions are drawn."""
+    script, command, model_path, size, titles = TRAININGS[request.param]
+    folder = tmp_path_factory.mktemp("trained")
+    assert script.main(command(place / "images", folder)) == 0
+    return folder, script, model_path, size, titles
+
+
+def predictions_of(trained, place, output_dir, *more):
+    folder, _, model_path, size, _ = trained
+    return vis.main(
+        [
+            f"model_path={model_path}",
+            f"model_loader_kwargs.pretrained_weights={folder / 'student_ema.pth'}",
+            f"dataset_name=custom://Images?root='{place / 'images'}'",
+            f"output_dir={output_dir}",
+            f"resolution={size}",
+            "num_overview=2",
+            "num_workers=0",
+            "device=cpu",
+            *more,
+        ]
+    )
+
+
+def test_every_method_finds_its_run_and_draws_what_it_predicts(trained, place, tmp_path):
+    assert predictions_of(trained, place, tmp_path, "pictures=[predictions]") == 0
+    results = results_in(tmp_path)["predictions"]
+    folder, _, _, size, titles = trained
+    assert str(folder / "checkpoints" / "step_000000006") in results["read_from"]
+    assert results["is_its_teacher"] is True
+    assert results["draws"] == [*titles, "random weights"]
+    for title in ("visible", *results["draws"]):
+        for number in (0, 1):
+            path = tmp_path / "artifacts" / "predictions" / title.replace(" ", "_") / f"00000{number}.png"
+            assert pixels(path).shape == (size, size, 3)
+    for figure in ("predictions", "overview"):
+        assert pixels(tmp_path / "artifacts" / f"{figure}.png").std() > 20, f"{figure}.png is empty"
+
+
+def test_predictions_follow_from_the_seed_and_differ_where_they_are_stochastic(trained):
+    folder, script, _, size, titles = trained
+    (step,) = Checkpoints(folder, keep=1).all()[-1:]
+    predictor = script.load_predictor(step, size, trained=True).eval()
+    image = torch.randn(3, size, size, generator=seeded(0))
+    with torch.no_grad():
+        prediction, again, other = (predictor(image, seed, 3) for seed in (1, 1, 2))
+    assert list(prediction.draws) == titles
+    assert torch.equal(prediction.visible, again.visible)
+    assert all(torch.equal(prediction.draws[title], again.draws[title]) for title in titles)
+    assert not torch.equal(prediction.visible, other.visible), "another seed hides other patches"
+    assert not prediction.visible[prediction.positions].any(), "what is seen is predicted"
+    stacked = torch.stack([prediction.draws[title] for title in titles])
+    assert len(stacked.flatten(1).unique(dim=0)) == len(titles), "two draws are the same"
+    untrained = script.load_predictor(step, size, trained=False).eval()
+    with torch.no_grad():
+        control = untrained(image, 1, 3)
+    assert torch.equal(control.visible, prediction.visible), "random weights see another part"
+    assert not torch.equal(control.draws[titles[0]], prediction.draws[titles[0]])
+
+
+def test_predictions_are_made_at_sizes_that_were_not_trained(trained, place, tmp_path):
+    double = f"resolution={2 * trained[3]}"
+    assert predictions_of(trained, place, tmp_path, "pictures=[predictions]", double) == 0
+    assert pixels(tmp_path / "artifacts" / "predictions" / "visible" / "000000.png").shape[0] == 2 * trained[3]
+
+
+def test_a_model_that_predicts_nothing_is_an_error_only_if_it_was_asked_to(place, trained, tmp_path, capsys):
+    assert run(place, tmp_path / "asked", "pictures=[norms,predictions]") == 2
+    message = capsys.readouterr().err
+    assert "pictures=['norms', 'predictions']" in message
+    assert "tiny.py is of models that predict no patches; leave predictions out" in message
+    assert run(place, tmp_path / "default") == 0
+    assert "predictions" not in results_in(tmp_path / "default")
+
+
+def test_a_run_that_is_not_found_or_does_not_fit_is_named(trained, oracle, place, tmp_path, capsys):
+    folder, _, model_path, *_ = trained
+
+    def message(*more):
+        assert predictions_of(trained, place, tmp_path / "out", *more) == 2
+        return capsys.readouterr().err
+
+    exported = tmp_path / "away" / "student_ema.pth"
+    exported.parent.mkdir()
+    for suffix in (".pth", ".yaml"):
+        shutil.copy(folder / f"student_ema{suffix}", exported.with_suffix(suffix))
+    moved = f"model_loader_kwargs.pretrained_weights={exported}"
+    assert "predictor_checkpoint=None: no run in the folders above" in message("pictures=[predictions]", moved)
+    assert predictions_of(trained, place, tmp_path / "named", moved, f"predictor_checkpoint={folder}") == 0
+    capsys.readouterr()
+    assert predictions_of(trained, place, tmp_path / "left out", moved) == 0
+    assert "no predictions are drawn: name the run" in capsys.readouterr().err
+    assert "has no training checkpoint; give the folder of a run" in message(f"predictor_checkpoint={tmp_path}")
+    assert "/nowhere" in message("predictor_checkpoint=/nowhere")
+    assert f"give a run of the models of {model_path}" in message(f"predictor_checkpoint={oracle[0] / 'run'}")
+    alone = message("pictures=[predictions]", "num_images=1", "output_dir=" + str(tmp_path / "alone"))
+    assert "num_images=1: the patches of other images are shown" in alone
