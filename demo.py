@@ -3,9 +3,9 @@
     python demo.py [--output-dir runs/demo] [--data data/flower_beds] [--data-seed 0] [a.b=c ...]
 
 Runs, as you would type them, `demo_data/flower_beds.py`, which draws the images; `train_capi.py configs/demo.yaml`,
-with your overrides; and `benchmark.py` with configs/evals/demo.yaml for raw pixels, for a histogram of colours, and for
-the trained model beside random initialisation. Then it draws what came out and ends with a verdict. Started again after
-an interruption, it continues.
+with your overrides; `benchmark.py` with configs/evals/demo.yaml for raw pixels, for a histogram of colours, and for
+the trained model beside random initialisation; and `eval_visualizations.py` for what the student predicts. Then it
+draws what came out and ends with a verdict. Started again after an interruption, it continues.
 """
 
 from utils import command_line
@@ -61,6 +61,8 @@ FEW_LABELS = "knn_10_images"
 TITLES = ("trained", "random weights", "raw pixels", "colour histogram")
 """What the models are called, in the order in which `report.columns` has them."""
 NUM_QUERIES, NUM_NEIGHBOURS = 5, 4
+NUM_PREDICTED_FROM = 20
+"""Held-out images whose patches stand for predictions, two of each mix; those of the first six are predicted."""
 
 BY_CONSTRUCTION = (
     "The class is a mix of three colours by construction, so this shows the mechanism: the model learned from hidden "
@@ -71,6 +73,12 @@ CHOICES = "The scores are means over three choices of the ten images, the pictur
 NEIGHBOURS_CAPTION = (
     "Held-out images, and the others whose mean patch features are most alike (cosine). Crossed out: another mix. The "
     "shares are those of all held-out images, not of these alone."
+)
+PREDICTIONS_CAPTION = (
+    "What the student predicts where it sees nothing: each hidden patch is shown as that patch of another held-out "
+    "image of which the teacher is most certain that it belongs to the predicted prototype. First the most likely "
+    "prototype of each patch, then draws from the predicted distributions, each patch by itself, then the most likely "
+    "prototype by a student with random weights."
 )
 
 
@@ -143,7 +151,8 @@ def elsewhere(config: str, data: str) -> list[str]:
 
 
 def evaluations(cfg: CapiConfig, data: str) -> list[list[str]]:
-    """Commands that evaluate raw pixels, colour histograms, and the trained model beside its random initialisation."""
+    """Commands that evaluate raw pixels, colour histograms, and the trained model beside its random initialisation, and
+    that draw what its student predicts."""
     run_dir, folder = cfg.train.output_dir, f"{cfg.train.output_dir}/evaluation"
     baselines = {"raw pixels": "pixels", "colour histogram": "histogram"}
     keys = [
@@ -167,7 +176,16 @@ def evaluations(cfg: CapiConfig, data: str) -> list[list[str]]:
     # Of the random weights, and of the choices of labelled images, which are thus the same for all.
     shared = [f"seed={cfg.train.seed}", f"evals_config_path={EVALS}"]
     shared += [f"evals.{override}" for override in elsewhere(EVALS, data)]
-    return [["benchmark.py", *own, *shared] for own in keys]
+    predictions = [
+        "pictures=[predictions]",
+        f"output_dir={run_dir}/predictions",
+        f"model_loader_kwargs.pretrained_weights={run_dir}/student_ema.pth",
+        f"dataset_name=custom://Images?root='{data}/val/images'",
+        f"num_images={NUM_PREDICTED_FROM}",
+        f"resolution={cfg.data.images_size}",
+        f"seed={cfg.train.seed}",
+    ]
+    return [*(["benchmark.py", *own, *shared] for own in keys), ["eval_visualizations.py", *predictions]]
 
 
 def check_finished(cfg: CapiConfig) -> None:
@@ -214,7 +232,9 @@ def draw(cfg: CapiConfig, content: Mapping[str, Any]) -> dict[Path, str]:
     """
     run_dir = Path(cfg.train.output_dir)
     report, curves = run_dir / "evaluation" / "report.html", run_dir / "curves.png"
-    ten_labels, neighbours = run_dir / "ten_labels.png", run_dir / "neighbours.png"
+    ten_labels, neighbours, predictions = (
+        run_dir / f"{name}.png" for name in ("ten_labels", "neighbours", "predictions")
+    )
     draw_curves(read_metrics(run_dir / "metrics.jsonl"), panels(cfg.capi.num_clusters)).savefig(curves)
     evaluated: dict[str, Any] = dict(zip(TITLES, columns(content).values(), strict=True))
     models = {title: load(entries["segmentation"]["config"]) for title, entries in evaluated.items()}
@@ -223,7 +243,12 @@ def draw(cfg: CapiConfig, content: Mapping[str, Any]) -> dict[Path, str]:
     images, masks = read_pairs(test)
     _save(draw_ten_labels(cfg, evaluated, models, images, masks), ten_labels)
     _save(draw_neighbours(models, images, masks), neighbours)
-    lead = [(ten_labels, f"{verdict(content)} {CHOICES} {BY_CONSTRUCTION}"), (neighbours, NEIGHBOURS_CAPTION)]
+    _save_small(run_dir / "predictions" / "artifacts" / "predictions.png", predictions)
+    lead = [
+        (ten_labels, f"{verdict(content)} {CHOICES} {BY_CONSTRUCTION}"),
+        (neighbours, NEIGHBOURS_CAPTION),
+        (predictions, PREDICTIONS_CAPTION),
+    ]
     write_report(report, content, run_dir, lead)
     checkpoint = Checkpoints(run_dir, keep=1).newest()
     assert checkpoint is not None  # the training has finished
@@ -231,6 +256,7 @@ def draw(cfg: CapiConfig, content: Mapping[str, Any]) -> dict[Path, str]:
         report: "scores and pictures: open it in a browser",
         ten_labels: "what the features make of ten labelled images",
         neighbours: "the images most alike to a few others",
+        predictions: "what the student predicts at hidden patches",
         curves: "how the training went",
         run_dir / "metrics.jsonl": "a line of numbers each few steps",
         run_dir / "student_ema.pth": "averaged weights, for model.load_model",
@@ -409,10 +435,14 @@ def draw_neighbours(
 
 
 def _save(figure: "Figure", path: Path) -> None:
-    """Save as a PNG with 256 colours, which is a third of the size."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    with Image.open(buffer) as image:
+    _save_small(buffer, path)
+
+
+def _save_small(picture: Path | io.BytesIO, path: Path) -> None:
+    """Save a picture as a PNG with 256 colours, which is a third of the size."""
+    with Image.open(picture) as image:
         image.convert("RGB").quantize(256).save(path, optimize=True)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 import benchmark
 import demo
 import eval_segmentation
+import eval_visualizations
 import train_capi
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from demo_data import flower_beds
@@ -152,7 +153,8 @@ def in_this_process(script: str, *arguments: str) -> int:
     """What `demo.run` does, without starting processes that import torch."""
     if script == demo.DRAWING:
         return flower_beds.main(arguments)
-    return {"train_capi.py": train_capi, "benchmark.py": benchmark}[script].main(list(arguments))
+    scripts = {"train_capi.py": train_capi, "benchmark.py": benchmark, "eval_visualizations.py": eval_visualizations}
+    return scripts[script].main(list(arguments))
 
 
 def evaluate_here(task: benchmark.Task, nproc_per_node: int) -> benchmark.Status:
@@ -191,8 +193,8 @@ def test_the_demo_ends_with_the_numbers_of_the_results_the_times_and_the_files(r
     assert "mix of three colours by construction" in after
     for part in ("drawing the images", "training", "evaluation", "pictures", "in all"):
         assert part in after
-    for name in ("evaluation/report.html", "ten_labels.png", "neighbours.png", "curves.png", "metrics.jsonl",
-                 "student_ema.pth", "checkpoints/step_000000002"):  # fmt: skip
+    for name in ("evaluation/report.html", "ten_labels.png", "neighbours.png", "predictions.png", "curves.png",
+                 "metrics.jsonl", "student_ema.pth", "checkpoints/step_000000002"):  # fmt: skip
         assert (folder / name).exists()
         assert str(folder / name) in after
 
@@ -201,14 +203,14 @@ def test_the_report_leads_with_the_pictures_and_says_what_they_do_not_show(ran):
     folder, *_ = ran
     page = (folder / "evaluation" / "report.html").read_text()
     first = page[: page.index('id="scores"')]
-    assert first.count("<img") == 2
+    assert first.count("<img") == 3
     assert "by construction" in first
     assert "configs/imagenette.yaml" in first
 
 
 def test_the_pictures_are_small_and_legible(ran):
     folder, *_ = ran
-    for name in ("ten_labels", "neighbours"):
+    for name in ("ten_labels", "neighbours", "predictions"):
         assert (folder / f"{name}.png").stat().st_size < 300_000
         with Image.open(folder / f"{name}.png") as image:
             assert min(image.size) > 300
@@ -242,7 +244,7 @@ def test_every_column_is_a_mix_and_truth_has_its_colour(ran, beds, tmp_path):
 
 
 def test_a_failed_part_ends_the_demo_with_its_exit_code(monkeypatch, tmp_path):
-    for failing in (demo.DRAWING, "train_capi.py", "benchmark.py"):
+    for failing in (demo.DRAWING, "train_capi.py", "benchmark.py", "eval_visualizations.py"):
         monkeypatch.setattr(demo, "check_finished", lambda cfg: None)
         monkeypatch.setattr(demo, "run", lambda script, *_, failing=failing: 3 if script == failing else 0)
         assert demo.main(["--output-dir", str(tmp_path)]) == 3

@@ -22,6 +22,7 @@ from checkpoint import Checkpoints
 from clustering import OnlineClustering, normalize_features
 from config import load_config
 from evaluation import EvaluationConfig, FrozenModel, load_model_file
+from report import write_report
 from sources import make_dataset
 from utils import UserError
 
@@ -579,6 +580,22 @@ def test_every_method_finds_its_run_and_draws_what_it_predicts(trained, place, t
             assert pixels(path).shape == (size, size, 3)
     for figure in ("predictions", "overview"):
         assert pixels(tmp_path / "artifacts" / f"{figure}.png").std() > 20, f"{figure}.png is empty"
+
+
+def test_an_evaluation_during_training_finds_the_run_and_its_report_shows_the_predictions(trained, place, tmp_path):
+    folder, *_ = trained
+    launched = tmp_path / "run" / "evals" / "fast" / "step_000000006"
+    launched.mkdir(parents=True)
+    shutil.copytree(folder / "checkpoints", tmp_path / "run" / "checkpoints")
+    for suffix in (".pth", ".yaml"):
+        shutil.copy(folder / f"student_ema{suffix}", launched / f"weights{suffix}")
+    results = launched / "results" / "pictures"
+    weights = f"model_loader_kwargs.pretrained_weights={launched / 'weights.pth'}"
+    assert predictions_of(trained, place, results, weights, "pictures=[norms,nearest,predictions]") == 0
+    entry = json.loads((results / "results_visualizations.json").read_text()) | {"folder": "pictures"}
+    write_report(launched / "results" / "report.html", {"name": "a run", "evaluations": {"pictures": entry}})
+    page = (launched / "results" / "report.html").read_text()
+    assert "<figcaption>predictions, a run</figcaption><img" in page
 
 
 def test_predictions_follow_from_the_seed_and_differ_where_they_are_stochastic(trained):
