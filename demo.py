@@ -61,8 +61,6 @@ FEW_LABELS = "knn_10_images"
 TITLES = ("trained", "random weights", "raw pixels", "colour histogram")
 """What the models are called, in the order in which `report.columns` has them."""
 NUM_QUERIES, NUM_NEIGHBOURS = 5, 4
-NUM_PREDICTED_FROM = 20
-"""Held-out images whose patches stand for predictions, two of each mix; those of the first six are predicted."""
 
 BY_CONSTRUCTION = (
     "The class is a mix of three colours by construction, so this shows the mechanism: the model learned from hidden "
@@ -181,7 +179,6 @@ def evaluations(cfg: CapiConfig, data: str) -> list[list[str]]:
         f"output_dir={run_dir}/predictions",
         f"model_loader_kwargs.pretrained_weights={run_dir}/student_ema.pth",
         f"dataset_name=custom://Images?root='{data}/val/images'",
-        f"num_images={NUM_PREDICTED_FROM}",
         f"resolution={cfg.data.images_size}",
         f"seed={cfg.train.seed}",
     ]

@@ -14,7 +14,7 @@ image, `<kind>/<number of the image in the data set>.png`, a square of the resol
     nearest                cosine similarity to one patch, the query; nearest.png has the best matches
     clusters               the prototype of the teacher's clustering head that is most similar, a colour each
     dictionary/3_atoms     parts of sparse non-negative codes, mixed from one colour per atom
-    predictions            the first images, their visible patches, and what the student of the run predicts for hidden
+    predictions            of a few images, the visible patches, and what the student of the run predicts for hidden
                            ones: there the patches of other images are shown that are most like the predictions
 
 Predictions need a checkpoint of the training; the folder of the run above the weights is found, or is named in
@@ -160,7 +160,8 @@ class VisualizationsConfig(EvaluationConfig):
     prediction_draws: int = field(default=3, metadata=COUNT)
     """Draws from predictions that are not deterministic."""
     num_overview: int = field(default=6, metadata=COUNT)
-    """Images, the first ones drawn, in overview.png, norms.png, nearest.png and predictions.png."""
+    """Images in figures: the first ones drawn in overview.png, norms.png and nearest.png, evenly spaced ones in
+    predictions.png."""
 
     free_keys: ClassVar[tuple[str, ...]] = (
         "pictures",
@@ -208,6 +209,11 @@ class Scene:
         """Numbers of the images in figures."""
         return self.numbers[: self.cfg.num_overview]
 
+    @property
+    def predicted(self) -> list[int]:
+        """Places among `numbers` of the images of which hidden patches are predicted."""
+        return evenly_spaced(len(self.numbers), self.cfg.num_overview)
+
 
 def evaluate(cfg: VisualizationsConfig, model: FrozenModel, results: Results) -> None:
     """Draw the pictures that `results` do not have yet."""
@@ -241,8 +247,8 @@ def evaluate(cfg: VisualizationsConfig, model: FrozenModel, results: Results) ->
     for kind in kinds:
         results.add(kind.name, kind.draw(rows))
     results.note(num_images=len(numbers), images=f"{numbers[0]} to {numbers[-1]} of {len(dataset)}", grid=grid)
-    if rank() == 0:
-        draw_overview(scene, results).savefig(scene.folder / "overview.png")
+    if rank() == 0 and (columns := overview_columns(scene, results)):
+        draw_overview(scene, results, columns).savefig(scene.folder / "overview.png")
     logger.info("pictures are in %s", scene.folder)
 
 
@@ -746,7 +752,7 @@ def predictions_figure(scene: Scene, draws: Sequence[str]) -> "Figure":
     """A row per image: itself, the visible patches, the draws, and what a student with random weights predicts."""
     from matplotlib.figure import Figure
 
-    titles, rows = ["visible", *draws], len(scene.shown)
+    titles, rows = ["visible", *draws], len(scene.predicted)
     figure = Figure(figsize=(1.7 * (len(titles) + 1), 1.72 * rows + 1.1), dpi=100, layout="constrained")
     axes = figure.subplots(rows, len(titles) + 1, squeeze=False)
     figure.suptitle(
@@ -754,7 +760,8 @@ def predictions_figure(scene: Scene, draws: Sequence[str]) -> "Figure":
         "prediction\n(grey: neither seen nor predicted)",
         fontsize=10,
     )
-    for row, number in enumerate(scene.shown):
+    for row, place in enumerate(scene.predicted):
+        number = scene.numbers[place]
         show(axes[row, 0], read_image(scene.dataset, number, scene.cfg.resolution).movedim(0, -1).numpy())
         axes[row, 0].set_ylabel(str(number), fontsize=9)
         for ax, title in zip(axes[row, 1:], titles, strict=True):
@@ -1086,7 +1093,7 @@ class _Clusters(Kind):
 
 
 class _Predictions(Kind):
-    """What the student of a training predicts at hidden patches of the images in figures."""
+    """What the student of a training predicts at hidden patches of a few images."""
 
     name = "predictions"
 
@@ -1098,8 +1105,9 @@ class _Predictions(Kind):
         assert checkpoint is not None
         self.checkpoint, self.read_from = checkpoint, _read_from(str(checkpoint))
         self.predictor, untrained = self._load(trained=True), self._load(trained=False)
+        self.numbers = [scene.numbers[place] for place in scene.predicted]
         # On one rank, so that all look for the same.
-        self.predictions = on_rank_0(lambda: [self._predict_beside(number, untrained) for number in scene.shown])
+        self.predictions = on_rank_0(lambda: [self._predict_beside(number, untrained) for number in self.numbers])
         self.titles = list(self.predictions[0].draws)
         self.queries = torch.cat([x for prediction in self.predictions for x in prediction.draws.values()])
         given, taken = (x.shape[-1] for x in (self.predictor.targets(scene.query_features[None]), self.queries))
@@ -1155,14 +1163,14 @@ class _Predictions(Kind):
     def draw(self, rows: Mapping[str, Tensor]) -> dict[str, Any]:
         scene, titles = self.scene, self.titles
         sizes = [len(titles) * len(prediction.positions) for prediction in self.predictions]
-        own = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        own = torch.tensor(scene.predicted).repeat_interleave(torch.tensor(sizes))
         similarity, patches = choose_patches(rows["predictions"], own)
         # Of each image, [draws, m] and [draws, m, 2].
         similarities = [x.unflatten(0, (len(titles), -1)) for x in similarity.split(sizes)]
         chosen = [x.unflatten(0, (len(titles), -1)) for x in patches.split(sizes)]
         if rank() == 0:
             squares = read_squares(scene, patches)
-            for number, prediction, patches_of_draws in zip(scene.shown, self.predictions, chosen, strict=True):
+            for number, prediction, patches_of_draws in zip(self.numbers, self.predictions, chosen, strict=True):
                 save_patchworks(scene, number, prediction, patches_of_draws, squares)
             predictions_figure(scene, titles).savefig(scene.folder / "predictions.png")
         barrier()
@@ -1182,8 +1190,7 @@ class _Predictions(Kind):
 
     @staticmethod
     def columns(scene: Scene, report: Mapping[str, Any]) -> dict[str, str]:
-        title = report["draws"][0]
-        return {_folder_of(title): f"hidden patches,\n{title}"}
+        return {}  # predictions.png has them
 
 
 class _JointPca(Kind):
@@ -1276,18 +1283,22 @@ def check_components(key: str, scene: Scene, num_images: int, where: str, remedy
 # ---------------------------------------------------------------------------------------------- the overview
 
 
-def draw_overview(scene: Scene, results: Results) -> "Figure":
-    """A row per image and a column per kind of picture, from the files that are there."""
-    from matplotlib.figure import Figure
-
-    about = results.about
+def overview_columns(scene: Scene, results: Results) -> list[tuple[type["Kind"], str, str]]:
+    """Kind, folder and title of the pictures of each column, of those that are there."""
     by_name = {kind.name: kind for kind in KINDS}
-    columns = [
+    return [
         (by_name[name], folder, title)
         for name in PICTURES
         if name in results
         for folder, title in by_name[name].columns(scene, results.values[name]).items()
     ]
+
+
+def draw_overview(scene: Scene, results: Results, columns: Sequence[tuple[type["Kind"], str, str]]) -> "Figure":
+    """A row per image and a column per kind of picture, from the files that are there."""
+    from matplotlib.figure import Figure
+
+    about = results.about
     rows = len(scene.shown)
     figure = Figure(figsize=(1.6 * (len(columns) + 1) + 0.2, 1.72 * rows + 1.1), dpi=100, layout="constrained")
     axes = figure.subplots(rows, len(columns) + 1, squeeze=False)
