@@ -216,9 +216,10 @@ def test_the_pictures_are_small_and_legible(ran):
             assert min(image.size) > 300
 
 
-def test_the_figure_of_the_readme_is_there_and_small():
-    assert 'src="demo_data/demo.png"' in (ROOT / "README.md").read_text()
-    assert (ROOT / "demo_data" / "demo.png").stat().st_size <= 300_000
+@pytest.mark.parametrize("name", ["demo", "predictions"])
+def test_the_figures_of_the_readme_are_there_and_small(name):
+    assert f'src="demo_data/{name}.png"' in (ROOT / "README.md").read_text()
+    assert (ROOT / "demo_data" / f"{name}.png").stat().st_size <= 300_000
 
 
 def test_every_column_is_a_mix_and_truth_has_its_colour(ran, beds, tmp_path):

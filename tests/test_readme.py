@@ -32,7 +32,8 @@ EXPORT, EXTRACT, BENCHMARK, TOKENIZER = (
     next(command for command in COMMANDS if command.startswith(f"python {script}"))
     for script in ("export.py", "extract_features.py", "benchmark.py", "cae_tokenizer.py")
 )
-EVALUATIONS = [command for command in COMMANDS if command.startswith("python eval_")]
+PICTURES = next(command for command in COMMANDS if command.startswith("python eval_visualizations.py"))
+EVALUATIONS = [command for command in COMMANDS if command.startswith("python eval_") and command != PICTURES]
 TORCHRUN = [command for command in COMMANDS if command.startswith("torchrun ")]
 
 
@@ -52,6 +53,7 @@ def test_the_commands_are_all_of_a_kind_that_is_tested():
                 *EVALUATIONS,
                 EXPORT,
                 EXTRACT,
+                PICTURES,
                 BENCHMARK,
                 TOKENIZER,
                 install,
@@ -132,7 +134,7 @@ def test_the_python_examples_run_as_written(mine):
         assert done.returncode == 0, done.stderr
 
 
-def test_export_extraction_tokenizer_and_benchmark_run_as_written(mine):
+def test_export_extraction_tokenizer_pictures_and_benchmark_run_as_written(mine):
     def run(command, *more):
         words = [w.replace("/my/images", str(mine / "images")) for w in shlex.split(command)[1:]]
         words[0] = str(ROOT / words[0])
@@ -147,6 +149,9 @@ def test_export_extraction_tokenizer_and_benchmark_run_as_written(mine):
     done = run(TOKENIZER, "device=cpu", "num_workers=0", "vocabulary_size=20")
     assert done.returncode == 0, done.stderr
     assert (mine / "tokenizer.safetensors").is_file()
+    done = run(PICTURES, "device=cpu", "num_workers=0")
+    assert done.returncode == 0, done.stderr
+    assert (mine / "results" / "predictions" / "artifacts" / "predictions.png").is_file()
     only_pictures = [
         "evals.in1k_classification=null",
         "evals.ade20k_segmentation=null",
