@@ -30,6 +30,7 @@ with command_line(__doc__, __name__) as parser:
 
 import colorsys
 import contextlib
+import copy
 import functools
 import itertools
 import logging
@@ -203,6 +204,11 @@ class Scene:
         """Features of the patches of the image that has the query."""
         image = read_image(self.dataset, self.query.image, self.cfg.resolution)
         return patch_features(self.model(image.unsqueeze(0)))[0]
+
+    @functools.cached_property
+    def checkpoint(self) -> Path | None:
+        """The training checkpoint by which predictions are made, see `find_checkpoint`; the same on all ranks."""
+        return on_rank_0(lambda: find_checkpoint(self.cfg, self.model.module))
 
     @property
     def shown(self) -> list[int]:
@@ -585,6 +591,16 @@ def find_checkpoint(cfg: VisualizationsConfig, module: nn.Module) -> Path | None
         if chosen is not None:
             return chosen
     return None
+
+
+def untrained(predictor: PatchPredictor, seed: int) -> PatchPredictor:
+    """A copy whose student has the random weights that follow from `seed`."""
+    control = copy.deepcopy(predictor)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for part in control.student.values():
+            part.init_weights()  # pyright: ignore[reportCallIssue]  # `PatchPredictor` asks for it
+    return control
 
 
 def best_patches(x: Float[Tensor, "b n d"], queries: Float[Tensor, "q d"]) -> Float32[Tensor, "b q 2"]:
@@ -1101,35 +1117,30 @@ class _Predictions(Kind):
         super().__init__(scene)
         alone = "the patches of other images are shown, and there is one image; raise num_images"
         require(len(scene.numbers) > 1, "num_images", len(scene.numbers), alone)
-        checkpoint = on_rank_0(lambda: find_checkpoint(scene.cfg, scene.model.module))
-        assert checkpoint is not None
-        self.checkpoint, self.read_from = checkpoint, _read_from(str(checkpoint))
-        self.predictor, untrained = self._load(trained=True), self._load(trained=False)
+        loader = find_predictor_loader(scene.cfg.model_path)
+        assert loader is not None
+        assert scene.checkpoint is not None
+        self.checkpoint, self.read_from = scene.checkpoint, _read_from(str(scene.checkpoint))
+        try:
+            predictor = loader(self.checkpoint, self.cfg.resolution).eval()
+        except UserError as error:
+            wanted = f"give a run of the models of {self.cfg.model_path}"
+            raise UserError(f"predictor_checkpoint={self.checkpoint}: {error}; {wanted}") from error
+        control = untrained(predictor, derive_seed(self.cfg.seed, "untrained student")).to(scene.model.device)
+        self.predictor = predictor.to(scene.model.device)
         self.numbers = [scene.numbers[place] for place in scene.predicted]
         # On one rank, so that all look for the same.
-        self.predictions = on_rank_0(lambda: [self._predict_beside(number, untrained) for number in self.numbers])
+        self.predictions = on_rank_0(lambda: [self._predict_beside(number, control) for number in self.numbers])
         self.titles = list(self.predictions[0].draws)
         self.queries = torch.cat([x for prediction in self.predictions for x in prediction.draws.values()])
         given, taken = (x.shape[-1] for x in (self.predictor.targets(scene.query_features[None]), self.queries))
         remedy = f"predicts features of width {taken}, and the model gives {given}; give a run of this model"
-        require(given == taken, "predictor_checkpoint", str(checkpoint), remedy)
+        require(given == taken, "predictor_checkpoint", str(self.checkpoint), remedy)
 
-    def _load(self, *, trained: bool) -> PatchPredictor:
-        loader = find_predictor_loader(self.cfg.model_path)
-        assert loader is not None
-        with torch.random.fork_rng():
-            torch.manual_seed(derive_seed(self.cfg.seed, "untrained student"))
-            try:
-                predictor = loader(self.checkpoint, self.cfg.resolution, trained=trained)
-            except UserError as error:
-                wanted = f"give a run of the models of {self.cfg.model_path}"
-                raise UserError(f"predictor_checkpoint={self.checkpoint}: {error}; {wanted}") from error
-        return predictor.to(self.scene.model.device).eval()
-
-    def _predict_beside(self, number: int, untrained: PatchPredictor) -> Prediction:
-        """Predictions for an image, the last draw by a student with random weights; on the CPU."""
-        prediction, control = (self._predict(number, predictor) for predictor in (self.predictor, untrained))
-        draws = {**prediction.draws, UNTRAINED: next(iter(control.draws.values()))}
+    def _predict_beside(self, number: int, control: PatchPredictor) -> Prediction:
+        """What is predicted of an image, and as the last draw what `control` predicts; on the CPU."""
+        prediction, other = (self._predict(number, predictor) for predictor in (self.predictor, control))
+        draws = {**prediction.draws, UNTRAINED: next(iter(other.draws.values()))}
         return prediction._replace(draws={title: x.float().cpu() for title, x in draws.items()})
 
     def _predict(self, number: int, predictor: PatchPredictor) -> Prediction:
@@ -1146,7 +1157,13 @@ class _Predictions(Kind):
             remedy = f"{cfg.model_path} is of models that predict no patches; leave predictions out"
             require(not is_asked_for, "pictures", cfg.pictures, remedy)
             return False
-        checkpoint = on_rank_0(lambda: find_checkpoint(cfg, scene.model.module))
+        try:
+            checkpoint = scene.checkpoint
+        except UserError as error:
+            if is_asked_for:
+                raise
+            logger.warning("no predictions are drawn: %s", error)
+            return False
         if checkpoint is not None:
             made_of = {"read_from": _read_from(str(checkpoint)), "prediction_draws": cfg.prediction_draws}
             return not is_there or not results.values[cls.name].items() >= made_of.items()

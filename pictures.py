@@ -136,9 +136,11 @@ class PatchPredictor(nn.Module):
     """Student and predictor of a training checkpoint, for pictures of what they predict at hidden patches.
 
     The script that trains a method derives a class from this one, and names what makes it `__predictor_loader__`: a
-    function of (checkpoint: Path, resolution: int, *, trained: bool), the folder, pixels along an edge of the images,
-    and whether the student has its trained weights, or random ones by torch's global generator.
+    function of the checkpoint's folder and of the resolution of the images, in pixels along an edge.
     """
+
+    student: nn.ModuleDict
+    """All that predicts. Each part has an `init_weights`, which draws random ones to compare with."""
 
     def forward(self, image: Float[Tensor, "3 h w"], seed: int, num_draws: int) -> Prediction:
         """Hide patches as the training does, and predict them.

@@ -729,16 +729,15 @@ class PrototypePredictor(PatchPredictor):
         return Prediction(visible, hidden, {title: self.prototypes[k.to(image.device)] for title, k in chosen.items()})
 
 
-def load_predictor(checkpoint: Path, resolution: int, *, trained: bool) -> PrototypePredictor:
-    """Student and prototypes of a training checkpoint, for images of any `resolution`; see `PatchPredictor`.
+def load_predictor(checkpoint: Path, resolution: int) -> PrototypePredictor:  # which takes images of any size
+    """Student and prototypes of a training checkpoint; see `PatchPredictor`.
 
     Raises: UserError if it is damaged, or of another method.
     """
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [str(checkpoint / "config.yaml")])
     student = with_head(EncoderDecoder(**cfg.model.kwargs()), cfg)
-    if trained:
-        remedy = "Give a checkpoint as it was saved"
-        load_strictly(student, read_weights(checkpoint, "student"), str(checkpoint), remedy=remedy)
+    remedy = "Give a checkpoint as it was saved"
+    load_strictly(student, read_weights(checkpoint, "student"), str(checkpoint), remedy=remedy)
     return PrototypePredictor(cfg, student, read_weights(checkpoint, "clustering")["layer.weight"].float())
 
 

@@ -715,7 +715,8 @@ class BlockPredictor(PatchPredictor):
 
     def __init__(self, cfg: IjepaConfig) -> None:
         super().__init__()
-        self.cfg, self.encoder, self.predictor = cfg, cfg.make_encoder(), cfg.make_predictor()
+        self.cfg = cfg
+        self.student = nn.ModuleDict({"backbone": cfg.make_encoder(), "predictor": cfg.make_predictor()})
 
     def forward(self, image: Float[Tensor, "3 h w"], seed: int, num_draws: int) -> Prediction:
         """See `PatchPredictor.forward`; the context, the first of several, is cut as in a forward pass of training."""
@@ -724,7 +725,8 @@ class BlockPredictor(PatchPredictor):
         context, targets = masks["context_indices"][:1, :1], masks["target_indices"][:, :1]
         visible = torch.zeros(self.cfg.grid_size**2, dtype=torch.bool).index_fill(0, context.flatten(), True)
         context, targets = context.to(image.device), targets.to(image.device)
-        encoded = self.encoder.encode(image.unsqueeze(0), context)
+        encoder: Any = self.student["backbone"]
+        encoded = encoder.encode(image.unsqueeze(0), context)
         std = self.cfg.predictor.position_noise_std
         noises: dict[str, Tensor | None] = {"predicted": None}
         if std > 0:
@@ -733,7 +735,8 @@ class BlockPredictor(PatchPredictor):
             drawn = (std * torch.randn(size, generator=random).to(image.device) for _ in range(num_draws))
             noises = {f"draw {number}": noise for number, noise in enumerate(drawn, 1)}
         draws = {
-            title: self.predictor(encoded, context, targets, noise).flatten(0, 1) for title, noise in noises.items()
+            title: self.student["predictor"](encoded, context, targets, noise).flatten(0, 1)
+            for title, noise in noises.items()
         }
         return Prediction(visible, targets.flatten().cpu(), draws)
 
@@ -743,22 +746,17 @@ class BlockPredictor(PatchPredictor):
         return prediction_targets(features, everywhere)
 
 
-def load_predictor(checkpoint: Path, resolution: int, *, trained: bool) -> BlockPredictor:
+def load_predictor(checkpoint: Path, resolution: int) -> BlockPredictor:
     """Student and predictor of a training checkpoint; see `PatchPredictor`.
 
-    Raises: UserError if it is damaged, or of another method, or has no grid for images of this size.
+    Raises: UserError if it is damaged, or of another method, or images of this size have no grid.
     """
     sources = [str(checkpoint / "config.yaml"), f"data.images_size={resolution}"]
     predictor = BlockPredictor(load_config(IjepaConfig, DEFAULT_CONFIG, sources))
-    if trained:
-        weights = read_weights(checkpoint, "student")
-        parts = {
-            "backbone": (predictor.encoder, "pos_embed"),
-            "predictor": (predictor.predictor, "predictor_pos_embed"),
-        }
-        for name, (module, table) in parts.items():
-            own = {key.removeprefix(f"{name}."): x for key, x in weights.items() if key.startswith(f"{name}.")}
-            load_resized(module, own, table, str(checkpoint))
+    weights = read_weights(checkpoint, "student")
+    for name, table in (("backbone", "pos_embed"), ("predictor", "predictor_pos_embed")):
+        own = {key.removeprefix(f"{name}."): x for key, x in weights.items() if key.startswith(f"{name}.")}
+        load_resized(predictor.student[name], own, table, str(checkpoint))
     return predictor
 
 

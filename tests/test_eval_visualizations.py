@@ -21,7 +21,7 @@ import train_ijepa
 from checkpoint import Checkpoints
 from clustering import OnlineClustering, normalize_features
 from config import load_config
-from evaluation import EvaluationConfig, FrozenModel, load_model_file
+from evaluation import EvaluationConfig, FrozenModel, hash_weights, load_model_file
 from report import write_report
 from sources import make_dataset
 from utils import UserError
@@ -426,19 +426,25 @@ TRAINING = '''
 import torch
 from checkpoint import read_weights
 from pictures import PatchPredictor, Prediction
-class Oracle(PatchPredictor):
-    """Predicts at fixed positions what the checkpoint has in store, or random numbers if it is not trained."""
+class Store(torch.nn.Module):
     def __init__(self, wanted):
         super().__init__()
         self.register_buffer("wanted", wanted)
+    def init_weights(self):
+        self.wanted.normal_()
+class Oracle(PatchPredictor):
+    """Predicts at fixed positions what the checkpoint has in store."""
+    def __init__(self, wanted):
+        super().__init__()
+        self.student = torch.nn.ModuleDict({"store": Store(wanted)})
     def forward(self, image, seed, num_draws):
+        wanted = self.student["store"].wanted
         visible = torch.zeros(16, dtype=torch.bool).index_fill(0, torch.tensor([0, 5]), True)
-        return Prediction(visible, torch.tensor([1, 6, 11]), {"kept": self.wanted, "turned": self.wanted.flip(0)})
+        return Prediction(visible, torch.tensor([1, 6, 11]), {"kept": wanted, "turned": wanted.flip(0)})
     def targets(self, features):
         return 3 * features
-def __predictor_loader__(checkpoint, resolution, *, trained):
-    wanted = read_weights(checkpoint, "student")["wanted"]
-    return Oracle(wanted if trained else torch.randn_like(wanted))
+def __predictor_loader__(checkpoint, resolution):
+    return Oracle(read_weights(checkpoint, "student")["wanted"])
 '''
 IN_STORE = [(3, 7), (5, 2), (0, 4)]
 """(image, patch) whose features are predicted; of the first one also for itself."""
@@ -602,7 +608,7 @@ def test_an_evaluation_during_training_finds_the_run_and_its_report_shows_the_pr
 def test_predictions_follow_from_the_seed_and_differ_where_they_are_stochastic(trained):
     folder, script, _, size, titles = trained
     (step,) = Checkpoints(folder, keep=1).all()[-1:]
-    predictor = script.load_predictor(step, size, trained=True).eval()
+    predictor = script.load_predictor(step, size).eval()
     image = torch.randn(3, size, size, generator=seeded(0))
     with torch.no_grad():
         prediction, again, other = (predictor(image, seed, 3) for seed in (1, 1, 2))
@@ -613,9 +619,12 @@ def test_predictions_follow_from_the_seed_and_differ_where_they_are_stochastic(t
     assert not prediction.visible[prediction.positions].any(), "what is seen is predicted"
     stacked = torch.stack([prediction.draws[title] for title in titles])
     assert len(stacked.flatten(1).unique(dim=0)) == len(titles), "two draws are the same"
-    untrained = script.load_predictor(step, size, trained=False).eval()
+    state = torch.get_rng_state()
+    random, same = (vis.untrained(predictor, 0) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state), "what is drawn elsewhere changes"
+    assert hash_weights(random) == hash_weights(same) != hash_weights(predictor)
     with torch.no_grad():
-        control = untrained(image, 1, 3)
+        control = random(image, 1, 3)
     assert torch.equal(control.visible, prediction.visible), "random weights see another part"
     assert not torch.equal(control.draws[titles[0]], prediction.draws[titles[0]])
 
@@ -653,7 +662,21 @@ def test_a_run_that_is_not_found_or_does_not_fit_is_named(trained, oracle, place
     assert predictions_of(trained, place, tmp_path / "left out", moved) == 0
     assert "no predictions are drawn: name the run" in capsys.readouterr().err
     assert "has no training checkpoint; give the folder of a run" in message(f"predictor_checkpoint={tmp_path}")
-    assert "/nowhere" in message("predictor_checkpoint=/nowhere")
+    assert "predictor_checkpoint='/nowhere': has no training checkpoint" in message("predictor_checkpoint=/nowhere")
     assert f"give a run of the models of {model_path}" in message(f"predictor_checkpoint={oracle[0] / 'run'}")
     alone = message("pictures=[predictions]", "num_images=1", "output_dir=" + str(tmp_path / "alone"))
     assert "num_images=1: the patches of other images are shown" in alone
+
+
+def test_a_damaged_checkpoint_is_an_error_for_who_asks_and_a_warning_for_who_does_not(trained, place, tmp_path, capsys):
+    folder, *_ = trained
+    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    for suffix in (".pth", ".yaml"):
+        shutil.copy(folder / f"student_ema{suffix}", tmp_path)
+    for metadata in (tmp_path / "checkpoints").rglob(".metadata"):
+        metadata.write_bytes(metadata.read_bytes()[:40])
+    weights = f"model_loader_kwargs.pretrained_weights={tmp_path / 'student_ema.pth'}"
+    assert predictions_of(trained, place, tmp_path / "asked", weights, "pictures=[predictions]") == 2
+    assert "predictor_checkpoint=None: a checkpoint in" in capsys.readouterr().err
+    assert predictions_of(trained, place, tmp_path / "default", weights) == 0
+    assert "no predictions are drawn: predictor_checkpoint=None: a checkpoint in" in capsys.readouterr().err
