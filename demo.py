@@ -440,7 +440,8 @@ def _save(figure: "Figure", path: Path) -> None:
 def _save_small(picture: Path | io.BytesIO, path: Path) -> None:
     """Save a picture as a PNG with 256 colours, which is a third of the size."""
     with Image.open(picture) as image:
-        image.convert("RGB").quantize(256).save(path, optimize=True)
+        # Without k-means, colours that are rare turn into others: red flowers would be orange.
+        image.convert("RGB").quantize(256, kmeans=3).save(path, optimize=True)
 
 
 def _size(path: Path) -> str:
