@@ -419,22 +419,24 @@ class StartingWeights:
 
         Raises: UserError if the weights do not fit.
         """
-        self._fill(student["backbone"], read_encoder(self.file, self.path_or_url, "encoder"), "pos_embed")
+        source = self.path_or_url
+        load_resized(student["backbone"], read_encoder(self.file, source, "encoder"), "pos_embed", source)
         prefix = "predictor."
         predictor = {key.removeprefix(prefix): x for key, x in self.file.items() if key.startswith(prefix)}
         if "predictor" in self.file:
             predictor = published_part(self.file, "predictor")
         if predictor:
-            self._fill(student["predictor"], predictor, "predictor_pos_embed")
+            load_resized(student["predictor"], predictor, "predictor_pos_embed", source)
         random = "" if predictor else "; the predictor, which the file lacks, starts random"
-        logger.info("student and teacher start from %s%s", self.path_or_url, random)
+        logger.info("student and teacher start from %s%s", source, random)
 
     def fill_teacher(self, student_ema: nn.ModuleDict) -> None:
         """Copy the target encoder of a published file, or the encoder of an export, into the teacher.
 
         Raises: UserError if the weights do not fit.
         """
-        self._fill(student_ema["backbone"], read_encoder(self.file, self.path_or_url, "target_encoder"), "pos_embed")
+        source = self.path_or_url
+        load_resized(student_ema["backbone"], read_encoder(self.file, source, "target_encoder"), "pos_embed", source)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """What the optimizer of a published file keeps of each parameter, see `ijepa.published_moments`.
@@ -442,9 +444,6 @@ class StartingWeights:
         Raises: UserError if the file has none.
         """
         return published_moments(self.file, self.path_or_url)
-
-    def _fill(self, module: nn.Module, weights: dict[str, Tensor], table: str) -> None:
-        load_resized(module, weights, table, self.path_or_url)
 
 
 def load_resized(module: nn.Module, weights: dict[str, Tensor], table: str, source: str) -> None:
