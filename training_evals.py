@@ -247,11 +247,11 @@ class Evaluations:
         landed = []
         for run in [run for run in self.pending if run.is_over()]:
             self.pending.remove(run)
-            scores = self._read(run)
+            scores, is_complete = self._read(run)
             if run.process is not None and run.process.returncode != 0:
                 self._fail(run, run.status().message)
-            elif not scores:
-                self._fail(run, f"no scores, see {run.log if run.process else run.folder}")
+            elif not is_complete:
+                self._fail(run, f"not all of it has results, see {run.log if run.process else run.folder}")
             else:
                 run.weights.unlink(missing_ok=True)  # the checkpoint has them
             if scores:
@@ -263,11 +263,13 @@ class Evaluations:
         for eval_step, scores in self.finished():
             meters.append(step, {**scores, "eval_step": eval_step})
 
-    def _read(self, run: _Launched) -> dict[str, float]:
+    def _read(self, run: _Launched) -> tuple[dict[str, float], bool]:
+        """The scores, of which pictures have none, and whether all evaluations came to their end."""
         try:
-            rows = score_rows(read_results(run.folder / "results" / "results.json"))
+            content = read_results(run.folder / "results" / "results.json")
+            rows = score_rows(content)
         except UserError:
-            return {}
+            return {}, False
         scores = {
             f"eval/{run.name}/{row.evaluation}/{row.method}/{row.metric}": row.values[0]
             for row in rows
@@ -275,7 +277,7 @@ class Evaluations:
         }
         for name, value in scores.items():
             logger.info("step %d  %s  %.4f", run.step, name, value)
-        return scores
+        return scores, all(entry.get("status", "done") == "done" for entry in content["evaluations"].values())
 
     def _fail(self, run: _Launched, why: str) -> None:
         logger.warning("%s failed, training goes on: %s", run.title, why)

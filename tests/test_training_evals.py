@@ -66,6 +66,7 @@ def finished(place):
         often={"period": 3, "where": "inline"},
         last={"final": True, "model_to_eval": "student"},
         broken={"final": True, "eval_config": {"fails": True}},
+        pictures={"final": True, "eval_config": {"draws": True}},
     )
     run = place / "run"
     # Two processes, as torchrun starts them: the evaluation must not take itself for a third.
@@ -101,10 +102,16 @@ def test_a_failed_evaluation_does_not_stop_the_training(finished):
     assert (finished / "student_ema.pth").is_file() and metrics_of(finished)[-1]["step"] == 6
 
 
+def test_an_evaluation_that_only_draws_has_not_failed(finished):
+    folder = finished / "evals" / "pictures" / "step_000000006"
+    assert (folder / "results" / "report.html").is_file()
+    assert not (folder / "failed").exists()
+
+
 def test_exported_weights_are_kept_only_where_they_are_needed_again(finished):
     kept = sorted(path.relative_to(finished).parts[1] for path in finished.glob("evals/*/*/weights.pth"))
     assert kept == ["broken"]
-    assert len(list(finished.glob("evals/*/*/results/report.html"))) == 4
+    assert len(list(finished.glob("evals/*/*/results/report.html"))) == 5
 
 
 def no_slurm(number):
