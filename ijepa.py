@@ -5,7 +5,6 @@ This file is also a model file in the sense of the evaluations: `load_model` bui
 """
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Backbone, Features, Float, Int, Mlp, patch_grid, resize_positions
+from model import (
+    Backbone,
+    Features,
+    Float,
+    Int,
+    Mlp,
+    PatchEmbed,
+    configured_heads,
+    encoder_sizes,
+    patch_grid,
+    resize_positions,
+    sincos_table,
+)
 from utils import UserError
 from weights import CardText, backbone_part, load_strictly, read_state_dict
 
@@ -30,22 +41,6 @@ EXPORTED_AS = {
     "student_ema": {"backbone": "target_encoder"},
 }
 """Which of them is what in the exports of a training, by the prefix that its keys have there."""
-
-
-def sincos_table(grid: tuple[int, int], dim: int) -> Float[Tensor, "1 n d"]:
-    """Positions of the patches of a grid as sines and cosines, row-major: column first, as in MAE.
-
-    A patch at (row, column) gets [sin(column w), cos(column w), sin(row w), cos(row w)], each `dim` / 4 long, with
-    w_k = 10000^(-k / (dim / 4)). Computed in float64, returned in float32.
-
-    Raises: UserError if `dim` is no multiple of 4.
-    """
-    if dim % 4:
-        raise UserError(f"embed_dim={dim} must be a multiple of 4: sine and cosine of row and column")
-    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
-    rows, columns = (torch.arange(length, dtype=torch.float64, device="cpu") for length in grid)
-    angles = [places.flatten().outer(frequencies) for places in reversed(torch.meshgrid(rows, columns, indexing="ij"))]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float().unsqueeze(0)
 
 
 def gather_patches(x: Float[Tensor, "#b n d"], indices: Int[Tensor, "k b m"]) -> Float[Tensor, "kb m d"]:
@@ -115,18 +110,6 @@ class Block(nn.Module):
         """Add both branches to the tokens."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-
-
-class PatchEmbed(nn.Module):
-    """Every patch a token, row-major."""
-
-    def __init__(self, patch_size: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
-        """Project the pixels of each patch."""
-        return self.proj(images).flatten(2).transpose(1, 2)
 
 
 @torch.no_grad()
@@ -352,25 +335,10 @@ def load_model(
     source = str(pretrained_weights)
     weights = read_encoder(read_state_dict(source), source, encoder)
     if num_heads is None:
-        num_heads = _configured_heads(config_path, source)
+        num_heads = configured_heads(config_path, source, "16 for ViT-L, H and g, 12 for ViT-B")
     model = Encoder(**encoder_sizes(weights, source), num_heads=num_heads)
     load_strictly(model, weights, source, remedy="Give weights of I-JEPA or StoP")
     return model.to(device).eval()
-
-
-def _configured_heads(config_path: str | Path | None, source: str) -> int:
-    import yaml  # here, so that those who know the number need torch alone
-
-    path = Path(source).with_suffix(".yaml") if config_path is None else Path(config_path)
-    if not path.is_file():
-        raise UserError(
-            f"Nothing tells the attention heads of {source!r}: there is no configuration {str(path)!r}; give "
-            "model_loader_kwargs.num_heads=16 for ViT-L, H and g, 12 for ViT-B"
-        )
-    try:
-        return int(yaml.safe_load(path.read_text())["model"]["num_heads"])
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"The configuration {str(path)!r} has no model.num_heads: {error}") from error
 
 
 def read_encoder(file: Mapping[str, Any], source: str, encoder: str = "target_encoder") -> dict[str, Tensor]:
@@ -470,24 +438,6 @@ def published_moments(file: Mapping[str, Any], source: str) -> dict[str, dict[st
         )
     names = zip(itertools.chain(*numbers), itertools.chain(*groups), strict=True)
     return {name: known[number] for number, name in names if number in known}
-
-
-def encoder_sizes(weights: Mapping[str, Tensor], source: str) -> dict[str, int]:
-    """Arguments of `Encoder`, but for `num_heads`, as the shapes of its weights tell them.
-
-    Raises: UserError if they are not those of an encoder.
-    """
-    try:
-        _, num_patches, embed_dim = weights["pos_embed"].shape
-        return {
-            "grid_size": math.isqrt(num_patches),
-            "patch_size": weights["patch_embed.proj.weight"].shape[-1],
-            "embed_dim": embed_dim,
-            "depth": sum(key.endswith(".norm1.weight") for key in weights),
-            "mlp_dim": len(weights["blocks.0.mlp.fc1.bias"]),
-        }
-    except (KeyError, ValueError, AttributeError) as error:
-        raise UserError(f"{source!r} holds no encoder of I-JEPA or StoP: {error}") from error
 
 
 __model_loader__ = load_model  # the name that evaluation scripts look for in a model file

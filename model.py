@@ -770,6 +770,40 @@ def resize_positions(
     return torch.cat([class_row, resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
+def sincos_table(grid: tuple[int, int], dim: int, *, row_first: bool = False) -> Float[Tensor, "1 n d"]:
+    """Positions of the patches of a grid as sines and cosines, row-major.
+
+    A patch at (row, column) gets [sin(column w), cos(column w), sin(row w), cos(row w)], each `dim` / 4 long, with
+    w_k = 10000^(-k / (dim / 4)). Computed in float64, returned in float32.
+
+    Args:
+        grid: rows and columns of patches.
+        dim: channels.
+        row_first: give the row's sines and cosines before the column's, as CAE does; MAE and I-JEPA do not.
+
+    Raises: UserError if `dim` is no multiple of 4.
+    """
+    if dim % 4:
+        raise UserError(f"embed_dim={dim} must be a multiple of 4: sine and cosine of row and column")
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
+    lines = [torch.arange(length, dtype=torch.float64, device="cpu") for length in grid]
+    rows, columns = (places.flatten().outer(frequencies) for places in torch.meshgrid(*lines, indexing="ij"))
+    angles = (rows, columns) if row_first else (columns, rows)
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float().unsqueeze(0)
+
+
+class PatchEmbed(nn.Module):
+    """Every patch a token, row-major."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
+        """Project the pixels of each patch."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
 def _linspace(num: int, device: torch.device) -> Float[Tensor, " num"]:
     """`torch.linspace(0, 1, num)` up to rounding; that function would fix `num` in compiled and exported models."""
     index = torch.arange(num, device=device, dtype=torch.float32)
@@ -795,6 +829,52 @@ def edge_coordinates(num_registers: int, kind: str, device: torch.device | None 
     zero, one = torch.zeros_like(c), torch.ones_like(c)
     sides = [(c, zero), (one, c), (1 - c, one), (zero, 1 - c)]
     return torch.cat([torch.stack(side, dim=-1) for side in sides])
+
+
+def configured_heads(config_path: str | Path | None, source: str, known: str) -> int:
+    """The attention heads of an encoder, which no shape of its weights tells, from its training configuration.
+
+    Args:
+        config_path: of the configuration. None: the file of the same name beside the weights, as exports have it.
+        source: where the weights are from.
+        known: the heads of published encoders, for the message.
+
+    Raises: UserError if there is no configuration, or none with `model.num_heads`.
+    """
+    import yaml  # here, so that those who know the number need torch alone
+
+    path = Path(source).with_suffix(".yaml") if config_path is None else Path(config_path)
+    if not path.is_file():
+        raise UserError(
+            f"Nothing tells the attention heads of {source!r}: there is no configuration {str(path)!r}; give "
+            f"model_loader_kwargs.num_heads={known}"
+        )
+    try:
+        return int(yaml.safe_load(path.read_text())["model"]["num_heads"])
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"The configuration {str(path)!r} has no model.num_heads: {error}") from error
+
+
+def encoder_sizes(weights: Mapping[str, Tensor], source: str) -> dict[str, int]:
+    """Grid, patch, width, depth and hidden width of a ViT with a table of positions, as the shapes of its weights say.
+
+    Args:
+        weights: by the names that timm has, with a row for each patch in the table and at most one for a class token.
+        source: where they are from, for messages.
+
+    Raises: UserError if they are not those of such an encoder.
+    """
+    try:
+        _, num_rows, embed_dim = weights["pos_embed"].shape
+        return {
+            "grid_size": math.isqrt(num_rows),
+            "patch_size": weights["patch_embed.proj.weight"].shape[-1],
+            "embed_dim": embed_dim,
+            "depth": sum(key.endswith(".norm1.weight") for key in weights),
+            "mlp_dim": len(weights["blocks.0.mlp.fc1.bias"]),
+        }
+    except (KeyError, ValueError, AttributeError) as error:
+        raise UserError(f"{source!r} holds no encoder with a table of positions: {error}") from error
 
 
 def load_model(

@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from ijepa import (
     Encoder,
     Predictor,
-    encoder_sizes,
     gather_patches,
     load_model,
     prediction_loss,
     prediction_targets,
     published_part,
     read_encoder,
-    sincos_table,
 )
 from masking import MultiBlockMasks, MultiBlockPlan
+from model import encoder_sizes, sincos_table
 from utils import UserError
 
 TINY = IJEPA["tiny"]

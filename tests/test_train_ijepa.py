@@ -32,7 +32,8 @@ from torch.distributed.tensor import DTensor
 import train_ijepa
 from checkpoint import SavedState
 from config import load_config
-from ijepa import load_model, sincos_table
+from ijepa import load_model
+from model import sincos_table
 from train_ijepa import DEFAULT_CONFIG, IjepaConfig, IjepaState, hyper_at, warn_if_changed, with_length
 from utils import UserError
 
