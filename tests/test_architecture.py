@@ -139,6 +139,7 @@ def test_what_is_forbidden_is_seen(source):
 KNOW_A_METHOD = {
     "train_capi", "clustering", "masking", "model", "speed.clustering", "speed.clustering_triton",  # which are CAPI
     "train_ijepa", "ijepa",  # which are I-JEPA and StoP, with masks in masking
+    "train_cae", "cae",  # likewise
     "demo", "export", "hubconf",  # which train, unpack and publish it
     "flops",  # what a step costs
     "eval_segmentation",  # how labels were counted for the published numbers
