@@ -1,11 +1,13 @@
 """Masks: which patches of an image the student sees, and which of the others it predicts.
 
 CAPI (section 3): a generator draws one mask, True = hidden, and a `MaskPlan` fixes the counts, which are the same for
-every image. I-JEPA (section 3): a `MultiBlockPlan` draws a context block and target blocks that are taken out of it.
+every image; so it is in CAE, with a generator of its own. I-JEPA (section 3): a `MultiBlockPlan` draws a context block
+and target blocks that are taken out of it.
 """
 
 import inspect
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +73,72 @@ class Uniform:
         mask = torch.zeros(height * width, dtype=torch.bool)
         mask[torch.randperm(height * width, generator=generator)[:num_masked]] = True
         return mask.view(height, width)
+
+
+MAX_BLOCKS = 1000
+"""Blocks of one mask beyond which `ScatteredBlocks` gives up; on 14 x 14 patches, half of them hidden, 17 are many."""
+
+
+class ScatteredBlocks:
+    """Hides blocks of random shapes and places, which may overlap, until exactly as many patches are hidden as asked.
+
+    As CAE has it of BEiT (arXiv:2106.08254, algorithm 1). Unlike there, no block is as high or wide as the grid.
+
+    Args:
+        min_block: smallest area of a block, patches, 16; the largest is what is still to be hidden, and where that is
+            less the two change places.
+        min_aspect: smallest height / width of a block, 0.3; its inverse is the largest.
+    """
+
+    def __init__(self, min_block: int, min_aspect: float) -> None:
+        self.min_block, self.min_aspect = min_block, min_aspect
+
+    def __call__(self, height: int, width: int, num_masked: int, generator: Generator) -> Bool[Tensor, "hp wp"]:
+        """Draw a mask with exactly `num_masked` hidden patches.
+
+        Raises: UserError as `draw`.
+        """
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        return self.draw(height, width, num_masked, random.Random(seed))
+
+    def draw(self, height: int, width: int, num_masked: int, numbers: random.Random) -> Bool[Tensor, "hp wp"]:
+        """As a call, with Python's random numbers, of which the published code draws the same in the same order.
+
+        Raises: UserError if blocks do not come to so many patches, since they do not fit the grid.
+        """
+        _check_counts(height, width, num_masked)
+        mask = torch.zeros(height, width, dtype=torch.bool)
+        num_missing = num_masked
+        for _ in range(MAX_BLOCKS):
+            if num_missing == 0:
+                return mask
+            num_missing -= self._hide_block(mask, num_missing, numbers)
+        raise UserError(
+            f"data.min_block={self.min_block}, data.min_aspect={self.min_aspect}: blocks that are lower and narrower "
+            f"than a grid of {height} x {width} patches do not come to {num_masked} hidden ones; use a smaller "
+            "data.min_block or data.mask_ratio, or more patches: a larger data.images_size"
+        )
+
+    def _hide_block(self, mask: Bool[Tensor, "hp wp"], most: int, numbers: random.Random) -> int:
+        """Hide one block with at least one and at most so many patches that are not hidden yet; returns how many.
+
+        None after ten attempts.
+        """
+        height, width = mask.shape
+        flattest = math.log(self.min_aspect)
+        for _ in range(10):
+            area = numbers.uniform(self.min_block, most)
+            aspect = math.exp(numbers.uniform(flattest, -flattest))
+            rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if rows >= height or columns >= width:
+                continue
+            top, left = numbers.randint(0, height - rows), numbers.randint(0, width - columns)
+            block = mask[top : top + rows, left : left + columns]
+            num_new = block.numel() - int(block.sum())
+            if 0 < num_new <= most:
+                block.fill_(True)
+                return num_new
+        return 0
 
 
 GENERATORS: dict[str, type[Block] | type[InverseBlock] | type[Uniform]] = {

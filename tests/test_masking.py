@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from masking import (
     Block,
     InverseBlock,
     MaskPlan,
+    PatchMasks,
+    ScatteredBlocks,
     Uniform,
     draw_positions,
     make_masking_generator,
@@ -223,3 +226,45 @@ def test_the_made_generator_has_its_arguments():
     assert isinstance(fixed, Block)
     assert (rolled.roll, fixed.roll) == (True, False)
     assert isinstance(make_masking_generator("InverseBlock"), InverseBlock)
+
+
+# --- Blocks of CAE ---------------------------------------------------------------------------------------------------
+
+BLOCKS = load_golden_json("vectors_cae")["block_masks_98_min16"]
+SCATTERED = ScatteredBlocks(min_block=16, min_aspect=0.3)
+
+
+def test_scattered_blocks_are_those_of_the_vectors():
+    numbers = random.Random(BLOCKS["seed"])
+    masks = torch.stack([SCATTERED.draw(14, 14, 98, numbers) for _ in range(2000)])
+    for mask, name in zip(masks, ("first_mask_rows", "second_mask_rows"), strict=False):
+        assert ["".join(str(int(cell)) for cell in row) for row in mask] == BLOCKS[name]
+    assert (masks.sum((1, 2)) == 98).all() and BLOCKS["all_sum_98"]
+    assert masks.float().mean((0, 2)).tolist() == pytest.approx(BLOCKS["row_freq"], abs=1e-4)
+    assert masks.float().mean((0, 1)).tolist() == pytest.approx(BLOCKS["col_freq"], abs=1e-4)
+
+
+def test_scattered_blocks_of_images_follow_from_seed_and_key_with_the_frequencies_of_the_vectors():
+    masks = PatchMasks(MaskPlan(14, 14, 0.5, 1.0), SCATTERED, seed=0)
+    indices = masks([(key,) for key in range(1000)])
+    hidden, visible = (indices[name].view(1000, 98) % 196 for name in ("predict_indices", "visible_indices"))
+    rows = torch.bincount(hidden.flatten() // 14, minlength=14) / 14_000
+    assert rows.tolist() == pytest.approx(BLOCKS["row_freq"], abs=0.04)
+    assert torch.equal(torch.cat([hidden, visible], dim=1).sort().values, torch.arange(196).expand(1000, -1))
+    random.seed(5)
+    again = masks([(7,), (8,)])["predict_indices"].view(2, 98) % 196
+    assert torch.equal(again, hidden[7:9]) and not torch.equal(hidden[7], hidden[8])
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "num_masked"), [(4, 4, 8), (8, 8, 32), (2, 2, 1), (14, 14, 195), (1, 9, 0)]
+)
+def test_scattered_blocks_hide_exactly_as_many_patches_on_any_grid_that_they_fit(height, width, num_masked):
+    mask = SCATTERED(height, width, num_masked, seeded(0))
+    assert mask.shape == (height, width) and int(mask.sum()) == num_masked
+
+
+@pytest.mark.parametrize(("grid", "num_masked"), [((3, 3), 8), ((1, 9), 4)])
+def test_scattered_blocks_that_do_not_fit_the_grid_are_refused_in_words(grid, num_masked):
+    with pytest.raises(UserError, match=r"data.min_block=16, data.min_aspect=0.3: .* 3 x 3|1 x 9 patches do not come"):
+        SCATTERED(*grid, num_masked, seeded(0))
