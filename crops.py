@@ -56,8 +56,16 @@ def draw_crop(width: int, height: int, scale: tuple[float, float], do_hflip: boo
     return Crop((height - h) // 2, (width - w) // 2, h, w, flip)
 
 
+@dataclass(frozen=True)
+class View:
+    """A square that boxes are resized to: its side in pixels, and how: bicubic, bilinear, or lanczos (torch 2.12)."""
+
+    size: int
+    interpolation: str
+
+
 def cut(pixels: UInt8[Tensor, "3 h w"], crop: Crop, size: int, mode: str = "bicubic") -> UInt8[Tensor, "3 size size"]:
-    """The crop as a square of `size` pixels, antialiased bicubic or `bilinear`, with the channels innermost in memory.
+    """The crop as a square of `size` pixels, antialiased as `View` names it, with the channels innermost in memory.
 
     In 8-bit fixed point, which torch has on the CPU alone, it takes a third of Pillow's time and is within a grey level
     of it.

@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver, resource_tracker
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from config import ImagesConfig
-from crops import CROP_RATIO, Crop, cut, draw_crop
+from crops import CROP_RATIO, Crop, View, cut, draw_crop
 from distributed import gather_objects, ranks_of_this_machine
 from sources import (
     BadImageError,
@@ -105,10 +105,13 @@ class Batch:
     """Seconds that one process took to read, decode and crop it."""
     host_masks: dict[str, Tensor] = field(default_factory=dict)
     """`masks` on the CPU, once `to` was called: what depends on them need not wait for the device."""
+    second_images: UInt8[Tensor, "b 3 h2 w2"] | None = None
+    """With a second view, the same crops in its size."""
 
     def tensors(self) -> list[Tensor]:
         """The tensors that travel to the device."""
-        return [self.images, *self.masks.values(), self.sample_ids]
+        second = [] if self.second_images is None else [self.second_images]
+        return [self.images, *second, *self.masks.values(), self.sample_ids]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The batch with its tensors on `device`."""
@@ -120,8 +123,13 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        masks = {name: change(mask) for name, mask in self.masks.items()}
-        return replace(self, images=change(self.images), masks=masks, sample_ids=change(self.sample_ids))
+        return replace(
+            self,
+            images=change(self.images),
+            masks={name: change(mask) for name, mask in self.masks.items()},
+            sample_ids=change(self.sample_ids),
+            second_images=None if self.second_images is None else change(self.second_images),
+        )
 
 
 Masks = Callable[[list[tuple[int, ...]]], dict[str, Tensor]]
@@ -129,6 +137,9 @@ Masks = Callable[[list[tuple[int, ...]]], dict[str, Tensor]]
 
 ChangeColours = Callable[..., Tensor]
 """From a crop, and the seed and key that all randomness follows from, to the crop that is trained on."""
+
+CropViews = Tensor | tuple[Tensor, Tensor]
+"""A crop, or with a second view the crop and that."""
 
 
 class SampleMaker:
@@ -145,8 +156,11 @@ class SampleMaker:
         encoded: bool = False,
         interpolation: str = "bicubic",
         change_colours: ChangeColours | None = None,
+        second_view: View | None = None,
     ) -> None:
-        assert not encoded or (interpolation == "bicubic" and change_colours is None), "the GPU does neither"
+        own = interpolation != "bicubic" or change_colours is not None or second_view is not None
+        assert not encoded or not own, "the GPU does nothing of this"
+        assert change_colours is None or second_view is None, "colours would differ"
         self.seed = seed
         self.image_size = image_size
         self.crop_scale = crop_scale
@@ -155,13 +169,15 @@ class SampleMaker:
         self.encoded = encoded
         self.interpolation = interpolation
         self.change_colours = change_colours
+        self.second_view = second_view
 
     def reduction(self, width: int, height: int) -> int:
         """The largest divisor of a JPEG's size after which no possible crop has to be enlarged."""
         smallest_crop = min(math.sqrt(self.crop_scale[0] * width * height * CROP_RATIO[0]), width, height)
-        return next((divisor for divisor in (8, 4, 2) if smallest_crop / divisor >= self.image_size), 1)
+        size = max(self.image_size, 0 if self.second_view is None else self.second_view.size)
+        return next((divisor for divisor in (8, 4, 2) if smallest_crop / divisor >= size), 1)
 
-    def make(self, sample: Sample, *key: int) -> "UInt8[Tensor, '3 h w'] | EncodedCrop":
+    def make(self, sample: Sample, *key: int) -> "CropViews | EncodedCrop":
         """What `batch` takes: a crop, or with data.decode=gpu the file that it is to be cut from.
 
         Raises: BadImageError if the file cannot be read, as far as that is known without decoding it.
@@ -172,13 +188,16 @@ class SampleMaker:
 
         return crop_or_file(sample, lambda w, h: self._draw(w, h, key), self.reduction, self.image_size)
 
-    def crop(self, sample: Sample, *key: int) -> UInt8[Tensor, "3 h w"]:
-        """A random crop, flipped half of the times, with the channels innermost in memory.
+    def crop(self, sample: Sample, *key: int) -> CropViews:
+        """A random crop, flipped half of the times, with the channels innermost in memory; and its second view.
 
         Raises: BadImageError if the file cannot be read.
         """
         pixels = sample.pixels(self.reduction)
-        crop = cut(pixels, self._draw(pixels.shape[2], pixels.shape[1], key), self.image_size, self.interpolation)
+        box = self._draw(pixels.shape[2], pixels.shape[1], key)
+        crop = cut(pixels, box, self.image_size, self.interpolation)
+        if self.second_view is not None:
+            return crop, cut(pixels, box, self.second_view.size, self.second_view.interpolation)
         return crop if self.change_colours is None else self.change_colours(crop, self.seed, *key)
 
     def _draw(self, width: int, height: int, key: tuple[int, ...]) -> Crop:
@@ -186,13 +205,15 @@ class SampleMaker:
 
     def batch(
         self,
-        crops: "list[Tensor | EncodedCrop]",
+        crops: "list[Any]",
         keys: list[tuple[int, ...]],
         sample_ids: list[int],
         bad: list[tuple[str, str]],
     ) -> Batch:
-        """Stack crops, and draw their masks."""
-        encoded = None
+        """Stack crops, which `make` made, and draw their masks."""
+        encoded, second = None, []
+        if self.second_view is not None:
+            crops, second = zip(*crops, strict=True)
         if self.encoded:
             from speed.device_decode import EncodedCrops
 
@@ -205,6 +226,7 @@ class SampleMaker:
             sample_ids=torch.tensor(sample_ids),
             bad=bad,
             encoded=encoded,
+            second_images=None if self.second_view is None else _stack(second, self.second_view.size),
         )
 
 
@@ -219,7 +241,7 @@ def check_decode(decode: str, device: torch.device) -> None:
         check_device(device)
 
 
-def _stack(crops: list[Tensor], size: int) -> UInt8[Tensor, "b 3 size size"]:
+def _stack(crops: Sequence[Tensor], size: int) -> UInt8[Tensor, "b 3 size size"]:
     """Crops with the channels innermost, in a batch of the same layout: whole images are copied, not single pixels."""
     if not crops:
         return torch.empty(0, 3, size, size, dtype=torch.uint8)
@@ -255,7 +277,7 @@ class MapBatches(Dataset[Any]):
         batch = self.maker.batch(crops, [(position,) for position, _ in pairs], sample_ids, bad)
         return replace(batch, make_s=time.perf_counter() - start)
 
-    def _readable(self, position: int, index: int, bad: list[tuple[str, str]]) -> "tuple[Tensor | EncodedCrop, int]":
+    def _readable(self, position: int, index: int, bad: list[tuple[str, str]]) -> "tuple[CropViews | EncodedCrop, int]":
         """The crop for `position`: of image `index`, or of the first readable one of those that replace it."""
         tried: list[str] = []
         for attempt in range(MAX_REPLACEMENTS + 1):
@@ -611,6 +633,7 @@ class PretrainLoader:
         keep_listing: whether the list of files of an image folder is kept on disk for later starts.
         interpolation: how crops are resized, bicubic or bilinear; with data.decode=gpu bicubic.
         change_colours: what is done to crops, such as `crops.Colours`; nothing with data.decode=gpu.
+        second_view: a further size of the same crops, `Batch.second_images`; not with data.decode=gpu.
         dataset: what `make_dataset` gave; by default that of data.dataset.
         rank: this process.
         world_size: number of processes.
@@ -634,6 +657,7 @@ class PretrainLoader:
         keep_listing: bool = False,
         interpolation: str = "bicubic",
         change_colours: ChangeColours | None = None,
+        second_view: View | None = None,
         dataset: ImageDataset | ImageStream | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -653,6 +677,7 @@ class PretrainLoader:
             encoded=images.decode == "gpu",
             interpolation=interpolation,
             change_colours=change_colours,
+            second_view=second_view,
         )
         if dataset is None:
             dataset = make_dataset(
@@ -709,10 +734,12 @@ class PretrainLoader:
         Raises: UserError if they do not.
         """
         masks = sum(mask.nbytes for mask in self.maker.masks([(row,) for row in range(self.batch_size)]).values())
+        view = self.maker.second_view
+        pixels = self.maker.image_size**2 + (0 if view is None else view.size**2)
         check_shared_memory(
             "efficiency.dataloader_num_workers",
             self.num_workers,
-            self.batch_size * (3 * self.maker.image_size**2 + 8) + masks,
+            self.batch_size * (3 * pixels + 8) + masks,
             "optim.batch_size_per_gpu",
         )
 

@@ -13,7 +13,7 @@ from torchvision.transforms import functional as v1
 from crops import BLUR_RADIUS, Colours, Crop, cut, draw_crop
 
 
-@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear", "lanczos"])
 @pytest.mark.parametrize("layout", ["channels innermost", "channels outermost"])
 @pytest.mark.parametrize("box", [(0, 0, 60, 80), (3, 7, 41, 50), (10, 0, 50, 33), (59, 79, 1, 1), (5, 5, 20, 24)])
 def test_a_crop_is_that_of_torchvision_on_a_pillow_image_within_rounding(box, layout, mode):

@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train_capi
-from crops import Colours, cut, draw_crop
+from crops import Colours, View, cut, draw_crop
 from data import (
     DevicePrefetcher,
     PretrainLoader,
@@ -169,6 +169,26 @@ def test_crops_are_resized_and_coloured_as_asked():
     assert torch.equal(plain, cut(pixels, box, 56)) and torch.equal(bilinear, cut(pixels, box, 56, "bilinear"))
     assert not torch.equal(plain, bilinear)
     assert torch.equal(grey, colours(plain, cfg.train.seed, 5)) and torch.equal(grey[0], grey[2])
+
+
+@pytest.mark.parametrize("size", [28, 80])
+def test_a_second_view_is_the_same_box_in_another_size_on_the_way_to_the_device(size):
+    """A larger one decides how far a JPEG may be shrunk while it is decoded."""
+    content = encode(photo(3, 600, 500), "JPEG", quality=95)
+    sample, cfg, view = Sample("x", lambda: content), make_config("data.crop_scale=[0.3,1.0]"), View(size, "lanczos")
+    maker = make_loader(cfg, dataset=MemoryDataset(1), second_view=view).maker
+    assert maker.reduction(600, 500) == (4 if size == 28 else 2)
+    views = [maker.crop(sample, key) for key in (5, 6)]
+    for key, (first, second) in zip((5, 6), views, strict=True):
+        pixels = sample.pixels(maker.reduction)
+        box = draw_crop(pixels.shape[2], pixels.shape[1], cfg.data.crop_scale, cfg.data.do_hflip, cfg.train.seed, key)
+        assert torch.equal(first, cut(pixels, box, 56)) and torch.equal(second, cut(pixels, box, size, "lanczos"))
+    batch = maker.batch(views, [(5,), (6,)], [0, 0], []).to("cpu")
+    assert batch.images.shape == (2, 3, 56, 56) and batch.second_images.shape == (2, 3, size, size)
+    assert torch.equal(batch.second_images[1], views[1][1])
+    assert any(tensor is batch.second_images for tensor in batch.tensors()), "its memory could be reused too soon"
+    without = make_loader(cfg, dataset=MemoryDataset(1)).maker
+    assert without.batch([views[0][0]], [(5,)], [0], []).second_images is None
 
 
 class Outputs(TorchDispatchMode):
