@@ -376,6 +376,15 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class EpochsOptimConfig(OptimConfig):
+    """The same for methods that may count in epochs."""
+
+    epochs: float | None = field(metadata=POSITIVE)
+    """Instead of total_iters: passes over data.images_per_epoch images, each without a last part that fills no batch.
+    null: total_iters counts."""
+
+
+@dataclass(frozen=True)
 class ImagesConfig:
     """Images and crops; a method adds its masks."""
 
@@ -398,6 +407,43 @@ class ImagesConfig:
     decode: str = field(metadata=one_of("cpu", "gpu"))
     """cpu: the loader's workers decode. gpu: JPEG files go to the CUDA device, which decodes and crops them. The crops
     are the same boxes; colours differ by a few grey levels, since the decoders do."""
+
+
+@dataclass(frozen=True)
+class EpochsImagesConfig(ImagesConfig):
+    """The same for methods that may count in epochs."""
+
+    images_per_epoch: int | None = field(metadata=COUNT)
+    """How many images an epoch is, for optim.epochs and for the log; null where nobody counts in epochs."""
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Sizes of an encoder with a table of sines and cosines for positions; a method may add its own keys."""
+
+    patch_size: int = field(metadata=COUNT)
+    embed_dim: int = field(metadata=COUNT)
+    depth: int = field(metadata=COUNT)
+    num_heads: int = field(metadata=COUNT)
+    mlp_dim: int | None = field(metadata=COUNT)
+    """Hidden channels of the MLPs; null for 4 x embed_dim."""
+
+    def __post_init__(self) -> None:
+        """Check that positions and heads divide the channels."""
+        require_width("model", self.embed_dim, self.num_heads)
+
+
+def require_width(section: str, embed_dim: int, num_heads: int) -> None:
+    """Raise unless positions of sines and cosines, and heads, divide `<section>.embed_dim`."""
+    for number, what in ((4, "4: sine and cosine of row and column"), (num_heads, f"the {num_heads} heads")):
+        require(embed_dim % number == 0, f"{section}.embed_dim", embed_dim, f"must be a multiple of {what}")
+
+
+def require_whole_patches(images_size: int, patch_size: int) -> None:
+    """Raise unless `model.patch_size` divides `data.images_size`."""
+    nearest = max(patch_size, round(images_size / patch_size) * patch_size)
+    remedy = f"must be a multiple of model.patch_size={patch_size}; the nearest is {nearest}"
+    require(images_size % patch_size == 0, "data.images_size", images_size, remedy)
 
 
 @dataclass(frozen=True)
@@ -597,6 +643,24 @@ class TrainingConfig:
         for name, entry in (self.evals or {}).items():
             if entry is not None:
                 require_one_of(f"evals.{name}.model_to_eval", entry.model_to_eval, self.EXPORTS)
+
+
+@dataclass(frozen=True)
+class EpochsConfig(TrainingConfig):
+    """The sections of a training that may be as long as so many epochs; see `training.with_length`."""
+
+    optim: EpochsOptimConfig
+    data: EpochsImagesConfig
+
+    def __post_init__(self) -> None:
+        """Check that epochs can be counted."""
+        super().__post_init__()
+        require(
+            self.optim.epochs is None or self.data.images_per_epoch is not None,
+            "optim.epochs",
+            self.optim.epochs,
+            "needs data.images_per_epoch, the number of images; or give optim.total_iters",
+        )
 
 
 ConfigT = TypeVar("ConfigT")

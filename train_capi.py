@@ -49,6 +49,7 @@ from config import (
     load_config,
     one_of,
     require,
+    require_whole_patches,
     within,
 )
 from data import Batch, PretrainLoader
@@ -298,14 +299,7 @@ class CapiConfig(TrainingConfig):
         self.capi.clustering_optimizer.lr_schedule.check(
             "capi.clustering_optimizer.lr_schedule", self.optim.total_iters
         )
-        size, patch = self.data.images_size, self.model.patch_size
-        nearest = max(patch, round(size / patch) * patch)
-        require(
-            size % patch == 0,
-            "data.images_size",
-            size,
-            f"must be a multiple of model.patch_size={patch}; the nearest is {nearest}",
-        )
+        require_whole_patches(self.data.images_size, self.model.patch_size)
 
     @property
     def grid_size(self) -> int:

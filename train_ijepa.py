@@ -18,7 +18,7 @@ import functools
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,13 +32,16 @@ from config import (
     FRACTION,
     NOT_NEGATIVE,
     POSITIVE,
-    ImagesConfig,
-    OptimConfig,
+    EpochsConfig,
+    EpochsImagesConfig,
+    EpochsOptimConfig,
     TrainConfig,
-    TrainingConfig,
+    ViTConfig,
     load_config,
     one_of,
     require,
+    require_whole_patches,
+    require_width,
     within,
 )
 from crops import Colours
@@ -65,11 +68,12 @@ from training import (
     TrainState,
     describe,
     fill_adamw,
-    global_batch_size,
+    length_words,
     milestones,
     run_command,
     warn_of_another_course,
     weights_to_start_from,
+    with_length,
 )
 from utils import derive_seed, ending_in_words, setup_logging
 from weights import load_strictly, read_state_dict
@@ -105,22 +109,6 @@ class IjepaTrainConfig(TrainConfig):
             self.init_optimizer,
             "needs train.init_from, a file as the authors publish it",
         )
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """Arguments of `ijepa.Encoder`."""
-
-    patch_size: int = field(metadata=COUNT)
-    embed_dim: int = field(metadata=COUNT)
-    depth: int = field(metadata=COUNT)
-    num_heads: int = field(metadata=COUNT)
-    mlp_dim: int | None = field(metadata=COUNT)
-    """Hidden channels of the MLPs; null for 4 x embed_dim."""
-
-    def __post_init__(self) -> None:
-        """Check that positions and heads divide the channels."""
-        _check_width("model", self.embed_dim, self.num_heads)
 
 
 @dataclass(frozen=True)
@@ -166,13 +154,10 @@ class MasksConfig:
 
 
 @dataclass(frozen=True)
-class IjepaOptimConfig(OptimConfig):
+class IjepaOptimConfig(EpochsOptimConfig):
     """Length, batch, and the optimizer of student and predictor. `lr_schedule` is as I-JEPA counts: the first update
     has the value of step 1."""
 
-    epochs: float | None = field(metadata=POSITIVE)
-    """Instead of total_iters: passes over data.images_per_epoch images, each without a last part that fills no batch.
-    null: total_iters counts."""
     weight_decay: tuple[float, float] = field(metadata=within(at_least=0, size=2))
     """At the first and the last update, a half cosine between them. Biases and norms have none."""
     momentum: tuple[float, float] = field(metadata=within(at_least=0, at_most=1, size=2))
@@ -190,11 +175,9 @@ class IjepaOptimConfig(OptimConfig):
 
 
 @dataclass(frozen=True)
-class IjepaDataConfig(ImagesConfig):
+class IjepaDataConfig(EpochsImagesConfig):
     """Images and crops."""
 
-    images_per_epoch: int | None = field(metadata=COUNT)
-    """How many images an epoch is, for optim.epochs and for the log; null where nobody counts in epochs."""
     interpolation: str = field(metadata=one_of("bilinear", "bicubic"))
     """How crops are resized; with data.decode=gpu bicubic alone."""
     grayscale: float = field(metadata=FRACTION)
@@ -215,7 +198,7 @@ class IjepaDataConfig(ImagesConfig):
 
 
 @dataclass(frozen=True)
-class IjepaConfig(TrainingConfig):
+class IjepaConfig(EpochsConfig):
     """Everything `train_ijepa.py` reads."""
 
     EXPORTS: ClassVar[tuple[str, ...]] = ("student_ema", "student")
@@ -223,28 +206,15 @@ class IjepaConfig(TrainingConfig):
     train: IjepaTrainConfig
     optim: IjepaOptimConfig
     data: IjepaDataConfig
-    model: EncoderConfig
+    model: ViTConfig
     predictor: PredictorConfig
     masks: MasksConfig
 
     def __post_init__(self) -> None:
         """Check rules that span sections."""
         super().__post_init__()
-        size, patch = self.data.images_size, self.model.patch_size
-        nearest = max(patch, round(size / patch) * patch)
-        require(
-            size % patch == 0,
-            "data.images_size",
-            size,
-            f"must be a multiple of model.patch_size={patch}; the nearest is {nearest}",
-        )
-        _check_width("predictor", self.predictor.embed_dim, self.predictor_heads)
-        require(
-            self.optim.epochs is None or self.data.images_per_epoch is not None,
-            "optim.epochs",
-            self.optim.epochs,
-            "needs data.images_per_epoch, the number of images; or give optim.total_iters",
-        )
+        require_whole_patches(self.data.images_size, self.model.patch_size)
+        require_width("predictor", self.predictor.embed_dim, self.predictor_heads)
 
     @property
     def grid_size(self) -> int:
@@ -269,28 +239,6 @@ class IjepaConfig(TrainingConfig):
             depth=self.predictor.depth,
             num_heads=self.predictor_heads,
         )
-
-
-def _check_width(section: str, embed_dim: int, num_heads: int) -> None:
-    for number, what in ((4, "4: sine and cosine of row and column"), (num_heads, f"the {num_heads} heads")):
-        require(embed_dim % number == 0, f"{section}.embed_dim", embed_dim, f"must be a multiple of {what}")
-
-
-def with_length(cfg: IjepaConfig) -> IjepaConfig:
-    """The configuration with `optim.total_iters` as `optim.epochs` asks for it, which needs the number of ranks.
-
-    Raises: UserError if an epoch has fewer images than a batch.
-    """
-    optim, num_images = cfg.optim, cfg.data.images_per_epoch
-    if optim.epochs is None or num_images is None:
-        return cfg
-    batch = global_batch_size(optim)
-    require(
-        num_images >= batch, "data.images_per_epoch", num_images, f"fewer than the {batch} images of one update; use "
-        "a smaller optim.batch_size_per_gpu or optim.accumulation_steps",
-    )  # fmt: skip
-    total_iters = max(1, int(optim.epochs * (num_images // batch)))
-    return replace(cfg, optim=replace(optim, total_iters=total_iters))
 
 
 @dataclass(frozen=True)
@@ -645,14 +593,6 @@ def mask_words(cfg: IjepaConfig, sizes: MaskSizes) -> str:
         f"{cfg.masks.num_contexts} context of about {sizes.context:.1f} patches "
         f"({sizes.context / cfg.grid_size**2:.0%}), {cfg.masks.num_targets} targets of about {sizes.target:.1f}"
     )
-
-
-def length_words(cfg: IjepaConfig) -> str:
-    """How long the training is, in steps and, where the number of images is known, in epochs."""
-    optim, num_images = cfg.optim, cfg.data.images_per_epoch
-    batch = global_batch_size(optim)
-    words = f"{optim.total_iters:,} steps of {batch:,} images"
-    return words if num_images is None else f"{words} = {optim.total_iters * batch / num_images:.1f} epochs"
 
 
 def warnings(cfg: IjepaConfig, sizes: MaskSizes) -> list[str]:

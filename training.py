@@ -35,10 +35,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from checkpoint import Checkpoints, SavedState, export_weights, largest_magnitude
 from config import (
     CompileConfig,
+    EpochsConfig,
     OptimConfig,
     TrainingConfig,
     build,
     changed_keys,
+    require,
     to_yaml,
 )
 from data import (
@@ -74,6 +76,7 @@ from weights import not_finite
 logger = logging.getLogger("capi")
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
+EpochsT = TypeVar("EpochsT", bound=EpochsConfig)
 M = TypeVar("M", bound=nn.Module)
 
 SMALLEST_SCALE = 1e-4
@@ -261,6 +264,31 @@ def sent_to(device: torch.device, x: Tensor) -> Tensor:
 def global_batch_size(optim: OptimConfig) -> int:
     """Images of one update, on all ranks."""
     return optim.batch_size_per_gpu * optim.accumulation_steps * world_size()
+
+
+def with_length(cfg: EpochsT) -> EpochsT:
+    """The configuration with `optim.total_iters` as `optim.epochs` asks for it, which needs the number of ranks.
+
+    Raises: UserError if an epoch has fewer images than a batch.
+    """
+    optim, num_images = cfg.optim, cfg.data.images_per_epoch
+    if optim.epochs is None or num_images is None:
+        return cfg
+    batch = global_batch_size(optim)
+    require(
+        num_images >= batch, "data.images_per_epoch", num_images, f"fewer than the {batch} images of one update; use "
+        "a smaller optim.batch_size_per_gpu or optim.accumulation_steps",
+    )  # fmt: skip
+    total_iters = max(1, int(optim.epochs * (num_images // batch)))
+    return dataclasses.replace(cfg, optim=dataclasses.replace(optim, total_iters=total_iters))
+
+
+def length_words(cfg: EpochsConfig) -> str:
+    """How long the training is, in steps and, where the number of images is known, in epochs."""
+    optim, num_images = cfg.optim, cfg.data.images_per_epoch
+    batch = global_batch_size(optim)
+    words = f"{optim.total_iters:,} steps of {batch:,} images"
+    return words if num_images is None else f"{words} = {optim.total_iters * batch / num_images:.1f} epochs"
 
 
 # --- Going on from a checkpoint, and exports -------------------------------------------------------------------------

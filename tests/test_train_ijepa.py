@@ -34,7 +34,8 @@ from checkpoint import SavedState
 from config import load_config
 from ijepa import load_model
 from model import sincos_table
-from train_ijepa import DEFAULT_CONFIG, IjepaConfig, IjepaState, hyper_at, warn_if_changed, with_length
+from train_ijepa import DEFAULT_CONFIG, IjepaConfig, IjepaState, hyper_at, warn_if_changed
+from training import with_length
 from utils import UserError
 
 BOTH = pytest.mark.parametrize("overrides", [[], [STOP_NOISE]], ids=["ijepa", "stop"])
