@@ -312,8 +312,9 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[s
 
 
 def published_key(key: str) -> str:
-    """The released name of a tensor, also if the file, or checkpoint, is of the time when final norms had another."""
-    return re.sub(r"(^|\.)(enc|dec)oder\.norm\.", r"\1\2_norm.", key)
+    """The released name of a tensor, also if the file, or checkpoint, is of the time when a backbone's final norms had
+    another."""
+    return re.sub(r"(^|\bbackbone\.)(enc|dec)oder\.norm\.", r"\1\2_norm.", key)
 
 
 def backbone_part(state_dict: Mapping[str, Any], source: str) -> dict[str, Tensor]:

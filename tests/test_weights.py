@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from utils import UserError
-from weights import load_backbone_weights, read_state_dict, save_safetensors
+from weights import load_backbone_weights, published_key, read_state_dict, save_safetensors
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(1, dtype=torch.int64)}
 
@@ -437,3 +437,19 @@ def test_processes_that_want_the_same_file_download_it_once(server, weights_file
     for thread in threads:
         thread.join()
     assert server.requests == ["/w.pth"]
+
+
+def test_only_final_norms_of_a_backbone_have_had_other_names():
+    renamed = {
+        "encoder.norm.weight": "enc_norm.weight",
+        "backbone.decoder.norm.bias": "backbone.dec_norm.bias",
+        "optimizers.student.backbone.encoder.norm.weight.exp_avg": "optimizers.student.backbone.enc_norm.weight.exp_avg",
+    }
+    for key, name in renamed.items():
+        assert published_key(key) == name
+    for key in (
+        "predictor.decoder.norm.weight",
+        "student.predictor.decoder.norm.weight",
+        "backbone.encoder.norm1.bias",
+    ):
+        assert published_key(key) == key
