@@ -88,6 +88,11 @@ def multipliers(
     return result
 
 
+def decay_of_matrices(module: nn.Module) -> dict[str, Multipliers]:
+    """Multipliers of every parameter by name: no decay on what has one axis, such as biases, norms and scales."""
+    return {name: Multipliers(weight_decay=float(p.ndim > 1)) for name, p in module.named_parameters()}
+
+
 def make_adamw(
     module: nn.Module, betas: tuple[float, float], by_name: Mapping[str, Multipliers] | None = None
 ) -> torch.optim.AdamW:

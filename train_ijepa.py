@@ -46,7 +46,7 @@ from config import (
 )
 from crops import Colours
 from data import Batch, PretrainLoader
-from distributed import mean_over_ranks, rank, world_size
+from distributed import mean_over_ranks, world_size
 from flops import block_flops, embedding_flops
 from ijepa import (
     Encoder,
@@ -75,7 +75,7 @@ from training import (
     weights_to_start_from,
     with_length,
 )
-from utils import derive_seed, ending_in_words, setup_logging
+from utils import ending_in_words, setup_logging
 from weights import load_strictly, read_state_dict
 
 logger = logging.getLogger("capi")
@@ -341,9 +341,7 @@ class IjepaState(TrainState[IjepaConfig]):
         std = self.cfg.predictor.position_noise_std
         if std == 0:
             return None
-        number = forward_pass * world_size() + rank()
-        seed = derive_seed(self.cfg.train.seed, "position-noise", self.step, number)
-        generator = torch.Generator(self.device).manual_seed(seed)
+        generator = torch.Generator(self.device).manual_seed(self.seed_of("position-noise", forward_pass))
         (contexts, images, _), (blocks, _, patches) = (
             batch.masks[f"{name}_indices"].shape for name in ("context", "target")
         )

@@ -179,6 +179,16 @@ class TrainState(Generic[ConfigT]):
             cuda_graphs=options.cuda_graphs,
         )
 
+    def seed_of(self, purpose: str, forward_pass: int) -> int:
+        """Seed of what is random in one of an update's forward passes: ranks are accumulation steps of one.
+
+        Args:
+            purpose: what is drawn.
+            forward_pass: number among those of this update on this rank.
+        """
+        number = forward_pass * world_size() + rank()
+        return derive_seed(self.cfg.train.seed, purpose, self.step, number)
+
     def zero_grad(self) -> None:
         """Forget the gradients of the last update."""
         for _, optimizer in self.optimizers.values():
