@@ -1,0 +1,604 @@
+"""Pretrain CAE (arXiv:2202.03026): from the visible patches of an image, regress the latents of hidden ones, and from
+these their visual tokens.
+
+    python train_cae.py config.yaml [more.yaml ...] [a.b=c ...]      train, or continue where a run stopped
+    python train_cae.py config.yaml a.b=c --dry-run                  say what would be trained, and stop
+    python train_cae.py config.yaml train.output_dir=DIR --export    write student.pth of a run
+
+Later files and overrides win over earlier ones, and all over default_cae_config.yaml. The tokens are those of a frozen
+tokenizer, `tokenizer.path`: DALL-E's, or one that cae_tokenizer.py made.
+"""
+
+from utils import add_training_options, command_line
+
+with command_line(__doc__, __name__) as parser:
+    add_training_options(parser)
+
+import functools
+import logging
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from cae import (
+    Encoder,
+    Predictor,
+    alignment_loss,
+    draw_drop_path,
+    read_encoder,
+    read_file,
+    read_predictor,
+    token_loss,
+)
+from cae_tokenizer import Tokenizer, load_tokenizer
+from checkpoint import SavedState
+from config import (
+    BETWEEN_0_AND_1,
+    COUNT,
+    NOT_NEGATIVE,
+    EpochsConfig,
+    EpochsImagesConfig,
+    EpochsOptimConfig,
+    ViTConfig,
+    load_config,
+    one_of,
+    require,
+    require_whole_patches,
+    within,
+)
+from crops import View
+from data import Batch, PretrainLoader
+from distributed import mean_over_ranks, world_size
+from flops import block_flops, embedding_flops
+from masking import MaskPlan, PatchMasks, ScatteredBlocks, Uniform
+from metrics import feature_health
+from model import resize_positions
+from optim import decay_of_matrices, make_adamw, scheduled, set_rates_
+from report import Panel
+from training import (
+    Run,
+    TrainState,
+    describe,
+    length_words,
+    milestones,
+    run_command,
+    sent_to,
+    warn_of_another_course,
+    weights_to_start_from,
+    with_length,
+)
+from utils import UserError, ending_in_words, setup_logging
+from weights import load_strictly
+
+logger = logging.getLogger("capi")
+
+DEFAULT_CONFIG = Path(__file__).parent / "default_cae_config.yaml"
+COURSE_KEYS = (
+    "optim",
+    "data.mask_ratio",
+    "data.masking_generator",
+    "data.min_block",
+    "data.min_aspect",
+    "tokenizer",
+    "cae",
+)
+"""What the rest of a training depends on: a change when it continues is a warning."""
+FINITE = ("loss", "grad_norm")
+"""Scalars of a step that must be finite."""
+NETWORKS = "Set model.* and predictor.* to what they were trained with"
+
+# --- Knobs: the sections of the configuration that are this method's own ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncoderConfig(ViTConfig):
+    """Arguments of `cae.Encoder`."""
+
+    layer_scale: float = field(metadata=NOT_NEGATIVE)
+    """By what branches of the encoder are multiplied at the beginning: 0.1 for ViT-B, 1e-5 for ViT-L."""
+    drop_path_rate: float = field(metadata=within(at_least=0, below=1))
+    """Probability that a branch of the last block is dropped, image by image, 0.1; 0 at the first block, linear between
+    them. So it is in the encoder, also where it makes the targets, in the regressor and in the decoder."""
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    """Arguments of `cae.Predictor`: latent context regressor and decoder."""
+
+    embed_dim: int = field(metadata=COUNT)
+    """Channels of both. Other than the encoder's, a linear layer and a norm stand between."""
+    regressor_depth: int = field(metadata=COUNT)
+    decoder_depth: int = field(metadata=COUNT)
+    num_heads: int = field(metadata=COUNT)
+    """Attention heads of both, of embed_dim // num_heads channels each; a rest is left out, as published."""
+    vocabulary_size: int = field(metadata=within(at_least=2))
+    """How many tokens the tokenizer tells apart; 8192 for DALL-E's."""
+    layer_scale: float = field(metadata=NOT_NEGATIVE)
+    """As the encoder's; 0.1, also where that has another one."""
+
+    def __post_init__(self) -> None:
+        """Check that positions and heads fit the channels."""
+        remedy = "must be a multiple of 4: sine and cosine of row and column"
+        require(self.embed_dim % 4 == 0, "predictor.embed_dim", self.embed_dim, remedy)
+        remedy = f"must be at most predictor.embed_dim={self.embed_dim}"
+        require(self.num_heads <= self.embed_dim, "predictor.num_heads", self.num_heads, remedy)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The frozen tokenizer, whose tokens of the hidden patches are predicted. Its weights are in no checkpoint."""
+
+    path: str
+    """File or address: DALL-E's encoder, or what cae_tokenizer.py wrote."""
+    image_size: int = field(metadata=COUNT)
+    """Side of its view of a crop in pixels, so that it gives one token for each patch: DALL-E's has patches of 8."""
+
+
+@dataclass(frozen=True)
+class CaeMethodConfig:
+    """What is learned."""
+
+    alignment_weight: float = field(metadata=NOT_NEGATIVE)
+    """By what the squared distance between regressed latents and the encoder's own is multiplied, 2; the cross-entropy
+    of the tokens counts once."""
+
+
+@dataclass(frozen=True)
+class CaeOptimConfig(EpochsOptimConfig):
+    """Length, batch, and the optimizer."""
+
+    weight_decay: float = field(metadata=NOT_NEGATIVE)
+    """Of matrices, convolution, class token and mask token, 0.05. Biases, norms and layer scales have none."""
+
+
+@dataclass(frozen=True)
+class CaeDataConfig(EpochsImagesConfig):
+    """Images, crops and masks."""
+
+    mask_ratio: float = field(metadata=BETWEEN_0_AND_1)
+    """Fraction of the patches that is hidden, 0.5: exactly as many in every image."""
+    masking_generator: str = field(metadata=one_of("ScatteredBlocks", "Uniform"))
+    """ScatteredBlocks (blocks of random sizes, as published) or Uniform; see masking.py."""
+    min_block: int = field(metadata=COUNT)
+    """Smallest area of a block, patches, 16."""
+    min_aspect: float = field(metadata=within(above=0, at_most=1))
+    """Smallest height / width of a block, 0.3; its inverse is the largest."""
+
+    def __post_init__(self) -> None:
+        """Check that the GPU is not asked for what it does not do."""
+        remedy = "the tokenizer's view of a crop is not made there; use data.decode=cpu"
+        require(self.decode == "cpu", "data.decode", self.decode, remedy)
+
+
+@dataclass(frozen=True)
+class CaeConfig(EpochsConfig):
+    """Everything `train_cae.py` reads."""
+
+    EXPORTS: ClassVar[tuple[str, ...]] = ("student",)
+
+    optim: CaeOptimConfig
+    data: CaeDataConfig
+    model: EncoderConfig
+    predictor: PredictorConfig
+    tokenizer: TokenizerConfig
+    cae: CaeMethodConfig
+
+    def __post_init__(self) -> None:
+        """Check rules that span sections."""
+        super().__post_init__()
+        require_whole_patches(self.data.images_size, self.model.patch_size)
+        remedy = "there is no teacher with weights of its own; set it to false"
+        require(not self.efficiency.teacher_fp8, "efficiency.teacher_fp8", self.efficiency.teacher_fp8, remedy)
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a crop."""
+        return self.data.images_size // self.model.patch_size
+
+    def make_encoder(self) -> Encoder:
+        """The encoder that this describes."""
+        return Encoder(grid_size=self.grid_size, **asdict(self.model))
+
+    def make_predictor(self) -> Predictor:
+        """The predictor that this describes."""
+        return Predictor(
+            grid_size=self.grid_size,
+            encoder_dim=self.model.embed_dim,
+            drop_path_rate=self.model.drop_path_rate,
+            **asdict(self.predictor),
+        )
+
+
+def hyper_at(step: int, cfg: CaeConfig) -> dict[str, float]:
+    """Scheduled values of the update after `step` finished ones. Pure, so a resumed run has nothing to restore."""
+    return {"lr": scheduled(cfg.optim.lr_schedule, step, cfg.optim.total_iters)}
+
+
+# --- State and step --------------------------------------------------------------------------------------------------
+
+
+class DropPaths(NamedTuple):
+    """What `cae.draw_drop_path` drew for a forward pass; None where nothing is dropped."""
+
+    targets: Float[Tensor, "layers 2 b"] | None
+    """Of the encoder on the hidden patches: published as it is, its targets have drop-path too."""
+    context: Float[Tensor, "layers 2 b"] | None
+    """Of the encoder on the visible patches."""
+    predictor: Float[Tensor, "layers 2 b"] | None
+
+
+def do_teacher(
+    encoder: Encoder,
+    images: Float[Tensor, "b c h w"],
+    predict_indices: Int[Tensor, " bm"],
+    drop_path: Float[Tensor, "layers 2 b"] | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "b m d"]:
+    """Targets: what the encoder itself makes of the hidden patches when it sees nothing else."""
+    with torch.no_grad(), torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        return encoder.encode(images, predict_indices, drop_path)[:, 1:]
+
+
+def do_student(
+    student: nn.ModuleDict,
+    images: Float[Tensor, "b c h w"],
+    visible_indices: Int[Tensor, " bv"],
+    predict_indices: Int[Tensor, " bm"],
+    targets: Float[Tensor, "b m d"],
+    token_ids: Int[Tensor, " bm"],
+    context_drop_path: Float[Tensor, "layers 2 b"] | None,
+    predictor_drop_path: Float[Tensor, "layers 2 b"] | None,
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Cross-entropy of the tokens, and squared distance of the latents, of the hidden patches."""
+    encoder: Any = student["backbone"]
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        context = encoder.encode(images, visible_indices, context_drop_path)[:, 1:]
+        prediction = student["predictor"](context, targets, visible_indices, predict_indices, predictor_drop_path)
+    return token_loss(prediction.logits, token_ids), alignment_loss(prediction.latents, prediction.targets)
+
+
+class CaeState(TrainState[CaeConfig]):
+    """Everything a checkpoint holds.
+
+    Modules: `student` {backbone, predictor}. There is no average of it; the backbone makes its own targets.
+    """
+
+    MODEL_KEYS = (
+        "model.patch_size", "model.embed_dim", "model.depth", "model.num_heads", "model.mlp_dim", "predictor",
+        "data.images_size",
+    )  # fmt: skip
+
+    def __init__(
+        self, cfg: CaeConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
+    ) -> None:
+        super().__init__(cfg, device, compiled=compiled)
+        self.student = self.place(
+            lambda: nn.ModuleDict({"backbone": cfg.make_encoder(), "predictor": cfg.make_predictor()}),
+            cfg.efficiency.compilation.do_student,
+            load=None if init_from is None else functools.partial(start_from, path_or_url=init_from),
+        )
+        self.modules = {"student": self.student}
+        self.do_teacher = self.compile(do_teacher, "do_teacher")
+        self.do_student = self.compile(do_student, "do_student")
+        self.optimizer = make_adamw(self.student, cfg.optim.betas, decay_of_matrices(self.student))
+        self.optimizers = {"student": (self.student, self.optimizer)}
+
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        """The encoder's patch features, not compiled and without drop-path, for batches of any size."""
+        encoder: Any = self.student["backbone"]
+        with torch.no_grad(), torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return encoder.encode(images)[:, 1:]
+
+    def draw_drop_paths(self, forward_pass: int, num_images: int) -> DropPaths:
+        """What is dropped in one of an update's forward passes; see `TrainState.seed_of`."""
+        encoder, predictor = self.student["backbone"], self.student["predictor"]
+        generator = torch.Generator().manual_seed(self.seed_of("drop-path", forward_pass))
+        drawn = (
+            draw_drop_path(module.drop_path_rates, num_images, generator)  # pyright: ignore[reportArgumentType]
+            for module in (encoder, encoder, predictor)
+        )
+        return DropPaths(*(None if factors is None else sent_to(self.device, factors) for factors in drawn))
+
+
+def start_from(student: nn.ModuleDict, path_or_url: str) -> None:
+    """Copy the weights of `train.init_from` into a fresh student, and say what stays random.
+
+    That is the predictor, if the file lacks it: an export of the encoder, or what the authors publish.
+
+    Raises: UserError if the weights do not fit.
+    """
+    file = read_file(path_or_url, key="train.init_from")
+    parts = {"backbone": read_encoder(file, path_or_url), "predictor": read_predictor(file)}
+    for name, weights in parts.items():
+        module: Any = student[name]
+        resized = {
+            key: resize_positions(x, (module.grid_size, module.grid_size), antialias=False) if "pos_embed" in key else x
+            for key, x in weights.items()
+        }
+        if weights:
+            load_strictly(module, resized, path_or_url, remedy=NETWORKS)
+    random = "" if parts["predictor"] else "; regressor and decoder, which the file lacks, start random"
+    logger.info("the training starts from %s%s", path_or_url, random)
+
+
+def token_ids_at(tokenizer: Tokenizer, batch: Batch) -> Int[Tensor, " bm"]:
+    """The tokens of the hidden patches of a batch, image-major."""
+    assert batch.second_images is not None
+    images = batch.second_images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    return tokenizer(images).flatten()[batch.masks["predict_indices"]]
+
+
+def train_step(
+    state: CaeState, tokenizer: Tokenizer, batches: Sequence[Batch], lr: float, *, with_health: bool = False
+) -> dict[str, Tensor]:
+    """One update. Returns detached scalars, still on the device.
+
+    Args:
+        state: changed in place.
+        tokenizer: of the second images.
+        batches: normalised images, second images and indices of the accumulation steps, on the device.
+        lr: learning rate of this update.
+        with_health: also compute effective rank, norms and spread of the targets.
+    """
+    cfg = state.cfg
+    set_rates_(state.optimizer, lr, cfg.optim.weight_decay)
+    state.zero_grad()
+    sums = {name: torch.zeros((), device=state.device) for name in ("loss", "token_loss", "alignment_loss")}
+    targets: list[Tensor] = []
+    for forward_pass, batch in enumerate(batches):
+        visible_indices, predict_indices = (batch.masks[f"{name}_indices"] for name in ("visible", "predict"))
+        drop_paths = state.draw_drop_paths(forward_pass, len(batch.images))
+        encoder = state.student["backbone"]
+        targets.append(state.do_teacher(encoder, batch.images, predict_indices, drop_paths.targets, state.dtype))
+        token, distance = state.do_student(
+            state.student,
+            batch.images,
+            visible_indices,
+            predict_indices,
+            targets[-1],
+            token_ids_at(tokenizer, batch),
+            drop_paths.context,
+            drop_paths.predictor,
+            state.dtype,
+        )
+        alignment = cfg.cae.alignment_weight * distance
+        loss = token + alignment
+        state.backward(loss / len(batches))
+        for name, value in zip(sums, (loss, token, alignment), strict=True):
+            sums[name] += value.detach() / len(batches)
+    if with_health:
+        sums |= feature_health(torch.cat(targets))
+    _, norms = state.apply_gradients()
+    return mean_over_ranks(sums) | norms
+
+
+def panels(cfg: CaeConfig) -> list[Panel]:
+    """The curves of a training's metrics that its reports show."""
+    losses = {"token_loss": "tokens (cross-entropy, nats)", "alignment_loss": "alignment, with its weight"}
+    log_k = math.log(cfg.predictor.vocabulary_size)
+    return [
+        Panel("Losses", "loss", losses, mark=("log of the vocabulary: knows nothing", log_k)),
+        Panel("Effective rank of the targets", "dimensions", {"teacher_rank": ""}),
+        Panel("Norms of the targets", "norm", {"feature_norm_median": "median", "feature_norm_max": "max"}),
+        Panel("Norm of the gradient", "norm", {"grad_norm": ""}),
+        Panel("Schedule", "learning rate", {"lr": ""}),
+    ]
+
+
+# --- The run ---------------------------------------------------------------------------------------------------------
+
+
+def train(cfg: CaeConfig, output_dir: Path, device: torch.device) -> None:
+    """Train up to `optim.total_iters` finished updates, or until a signal; continue what is in `output_dir`."""
+    cfg = with_length(cfg)
+    tokenizer = open_tokenizer(cfg, device)
+    state = CaeState(cfg, device, init_from=weights_to_start_from(cfg, output_dir))
+    state.parts["tokenizer"] = SameTokenizer(tokenizer.description)
+    with Run(
+        cfg,
+        state,
+        output_dir,
+        make_loader=functools.partial(make_loader, cfg),
+        encode=state.encode,
+        log_line=log_line,
+        finite=FINITE,
+        panels=panels(cfg),
+        flops_per_image=step_flops_per_image(cfg),
+        opening=f"{opening(cfg, state)}; {tokenizer.description}",
+        on_resume=functools.partial(warn_if_changed, cfg=cfg),
+    ) as run:
+        while not run.is_over():
+            hyper = hyper_at(state.step, cfg)
+            batches = run.next_batches()
+            scalars = train_step(state, tokenizer, batches, hyper["lr"], with_health=run.looks_at_health)
+            state.step += 1
+            run.count(scalars, hyper)
+            run.log()
+            run.save()
+            run.evaluate()
+    run.export()
+
+
+def open_tokenizer(cfg: CaeConfig, device: torch.device) -> Tokenizer:
+    """The tokenizer of the configuration, on the device.
+
+    Raises: UserError if it cannot be read, or has another grid or vocabulary than the student.
+    """
+    section = cfg.tokenizer
+    tokenizer = load_tokenizer(section.path, image_size=section.image_size, device=device, key="tokenizer.path")
+    patch_size, grid = section.image_size // tokenizer.grid_size, cfg.grid_size
+    require(
+        tokenizer.grid_size == grid,
+        "tokenizer.image_size",
+        section.image_size,
+        f"it gives {tokenizer.grid_size} x {tokenizer.grid_size} tokens, and images have {grid} x {grid} patches; use "
+        f"{grid * patch_size}, or another data.images_size or model.patch_size",
+    )
+    require(
+        tokenizer.vocabulary_size == cfg.predictor.vocabulary_size,
+        "predictor.vocabulary_size",
+        cfg.predictor.vocabulary_size,
+        f"tokenizer.path={section.path!r} has {tokenizer.vocabulary_size} tokens; use that number",
+    )
+    return tokenizer
+
+
+@dataclass
+class SameTokenizer:
+    """Of which tokenizer a training is, in its checkpoints."""
+
+    description: str
+
+    def state_dict(self) -> dict[str, str]:
+        """What a checkpoint keeps."""
+        return {"description": self.description}
+
+    def load_state_dict(self, saved: Mapping[str, str]) -> None:
+        """Raise UserError if the checkpoint is of a training with another tokenizer: its ids mean something else."""
+        if saved["description"] != self.description:
+            raise UserError(
+                f"tokenizer.path: this is {self.description}, but the checkpoint was trained with "
+                f"{saved['description']}; give that one, or start anew in another train.output_dir, with "
+                "train.init_from for the weights"
+            )
+
+
+def make_loader(cfg: CaeConfig, **place: Any) -> PretrainLoader:
+    """The loader of a training; `place` says where it runs and where it continues, see `PretrainLoader`.
+
+    Raises: UserError if data or masks do not fit the configuration.
+    """
+    return PretrainLoader(
+        cfg.data,
+        make_masks(cfg),
+        seed=cfg.train.seed,
+        batch_size=cfg.optim.batch_size_per_gpu,
+        num_workers=cfg.efficiency.dataloader_num_workers,
+        keep_listing=cfg.efficiency.cache_dataset,
+        second_view=View(cfg.tokenizer.image_size, "lanczos"),
+        **place,
+    )
+
+
+def make_masks(cfg: CaeConfig) -> PatchMasks:
+    """How patches are hidden: as many in every image, all of which are predicted.
+
+    Raises: UserError if that leaves nothing to see or to predict, or blocks do not fit the grid.
+    """
+    data = cfg.data
+    plan = MaskPlan(cfg.grid_size, cfg.grid_size, data.mask_ratio, prediction_subsampling=1.0)
+    is_uniform = data.masking_generator == "Uniform"
+    masks = PatchMasks(
+        plan, Uniform() if is_uniform else ScatteredBlocks(data.min_block, data.min_aspect), cfg.train.seed
+    )
+    masks([(image,) for image in range(8)])  # raises early
+    return masks
+
+
+def warn_if_changed(saved: SavedState, cfg: CaeConfig) -> None:
+    """Warn of keys that shape the rest of the training and are others than at the checkpoint."""
+    warn_of_another_course(saved, cfg, COURSE_KEYS, lambda step, cfg: {"learning rate": hyper_at(step, cfg)["lr"]})
+
+
+def step_flops_per_image(cfg: CaeConfig) -> float:
+    """Model FLOPs of one step per image: matmuls alone, recomputation not counted, a backward pass as two forward ones.
+
+    The tokenizer is not counted.
+    """
+    model, predictor, masks = cfg.model, cfg.predictor, make_masks(cfg).plan
+    visible, hidden = masks.num_visible, masks.num_masked
+    embedding = embedding_flops(masks.num_patches, model.patch_size, model.embed_dim)
+    of_encoder, of_targets = (
+        model.depth * block_flops(model.embed_dim, num + 1, num + 1, model.mlp_dim) for num in (visible, hidden)
+    )
+    regressor = predictor.regressor_depth * block_flops(predictor.embed_dim, hidden, masks.num_patches)
+    decoder = predictor.decoder_depth * block_flops(predictor.embed_dim, hidden, hidden)
+    head = 2 * hidden * predictor.embed_dim * predictor.vocabulary_size
+    projected = 2 * model.embed_dim * predictor.embed_dim if model.embed_dim != predictor.embed_dim else 0
+    teacher = embedding + of_targets + hidden * projected
+    return float(teacher + 2 * embedding + 3 * (of_encoder + visible * projected + regressor + decoder + head))
+
+
+def opening(cfg: CaeConfig, state: CaeState) -> str:
+    """What is trained, in a line of the log."""
+    encoder, predictor = (
+        sum(p.numel() for p in state.student[name].parameters()) / 1e6 for name in ("backbone", "predictor")
+    )
+    return (
+        f"{encoder:.1f}M encoder and {predictor:.1f}M regressor and decoder parameters; {mask_words(cfg)}; "
+        f"{length_words(cfg)}"
+    )
+
+
+def mask_words(cfg: CaeConfig) -> str:
+    """How much is seen and predicted."""
+    plan = make_masks(cfg).plan
+    return f"{plan.num_visible} of {plan.num_patches} patches are seen, {plan.num_masked} are predicted"
+
+
+def log_line(values: Mapping[str, float]) -> str:
+    """How it goes, in a line of the log."""
+    return f"loss {values['loss']:.4f}  tokens {values['token_loss']:.4f}  alignment {values['alignment_loss']:.4f}"
+
+
+def dry_run(cfg: CaeConfig) -> str:
+    """What a training with this config would be, without training: data, grid, tokens, parameters, schedule."""
+    cfg = with_length(cfg)
+    with torch.device("meta"):
+        encoder, predictor = (
+            sum(p.numel() for p in m.parameters()) for m in (cfg.make_encoder(), cfg.make_predictor())
+        )
+    state = 4 * 4 * (encoder + predictor) / world_size() / 2**30
+    schedule = ["schedule     step         lr"]
+    schedule += [f"             {step:<12} {hyper_at(step, cfg)['lr']:<10.3g}" for step in milestones(cfg.optim)]
+    tokenizer, sizes = cfg.tokenizer, cfg.predictor
+    is_missing = "://" not in tokenizer.path and not Path(tokenizer.path).is_file()
+    missing = f"tokenizer.path={tokenizer.path}: there is no such file yet; cae_tokenizer.py makes one"
+    return describe(
+        cfg,
+        functools.partial(make_loader, cfg),
+        sizes=[
+            f"length       {length_words(cfg)}",
+            f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {cfg.grid_size**2} patches "
+            f"of {cfg.model.patch_size} px",
+            f"masks        {mask_words(cfg)}",
+            f"tokenizer    {tokenizer.path}, {sizes.vocabulary_size} tokens, sees {tokenizer.image_size} px",
+            f"parameters   {encoder:,} in the encoder, {predictor:,} in regressor and decoder, of width "
+            f"{sizes.embed_dim} with {sizes.num_heads} heads of {sizes.embed_dim // sizes.num_heads}",
+        ],
+        costs=[
+            f"memory       {state:.1f} GiB per device for weights, gradients and optimizer, and activations",
+            f"compute      {step_flops_per_image(cfg) / 1e12:.4f} TFLOP per image, without the tokenizer",
+        ],
+        schedule=schedule,
+        warnings=[missing] if is_missing else [],
+    )
+
+
+@ending_in_words
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains."""
+    args = parser.parse_intermixed_args(arguments)
+    setup_logging()
+    cfg = load_config(CaeConfig, DEFAULT_CONFIG, args.sources)
+    make_masks(cfg)
+    return run_command(
+        args,
+        cfg,
+        dry_run=lambda: dry_run(cfg),
+        train=functools.partial(train, cfg),
+        make_state=functools.partial(CaeState, cfg, compiled=False),
+        has_kernels=False,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
