@@ -309,7 +309,7 @@ class Encoder(Backbone):
     def _embed(
         self, images: Float[Tensor, "b 3 h w"], indices: Int[Tensor, " bv"] | None = None
     ) -> Float[Tensor, "b v1 d"]:
-        b, grid = len(images), patch_grid(images, self.patch_size)
+        b, grid = images.shape[0], patch_grid(images, self.patch_size)
         class_row, positions = resize_positions(self.pos_embed, grid, antialias=False).split(
             [1, grid[0] * grid[1]], dim=1
         )
@@ -554,6 +554,33 @@ def read_predictor(file: Mapping[str, Any]) -> dict[str, Tensor]:
     exported = _part(file, "predictor.")
     published = {k: v for k, v in file.items() if not k.startswith((PUBLISHED_ENCODER, PUBLISHED_COPY, "backbone."))}
     return exported or (published if any(key.startswith("regresser.") for key in published) else {})
+
+
+def as_exported(file: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """The weights of a published file as a training exports them; those of an export as they are.
+
+    Args:
+        file: what was read.
+        model: `student`, the only network that is exported.
+    """
+    assert model == "student"
+    if not isinstance(file.get("model"), dict):
+        return dict(file)
+    parts = {"backbone": _part(file["model"], PUBLISHED_ENCODER), "predictor": read_predictor(file["model"])}
+    return {f"{prefix}.{key}": value for prefix, part in parts.items() for key, value in part.items()}
+
+
+def as_published(models: Mapping[str, Mapping[str, nn.Module]]) -> dict[str, dict[str, Tensor]]:
+    """What programs of the authors read, of the exported `student`: weights alone, in their order.
+
+    Of an encoder without regressor and decoder it is that encoder alone, which they read as well.
+    """
+    parts = {name: module.state_dict() for name, module in models["student"].items()}
+    rest = dict(parts.get("predictor", {}))
+    first = {key: rest.pop(key) for key in ("rd_pos_embed", "mask_token") if key in rest}
+    copies = (PUBLISHED_ENCODER, PUBLISHED_COPY) if rest else (PUBLISHED_ENCODER,)
+    encoders = {f"{prefix}{key}": value for prefix in copies for key, value in parts["backbone"].items()}
+    return {"model": first | encoders | rest}
 
 
 def _part(file: Mapping[str, Any], prefix: str) -> dict[str, Any]:

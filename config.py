@@ -257,7 +257,7 @@ class CheckpointingConfig:
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """Scores of the teacher on a small labelled set, computed in between steps; see probe.py."""
+    """Scores of the network that is probed on a small labelled set, computed in between steps; see probe.py."""
 
     every: int = field(metadata=NOT_NEGATIVE)
     """Steps between probes; 0 for none. Two sets of 1000 images took 1.7 % of the time at a period of 250 steps of 128
@@ -295,8 +295,8 @@ class TrainConfig:
     resume_from: str | None
     """Continue from this checkpoint folder instead of the newest one, for example after the newest was damaged."""
     init_from: str | None
-    """Path or URL of weights (an export, or a released model) from which student, average and teacher start; null for
-    random ones. The two heads always start random. Without effect once the run has a checkpoint."""
+    """Path or URL of weights (an export, or a released model) from which the networks start; null for random ones. What
+    stays random is in the log. Without effect once the run has a checkpoint."""
     seed: int = field(metadata=SEED)
     """Seed of initial weights, data order, crops, masks and drop-path. All are functions of it and of the step."""
     nan_check_period: int = field(metadata=NOT_NEGATIVE)

@@ -6,13 +6,13 @@
     python export.py IN1K-vit.h.14-300e.pth.tar backbone.pth --config configs/ijepa/vith14.yaml
 
 The last is a file of several networks, as the authors of I-JEPA and StoP publish them: `student_ema` is its target
-encoder, `student` its encoder with the predictor.
+encoder, `student` its encoder with the predictor. Files of CAE's authors are taken likewise.
 `.pth` is a dict of tensors by their published names, `.safetensors` has the same keys; both get their config beside
-them, as `.yaml`, where the loader of the method (`model.load_model`, `ijepa.load_model`) finds it. `.onnx` takes images
-of any number and size and gives the three outputs of the backbone's `forward`; it needs
-`pip install -c constraints.txt -e '.[onnx]'` in this folder. `.pth.tar`, of a run or checkpoint of I-JEPA or StoP, is
-what the authors' programs read: encoder, predictor and target encoder. The reverse, starting a run from weights, is the
-key `train.init_from`.
+them, as `.yaml`, where the loader of the method (`load_model` of model.py, ijepa.py, cae.py) finds it. `.onnx` takes
+images of any number and size and gives the three outputs of the backbone's `forward`; it needs
+`pip install -c constraints.txt -e '.[onnx]'` in this folder. `.pth.tar`, of a run or checkpoint of I-JEPA, StoP or CAE,
+is what the authors' programs read: all networks in one file. The reverse, starting a run from weights, is the key
+`train.init_from`.
 """
 
 from pathlib import Path
@@ -25,12 +25,15 @@ with command_line(__doc__, __name__) as parser:
     parser.add_argument("source", help="folder of a run, checkpoint, or file or address of weights")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=f"to write: {', '.join(FORMATS)}")
     parser.add_argument(
-        "--model", choices=MODELS, default="student_ema", help="of a checkpoint or .pth.tar; default: %(default)s"
+        "--model",
+        choices=MODELS,
+        help="of a checkpoint or .pth.tar; default: student_ema, or student where there is no average",
     )
     parser.add_argument(
         "--config", type=Path, help="of a file of weights; default: the .yaml beside it, if there is one"
     )
 
+import argparse
 import contextlib
 import logging
 import os
@@ -45,16 +48,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import cae
 import ijepa
+import train_cae
 import train_ijepa
 from checkpoint import Checkpoints, export_weights, read_weights
 from clustering import L2NormLinear
-from config import DEFAULT_PRETRAIN_CONFIG, TrainingConfig, load_config, read_yaml, to_yaml
+from config import DEFAULT_PRETRAIN_CONFIG, TrainingConfig, load_config, read_yaml, require_one_of, to_yaml
 from model import EncoderDecoder
+from train_cae import CaeConfig
 from train_capi import CapiConfig
 from train_ijepa import IjepaConfig
 from utils import UserError, ending_in_words, replacing, setup_logging, write_text_atomically
-from weights import load_backbone_weights, read_state_dict, save_safetensors
+from weights import load_backbone_weights, load_strictly, read_state_dict, save_safetensors
 
 logger = logging.getLogger("export")
 
@@ -85,7 +91,7 @@ def _capi_modules(cfg: CapiConfig, weights: Mapping[str, Any]) -> dict[str, nn.M
     return modules
 
 
-def _ijepa_modules(cfg: IjepaConfig, weights: Mapping[str, Any]) -> dict[str, nn.Module]:
+def _modules_with_predictor(cfg: IjepaConfig | CaeConfig, weights: Mapping[str, Any]) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {"backbone": cfg.make_encoder()}
     if "predictor.mask_token" in weights:
         modules["predictor"] = cfg.make_predictor()
@@ -94,7 +100,12 @@ def _ijepa_modules(cfg: IjepaConfig, weights: Mapping[str, Any]) -> dict[str, nn
 
 METHODS = {
     "capi": Method(CapiConfig, DEFAULT_PRETRAIN_CONFIG, _capi_modules, lambda file, _: file, None),
-    "predictor": Method(IjepaConfig, train_ijepa.DEFAULT_CONFIG, _ijepa_modules, ijepa.as_exported, ijepa.as_published),
+    "predictor": Method(
+        IjepaConfig, train_ijepa.DEFAULT_CONFIG, _modules_with_predictor, ijepa.as_exported, ijepa.as_published
+    ),
+    "regressor": Method(
+        CaeConfig, train_cae.DEFAULT_CONFIG, _modules_with_predictor, cae.as_exported, cae.as_published
+    ),
 }
 """By the section that the configurations of that method alone have. The first is that of weights without one."""
 
@@ -108,22 +119,25 @@ class Exportable:
     method: Method
 
 
-def read(source: str, *, model: str = "student_ema", config_path: Path | None = None) -> Exportable:
+def read(source: str, *, model: str | None = None, config_path: Path | None = None) -> Exportable:
     """Read what is to be exported.
 
     Args:
         source: a run's folder, one of its checkpoints, or a file or address of weights.
-        model: which weights of a checkpoint or a published file of several networks, one of `MODELS`.
+        model: which weights of a checkpoint or a published file of several networks, one of `MODELS`; None for those
+            that the method exports first.
         config_path: configuration of a file of weights. None: the one beside it, or the default.
 
     Raises: UserError if there is nothing to read or it does not fit its configuration.
     """
-    if Path(source).is_dir():
-        folder = _checkpoint_in(Path(source))
-        logger.info("reading %s of %s", model, folder)
-        weights, config_path = read_weights(folder, model), folder / "config.yaml"
+    folder = _checkpoint_in(Path(source)) if Path(source).is_dir() else None
+    weights: Mapping[str, Any] = {}
+    if folder is not None:
+        config_path = folder / "config.yaml"
     else:
-        weights = read_state_dict(source, key="source")
+        # Published files may have the options of their training beside the weights: a bag of values, no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            weights = read_state_dict(source, key="source")
         beside = Path(source).with_suffix(".yaml")
         config_path = config_path or (beside if beside.is_file() else None)
         if config_path is None and any(part in weights for part in ijepa.PUBLISHED_PARTS):
@@ -132,13 +146,22 @@ def read(source: str, *, model: str = "student_ema", config_path: Path | None = 
                 "describes them, such as --config configs/ijepa/vith14.yaml"
             )
     method = _method_of(config_path)
+    model = model or method.config.EXPORTS[0]
+    require_one_of("--model", model, method.config.EXPORTS)
+    if folder is not None:
+        logger.info("reading %s of %s", model, folder)
+        weights = read_weights(folder, model)
     weights = method.as_exported(weights, model)
     cfg = load_config(method.config, method.default_config, [] if config_path is None else [str(config_path)])
     with torch.device("meta"):
         modules = method.make_modules(cfg, weights)
     for name, module in modules.items():
-        own = {key.removeprefix(f"{name}."): x for key, x in weights.items() if key.startswith(f"{name}.")}
-        load_backbone_weights(module.to_empty(device="cpu").eval(), own or weights, source)
+        module.to_empty(device="cpu").eval()
+        if name == "backbone":
+            load_backbone_weights(module, weights, source)
+        else:
+            own = {key.removeprefix(f"{name}."): x for key, x in weights.items() if key.startswith(f"{name}.")}
+            load_strictly(module, own, source, remedy="Give the config they were trained with")
     return Exportable(modules, cfg, method)
 
 
@@ -184,14 +207,16 @@ def publish(source: str, path: Path) -> None:
     """
     if not Path(source).is_dir():
         raise UserError(f"{str(path)!r} is to hold student and average: give a run or a checkpoint, not {source!r}")
-    both = {model: read(source, model=model) for model in MODELS}
-    as_published = both["student"].method.as_published
+    student = read(source, model="student")
+    others = (name for name in student.cfg.EXPORTS if name != "student")
+    models = {"student": student} | {name: read(source, model=name) for name in others}
+    as_published = student.method.as_published
     if as_published is None:
         raise UserError(f"{str(path)!r}: what the authors of this method publish is what .pth holds; call it so")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with replacing(path) as temporary:
-            torch.save(as_published({model: exportable.modules for model, exportable in both.items()}), temporary)
+            torch.save(as_published({model: exportable.modules for model, exportable in models.items()}), temporary)
     except OSError as error:
         raise UserError(f"{str(path)!r} could not be written: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Backbones of CAPI, I-JEPA and StoP for `torch.hub`, with torch alone: one trained here, or a released one by name.
+"""Backbones of CAPI, I-JEPA, StoP and CAE for `torch.hub`, with torch alone: trained here, or a released one by name.
 
     model = torch.hub.load("/path/to/this/folder", "capi", source="local", weights="runs/mine")
     model = torch.hub.load("/path/to/this/folder", "ijepa", source="local", weights="runs/mine")
@@ -47,7 +47,7 @@ def _import(name: str) -> _Any:
     # Without jaxtyping annotations say less, and that a program has it shall not depend on us.
     folder = utils.FolderOfModules(_FOLDER, _PACKAGE, hidden=["jaxtyping"])
     module = folder.import_module(name)
-    for part in ("model", "ijepa", "weights", "utils"):
+    for part in ("model", "ijepa", "cae", "weights", "utils"):
         for value in list(vars(sys.modules.get(f"{_PACKAGE}.{part}", utils)).values()):
             if isinstance(value, type) and value.__module__.startswith(f"{_PACKAGE}."):
                 _pickle_by_folder(value)
@@ -183,19 +183,38 @@ def ijepa(
     )
 
 
+def cae(
+    weights: str | _Path, config: str | _Path | dict[str, _Any] | None = None, num_heads: int | None = None
+) -> _Any:
+    """An encoder of CAE: one that was trained here, or that of a file which its authors publish.
+
+    Args:
+        weights: as for `capi`, with `student.pth` of a run, or a published `.pth`, or its address.
+        config: the training configuration, or its section `model` as a dict. None: the .yaml of the same name beside
+            the weights, if there is one.
+        num_heads: attention heads, which no shape tells, where there is no configuration: 12 for ViT-Ti, S and B, 16
+            for ViT-L.
+    """
+    source, section = _source_and_section(weights, config, exported="student")
+    return _import("cae").load_model(pretrained_weights=source, num_heads=num_heads or section.get("num_heads"))
+
+
 def _source_and_section(
-    weights: str | _Path, config: str | _Path | dict[str, _Any] | None
+    weights: str | _Path, config: str | _Path | dict[str, _Any] | None, exported: str = "student_ema"
 ) -> tuple[str | _Path, dict[str, _Any]]:
-    """Address or file of the weights, and the section `model` of their configuration, empty if there is none."""
+    """Address or file of the weights, and the section `model` of their configuration, empty if there is none.
+
+    `exported` is the network of a run's folder.
+    """
     file = _Path(weights)
     beside = file.parent / f"{file.stem}.yaml"
     if file.is_dir() and (file / "config.json").is_file():
         file, beside = file / "model.safetensors", file / "config.json"
     elif file.is_dir():
-        file, beside = file / "student_ema.pth", file / "student_ema.yaml"
+        file, beside = file / f"{exported}.pth", file / f"{exported}.yaml"
         if not file.is_file():
             raise _model.UserError(
-                f"weights={str(weights)!r}: the folder has no student_ema.pth, which a run writes at its end and "
+                f"weights={str(weights)!r}: the folder has no {exported}.pth, which a run writes at its end and "
                 "python export.py <the run's folder> <file>.pth at any time"
             )
     if config is None and beside.is_file():

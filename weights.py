@@ -69,7 +69,8 @@ def read_state_dict(
         except OSError as error:
             raise UserError(f"{key}={address!r}: {error.strerror}") from error
         if stat.S_ISDIR(mode):
-            inside = [str(path / name) for name in ("student_ema.pth", "model.safetensors") if (path / name).is_file()]
+            names = ("student_ema.pth", "student.pth", "model.safetensors")
+            inside = [str(path / name) for name in names if (path / name).is_file()]
             raise UserError(
                 f"{key}={address!r} is a folder; give a file{f', {inside[0]!r}' if inside else ' of weights'}"
             )

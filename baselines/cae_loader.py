@@ -24,18 +24,27 @@ NOT_ENCODER = (
 )
 
 
+def load_weights(vit: nn.Module, source: str | None) -> None:
+    """Copy the encoder of a published file, or of an export of train_cae.py, into timm's network; None copies nothing.
+
+    Raises: UserError if the file cannot be read or does not fit.
+    """
+    load_published(vit, source, path=("model",), prefix="encoder.", drop=NOT_ENCODER, exports=True)
+
+
 def load_model(
     model_name: str,
     pretrained_weights: str | Path | None = None,
     pretrained: bool = True,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """Build an encoder; `pretrained=False` leaves random weights, `pretrained_weights` is a path or URL."""
+    """Build an encoder; `pretrained=False` leaves random weights, `pretrained_weights` is a path or URL, also of an
+    export of train_cae.py."""
     architecture = look_up(model_name, MODELS)
     vit = create_vit(architecture, use_abs_pos_emb=True, use_rel_pos_bias=False, init_values=0.1)
     how_to_get = "its folder is linked in the README of https://github.com/Atten4Vis/CAE"
     source = weights_source(None, pretrained_weights, pretrained, how_to_get)
-    load_published(vit, source, path=("model",), prefix="encoder.", drop=NOT_ENCODER)
+    load_weights(vit, source)
     return PatchFeatures(vit, 16, resize_plainly, published_grid=(14, 14)).to(device).eval()
 
 

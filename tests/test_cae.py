@@ -1,5 +1,6 @@
 """cae.py: every published vector, and properties."""
 
+import argparse
 import math
 from typing import Any
 
@@ -26,7 +27,9 @@ from cae import (
     alignment_loss,
     draw_drop_path,
     linear_rates,
+    load_model,
     patches_at,
+    read_encoder,
     token_loss,
 )
 from model import sincos_table
@@ -275,3 +278,61 @@ def test_an_encoder_gives_what_evaluations_ask_for_at_any_size():
 def test_sizes_that_do_not_fit_together_are_refused(changes, says):
     with pytest.raises(UserError, match=says):
         Encoder(**({"grid_size": 4, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4} | changes))
+
+
+@pytest.fixture
+def published(tmp_path):
+    """The files that the authors publish, of a whole training and of an encoder, and an export; with the encoder."""
+    encoder, predictor = tiny_networks()
+    state = published_state(encoder, predictor)
+    stripped = {key: value for key, value in state.items() if key.startswith(("mask_token", "encoder."))}
+    files: dict[str, Any] = {
+        "full": {"model": state, "optimizer": {}, "epoch": 799, "scaler": {}, "args": argparse.Namespace(lr=1.5e-3)},
+        "stripped": {"model": stripped},
+        "exported": {f"backbone.{key}": value for key, value in encoder.state_dict().items()}
+        | {f"predictor.{key}": value for key, value in predictor.state_dict().items()},
+    }
+    for name, file in files.items():
+        torch.save(file, tmp_path / f"{name}.pth")
+    return tmp_path, encoder
+
+
+@pytest.mark.parametrize("name", ["full", "stripped", "exported"])
+def test_every_layout_of_weights_is_a_model_of_the_evaluations(published, name):
+    folder, encoder = published
+    path = folder / f"{name}.pth"
+    model = load_model(pretrained_weights=path, num_heads=4)
+    assert not model.training
+    for a, b in zip(model(IMAGES), encoder(IMAGES), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(UserError, match=r"Nothing tells the attention heads .*num_heads=12 for ViT-Ti, S and B, 16"):
+        load_model(pretrained_weights=path)
+    path.with_suffix(".yaml").write_text("model: {num_heads: 4}")
+    assert torch.equal(load_model(pretrained_weights=path)(IMAGES).global_repr, encoder(IMAGES).global_repr)
+
+
+@pytest.mark.parametrize("name", ["full", "stripped", "exported"])
+def test_the_loader_of_baselines_computes_what_this_encoder_does(published, name):
+    """Another implementation, timm's, of the same file."""
+    from baselines import cae_loader
+    from baselines._shared import PatchFeatures, create_vit, resize_plainly
+
+    folder, encoder = published
+    vit = create_vit(
+        "beit_base_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, use_abs_pos_emb=True,
+        use_rel_pos_bias=False, init_values=0.1,
+    )  # fmt: skip
+    cae_loader.load_weights(vit, str(folder / f"{name}.pth"))
+    theirs = PatchFeatures(vit, 8, resize_plainly).eval()
+    for size in ((32, 32), (16, 40)):
+        images = torch.randn(2, 3, *size, generator=seeded(0))
+        for a, b in zip((encoder(images)[0], encoder(images)[2]), (theirs(images)[0], theirs(images)[2]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_another_method_are_refused_in_words():
+    from golden import tiny_model
+
+    weights = {f"backbone.{key}": value for key, value in tiny_model().state_dict().items()}
+    with pytest.raises(UserError, match=r"'capi.pth' holds no encoder of CAE: cls_token"):
+        read_encoder(weights, "capi.pth")

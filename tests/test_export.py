@@ -1,5 +1,6 @@
 """export.py, and its reverse, `train.init_from`."""
 
+import argparse
 import logging
 import os
 import sys
@@ -16,6 +17,7 @@ from runs import make_images, run_main, tiny
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import cae
 import export
 import ijepa
 import train_capi
@@ -267,13 +269,50 @@ def ijepa_run(images, tmp_path_factory) -> Path:
     return output_dir
 
 
-@pytest.mark.parametrize("model", ["student", "student_ema"])
-def test_a_checkpoint_of_ijepa_goes_through_both_formats(ijepa_run, tmp_path, model):
+@pytest.fixture(scope="module")
+def cae_run(images, tmp_path_factory) -> Path:
+    import golden_cae
+
+    import train_cae
+
+    output_dir = tmp_path_factory.mktemp("runs") / "cae"
+    golden_cae.save_tokenizer(images)
+    assert train_cae.main(golden_cae.tiny_run(images, output_dir, "optim.total_iters=2")) == 0
+    return output_dir
+
+
+@pytest.mark.parametrize(
+    ("run_of", "loader", "model"),
+    [("ijepa_run", ijepa, "student"), ("ijepa_run", ijepa, "student_ema"), ("cae_run", cae, "student")],
+)
+def test_a_checkpoint_of_another_method_goes_through_both_formats(run_of, loader, model, tmp_path, request):
+    run = request.getfixturevalue(run_of)
     first, second = tmp_path / "w.safetensors", tmp_path / "w.pth"
-    assert export.main([str(ijepa_run), str(first), "--model", model]) == 0
+    assert export.main([str(run), str(first), "--model", model]) == 0
     assert export.main([str(first), str(second)]) == 0
-    assert_equal_weights(load(second), load(ijepa_run / f"{model}.pth"))
-    assert ijepa.load_model(pretrained_weights=first)(torch.zeros(1, 3, 32, 32)).feature_map.isfinite().all()
+    assert_equal_weights(load(second), load(run / f"{model}.pth"))
+    assert loader.load_model(pretrained_weights=first)(torch.zeros(1, 3, 32, 32)).feature_map.isfinite().all()
+
+
+def test_without_an_average_the_student_is_exported(cae_run, tmp_path, capsys):
+    assert export.main([str(cae_run), str(tmp_path / "w.pth")]) == 0
+    assert_equal_weights(load(tmp_path / "w.pth"), load(cae_run / "student.pth"))
+    assert export.main([str(cae_run), str(tmp_path / "w.pth"), "--model", "student_ema"]) == 2
+    assert "--model='student_ema': must be one of student" in capsys.readouterr().err
+
+
+def test_a_run_of_cae_is_written_in_the_layout_of_its_authors_and_back(cae_run, tmp_path):
+    published, config = tmp_path / "run.pth.tar", ["--config", str(cae_run / "config.yaml")]
+    assert export.main([str(cae_run), str(published)]) == 0
+    file = load(published)
+    parts = [key.partition(".")[0] for key in file["model"]]
+    order = ["rd_pos_embed", "mask_token", "encoder", "alignment_encoder", "regresser", "decoder"]
+    assert file.keys() == {"model"} and list(dict.fromkeys(parts)) == order
+    torch.save(file | {"optimizer": {}, "epoch": 1, "args": argparse.Namespace(lr=1.0)}, published)
+    assert export.main([str(published), str(tmp_path / "w.pth"), *config]) == 0
+    assert_equal_weights(load(tmp_path / "w.pth"), load(cae_run / "student.pth"))
+    model = cae.load_model(pretrained_weights=published, num_heads=2)
+    assert_equal_weights(model.state_dict(), cae.load_model(pretrained_weights=cae_run / "student.pth").state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +373,23 @@ def test_mistakes_with_files_of_the_authors_are_explained(
     assert export.main([argument.format(**places) for argument in arguments]) == 2
     assert says in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_onnx_of_cae_equals_torch_for_any_number_and_size_of_images(cae_run, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime: Any = pytest.importorskip("onnxruntime")
+    done = run_cli("export.py", cae_run, tmp_path / "w.onnx", timeout=280)
+    assert done.returncode == 0, done.stderr
+    session = onnxruntime.InferenceSession(tmp_path / "w.onnx")
+    model = cae.load_model(pretrained_weights=cae_run / "student.pth")
+    for b, height, width in ((1, 32, 32), (3, 16, 40), (2, 24, 64)):
+        images = torch.randn(b, 3, height, width)
+        with torch.no_grad():
+            expected = model(images)
+        for a, e in zip(session.run(None, {"images": images.numpy()}), expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(a), e, atol=2e-5, rtol=0, msg=f"{b}x{height}x{width}")
 
 
 @pytest.mark.timeout(300)

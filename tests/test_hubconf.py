@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from golden_cae import TINY_RUN as CAE_RUN
 from golden_ijepa import TINY_RUN
 from omegaconf import OmegaConf
 
 import export
 import hubconf
+import train_cae
 import train_ijepa
 from checkpoint import export_weights
 from config import DEFAULT_PRETRAIN_CONFIG, load_config, to_yaml
@@ -74,7 +76,7 @@ def test_the_architecture_is_that_of_the_default_training():
 
 def test_torch_hub_lists_the_names_and_nothing_else():
     listed = {name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")}
-    assert listed == NAMES.keys() | {"capi", "ijepa"}
+    assert listed == NAMES.keys() | {"capi", "cae", "ijepa"}
     assert hubconf.dependencies == ["torch"]
 
 
@@ -159,6 +161,21 @@ def test_ijepa_loads_what_a_run_wrote_and_what_is_published(tmp_path):
     assert_same_model(hubconf.ijepa(tmp_path / "published.pth.tar", **both), encoder.eval())
     with pytest.raises(UserError, match="Nothing tells the attention heads"):
         hubconf.ijepa(tmp_path / "published.pth.tar")
+
+
+def test_cae_loads_what_a_run_wrote_and_what_is_published(tmp_path):
+    cfg = load_config(train_cae.CaeConfig, train_cae.DEFAULT_CONFIG, [*CAE_RUN, "model.patch_size=4"])
+    encoder = cfg.make_encoder().eval()
+    export_weights(tmp_path / "run" / "student.pth", {"backbone": encoder}, to_yaml(cfg))
+    for weights in (tmp_path / "run", tmp_path / "run" / "student.pth"):
+        assert_same_model(hubconf.cae(weights), encoder)
+    weights = {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
+    torch.save({"model": weights | {"mask_token": torch.zeros(1, 1, 32)}}, tmp_path / "published.pth")
+    assert_same_model(hubconf.cae(tmp_path / "published.pth", num_heads=2), encoder)
+    with pytest.raises(UserError, match="Nothing tells the attention heads"):
+        hubconf.cae(tmp_path / "published.pth")
+    with pytest.raises(UserError, match=r"has no student.pth, which a run writes at its end"):
+        hubconf.cae(tmp_path)
 
 
 def test_the_config_is_read_as_omegaconf_reads_it(tmp_path):
