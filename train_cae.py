@@ -92,7 +92,7 @@ COURSE_KEYS = (
 """What the rest of a training depends on: a change when it continues is a warning."""
 FINITE = ("loss", "grad_norm")
 """Scalars of a step that must be finite."""
-NETWORKS = "Set model.* and predictor.* to what they were trained with"
+NETWORKS = "Set model.*, regressor.* and decoder.* to what they were trained with"
 
 # --- Knobs: the sections of the configuration that are this method's own ---------------------------------------------
 
@@ -109,26 +109,32 @@ class EncoderConfig(ViTConfig):
 
 
 @dataclass(frozen=True)
-class PredictorConfig:
-    """Arguments of `cae.Predictor`: latent context regressor and decoder."""
+class RegressorConfig:
+    """The latent context regressor; the decoder has its width, heads and layer scale."""
 
     embed_dim: int = field(metadata=COUNT)
-    """Channels of both. Other than the encoder's, a linear layer and a norm stand between."""
-    regressor_depth: int = field(metadata=COUNT)
-    decoder_depth: int = field(metadata=COUNT)
+    """Channels. Other than the encoder's, a linear layer and a norm stand between."""
+    depth: int = field(metadata=COUNT)
     num_heads: int = field(metadata=COUNT)
-    """Attention heads of both, of embed_dim // num_heads channels each; a rest is left out, as published."""
-    vocabulary_size: int = field(metadata=within(at_least=2))
-    """How many tokens the tokenizer tells apart; 8192 for DALL-E's."""
+    """Attention heads, of embed_dim // num_heads channels each; a rest is left out, as published."""
     layer_scale: float = field(metadata=NOT_NEGATIVE)
     """As the encoder's; 0.1, also where that has another one."""
 
     def __post_init__(self) -> None:
         """Check that positions and heads fit the channels."""
         remedy = "must be a multiple of 4: sine and cosine of row and column"
-        require(self.embed_dim % 4 == 0, "predictor.embed_dim", self.embed_dim, remedy)
-        remedy = f"must be at most predictor.embed_dim={self.embed_dim}"
-        require(self.num_heads <= self.embed_dim, "predictor.num_heads", self.num_heads, remedy)
+        require(self.embed_dim % 4 == 0, "regressor.embed_dim", self.embed_dim, remedy)
+        remedy = f"must be at most regressor.embed_dim={self.embed_dim}"
+        require(self.num_heads <= self.embed_dim, "regressor.num_heads", self.num_heads, remedy)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """From regressed latents to tokens."""
+
+    depth: int = field(metadata=COUNT)
+    vocabulary_size: int = field(metadata=within(at_least=2))
+    """How many tokens the tokenizer tells apart; 8192 for DALL-E's."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,8 @@ class CaeConfig(EpochsConfig):
     optim: CaeOptimConfig
     data: CaeDataConfig
     model: EncoderConfig
-    predictor: PredictorConfig
+    regressor: RegressorConfig
+    decoder: DecoderConfig
     tokenizer: TokenizerConfig
     cae: CaeMethodConfig
 
@@ -211,8 +218,13 @@ class CaeConfig(EpochsConfig):
         return Predictor(
             grid_size=self.grid_size,
             encoder_dim=self.model.embed_dim,
+            embed_dim=self.regressor.embed_dim,
+            regressor_depth=self.regressor.depth,
+            decoder_depth=self.decoder.depth,
+            num_heads=self.regressor.num_heads,
+            vocabulary_size=self.decoder.vocabulary_size,
+            layer_scale=self.regressor.layer_scale,
             drop_path_rate=self.model.drop_path_rate,
-            **asdict(self.predictor),
         )
 
 
@@ -272,9 +284,11 @@ class CaeState(TrainState[CaeConfig]):
     """
 
     MODEL_KEYS = (
-        "model.patch_size", "model.embed_dim", "model.depth", "model.num_heads", "model.mlp_dim", "predictor",
+        *(f"model.{name}" for name in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_dim")),
+        *(f"regressor.{name}" for name in ("embed_dim", "depth", "num_heads")),
+        "decoder",
         "data.images_size",
-    )  # fmt: skip
+    )
 
     def __init__(
         self, cfg: CaeConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
@@ -383,7 +397,7 @@ def train_step(
 def panels(cfg: CaeConfig) -> list[Panel]:
     """The curves of a training's metrics that its reports show."""
     losses = {"token_loss": "tokens (cross-entropy, nats)", "alignment_loss": "alignment, with its weight"}
-    log_k = math.log(cfg.predictor.vocabulary_size)
+    log_k = math.log(cfg.decoder.vocabulary_size)
     return [
         Panel("Losses", "loss", losses, mark=("log of the vocabulary: knows nothing", log_k)),
         Panel("Effective rank of the targets", "dimensions", {"teacher_rank": ""}),
@@ -443,9 +457,9 @@ def open_tokenizer(cfg: CaeConfig, device: torch.device) -> Tokenizer:
         f"{grid * patch_size}, or another data.images_size or model.patch_size",
     )
     require(
-        tokenizer.vocabulary_size == cfg.predictor.vocabulary_size,
-        "predictor.vocabulary_size",
-        cfg.predictor.vocabulary_size,
+        tokenizer.vocabulary_size == cfg.decoder.vocabulary_size,
+        "decoder.vocabulary_size",
+        cfg.decoder.vocabulary_size,
         f"tokenizer.path={section.path!r} has {tokenizer.vocabulary_size} tokens; use that number",
     )
     return tokenizer
@@ -513,16 +527,16 @@ def step_flops_per_image(cfg: CaeConfig) -> float:
 
     The tokenizer is not counted.
     """
-    model, predictor, masks = cfg.model, cfg.predictor, make_masks(cfg).plan
+    model, width, masks = cfg.model, cfg.regressor.embed_dim, make_masks(cfg).plan
     visible, hidden = masks.num_visible, masks.num_masked
     embedding = embedding_flops(masks.num_patches, model.patch_size, model.embed_dim)
     of_encoder, of_targets = (
         model.depth * block_flops(model.embed_dim, num + 1, num + 1, model.mlp_dim) for num in (visible, hidden)
     )
-    regressor = predictor.regressor_depth * block_flops(predictor.embed_dim, hidden, masks.num_patches)
-    decoder = predictor.decoder_depth * block_flops(predictor.embed_dim, hidden, hidden)
-    head = 2 * hidden * predictor.embed_dim * predictor.vocabulary_size
-    projected = 2 * model.embed_dim * predictor.embed_dim if model.embed_dim != predictor.embed_dim else 0
+    regressor = cfg.regressor.depth * block_flops(width, hidden, masks.num_patches)
+    decoder = cfg.decoder.depth * block_flops(width, hidden, hidden)
+    head = 2 * hidden * width * cfg.decoder.vocabulary_size
+    projected = 2 * model.embed_dim * width if model.embed_dim != width else 0
     teacher = embedding + of_targets + hidden * projected
     return float(teacher + 2 * embedding + 3 * (of_encoder + visible * projected + regressor + decoder + head))
 
@@ -559,7 +573,7 @@ def dry_run(cfg: CaeConfig) -> str:
     state = 4 * 4 * (encoder + predictor) / world_size() / 2**30
     schedule = ["schedule     step         lr"]
     schedule += [f"             {step:<12} {hyper_at(step, cfg)['lr']:<10.3g}" for step in milestones(cfg.optim)]
-    tokenizer, sizes = cfg.tokenizer, cfg.predictor
+    tokenizer, regressor = cfg.tokenizer, cfg.regressor
     is_missing = "://" not in tokenizer.path and not Path(tokenizer.path).is_file()
     missing = f"tokenizer.path={tokenizer.path}: there is no such file yet; cae_tokenizer.py makes one"
     return describe(
@@ -570,9 +584,9 @@ def dry_run(cfg: CaeConfig) -> str:
             f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {cfg.grid_size**2} patches "
             f"of {cfg.model.patch_size} px",
             f"masks        {mask_words(cfg)}",
-            f"tokenizer    {tokenizer.path}, {sizes.vocabulary_size} tokens, sees {tokenizer.image_size} px",
+            f"tokenizer    {tokenizer.path}, {cfg.decoder.vocabulary_size} tokens, sees {tokenizer.image_size} px",
             f"parameters   {encoder:,} in the encoder, {predictor:,} in regressor and decoder, of width "
-            f"{sizes.embed_dim} with {sizes.num_heads} heads of {sizes.embed_dim // sizes.num_heads}",
+            f"{regressor.embed_dim} with {regressor.num_heads} heads of {regressor.embed_dim // regressor.num_heads}",
         ],
         costs=[
             f"memory       {state:.1f} GiB per device for weights, gradients and optimizer, and activations",

@@ -72,7 +72,8 @@ GOLDEN_CONFIG = [
     "data.images_size=32",
     "data.min_block=4",
     "model={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 4, drop_path_rate: 0.0}",
-    "predictor={embed_dim: 32, regressor_depth: 2, decoder_depth: 2, num_heads: 4, vocabulary_size: 16}",
+    "regressor={embed_dim: 32, depth: 2, num_heads: 4}",
+    "decoder={depth: 2, vocabulary_size: 16}",
     "tokenizer.image_size=32",
     "efficiency.param_dtype=float32",
     "efficiency.compilation.do_teacher.disable=true",
@@ -80,7 +81,7 @@ GOLDEN_CONFIG = [
     "evals=null",
 ]
 DROP_PATH = "model.drop_path_rate=0.5"
-NARROW = "predictor.embed_dim=16"
+NARROW = "regressor.embed_dim=16"
 
 
 class GoldenTokenizer:
@@ -126,7 +127,8 @@ TINY_RUN = [
     "data.images_size=32",
     "data.min_block=4",
     "model={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}",
-    "predictor={embed_dim: 32, regressor_depth: 1, decoder_depth: 1, num_heads: 2, vocabulary_size: 16}",
+    "regressor={embed_dim: 32, depth: 1, num_heads: 2}",
+    "decoder={depth: 1, vocabulary_size: 16}",
     "tokenizer.image_size=32",
     DROP_PATH,
 ]

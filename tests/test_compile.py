@@ -53,6 +53,25 @@ METHODS = {
         assert len(lengths) > min(step, 2), "all steps have as many patches"
         return [Batch(images=torch.randn(4, 3, 96, 96), masks=masks, sample_ids=torch.arange(4))]
 """,
+    "cae": """
+    from golden_cae import DROP_PATH, GOLDEN_CONFIG, NARROW, GoldenTokenizer, golden_batches
+    from train_cae import DEFAULT_CONFIG as DEFAULT, CaeConfig as Config, CaeState as State
+    import train_cae
+
+    own = [*GOLDEN_CONFIG, DROP_PATH, NARROW, "regressor.depth=1"]
+    losses = ("token_loss", "alignment_loss")
+
+    def hyper_at(step, cfg):
+        return 1e-4
+
+    def train_step(state, batches, lr):
+        scalars = train_cae.train_step(state, GoldenTokenizer(), batches, lr)
+        state.step += 1
+        return scalars
+
+    def batches(step):
+        return golden_batches()
+""",
 }
 """For each method: its configuration, state and step; arguments of its own; and what it trains on."""
 
@@ -95,7 +114,7 @@ def run_code(code):
 
 @needs_compiler
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("method", ["capi", pytest.param("stop", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["capi", *(pytest.param(name, marks=pytest.mark.slow) for name in ("stop", "cae"))])
 def test_compiled_steps_equal_eager_steps(method):
     run_code(METHODS[method] + COMPARE)
 

@@ -404,14 +404,14 @@ def test_a_change_on_the_way_is_told(caplog):
         (["data.images_size=24", "data.mask_ratio=0.9", "data.min_block=9"], "do not come to 8 hidden ones; use a sm"),
         (["model.embed_dim=30"], "model.embed_dim=30: must be a multiple of 4"),
         (["model.num_heads=5"], "model.embed_dim=32: must be a multiple of the 5 heads"),
-        (["predictor.embed_dim=18"], "predictor.embed_dim=18: must be a multiple of 4"),
-        (["predictor.num_heads=64"], "predictor.num_heads=64: must be at most predictor.embed_dim=32"),
+        (["regressor.embed_dim=18"], "regressor.embed_dim=18: must be a multiple of 4"),
+        (["regressor.num_heads=64"], "regressor.num_heads=64: must be at most regressor.embed_dim=32"),
         (["optim.epochs=1", "data.images_per_epoch=null"], "optim.epochs=1.0: needs data.images_per_epoch"),
         (["data.decode=gpu"], "data.decode='gpu': the tokenizer's view of a crop is not made there"),
-        (["efficiency.teacher_fp8=true", "efficiency.param_dtype=bfloat16"], "efficiency.teacher_fp8=True: there is no"),
+        (["efficiency.teacher_fp8=true", "efficiency.param_dtype=bfloat16"], "efficiency.teacher_fp8=True: there is "),
         (["evals={a: {period: 1, final: false, model_to_eval: student_ema, model_setup_script: cae.py, where: auto, "
           "eval_config: {}, download: false}}"], "evals.a.model_to_eval='student_ema': must be one of student"),
-        (["predictor.vocabulry_size=3"], "unknown key predictor.vocabulry_size; did you mean predictor.vocabulary"),
+        (["decoder.vocabulry_size=3"], "unknown key decoder.vocabulry_size; did you mean decoder.vocabulary"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_with_a_remedy(images, tmp_path, capsys, arguments, says):
@@ -423,7 +423,7 @@ def test_mistakes_are_named_with_a_remedy(images, tmp_path, capsys, arguments, s
     ("argument", "says"),
     [
         ("tokenizer.image_size=64", "tokenizer.image_size=64: it gives 8 x 8 tokens, and images have 4 x 4 pa"),
-        ("predictor.vocabulary_size=8", "predictor.vocabulary_size=8: tokenizer.path='{images}.tokenizer.pth' has 16"),
+        ("decoder.vocabulary_size=8", "decoder.vocabulary_size=8: tokenizer.path='{images}.tokenizer.pth' has 16"),
         ("tokenizer.path=/nowhere.pth", "tokenizer.path='/nowhere.pth': there is no such file"),
     ],
 )  # fmt: skip

@@ -443,7 +443,7 @@ def test_only_final_norms_of_a_backbone_have_had_other_names():
     renamed = {
         "encoder.norm.weight": "enc_norm.weight",
         "backbone.decoder.norm.bias": "backbone.dec_norm.bias",
-        "optimizers.student.backbone.encoder.norm.weight.exp_avg": "optimizers.student.backbone.enc_norm.weight.exp_avg",
+        "optimizers.a.backbone.encoder.norm.weight.exp_avg": "optimizers.a.backbone.enc_norm.weight.exp_avg",
     }
     for key, name in renamed.items():
         assert published_key(key) == name
