@@ -32,7 +32,7 @@ METHODS = {
     from train_capi import CapiConfig as Config, CapiState as State, hyper_at, train_step
 
     own = [*GOLDEN_CONFIG, "model.encoder_kwargs.depth=1", "model.decoder_kwargs.depth=1", DROP_PATH]
-    losses = ("capi_loss", "clustering_loss")
+    losses, without_effect = ("capi_loss", "clustering_loss"), ()
 
     def batches(step):
         return golden_batches(step, 1)
@@ -45,7 +45,7 @@ METHODS = {
     from train_ijepa import hyper_at, mask_plan, train_step
 
     own = [*GOLDEN_CONFIG, "data.images_size=96", "model.depth=1", "predictor.depth=1", STOP_NOISE]
-    losses = ("loss",)
+    losses, without_effect = ("loss",), ()
 
     def batches(step):
         masks = MultiBlockMasks(mask_plan(eager.cfg), 0)([(4 * step + image,) for image in range(4)])
@@ -59,7 +59,7 @@ METHODS = {
     import train_cae
 
     own = [*GOLDEN_CONFIG, DROP_PATH, NARROW, "regressor.depth=1"]
-    losses = ("token_loss", "alignment_loss")
+    losses, without_effect = ("token_loss", "alignment_loss"), ("norm1_k.bias",)
 
     def hyper_at(step, cfg):
         return 1e-4
@@ -73,7 +73,8 @@ METHODS = {
         return golden_batches()
 """,
 }
-"""For each method: its configuration, state and step; arguments of its own; and what it trains on."""
+"""For each method: its configuration, state and step; arguments of its own; its losses, and weights whose gradient is 0
+but for rounding; and what it trains on."""
 
 COMPARE = """
     import torch, torch._dynamo
@@ -94,7 +95,8 @@ COMPARE = """
         for name in (*losses, "grad_norm"):
             torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6, msg=f"{name} at step {i}")
     for (name, p), q in zip(eager.student.named_parameters(), compiled.student.parameters(), strict=True):
-        torch.testing.assert_close(p, q, atol=1e-5, rtol=0, msg=name)
+        if not name.endswith(without_effect):  # keys that shift together: Adam moves them by the rounding of nothing
+            torch.testing.assert_close(p, q, atol=1e-5, rtol=0, msg=name)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, torch._dynamo.utils.counters
     assert not torch._dynamo.utils.counters["graph_break"]
 """
