@@ -6,15 +6,17 @@ import re
 import shlex
 from pathlib import Path
 
+import golden_cae
+import golden_ijepa
 import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import ROOT, run_cli
-from golden_ijepa import tiny_run
 from PIL import Image
 from runs import TINY, make_images, run_main
 
+import train_cae
 import train_ijepa
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from model import EncoderDecoder
@@ -26,6 +28,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = dict(enumerate(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)))
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS.values() for line in block.splitlines() if line.strip()]
 TRAINING = [command for command in COMMANDS if command.startswith("python train_capi.py")]
+TRAINING_CAE = [command for command in COMMANDS if command.startswith("python train_cae.py")]
 TRAINING_IJEPA = [command for command in COMMANDS if command.startswith("python train_ijepa.py")]
 SLURM = [command for command in COMMANDS if command.startswith("python train_distributed.py")]
 EXPORT, EXTRACT, BENCHMARK, TOKENIZER = (
@@ -48,6 +51,7 @@ def test_the_commands_are_all_of_a_kind_that_is_tested():
             assert command in [
                 *TRAINING,
                 *TRAINING_IJEPA,
+                *TRAINING_CAE,
                 *TORCHRUN,
                 *SLURM,
                 *EVALUATIONS,
@@ -76,17 +80,27 @@ def test_training_commands_run_one_after_the_other(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "mine" / "student_ema.pth").is_file()
 
 
-def test_training_commands_of_ijepa_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("script", "commands", "tiny_of", "exported"),
+    [
+        (train_ijepa, TRAINING_IJEPA, golden_ijepa.tiny_run, "ijepa/student_ema.pth"),
+        (train_cae, TRAINING_CAE, golden_cae.tiny_run, "cae/student.pth"),
+    ],
+    ids=["ijepa", "cae"],
+)
+def test_training_commands_of_other_methods_run(script, commands, tiny_of, exported, tmp_path, monkeypatch):
     images = make_images(tmp_path / "images", size=40)
-    assert TRAINING_IJEPA
+    golden_cae.save_tokenizer(images)
+    small = ("tokenizer.path=", "tokenizer.image_size=")
+    assert commands
     monkeypatch.chdir(ROOT)
-    for command in TRAINING_IJEPA:
+    for command in commands:
         words = (
             w.replace("/my/images", str(images)).replace("runs/", f"{tmp_path}/runs/") for w in shlex.split(command)
         )
-        config, *rest = list(words)[2:]
-        assert train_ijepa.main([config, *tiny_run(images, tmp_path, "optim.total_iters=1"), *rest]) == 0, command
-    assert (tmp_path / "runs" / "ijepa" / "student_ema.pth").is_file()
+        config, *rest = [word for word in words if not word.startswith(small)][2:]
+        assert script.main([config, *tiny_of(images, tmp_path, "optim.total_iters=1"), *rest]) == 0, command
+    assert (tmp_path / "runs" / exported).is_file()
 
 
 def test_torchrun_commands_run_with_two_processes(tmp_path):
@@ -295,8 +309,9 @@ def test_keys_that_are_named_exist():
     cfgs = [
         load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, []),
         load_config(train_ijepa.IjepaConfig, train_ijepa.DEFAULT_CONFIG, []),
+        load_config(train_cae.CaeConfig, train_cae.DEFAULT_CONFIG, []),
     ]
-    sections = "train|capi|optim|data|model|efficiency|predictor|masks"
+    sections = "train|capi|optim|data|model|efficiency|predictor|masks|regressor|decoder|tokenizer|cae"
     # Not file names, and not methods of the examples' `model`, which have a parenthesis.
     named = {key for key in re.findall(rf"`((?:{sections})\.[a-z_.]+)(?!\()\b", README) if not key.endswith(".py")}
     assert len(named) > 10
