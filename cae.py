@@ -222,7 +222,7 @@ def _init_weights(module: nn.Module, layer_scale: float) -> None:
                 nn.init.zeros_(parameter)
 
 
-def _init_token(parameter: nn.Parameter) -> None:
+def _init_token(parameter: Tensor) -> None:
     nn.init.trunc_normal_(parameter, std=TOKEN_STD, a=-TOKEN_STD, b=TOKEN_STD)
 
 

@@ -205,13 +205,13 @@ class SampleMaker:
 
     def batch(
         self,
-        crops: "list[Any]",
+        crops: Sequence[Any],
         keys: list[tuple[int, ...]],
         sample_ids: list[int],
         bad: list[tuple[str, str]],
     ) -> Batch:
         """Stack crops, which `make` made, and draw their masks."""
-        encoded, second = None, []
+        encoded, second = None, ()
         if self.second_view is not None:
             crops, second = zip(*crops, strict=True)
         if self.encoded:

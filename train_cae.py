@@ -228,9 +228,9 @@ class CaeConfig(EpochsConfig):
         )
 
 
-def hyper_at(step: int, cfg: CaeConfig) -> dict[str, float]:
-    """Scheduled values of the update after `step` finished ones. Pure, so a resumed run has nothing to restore."""
-    return {"lr": scheduled(cfg.optim.lr_schedule, step, cfg.optim.total_iters)}
+def lr_at(step: int, cfg: CaeConfig) -> float:
+    """Learning rate of the update after `step` finished ones. Pure, so a resumed run has nothing to restore."""
+    return scheduled(cfg.optim.lr_schedule, step, cfg.optim.total_iters)
 
 
 # --- State and step --------------------------------------------------------------------------------------------------
@@ -430,11 +430,10 @@ def train(cfg: CaeConfig, output_dir: Path, device: torch.device) -> None:
         on_resume=functools.partial(warn_if_changed, cfg=cfg),
     ) as run:
         while not run.is_over():
-            hyper = hyper_at(state.step, cfg)
-            batches = run.next_batches()
-            scalars = train_step(state, tokenizer, batches, hyper["lr"], with_health=run.looks_at_health)
+            lr = lr_at(state.step, cfg)
+            scalars = train_step(state, tokenizer, run.next_batches(), lr, with_health=run.looks_at_health)
             state.step += 1
-            run.count(scalars, hyper)
+            run.count(scalars, {"lr": lr})
             run.log()
             run.save()
             run.evaluate()
@@ -519,7 +518,7 @@ def make_masks(cfg: CaeConfig) -> PatchMasks:
 
 def warn_if_changed(saved: SavedState, cfg: CaeConfig) -> None:
     """Warn of keys that shape the rest of the training and are others than at the checkpoint."""
-    warn_of_another_course(saved, cfg, COURSE_KEYS, lambda step, cfg: {"learning rate": hyper_at(step, cfg)["lr"]})
+    warn_of_another_course(saved, cfg, COURSE_KEYS, lambda step, cfg: {"learning rate": lr_at(step, cfg)})
 
 
 def step_flops_per_image(cfg: CaeConfig) -> float:
@@ -572,10 +571,13 @@ def dry_run(cfg: CaeConfig) -> str:
         )
     state = 4 * 4 * (encoder + predictor) / world_size() / 2**30
     schedule = ["schedule     step         lr"]
-    schedule += [f"             {step:<12} {hyper_at(step, cfg)['lr']:<10.3g}" for step in milestones(cfg.optim)]
-    tokenizer, regressor = cfg.tokenizer, cfg.regressor
-    is_missing = "://" not in tokenizer.path and not Path(tokenizer.path).is_file()
-    missing = f"tokenizer.path={tokenizer.path}: there is no such file yet; cae_tokenizer.py makes one"
+    schedule += [f"             {step:<12} {lr_at(step, cfg):.3g}" for step in milestones(cfg.optim)]
+    path, regressor = cfg.tokenizer.path, cfg.regressor
+    tokenizer, missing = path, []
+    if Path(path).is_file():
+        tokenizer = open_tokenizer(cfg, torch.device("cpu")).description
+    elif "://" not in path:
+        missing = [f"tokenizer.path={path}: there is no such file yet; cae_tokenizer.py makes one"]
     return describe(
         cfg,
         functools.partial(make_loader, cfg),
@@ -584,7 +586,7 @@ def dry_run(cfg: CaeConfig) -> str:
             f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {cfg.grid_size**2} patches "
             f"of {cfg.model.patch_size} px",
             f"masks        {mask_words(cfg)}",
-            f"tokenizer    {tokenizer.path}, {cfg.decoder.vocabulary_size} tokens, sees {tokenizer.image_size} px",
+            f"tokenizer    {cfg.decoder.vocabulary_size} tokens at {cfg.tokenizer.image_size} px: {tokenizer}",
             f"parameters   {encoder:,} in the encoder, {predictor:,} in regressor and decoder, of width "
             f"{regressor.embed_dim} with {regressor.num_heads} heads of {regressor.embed_dim // regressor.num_heads}",
         ],
@@ -593,7 +595,7 @@ def dry_run(cfg: CaeConfig) -> str:
             f"compute      {step_flops_per_image(cfg) / 1e12:.4f} TFLOP per image, without the tokenizer",
         ],
         schedule=schedule,
-        warnings=[missing] if is_missing else [],
+        warnings=missing,
     )
 
 

@@ -35,7 +35,7 @@ import train_cae
 from cae import load_model
 from checkpoint import SavedState
 from config import load_config
-from train_cae import DEFAULT_CONFIG, CaeConfig, CaeState, hyper_at, warn_if_changed
+from train_cae import DEFAULT_CONFIG, CaeConfig, CaeState, lr_at, warn_if_changed
 from training import with_length
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_schedules_of_the_published_configs_are_those_of_the_vectors(config, vec
     assert cfg.optim.total_iters == vectors["n"]
     for step, expected in vectors.items():
         if step != "n":
-            assert hyper_at(int(step), cfg)["lr"] == pytest.approx(expected, rel=1e-9), f"at {step}"
+            assert lr_at(int(step), cfg) == pytest.approx(expected, rel=1e-9), f"at {step}"
 
 
 @pytest.mark.parametrize("recompute", ["true", "false"])
@@ -217,7 +217,7 @@ def train_on_this_rank(arguments: list[str]) -> None:
 def on_ranks(images: Path, output_dir: Path, num_ranks: int, *overrides: str) -> None:
     # Keys shift together with a bias before them, which changes nothing: its gradient is rounding, and Adam's step for
     # it as large as for others. With a small one the weights can be compared.
-    own = ["optim.batch_size_per_gpu=1", "optim.total_iters=4", "optim.lr_schedule.base_value=1e-4", NARROW]
+    own = ["optim.batch_size_per_gpu=1", "optim.total_iters=3", "optim.lr_schedule.base_value=1e-4", NARROW]
     run_on_ranks(train_on_this_rank, num_ranks, tiny_run(images, output_dir, *own, *overrides))
 
 
@@ -253,7 +253,7 @@ def test_ranks_are_accumulation_steps_of_one_drop_path_included(images, alone, t
 )
 def test_a_run_continues_on_other_ranks(images, alone, tmp_path, before, after, modes):
     on_ranks(images, tmp_path, before, f"efficiency.fsdp={modes[0]}")
-    (tmp_path / "checkpoints" / "step_000000004").rename(tmp_path / "not-reached")
+    (tmp_path / "checkpoints" / "step_000000003").rename(tmp_path / "not-reached")
     on_ranks(images, tmp_path, after, f"efficiency.fsdp={modes[1]}")
     assert_close_runs(tmp_path, alone)
 
@@ -430,3 +430,9 @@ def test_mistakes_are_named_with_a_remedy(images, tmp_path, capsys, arguments, s
 def test_a_tokenizer_that_does_not_fit_is_refused_in_words(images, tmp_path, capsys, argument, says):
     assert train_cae.main(tiny_run(images, tmp_path, argument)) == 2
     assert says.format(images=images) in capsys.readouterr().err
+    assert train_cae.main([*tiny_run(images, tmp_path, argument), "--dry-run"]) == (0 if "nowhere" in argument else 2)
+
+
+def test_a_dry_run_says_which_tokenizer_it_is(images, tmp_path, capsys):
+    assert train_cae.main([*tiny_run(images, tmp_path), "--dry-run"]) == 0
+    assert "tokenizer    16 tokens at 32 px: DALL-E's encoder, 16 tokens, weights" in capsys.readouterr().out
