@@ -436,10 +436,11 @@ class Predictor(nn.Module):
         ]
         self.rd_pos_embed = nn.Parameter(torch.empty(1, 1 + grid_size**2, embed_dim), requires_grad=False)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.is_narrower_or_wider = encoder_dim != embed_dim
-        if self.is_narrower_or_wider:
+        self.has_projection = encoder_dim != embed_dim
+        if self.has_projection:
             self.encoder_to_regresser = nn.Linear(encoder_dim, embed_dim)
             self.encoder_to_regresser_norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+            self.kept_in_float32 = (*self.kept_in_float32, "encoder_to_regresser_norm")
         self.regresser = Regressor(embed_dim, regressor_depth, num_heads)
         self.decoder = Decoder(embed_dim, decoder_depth, num_heads, vocabulary_size)
         self.init_weights()
@@ -469,7 +470,7 @@ class Predictor(nn.Module):
             drop_path: what `draw_drop_path` drew for `drop_path_rates`; None drops nothing.
         """
         b, m, _ = targets.shape
-        if self.is_narrower_or_wider:
+        if self.has_projection:
             context = self.encoder_to_regresser_norm(self.encoder_to_regresser(context))
             with torch.no_grad():
                 targets = self.encoder_to_regresser_norm(self.encoder_to_regresser(targets))
