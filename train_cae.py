@@ -240,7 +240,7 @@ class DropPaths(NamedTuple):
     """What `cae.draw_drop_path` drew for a forward pass; None where nothing is dropped."""
 
     targets: Float[Tensor, "layers 2 b"] | None
-    """Of the encoder on the hidden patches: published as it is, its targets have drop-path too."""
+    """Of the encoder on the hidden patches, which drops branches where it makes targets too, as published."""
     context: Float[Tensor, "layers 2 b"] | None
     """Of the encoder on the visible patches."""
     predictor: Float[Tensor, "layers 2 b"] | None
