@@ -773,13 +773,11 @@ class Run:
 def _collected_by_hand() -> Iterator[None]:
     """Collect garbage at log steps only, so that it falls into no step, or into some ranks' and not into others'."""
     gc.collect()
-    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        gc.unfreeze()
 
 
 # --- The command -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What several test files share: golden files, seeded generators, and running a command as a user types it."""
 
+import gc
 import json
 import os
 import subprocess
@@ -53,6 +54,16 @@ def run_cli(*args: str | Path, cwd: Path = ROOT, timeout: float = 200, **env: st
         timeout=timeout,
         check=False,
     )
+
+
+def pytest_collection_finish() -> None:
+    """Trainings collect garbage by hand, and looking through all that is imported takes a quarter of a second."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """What is frozen at the end looks like a leak to some packages."""
+    gc.unfreeze()
 
 
 @pytest.hookimpl(wrapper=True)
