@@ -26,9 +26,10 @@ GRACE_S = 3.0
 
 def forkserver() -> ForkServerContext:
     """Processes that are forked off a server which has imported a training, and what torch imports in its first step:
-    that takes half of the processor time of a tiny run."""
+    that takes half of the processor time of a tiny run. They begin with `gc.freeze()`, for a training collects garbage
+    by hand, and looking through all that is imported takes as long again."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "train_capi", "torch._inductor.compile_fx"])
+    context.set_forkserver_preload(["pytest", "runs", "train_capi", "torch._inductor.compile_fx", "datasets"])
     return context
 
 
@@ -110,6 +111,7 @@ def _collect(ranks: list[_Rank], deadline: float) -> list[tuple[bool, Any]]:
 
 
 def _serve(connection: Connection, stacks: str) -> None:
+    gc.freeze()
     with open(stacks, "w") as file, contextlib.suppress(EOFError, KeyboardInterrupt):  # noqa: PTH123  # stays open
         faulthandler.register(signal.SIGUSR1, file=file)
         while True:
@@ -164,6 +166,16 @@ def launched(function: Callable[..., Any], num_ranks: int, *args: Any) -> Iterat
             process.join()
 
 
+def exit_codes(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 200) -> list[int | None]:
+    """Exit codes of `launched` ranks when all have ended, None for one that has not after `timeout_s` seconds."""
+    deadline = time.monotonic() + timeout_s
+    with launched(function, num_ranks, *args) as processes:
+        for process in processes:
+            process.join(max(0, deadline - time.monotonic()))
+        return [process.exitcode for process in processes]
+
+
 def _call_launched(environ: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    gc.freeze()
     os.environ.update(environ)
     function(*args)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from runs import run_forked
 
 LAYERS = [
     {"utils", "default_eval_config", "demo_data"},
@@ -231,7 +232,5 @@ def test_model_needs_torch_alone():
         " decoder_kwargs=dict(depth=1))\n"
         "m(torch.zeros(1, 3, 8, 8))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = run_forked("-c", code)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, ROOT, run_cli
+from runs import run_forked
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -614,7 +614,7 @@ def test_a_loader_file_runs_from_anywhere_without_its_library(tmp_path):
         "from pathlib import Path; from utils import import_from_path\n"
         f"print(import_from_path(Path({str(FOLDER / 'mimrefiner_loader.py')!r})).__model_loader__.__name__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_forked("-c", code, cwd=tmp_path)
     assert done.stdout == "load_model\n", done.stderr
 
 

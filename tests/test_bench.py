@@ -13,6 +13,7 @@ import textwrap
 import pytest
 import torch
 from conftest import ROOT, run_cli
+from runs import run_forked
 
 sys.path.append(str(ROOT / "bench"))  # where the scripts look for each other; last, for it has a clustering.py too
 
@@ -207,7 +208,7 @@ def test_the_loader_is_measured_as_typed(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would search")
 def test_a_largest_batch_is_not_searched_on_a_cpu():
-    done = run_cli("bench/step.py", "--largest-batch")
+    done = run_forked("bench/step.py", "--largest-batch")
     assert done.returncode == 2
     assert "--largest-batch needs a CUDA device, this is cpu" in done.stderr
     assert "Traceback" not in done.stderr

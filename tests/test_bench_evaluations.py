@@ -3,6 +3,7 @@
 import json
 
 from conftest import run_cli
+from runs import run_forked
 
 
 def test_ours_and_the_straightforward_way_agree(tmp_path):
@@ -19,7 +20,7 @@ def test_ours_and_the_straightforward_way_agree(tmp_path):
 
 
 def test_an_unknown_part_is_named(tmp_path):
-    done = run_cli("bench/evaluations.py", "knm", "--results", str(tmp_path / "results.jsonl"))
+    done = run_forked("bench/evaluations.py", "knm", "--results", str(tmp_path / "results.jsonl"))
     assert done.returncode == 2
     assert "parts=knm: unknown; choose from knn, logreg, linear, attentive, pca" in done.stderr
     assert not (tmp_path / "results.jsonl").exists()

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from runs import run_forked
 
 sys.path.append(str(ROOT / "bench"))
 
@@ -65,7 +66,8 @@ def test_a_recorded_commit_is_that_of_the_code_whatever_was_recorded_before(tmp_
     git("commit", "-qm", "a")
 
     def recorded():
-        done = subprocess.run([sys.executable, "-c", RECORD], cwd=tmp_path, capture_output=True, text=True, check=True)
+        done = run_forked("-c", RECORD, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
         return json.loads((tmp_path / "bench" / "results.jsonl").read_text().splitlines()[-1])["commit"], done.stdout
 
     commit = git("rev-parse", "HEAD")

@@ -13,7 +13,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -28,6 +27,8 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from golden import tiny_model
+from ranks import run_on_ranks
+from runs import run_forked
 from torch import Tensor, nn
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -766,30 +767,10 @@ def kill_everywhere(
 def test_a_kill_at_any_change_leaves_the_old_or_the_new_checkpoint(
     existing, start, step, keep, seen, async_save, tmp_path
 ):
-    wait([start_python("kill_everywhere", str(tmp_path), existing, start, step, keep, seen, async_save)])
-
-
-def start_python(function: str, *args: Any, **env: str) -> subprocess.Popen[str]:
-    """Run a function of this file in a new process."""
-    code = f"import json, sys, test_checkpoint as t; t.{function}(*json.loads(sys.argv[1]))"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return subprocess.Popen(
-        [sys.executable, "-c", code, json.dumps(args)],
-        env={**os.environ, "PYTHONPATH": path, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait(processes: list[subprocess.Popen[str]], timeout: float = 60) -> None:
-    """Wait for all; a failure shows the stderr of every process."""
-    try:
-        reports = [process.communicate(timeout=timeout)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(reports)
+    arguments = (str(tmp_path), existing, start, step, keep, seen, async_save)
+    code = f"import test_checkpoint; test_checkpoint.kill_everywhere(*{arguments})"
+    done = run_forked("-c", code, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")  # forks, which threads of this process forbid
+    assert done.returncode == 0, done.stderr
 
 
 # The index, which is a pickle
@@ -940,46 +921,35 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path):
 # Ranks
 
 
-@contextlib.contextmanager
-def process_group(rank: int, directory: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
-    yield
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def continue_on_a_rank(rank: int, directory: str) -> None:
+def continue_on_a_rank(path: Path) -> None:
     """Load what one process saved, train on, save, export; then fill one rank's disk."""
-    path = Path(directory)
-    with process_group(rank, path):
-        run, checkpoints = Training(seed=5 + rank, shard=True), Checkpoints(path, keep=3)
-        state = run.restore_latest(checkpoints)
-        assert state is not None
-        assert (state.step, state.world_size, state.rank_extra) == (2, 1, [{"rank": 0}])
-        assert_bitwise_equal(run.tensors(), Training(seed=1).train(2).tensors())
-        run.train(1).save(checkpoints, 3)
-        student = run.modules["student"]
-        assert isinstance(student, nn.ModuleDict)
-        export_weights(path / "student.pth", dict(student.items()), YAML)
-        expected = run.tensors()
-        if rank == 0:
-            torch.save(expected, path / "expected.pth")
-        for full_rank in (0, 1):
-            disk = files_limited_to(2000) if rank == full_rank else contextlib.nullcontext()
-            with pytest.raises(UserError, match=r"step 4 could not be saved.*File too large"), disk:
-                run.save(checkpoints, 4)
-        with pytest.raises(UserError, match=r"rank 0 does not see __1_0.distcp; all nodes must share"):
-            run.save(Checkpoints(path / f"disk_of_rank_{rank}", keep=3), 4)
-        with pytest.raises(UserError, match="in use by another run"), claim_output_dir(path):
-            pass
-        del run, student
+    rank = dist.get_rank()
+    run, checkpoints = Training(seed=5 + rank, shard=True), Checkpoints(path, keep=3)
+    state = run.restore_latest(checkpoints)
+    assert state is not None
+    assert (state.step, state.world_size, state.rank_extra) == (2, 1, [{"rank": 0}])
+    assert_bitwise_equal(run.tensors(), Training(seed=1).train(2).tensors())
+    run.train(1).save(checkpoints, 3)
+    student = run.modules["student"]
+    assert isinstance(student, nn.ModuleDict)
+    export_weights(path / "student.pth", dict(student.items()), YAML)
+    expected = run.tensors()
+    if rank == 0:
+        torch.save(expected, path / "expected.pth")
+    for full_rank in (0, 1):
+        disk = files_limited_to(2000) if rank == full_rank else contextlib.nullcontext()
+        with pytest.raises(UserError, match=r"step 4 could not be saved.*File too large"), disk:
+            run.save(checkpoints, 4)
+    with pytest.raises(UserError, match=r"rank 0 does not see __1_0.distcp; all nodes must share"):
+        run.save(Checkpoints(path / f"disk_of_rank_{rank}", keep=3), 4)
+    with pytest.raises(UserError, match="in use by another run"), claim_output_dir(path):
+        pass
 
 
 def test_ranks_save_together_and_their_number_may_change(tmp_path):
     Training(seed=1).train(2).save(Checkpoints(tmp_path, keep=3), 2)
     with claim_output_dir(tmp_path):
-        wait([start_python("continue_on_a_rank", rank, str(tmp_path)) for rank in range(2)])
+        run_on_ranks(continue_on_a_rank, 2, tmp_path)
     checkpoints = Checkpoints(tmp_path, keep=3)
     assert names(checkpoints.directory) == ["step_000000002", "step_000000003"]
     manifest = json.loads((checkpoints.directory / "step_000000003" / "manifest.json").read_text())
@@ -994,13 +964,13 @@ def test_ranks_save_together_and_their_number_may_change(tmp_path):
     assert_bitwise_equal(exported, loaded.modules["student"].state_dict())
 
 
-def save_while_training_on_a_rank(rank: int, directory: str) -> None:
+def save_while_training_on_a_rank(path: Path) -> None:
     """Train, with collectives of all kinds, while a save is between its own; then fill one rank's disk."""
-    path = Path(directory)
-    with process_group(rank, path), Checkpoints(path, keep=3, async_save=True) as checkpoints:
+    rank = dist.get_rank()
+    with Checkpoints(path, keep=3, async_save=True) as checkpoints, pytest.MonkeyPatch.context() as patch:
         run = Training(seed=5, shard=True).train(2)
         expected = copy.deepcopy(run.tensors())
-        gate = Gate(pytest.MonkeyPatch())
+        gate = Gate(patch)
         if rank == 1:
             gate.open.set()  # this rank's thread waits for the other's in a collective
         run.save(checkpoints, 2)
@@ -1028,11 +998,10 @@ def save_while_training_on_a_rank(rank: int, directory: str) -> None:
                 run.save(checkpoints, 4)
                 checkpoints.wait()
         run.save(checkpoints, 5)
-        del run
 
 
 def test_ranks_train_on_while_they_save(tmp_path):
-    wait([start_python("save_while_training_on_a_rank", rank, str(tmp_path)) for rank in range(2)])
+    run_on_ranks(save_while_training_on_a_rank, 2, tmp_path)
     checkpoints, loaded = Checkpoints(tmp_path, keep=3), Training(seed=2)
     assert names(checkpoints.directory) == ["step_000000002", "step_000000005"]
     state = loaded.restore(checkpoints, checkpoints.directory / "step_000000002")

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_cli
+from conftest import ROOT
 from PIL import Image
+from runs import run_forked, run_main
 from samples import encode, make_config, photo
 from torch.nn.functional import interpolate
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,7 +44,7 @@ def test_without_decoding_on_the_device_nothing_of_it_is_imported(jpegs):
             next(loader)
         assert "speed.device_decode" not in sys.modules
     """
-    done = run_cli("-c", textwrap.dedent(code) % jpegs, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    done = run_forked("-c", textwrap.dedent(code) % jpegs, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -236,12 +237,11 @@ def test_a_jpeg_that_shows_its_damage_on_the_device_is_replaced_within_the_batch
         next(loader)
 
 
-def test_decoding_on_a_gpu_without_one_is_refused_with_key_and_remedy(folder, tmp_path, monkeypatch):
+def test_decoding_on_a_gpu_without_one_is_refused_with_key_and_remedy(folder, tmp_path, monkeypatch, capsys):
     where = [f"data.dataset={folder}", f"train.output_dir={tmp_path}/run", "train.device=cpu"]
-    done = run_cli("train_capi.py", *where, "data.decode=gpu")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "error: data.decode=gpu: needs a CUDA device, this run is on cpu; use data.decode=cpu" in done.stderr
+    assert run_main([*where, "data.decode=gpu"]) == 2
+    message = "error: data.decode=gpu: needs a CUDA device, this run is on cpu; use data.decode=cpu"
+    assert message in capsys.readouterr().err
     monkeypatch.setattr(device_decode, "jpeg_decoder", lambda: None)
     with pytest.raises(UserError, match="the package torchcodec is not installed"):
         check_decode("gpu", torch.device("cuda"))

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import run_cli
 from golden_ijepa import tiny_run
 from ranks import run_on_ranks
-from runs import make_images, run_main, tiny
+from runs import make_images, run_forked, run_main, tiny
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -97,7 +96,7 @@ def test_weights_that_are_not_finite_are_not_exported(run, tmp_path, capsys):
 
 def test_names_that_are_not_utf_8_are_exported_to(run, tmp_path):
     name = os.fsdecode(b"w\xff.pth")
-    done = run_cli("export.py", run / "student_ema.pth", tmp_path / name)
+    done = run_forked("export.py", run / "student_ema.pth", tmp_path / name)
     assert done.returncode == 0, done.stderr
     assert_equal_weights(read_state_dict(tmp_path / name), load(run / "student_ema.pth"))
 
@@ -106,7 +105,7 @@ def test_names_that_are_not_utf_8_are_exported_to(run, tmp_path):
 def test_onnx_equals_torch_for_any_number_and_size_of_images(run, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime: Any = pytest.importorskip("onnxruntime")
-    done = run_cli("export.py", run, tmp_path / "w.onnx", timeout=280)  # shape checks and export do not go together
+    done = run_forked("export.py", run, tmp_path / "w.onnx", timeout=280)  # shape checks and export do not go together
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'w.onnx'}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["w.onnx"]
@@ -397,7 +396,7 @@ def test_onnx_of_a_file_of_the_authors_equals_torch_for_any_number_and_size_of_i
     pytest.importorskip("onnxscript")
     onnxruntime: Any = pytest.importorskip("onnxruntime")
     config = ["--config", ijepa_run / "config.yaml"]
-    done = run_cli("export.py", published, tmp_path / "w.onnx", *config, timeout=280)
+    done = run_forked("export.py", published, tmp_path / "w.onnx", *config, timeout=280)
     assert done.returncode == 0, done.stderr
     session = onnxruntime.InferenceSession(tmp_path / "w.onnx")
     model = ijepa.load_model(pretrained_weights=ijepa_run / "student_ema.pth")

@@ -1,18 +1,18 @@
 """hubconf.py: the released models by name, as torch.hub finds them, with torch alone."""
 
-import os
-import subprocess
-import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_cli
 from golden_cae import TINY_RUN as CAE_RUN
 from golden_ijepa import TINY_RUN
 from omegaconf import OmegaConf
+from runs import run_forked
 
 import export
 import hubconf
@@ -340,10 +340,8 @@ def program(tmp_path, run):
         "import vision_transformer\ndef dino(): return vision_transformer.name"
     )
 
-    def start(script: str, *args: object) -> None:
-        command = [sys.executable, "-W", "ignore", script, *map(str, args)]
-        env = {**os.environ, "TORCH_HOME": str(tmp_path / "torch")}
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False)
+    def start(script: str, *args: object, run: Callable[..., CompletedProcess[str]] = run_cli) -> None:
+        done = run(tmp_path / script, *map(str, args), cwd=tmp_path, TORCH_HOME=str(tmp_path / "torch"))
         assert done.returncode == 0, done.stderr
 
     return start
@@ -370,7 +368,7 @@ def test_models_of_the_hub_compile_and_export_in_any_program(program, run, tmp_p
         "        torch.testing.assert_close(exported(images), out)\n"
         "assert model.name == 'model'\n"
     )
-    program("compile.py", ROOT, run)
+    program("compile.py", ROOT, run, run=run_forked)
 
 
 def test_programs_of_this_folder_get_its_plain_modules(run):
@@ -397,7 +395,5 @@ with torch.device("meta"):
         assert not loaded.training
 assert (model.mine, utils.mine, sys.modules["model"].mine) == ("model", "utils", "model")
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = run_cli("-W", "ignore", "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

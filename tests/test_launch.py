@@ -139,20 +139,21 @@ PREEMPTED = RUNNING.replace("PreemptTime=None", "PreemptTime=2025-01-01T00:00:00
 # A run's folder.
 
 
-def hold(directory: str) -> None:
-    with claim_output_dir(directory):
-        worker = os.fork()
-        if worker:
-            sys.stdout.write(f"{worker}\n")
-            sys.stdout.flush()
-        signal.pause()
+HOLD = """
+import os, signal, sys
+from launch import claim_output_dir
+
+with claim_output_dir(sys.argv[1]):
+    worker = os.fork()
+    if worker:
+        print(worker, flush=True)
+    signal.pause()
+"""
 
 
 def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
-    code = "import sys, test_launch; test_launch.hold(sys.argv[1])"
-    environ = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as holder:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
         assert holder.stdout is not None
         worker = int(holder.stdout.readline())
         try:

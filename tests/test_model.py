@@ -1,10 +1,7 @@
 """model.py against the golden numbers, and its properties."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 import textwrap
 from collections import Counter
 from typing import Any
@@ -13,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, load_golden, load_golden_json, seeded
 from golden import tiny_model
+from runs import run_forked
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -567,12 +565,6 @@ COMPILE_AND_EXPORT = """
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_and_exported_models_take_any_size(backend):
     """In a process of its own: run-time shape checks do not go together with torch.compile and torch.export."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(COMPILE_AND_EXPORT).replace("BACKEND", repr(backend))],
-        cwd=ROOT,
-        env={**os.environ, "JAXTYPING_DISABLE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    code = textwrap.dedent(COMPILE_AND_EXPORT).replace("BACKEND", repr(backend))
+    done = run_forked("-c", code, PYTHONPATH=str(ROOT / "tests"))
     assert done.returncode == 0, done.stderr[-3000:]

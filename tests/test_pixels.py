@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_cli
 from PIL import Image
-from runs import make_images, run_main, tiny
+from runs import make_images, run_forked, run_main, tiny
 from samples import encode, photo
 
 import pixels
@@ -170,7 +169,7 @@ def test_names_that_are_not_utf8_are_no_hindrance_to_a_training_its_log_and_its_
     images, run = Path(os.fsdecode(os.fsencode(tmp_path) + b"/im\xff")), tmp_path / "run"
     on_disk(make_images(images), b"damaged", "\udcfe.png", num=1)
     arguments = tiny(images, run, "optim.total_iters=4", "data.max_bad_fraction=1.0")
-    done = run_cli("train_capi.py", *arguments, "--dry-run", PYTHONIOENCODING="utf-8:strict")
+    done = run_forked("train_capi.py", *arguments, "--dry-run", PYTHONIOENCODING="utf-8:strict")
     assert done.returncode == 0, done.stderr
     assert "im\\udcff" in done.stdout
     assert run_main(arguments) == 0

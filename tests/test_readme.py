@@ -14,7 +14,7 @@ import torch
 import torchvision
 from conftest import ROOT, run_cli
 from PIL import Image
-from runs import TINY, make_images, run_main
+from runs import TINY, make_images, run_forked, run_main
 
 import train_cae
 import train_ijepa
@@ -144,7 +144,7 @@ def test_the_python_examples_run_as_written(mine):
     released = released.replace(line, offline) + "\nassert out.feature_map.shape == (1, 16, 16, 1024)\n"
     for name, example, path in (("own", own, ""), ("released", released, ""), ("here", here, str(ROOT))):
         (mine / f"{name}.py").write_text(example)
-        done = run_cli(mine / f"{name}.py", cwd=mine, PYTHONPATH=path)
+        done = run_forked(mine / f"{name}.py", cwd=mine, PYTHONPATH=path)
         assert done.returncode == 0, done.stderr
 
 

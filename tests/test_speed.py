@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import ROOT, run_cli
-from runs import make_images, tiny
+from conftest import ROOT
+from runs import make_images, run_forked, tiny
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,7 +39,7 @@ def imported_in_training(tmp_path, *overrides: str) -> list[str]:
     """Modules of the folder that a process has imported after two steps."""
     images = make_images(tmp_path / "images")
     arguments = tiny(images, tmp_path / "run", "optim.total_iters=2", *ALL_OFF, *overrides)
-    done = run_cli("-c", textwrap.dedent(TRAIN), *arguments, PYTHONPATH=str(ROOT))
+    done = run_forked("-c", textwrap.dedent(TRAIN), *arguments, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-3000:]
     return [name for name in done.stdout.strip().split(",") if name]
 

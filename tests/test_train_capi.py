@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, load_golden_json, run_cli
 from golden import DROP_PATH, GOLDEN_CONFIG, NAIVE, frequencies, golden_batches, golden_part, golden_state
-from runs import KillableRun, assert_same_run, logged_steps, make_images, metrics_of, run_main, tiny
+from runs import KillableRun, assert_same_run, logged_steps, make_images, metrics_of, run_forked, run_main, tiny
 from torch import Tensor
 
 import train_capi
@@ -793,7 +793,7 @@ def test_a_folder_without_images_is_named(tmp_path, capsys):
 
 
 def test_misspelt_key_on_the_command_line_as_a_user_types_it(images, tmp_path):
-    done = run_cli("train_capi.py", *tiny(images, tmp_path), "optim.lr_shedule.base_value=1")
+    done = run_forked("train_capi.py", *tiny(images, tmp_path), "optim.lr_shedule.base_value=1")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "did you mean optim.lr_schedule?" in done.stderr
