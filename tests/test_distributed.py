@@ -1,20 +1,18 @@
 import os
 import re
 import socket
-import subprocess
 import sys
-import textwrap
 from datetime import timedelta
 
 import pytest
 import torch
 from conftest import ROOT, run_cli
-from ranks import run_on_ranks
+from ranks import exit_codes, run_on_ranks
 from torch.cuda._utils import _get_device_index
 
 import distributed
 from distributed import ALONE, Place, find_place, first_host, pick_device, session
-from utils import UserError
+from utils import UserError, ending_in_words
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "host0", "MASTER_PORT": "29400"}
 
@@ -222,55 +220,49 @@ def test_a_rank_without_peers_gives_up_and_says_where_it_looked(monkeypatch, ran
     assert not distributed.is_distributed()
 
 
-def torchrun(tmp_path, body: str) -> subprocess.CompletedProcess[str]:
-    """Run `body` inside a session on two ranks."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, torch\nfrom distributed import *\nfrom utils import UserError\n"
-        "try:\n    with session('auto') as device:\n"
-        + textwrap.indent(textwrap.dedent(body), " " * 8)
-        + "\nexcept UserError as error:\n    sys.stderr.write(f'error: {error}\\n')\n    sys.exit(2)\n"
-    )
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+def agree_on_a_rank(folder):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with session("auto") as device:
+        assert device.type == "cpu" and distributed.world_size() == 2
+        total = distributed.all_reduce_sum_(torch.tensor([1.0 + distributed.rank()]))
+        (folder / str(distributed.rank())).write_text(f"{total.item()} {distributed.any_rank(distributed.rank() == 1)}")
 
 
-def test_torchrun_starts_ranks_that_agree_and_leave_cleanly(tmp_path):
-    done = torchrun(
-        tmp_path,
-        f"""
-        assert device.type == "cpu" and world_size() == 2
-        total = all_reduce_sum_(torch.tensor([1.0 + rank()]))
-        open(f"{tmp_path}/{{rank()}}", "w").write(f"{{total.item()}} {{any_rank(rank() == 1)}}")
-        """,
-    )
-    assert done.returncode == 0, done.stderr
+def test_ranks_of_torchrun_agree_and_leave_cleanly(tmp_path):
+    assert exit_codes(agree_on_a_rank, 2, tmp_path) == [0, 0]
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["3.0 True"] * 2
 
 
 def test_an_error_of_one_rank_ends_all(tmp_path):
-    done = torchrun(tmp_path, "if rank() == 1:\n    raise UserError('this rank alone')\nbarrier()")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom distributed import barrier, rank, session\nfrom utils import UserError, ending_in_words\n"
+        "@ending_in_words\ndef main():\n    with session('auto'):\n        if rank() == 1:\n"
+        "            raise UserError('this rank alone')\n        barrier()\n    return 0\nsys.exit(main())\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run_cli(*launcher, script, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     assert "error: rank 1: this rank alone" in done.stderr
 
 
+@ending_in_words
+def fail_together():
+    with session("cpu"):
+        distributed.barrier()
+        raise UserError("of all")
+
+
+def fail_together_on_a_rank(folder):
+    with (folder / os.environ["RANK"]).open("w") as sys.stderr:
+        code = fail_together()
+    raise SystemExit(code)
+
+
 def test_an_error_that_all_ranks_have_is_told_once(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys\nfrom distributed import barrier, session\nfrom utils import UserError, ending_in_words\n"
-        "@ending_in_words\ndef main():\n    with session('cpu'):\n        barrier()\n"
-        "        raise UserError('of all')\nsys.exit(main())\n"
-    )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = run_cli(*launcher, script, PYTHONPATH=str(ROOT))
-    assert done.returncode == 1
-    assert len(re.findall(r"^error: (rank 1: )?of all$", done.stderr, re.MULTILINE)) == 1, done.stderr
+    assert exit_codes(fail_together_on_a_rank, 2, tmp_path) == [2, 2]
+    said = "".join((tmp_path / rank).read_text() for rank in "01")
+    assert re.fullmatch(r"error: (rank 1: )?of all\n", said)
 
 
 def rows_of(rank, counts):

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import runpy
 import shutil
 import signal
 import sys
@@ -17,8 +18,8 @@ import omegaconf
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_cli, seeded
-from ranks import run_on_ranks
+from conftest import ROOT, seeded
+from ranks import exit_codes, run_on_ranks
 from runs import FAKE_EVALUATION, make_images
 from samples import encode, photo
 from torch import nn
@@ -406,12 +407,16 @@ def test_the_folder_that_is_chosen_is_the_same_for_the_same_evaluation(tmp_path,
     assert f"output_dir={asked[0].parent}" in capsys.readouterr().err
 
 
-def test_an_evaluation_runs_under_torchrun_as_typed(tmp_path):
+def run_script_on_a_rank(arguments):
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def test_an_evaluation_runs_on_the_ranks_of_torchrun(tmp_path):
     (tmp_path / "eval_fake.py").write_text(textwrap.dedent(FAKE_EVALUATION.format(root=str(ROOT))))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    tiny = 'model_loader_kwargs={"config_path": "configs/demo.yaml"}'
-    done = run_cli(*launcher, tmp_path / "eval_fake.py", tiny, f"output_dir={tmp_path / 'out'}", "device=cpu")
-    assert done.returncode == 0, done.stderr[-3000:]
+    tiny = f'model_loader_kwargs={{"config_path": "{ROOT / "configs" / "demo.yaml"}"}}'
+    command = [str(tmp_path / "eval_fake.py"), tiny, f"output_dir={tmp_path / 'out'}", "device=cpu"]
+    assert exit_codes(run_script_on_a_rank, 2, command) == [0, 0]
     found = json.loads((tmp_path / "out" / "results_fake.json").read_text())
     assert found["about"]["num_ranks"] == 2 and "top1" in found["results"]["sum"]
 

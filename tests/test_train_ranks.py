@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from conftest import load_golden_json
 from golden import META, NUM_PATCHES, frequencies, golden_batches, golden_part, golden_state
-from ranks import launched, run_on_ranks
+from ranks import exit_codes, run_on_ranks
 from runs import assert_same_run, make_images, tiny
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -204,19 +204,16 @@ def main_on_a_rank(arguments: list[str], dies: tuple[int, str, str] | None) -> N
     raise SystemExit(train_capi.main(arguments))
 
 
-def exit_codes(arguments: list[str], dies: tuple[int, str, str] | None = None) -> list[int | None]:
+def ends_of_two_ranks(arguments: list[str], dies: tuple[int, str, str] | None = None) -> list[int | None]:
     share = f"optim.batch_size_per_gpu={GLOBAL_BATCH // 2}"
     steps = ["optim.total_iters=4", "train.checkpointing.period=2"]
-    with launched(main_on_a_rank, 2, [*arguments, share, *steps], dies) as ranks:
-        for rank in ranks:
-            rank.join(90)
-        return [rank.exitcode for rank in ranks]
+    return exit_codes(main_on_a_rank, 2, [*arguments, share, *steps], dies)
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks(images, tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("two")
-    assert exit_codes(run_arguments(images, output_dir)) == [0, 0]
+    assert ends_of_two_ranks(run_arguments(images, output_dir)) == [0, 0]
     return output_dir
 
 
@@ -232,12 +229,12 @@ def on_two_ranks(images, tmp_path_factory) -> Path:
 )
 def test_a_rank_killed_in_a_save_costs_the_steps_since_the_last_one(images, on_two_ranks, tmp_path, dies, async_save):
     arguments = run_arguments(images, tmp_path, f"train.checkpointing.async_save={async_save}")
-    codes = exit_codes(arguments, dies)
+    codes = ends_of_two_ranks(arguments, dies)
     assert codes[dies[0]] == -signal.SIGKILL, "nothing killed it"
     assert codes[1 - dies[0]] == 1, "the other rank did not end with an error of its own"
     checkpoints = Checkpoints(tmp_path, keep=1)
     assert (checkpoints.directory / ".tmp-step_000000004").is_dir(), "the save had not begun, or was over"
     assert checkpoints.newest() == checkpoints.directory / "step_000000002"
-    assert exit_codes(arguments) == [0, 0]
+    assert ends_of_two_ranks(arguments) == [0, 0]
     assert checkpoints.newest() == checkpoints.directory / "step_000000004"
     assert_same_run(tmp_path, on_two_ranks)

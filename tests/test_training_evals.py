@@ -6,7 +6,8 @@ import textwrap
 
 import pytest
 import yaml
-from conftest import ROOT, run_cli
+from conftest import ROOT
+from ranks import exit_codes
 from runs import FAKE_EVALUATION, make_images, metrics_of, run_main, tiny
 
 from config import DEFAULT_PRETRAIN_CONFIG, EvalConfig, chosen_evals, load_config, to_yaml
@@ -23,6 +24,7 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("evals")
     make_images(root / "images")
     (root / "eval_fake.py").write_text(textwrap.dedent(FAKE_EVALUATION.format(root=str(ROOT))))
+    (root / "eval_broken.py").write_text("raise RuntimeError('as asked')")
     return root
 
 
@@ -58,6 +60,10 @@ def sum_of(path):
     return sum(float(p.detach().double().sum()) for p in model.parameters())
 
 
+def train_on_a_rank(arguments):
+    raise SystemExit(run_main(arguments))
+
+
 @pytest.fixture(scope="module")
 def finished(place):
     config = write_sets(
@@ -65,15 +71,13 @@ def finished(place):
         place / "config.yaml",
         often={"period": 3, "where": "inline"},
         last={"final": True, "model_to_eval": "student"},
-        broken={"final": True, "eval_config": {"fails": True}},
+        broken={"final": True, "eval_config": {"file": str(place / "eval_broken.py")}},
         pictures={"final": True, "eval_config": {"draws": True}},
     )
     run = place / "run"
     # Two processes, as torchrun starts them: the evaluation must not take itself for a third.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = command(place, config, run, "optim.batch_size_per_gpu=2")
-    done = run_cli(*launcher, "train_capi.py", *arguments, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes = exit_codes(train_on_a_rank, 2, command(place, config, run, "optim.batch_size_per_gpu=2"), timeout_s=280)
+    assert codes == [0, 0], (run / "log.txt").read_text()
     return run
 
 
