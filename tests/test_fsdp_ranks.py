@@ -252,6 +252,8 @@ TRAIN = [
     "optim.total_iters=20",
     "data.prediction_subsampling=0.5",
 ]
+NUM_STEPS = 10
+"""Of the training that all others have to equal: twice the warm-up and more."""
 
 
 def make_batches(num_steps: int) -> list[dict[str, Tensor]]:
@@ -308,7 +310,7 @@ def train(how: Sharding | None, num_steps: int, *overrides: str) -> dict[str, An
 
 @pytest.fixture(scope="module")
 def trained_alone() -> dict[str, Any]:
-    return train(None, 20)
+    return train(None, NUM_STEPS)
 
 
 def assert_same_training(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -325,7 +327,7 @@ def assert_same_training(found: dict[str, Any], expected: dict[str, Any]) -> Non
     [*((n, "simple") for n in (1, 2, 3, 4)), (2, "fully_shard"), (3, "fully_shard"), (2, "none"), (3, "none")],
 )
 def test_training_on_ranks_is_training_on_one_process_with_the_whole_batch(num_ranks, mode, trained_alone):
-    for found in run_on_ranks(train, num_ranks, sharding(mode, bucket_mib=0.01), 20):
+    for found in run_on_ranks(train, num_ranks, sharding(mode, bucket_mib=0.01), NUM_STEPS):
         assert_same_training(found, trained_alone)
 
 
@@ -676,7 +678,7 @@ def compiled_training(num_steps: int) -> dict[str, Any]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 def test_compiled_training_on_ranks_is_training_on_one_process_with_the_whole_batch(num_ranks, trained_alone):
-    for found in run_on_ranks(compiled_training, num_ranks, 20, timeout_s=590):
+    for found in run_on_ranks(compiled_training, num_ranks, NUM_STEPS, timeout_s=590):
         assert_same_training(found, trained_alone)
 
 
@@ -694,5 +696,5 @@ def compiled_fully_sharded_training(num_steps: int) -> dict[str, Any]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_compiled_fully_sharded_training_is_that_of_one_process_too(num_ranks, trained_alone):
-    for found in run_on_ranks(compiled_fully_sharded_training, num_ranks, 20, timeout_s=590):
+    for found in run_on_ranks(compiled_fully_sharded_training, num_ranks, NUM_STEPS, timeout_s=590):
         assert_same_training(found, trained_alone)
