@@ -118,8 +118,8 @@ def run_forked(*args: str | Path, cwd: Path = ROOT, timeout: float = 200, **env:
     """Like `conftest.run_cli`, in a process that is forked off a server; `args` are a script, or `-c` and code.
 
     The process has a folder, an environment, output and an exit code of its own, and imports the repository anew. Other
-    packages are imported already, which is most of what a short command does: that one of them is forgotten shows where
-    the same script is started by `run_cli`.
+    packages are imported already, which is most of what a short command does. A part of one that is used without being
+    imported shows where a script is started by `run_cli`.
     """
     environ = {**os.environ, "JAXTYPING_DISABLE": "1", **env}
     command = [*map(str, args)]

@@ -130,7 +130,7 @@ def test_the_largest_batch_is_reduced_until_it_can_be_measured(monkeypatch):
 
 def test_the_step_is_measured_as_typed(tmp_path):
     results = tmp_path / "results.jsonl"
-    done = run_cli("bench/step.py", "--batch", "4", "--steps", "2", "--results", results, *SMALL)
+    done = run_forked("bench/step.py", "--batch", "4", "--steps", "2", "--results", results, *SMALL)
     assert done.returncode == 0, done.stderr
     summary, parts = (json.loads(line) for line in results.read_text().splitlines())
     assert summary["settings"]["batch"] == 4
@@ -195,7 +195,7 @@ def test_methods_are_measured_beside_each_other_as_typed(tmp_path):
 
 def test_the_loader_is_measured_as_typed(tmp_path):
     results = tmp_path / "results.jsonl"
-    done = run_cli("bench/loading.py", "--repeats", "1", "--results", results)
+    done = run_forked("bench/loading.py", "--repeats", "1", "--results", results)
     assert done.returncode == 0, done.stderr
     (line,) = map(json.loads, results.read_text().splitlines())
     rows = {row["row"]: row for row in line["numbers"]}

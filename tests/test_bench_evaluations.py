@@ -2,14 +2,13 @@
 
 import json
 
-from conftest import run_cli
 from runs import run_forked
 
 
 def test_ours_and_the_straightforward_way_agree(tmp_path):
     results = tmp_path / "results.jsonl"
     sizes = ["--scale", "0.002", "--repeats", "1", "--results", str(results)]
-    done = run_cli("bench/evaluations.py", "knn", "pca", *sizes)
+    done = run_forked("bench/evaluations.py", "knn", "pca", *sizes)
     assert done.returncode == 0, done.stderr
     knn, pca = (json.loads(line) for line in results.read_text().splitlines())
     rows = {(line["bench"], row["way"]): row for line in (knn, pca) for row in line["numbers"]}
