@@ -379,7 +379,7 @@ def test_mistakes_with_files_of_the_authors_are_explained(
 def test_onnx_of_cae_equals_torch_for_any_number_and_size_of_images(cae_run, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime: Any = pytest.importorskip("onnxruntime")
-    done = run_cli("export.py", cae_run, tmp_path / "w.onnx", timeout=280)
+    done = run_forked("export.py", cae_run, tmp_path / "w.onnx", timeout=280)
     assert done.returncode == 0, done.stderr
     session = onnxruntime.InferenceSession(tmp_path / "w.onnx")
     model = cae.load_model(pretrained_weights=cae_run / "student.pth")
