@@ -1,10 +1,11 @@
 """The training steps of all methods beside each other, on made-up images: time per image and memory.
 
-    python bench/methods.py [--method capi ijepa stop] [--batch 8] [--px 224] [--steps 5] [--results FILE]
+    python bench/methods.py [--method capi ijepa stop cae] [--batch 8] [--px 224] [--steps 5] [--results FILE]
 
 ViT-S/16 as the encoder of each, everything else as its recipe has it: CAPI's predictor has 6 blocks of width 384 and
 its heads 16384 prototypes; those of I-JEPA and StoP have 6 blocks of width 192, and contexts of a quarter of the
-patches, as 128 images in a forward pass cut them. Eager; float32 on a CPU, bfloat16 on a GPU.
+patches, as 128 images in a forward pass cut them; CAE's regressor and decoder have 4 blocks of width 384 each, and its
+tokenizer is left out. Eager; float32 on a CPU, bfloat16 on a GPU.
 
 Times are medians of steps taken in turn in one process. On a CPU that others use too, the wall says little: `processor
 ms per image` is the time that all threads ran, and `times the first` the median of its ratio in a turn; on a GPU that
@@ -29,6 +30,7 @@ import torch
 from results import add_arguments, print_table, record, whole_number
 from step import ROOT, Step, time_steps
 
+import train_cae
 import train_ijepa
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from data import Batch
@@ -36,8 +38,10 @@ from distributed import pick_device
 from flops import step_flops_per_image
 from masking import MultiBlockMasks
 from metrics import peak_memory_gib
+from train_cae import CaeConfig, CaeState
 from train_capi import CapiConfig, step_shape
 from train_ijepa import IjepaConfig, IjepaState
+from training import TrainState
 
 PATCH = 16
 
@@ -60,6 +64,21 @@ def capi(sources: Sequence[str], device: torch.device) -> Repeated:
     return Repeated(step, step.check, sum(step_flops_per_image(step_shape(cfg)).values()))
 
 
+def repeated(state: TrainState[Any], step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What runs a step that gives its loss, and what checks the last one."""
+    losses = [torch.zeros(())]
+
+    def run() -> None:
+        losses[0] = step()
+        state.step += 1
+
+    def check() -> None:
+        if not losses[0].isfinite():
+            raise RuntimeError(f"the loss is {losses[0].item()} after {state.step} steps")
+
+    return run, check
+
+
 def ijepa(sources: Sequence[str], device: torch.device, noise_std: float = 0.0) -> Repeated:
     """I-JEPA's step, with noise on the positions StoP's; every step has masks of its own, as in training."""
     small = [f"model={{patch_size: {PATCH}, embed_dim: 384, depth: 12, num_heads: 6}}"]
@@ -70,20 +89,14 @@ def ijepa(sources: Sequence[str], device: torch.device, noise_std: float = 0.0) 
     state, b = IjepaState(cfg, device), cfg.optim.batch_size_per_gpu
     images = torch.randn(b, 3, cfg.data.images_size, cfg.data.images_size, generator=torch.Generator().manual_seed(0))
     draw = MultiBlockMasks(train_ijepa.mask_plan(cfg), seed=0)
-    last: dict[str, Any] = {}
 
-    def run() -> None:
+    def step() -> torch.Tensor:
         masks = draw([(b * state.step + image,) for image in range(b)])
         batch = Batch(images=images, masks=masks, sample_ids=torch.arange(b)).to(device)
         hyper = train_ijepa.hyper_at(cfg.optim.total_iters // 2, cfg)
-        last.update(train_ijepa.train_step(state, [batch], hyper))
-        state.step += 1
+        return train_ijepa.train_step(state, [batch], hyper)["loss"]
 
-    def check() -> None:
-        if not last["loss"].isfinite():
-            raise RuntimeError(f"the loss is {last['loss'].item()} after {state.step} steps")
-
-    return Repeated(run, check, train_ijepa.step_flops_per_image(cfg, train_ijepa.sampled_sizes(cfg)))
+    return Repeated(*repeated(state, step), train_ijepa.step_flops_per_image(cfg, train_ijepa.sampled_sizes(cfg)))
 
 
 def stop(sources: Sequence[str], device: torch.device) -> Repeated:
@@ -91,7 +104,36 @@ def stop(sources: Sequence[str], device: torch.device) -> Repeated:
     return ijepa(sources, device, noise_std=0.25)
 
 
-METHODS: dict[str, Callable[[Sequence[str], torch.device], Repeated]] = {"capi": capi, "ijepa": ijepa, "stop": stop}
+def cae(sources: Sequence[str], device: torch.device) -> Repeated:
+    """CAE's step, with random tokens; every step has masks of its own, as in training."""
+    small = [f"model={{patch_size: {PATCH}, embed_dim: 384, depth: 12, num_heads: 6}}"]
+    cfg = load_config(
+        CaeConfig, train_cae.DEFAULT_CONFIG, [*small, "regressor={embed_dim: 384, num_heads: 6}", *sources]
+    )
+    state, b, masks = CaeState(cfg, device), cfg.optim.batch_size_per_gpu, train_cae.make_masks(cfg)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(b, 3, cfg.data.images_size, cfg.data.images_size, generator=generator)
+    size = cfg.tokenizer.image_size
+    second = torch.randint(256, (b, 3, size, size), generator=generator, dtype=torch.uint8)
+    shape = (b, cfg.grid_size**2)
+    tokens = torch.randint(cfg.decoder.vocabulary_size, shape, generator=generator).to(device)
+
+    def step() -> torch.Tensor:
+        drawn = masks([(b * state.step + image,) for image in range(b)])
+        batch = Batch(images=images, second_images=second, masks=drawn, sample_ids=torch.arange(b)).to(device)
+        tokenizer: Any = lambda _: tokens  # noqa: E731
+        lr = train_cae.lr_at(cfg.optim.total_iters // 2, cfg)
+        return train_cae.train_step(state, tokenizer, [batch], lr)["loss"]
+
+    return Repeated(*repeated(state, step), train_cae.step_flops_per_image(cfg))
+
+
+METHODS: dict[str, Callable[[Sequence[str], torch.device], Repeated]] = {
+    "capi": capi,
+    "ijepa": ijepa,
+    "stop": stop,
+    "cae": cae,
+}
 
 
 def sources_of(args: argparse.Namespace, device: torch.device) -> list[str]:

@@ -1,20 +1,19 @@
 """readouts.py against goldens, scikit-learn and plain loops; golden labels of k-NN are in test_eval_segmentation.py."""
 
 import itertools
-import math
-import re
 
 import numpy as np
 import pytest
 import torch
 from conftest import load_golden, load_golden_json, seeded
-from golden_ijepa import hashed
+from golden_cae import IMAGES, fill
 from ranks import run_on_ranks
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
 
 import readouts
+from cae import Encoder
 from distributed import rank, world_size
 from readouts import (
     GROUP_SIZE,
@@ -255,76 +254,26 @@ def test_attentive_classifiers_and_their_gradients_equal_attention_by_the_book(d
 # --- Published probes
 
 
-def published_probe_state(dim=32, depth=2, num_classes=10):
-    """The tiny attentive model of the vectors, encoder included, filled as they say."""
-    state = {"cls_token": torch.empty(1, 1, dim), "query_token": torch.empty(1, 1, dim), "pos_embed": torch.empty(0)}
-    matrices = {"head": num_classes, "attentive_blocks.0.cross_attn.proj": dim}
-    norms = ["norm", *(f"attentive_blocks.0.norm_{name}" for name in "qkv")]
-    for i in range(depth):
-        block = f"blocks.{i}"
-        norms += [f"{block}.norm1", f"{block}.norm2"]
-        state |= {f"{block}.{name}": torch.empty(dim) for name in ("gamma_1", "gamma_2", "attn.q_bias", "attn.v_bias")}
-        state |= {
-            f"{block}.attn.qkv.weight": torch.empty(3 * dim, dim),
-            f"{block}.mlp.fc2.weight": torch.empty(dim, 4 * dim),
-        }
-        state |= {f"{block}.mlp.fc2.bias": torch.empty(dim)}
-        matrices |= {f"{block}.attn.proj": dim, f"{block}.mlp.fc1": 4 * dim}
-    state |= {
-        f"patch_embed.proj.{name}": torch.empty(shape) for name, shape in (("weight", (dim, 3, 8, 8)), ("bias", dim))
-    }
-    state |= {f"attentive_blocks.0.cross_attn.{name}": torch.empty(dim) for name in ("q_bias", "v_bias")}
-    state |= {f"attentive_blocks.0.cross_attn.{name}.weight": torch.empty(dim, dim) for name in "qkv"}
-    for name in norms:
-        state |= {f"{name}.weight": torch.empty(dim), f"{name}.bias": torch.empty(dim)}
-    for name, rows in matrices.items():
-        state |= {f"{name}.weight": torch.empty(rows, dim), f"{name}.bias": torch.empty(rows)}
-    statistics = {f"fc_norm.{name}": None for name in ("running_mean", "running_var", "num_batches_tracked")}
-    for number, key in enumerate(sorted(state | statistics)):
-        if key in statistics or key == "pos_embed":
-            continue
-        x = state[key]
-        scale = math.sqrt(3 * len(x) / x.numel()) if x.ndim > 1 else 0.1
-        values = scale * (2 * hashed(x.numel(), number) - 1) + (0.5 if "gamma" in key else 0)
-        x.copy_(values.view(x.shape) + (1 if re.search(r"norm\w*\.weight$", key) else 0))
-    return state
-
-
-def published_tokens(state, images, num_heads=4, depth=2):
-    """All tokens of the tiny encoder of the vectors after its norm; positions have the row first."""
-
-    def layer(x, name):
-        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
-
-    def norm(x, name):
-        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-6)
-
-    patches = F.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=8)
-    b, dim, side, _ = patches.shape
-    angles = torch.arange(side).outer(10000.0 ** -(torch.arange(dim // 4) / (dim // 4)))
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
-    positions = torch.cat([waves.repeat_interleave(side, 0), waves.repeat(side, 1)], dim=1)
-    x = torch.cat([state["cls_token"].expand(b, 1, dim), patches.flatten(2).transpose(1, 2) + positions], dim=1)
-    for i in range(depth):
-        block = f"blocks.{i}"
-        q_bias, v_bias = state[f"{block}.attn.q_bias"], state[f"{block}.attn.v_bias"]
-        bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
-        qkv = F.linear(norm(x, f"{block}.norm1"), state[f"{block}.attn.qkv.weight"], bias)
-        q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + state[f"{block}.gamma_1"] * layer(attended, f"{block}.attn.proj")
-        hidden = F.gelu(layer(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1"))
-        x = x + state[f"{block}.gamma_2"] * layer(hidden, f"{block}.mlp.fc2")
-    return norm(x, "norm")
+def published_probe(dim=32, num_classes=10):
+    """The encoder of the vectors, and the state of their tiny attentive model, of which it is a part."""
+    encoder = Encoder(grid_size=4, patch_size=8, embed_dim=dim, depth=2, num_heads=4)
+    shapes = {"query_token": (1, 1, dim), "head.weight": (num_classes, dim), "head.bias": (num_classes,)}
+    block = "attentive_blocks.0"
+    shapes |= {f"{block}.cross_attn.{name}": (dim,) for name in ("q_bias", "v_bias", "proj.bias")}
+    shapes |= {f"{block}.cross_attn.{name}.weight": (dim, dim) for name in ("q", "k", "v", "proj")}
+    shapes |= {f"{block}.norm_{name}.{kind}": (dim,) for name in "qkv" for kind in ("weight", "bias")}
+    shapes |= {f"fc_norm.{name}": () for name in ("running_mean", "running_var", "num_batches_tracked")}
+    state = encoder.state_dict() | {name: torch.empty(shape) for name, shape in shapes.items()}
+    fill(state, skipped="fc_norm")
+    return encoder, state
 
 
 @torch.no_grad()
 def test_attentive_probe_equals_its_vectors(monkeypatch):
     monkeypatch.setattr(readouts, "HEAD_DIM", 8)
     golden = load_golden_json("vectors_cae")["attentive_tiny_with_kwargs_removed"]
-    state = published_probe_state()
-    images = (2 * hashed(2 * 3 * 32 * 32, 776) - 1).float().view(2, 3, 32, 32)
-    tokens = published_tokens(state, images)
+    encoder, state = published_probe()
+    tokens = encoder.encode(IMAGES)
     probe = AttentiveProbes(1, 32, 10)
     cross = "attentive_blocks.0.cross_attn"
     names = {"query": "query_token", "weight": "head.weight", "bias": "head.bias", "query_bias": f"{cross}.q_bias",
