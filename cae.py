@@ -452,6 +452,10 @@ class Predictor(nn.Module):
         _init_token(self.mask_token)
         _init_weights(self, self.layer_scale)
 
+    def project(self, x: Float[Tensor, "b n d_encoder"]) -> Float[Tensor, "b n d"]:
+        """What the encoder made of patches, in the width of the regressor."""
+        return self.encoder_to_regresser_norm(self.encoder_to_regresser(x)) if self.has_projection else x
+
     def forward(
         self,
         context: Float[Tensor, "b v d_encoder"],
@@ -470,10 +474,9 @@ class Predictor(nn.Module):
             drop_path: what `draw_drop_path` drew for `drop_path_rates`; None drops nothing.
         """
         b, m, _ = targets.shape
-        if self.has_projection:
-            context = self.encoder_to_regresser_norm(self.encoder_to_regresser(context))
-            with torch.no_grad():
-                targets = self.encoder_to_regresser_norm(self.encoder_to_regresser(targets))
+        context = self.project(context)
+        with torch.no_grad():
+            targets = self.project(targets)
         regression, decoding = (None, None) if drop_path is None else drop_path.tensor_split([self.regressor_depth])
         table = self.rd_pos_embed[:, 1:]
         positions = patches_at(table, predict_indices, b)
@@ -588,4 +591,5 @@ def _part(file: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in file.items() if key.startswith(prefix)}
 
 
+__trained_by__ = "train_cae.py"  # the file beside this one that has the predictor, for pictures
 __model_loader__ = load_model  # the name that evaluation scripts look for in a model file

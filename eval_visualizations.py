@@ -489,16 +489,20 @@ def _read_training_checkpoint(step: Path, source: str, module: nn.Module) -> tup
 def has_teacher(step: Path, module: nn.Module) -> bool:
     """Whether the teacher of a training checkpoint is `module`, as far as its largest weight tells.
 
+    Where there is no average, the student is its own teacher.
+
     Raises: UserError or OSError if the checkpoint cannot be read.
     """
-    teacher, own = "student_ema.backbone.", module.state_dict()
+    own = module.state_dict()
 
     def largest(sizes: Mapping[str, torch.Size]) -> list[str]:
+        average, student = "student_ema.backbone.", "student.backbone."
+        teacher = average if any(key.startswith(average) for key in sizes) else student
         shared = [key for key in sizes if key.startswith(teacher) and key.removeprefix(teacher) in own]
         return sorted(shared, key=lambda key: sizes[key].numel())[-1:]
 
     tensors = read_tensors(step, largest)
-    return bool(tensors) and all(torch.equal(x, own[key.removeprefix(teacher)].cpu()) for key, x in tensors.items())
+    return bool(tensors) and all(torch.equal(x, own[key.partition("backbone.")[2]].cpu()) for key, x in tensors.items())
 
 
 class AtomDictionary(NamedTuple):

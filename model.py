@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils import UserError
-from weights import CardText, load_backbone_weights, load_from_hub, read_state_dict, with_hub_methods
+from weights import (
+    CardText,
+    load_backbone_weights,
+    load_from_hub,
+    load_strictly,
+    read_state_dict,
+    with_hub_methods,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -768,6 +775,25 @@ def resize_positions(
         resized = F.interpolate(square, size=grid, mode="bicubic", antialias=antialias)
     assert resized.shape[-2:] == grid
     return torch.cat([class_row, resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+def load_resized(module: nn.Module, weights: Mapping[str, Tensor], source: str, *, remedy: str) -> None:
+    """Copy weights into an encoder or predictor whose grid of patches may be another one than theirs.
+
+    Args:
+        module: filled in place; `grid_size` says how large its tables of positions are.
+        weights: by its own keys; those that end in `pos_embed` are resized.
+        source: where the weights are from, for messages.
+        remedy: what the user can do if they do not fit.
+
+    Raises: UserError if they do not fit.
+    """
+    side = int(module.grid_size)  # pyright: ignore[reportArgumentType]
+    resized = {
+        key: resize_positions(x, (side, side), antialias=False) if key.endswith("pos_embed") else x
+        for key, x in weights.items()
+    }
+    load_strictly(module, resized, source, remedy=remedy)
 
 
 def sincos_table(grid: tuple[int, int], dim: int, *, row_first: bool = False) -> Float[Tensor, "1 n d"]:

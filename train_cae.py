@@ -38,7 +38,7 @@ from cae import (
     token_loss,
 )
 from cae_tokenizer import Tokenizer, load_tokenizer
-from checkpoint import SavedState
+from checkpoint import SavedState, read_weights
 from config import (
     BETWEEN_0_AND_1,
     COUNT,
@@ -59,8 +59,9 @@ from distributed import mean_over_ranks, world_size
 from flops import block_flops, embedding_flops
 from masking import MaskPlan, PatchMasks, ScatteredBlocks, Uniform
 from metrics import feature_health
-from model import resize_positions
+from model import load_resized
 from optim import decay_of_matrices, make_adamw, scheduled, set_rates_
+from pictures import PatchPredictor, Prediction
 from report import Panel
 from training import (
     Run,
@@ -75,7 +76,6 @@ from training import (
     with_length,
 )
 from utils import UserError, ending_in_words, setup_logging
-from weights import load_strictly
 
 logger = logging.getLogger("capi")
 
@@ -332,13 +332,8 @@ def start_from(student: nn.ModuleDict, path_or_url: str) -> None:
     file = read_file(path_or_url, key="train.init_from")
     parts = {"backbone": read_encoder(file, path_or_url), "predictor": read_predictor(file)}
     for name, weights in parts.items():
-        module: Any = student[name]
-        resized = {
-            key: resize_positions(x, (module.grid_size, module.grid_size), antialias=False) if "pos_embed" in key else x
-            for key, x in weights.items()
-        }
         if weights:
-            load_strictly(module, resized, path_or_url, remedy=NETWORKS)
+            load_resized(student[name], weights, path_or_url, remedy=NETWORKS)
     random = "" if parts["predictor"] else "; regressor and decoder, which the file lacks, start random"
     logger.info("the training starts from %s%s", path_or_url, random)
 
@@ -501,8 +496,8 @@ def make_loader(cfg: CaeConfig, **place: Any) -> PretrainLoader:
     )
 
 
-def make_masks(cfg: CaeConfig) -> PatchMasks:
-    """How patches are hidden: as many in every image, all of which are predicted.
+def make_masks(cfg: CaeConfig, seed: int | None = None) -> PatchMasks:
+    """How patches are hidden: as many in every image, all of which are predicted; by `seed` instead of the training's.
 
     Raises: UserError if that leaves nothing to see or to predict, or blocks do not fit the grid.
     """
@@ -510,7 +505,9 @@ def make_masks(cfg: CaeConfig) -> PatchMasks:
     plan = MaskPlan(cfg.grid_size, cfg.grid_size, data.mask_ratio, prediction_subsampling=1.0)
     is_uniform = data.masking_generator == "Uniform"
     masks = PatchMasks(
-        plan, Uniform() if is_uniform else ScatteredBlocks(data.min_block, data.min_aspect), cfg.train.seed
+        plan,
+        Uniform() if is_uniform else ScatteredBlocks(data.min_block, data.min_aspect),
+        cfg.train.seed if seed is None else seed,
     )
     masks([(image,) for image in range(8)])  # raises early
     return masks
@@ -597,6 +594,51 @@ def dry_run(cfg: CaeConfig) -> str:
         schedule=schedule,
         warnings=missing,
     )
+
+
+# --- For pictures ----------------------------------------------------------------------------------------------------
+
+
+class LatentPredictor(PatchPredictor):
+    """A student's latents of the hidden patches."""
+
+    def __init__(self, cfg: CaeConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.student = nn.ModuleDict({"backbone": cfg.make_encoder(), "predictor": cfg.make_predictor()})
+
+    def forward(self, image: Float[Tensor, "3 h w"], seed: int, num_draws: int) -> Prediction:
+        """See `PatchPredictor.forward`; the prediction is deterministic."""
+        masks = make_masks(self.cfg, seed)([(0,)])
+        seen = torch.zeros(self.cfg.grid_size**2, dtype=torch.bool).index_fill(0, masks["visible_indices"], True)
+        visible, hidden = (masks[f"{name}_indices"].to(image.device) for name in ("visible", "predict"))
+        encoder: Any = self.student["backbone"]
+        context = encoder.encode(image.unsqueeze(0), visible)[:, 1:]
+        no_targets = context.new_zeros(1, len(hidden), context.shape[2])
+        latents = self.student["predictor"](context, no_targets, visible, hidden).latents
+        return Prediction(seen, hidden.cpu(), {"predicted": latents.squeeze(0)})
+
+    def targets(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """The encoder's features, in the width of the regressor."""
+        predictor: Any = self.student["predictor"]
+        return predictor.project(features)
+
+
+def load_predictor(checkpoint: Path, resolution: int) -> LatentPredictor:
+    """The student of a training checkpoint; see `PatchPredictor`.
+
+    Raises: UserError if it is damaged, or of another method, or images of this size have no grid.
+    """
+    sources = [str(checkpoint / "config.yaml"), f"data.images_size={resolution}"]
+    predictor = LatentPredictor(load_config(CaeConfig, DEFAULT_CONFIG, sources))
+    weights = read_weights(checkpoint, "student")
+    for name, module in predictor.student.items():
+        own = {key.removeprefix(f"{name}."): x for key, x in weights.items() if key.startswith(f"{name}.")}
+        load_resized(module, own, str(checkpoint), remedy=NETWORKS)
+    return predictor
+
+
+__predictor_loader__ = load_predictor  # the name that pictures of predictions look for
 
 
 @ending_in_words

@@ -59,7 +59,7 @@ from ijepa import (
 )
 from masking import MultiBlockMasks, MultiBlockPlan
 from metrics import feature_health
-from model import resize_positions
+from model import load_resized
 from optim import ema_update_, half_cosine, make_adamw, multipliers, scheduled_ahead, set_rates_
 from pictures import PatchPredictor, Prediction
 from report import Panel
@@ -76,7 +76,7 @@ from training import (
     with_length,
 )
 from utils import ending_in_words, setup_logging
-from weights import load_strictly, read_state_dict
+from weights import read_state_dict
 
 logger = logging.getLogger("capi")
 
@@ -85,6 +85,7 @@ COURSE_KEYS = ("optim", "masks", "predictor.position_noise_std")
 """What the rest of a training depends on: a change when it continues is a warning."""
 FINITE = ("loss", "grad_norm")
 """Scalars of a step that must be finite."""
+NETWORKS = "Set model.* and predictor.* to what they were trained with"
 SAMPLED_BATCHES = 8
 """Batches whose masks are drawn to say how many patches contexts and targets have."""
 PUBLISHED_CONTEXT = 0.25
@@ -366,13 +367,13 @@ class StartingWeights:
         Raises: UserError if the weights do not fit.
         """
         source = self.path_or_url
-        load_resized(student["backbone"], read_encoder(self.file, source, "encoder"), "pos_embed", source)
+        load_resized(student["backbone"], read_encoder(self.file, source, "encoder"), source, remedy=NETWORKS)
         prefix = "predictor."
         predictor = {key.removeprefix(prefix): x for key, x in self.file.items() if key.startswith(prefix)}
         if "predictor" in self.file:
             predictor = published_part(self.file, "predictor")
         if predictor:
-            load_resized(student["predictor"], predictor, "predictor_pos_embed", source)
+            load_resized(student["predictor"], predictor, source, remedy=NETWORKS)
         random = "" if predictor else "; the predictor, which the file lacks, starts random"
         logger.info("student and teacher start from %s%s", source, random)
 
@@ -382,7 +383,9 @@ class StartingWeights:
         Raises: UserError if the weights do not fit.
         """
         source = self.path_or_url
-        load_resized(student_ema["backbone"], read_encoder(self.file, source, "target_encoder"), "pos_embed", source)
+        load_resized(
+            student_ema["backbone"], read_encoder(self.file, source, "target_encoder"), source, remedy=NETWORKS
+        )
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """What the optimizer of a published file keeps of each parameter, see `ijepa.published_moments`.
@@ -390,23 +393,6 @@ class StartingWeights:
         Raises: UserError if the file has none.
         """
         return published_moments(self.file, self.path_or_url)
-
-
-def load_resized(module: nn.Module, weights: dict[str, Tensor], table: str, source: str) -> None:
-    """Copy weights into an encoder or predictor whose grid of patches may be another one.
-
-    Args:
-        module: filled in place.
-        weights: by its own keys.
-        table: key of the positions, which are resized.
-        source: where the weights are from, for messages.
-
-    Raises: UserError if they do not fit.
-    """
-    side = int(module.grid_size)  # pyright: ignore[reportArgumentType]  # of an encoder or a predictor
-    if table in weights:
-        weights = {**weights, table: resize_positions(weights[table], (side, side), antialias=False)}
-    load_strictly(module, weights, source, remedy="Set model.* and predictor.* to what they were trained with")
 
 
 def train_step(
@@ -691,9 +677,9 @@ def load_predictor(checkpoint: Path, resolution: int) -> BlockPredictor:
     sources = [str(checkpoint / "config.yaml"), f"data.images_size={resolution}"]
     predictor = BlockPredictor(load_config(IjepaConfig, DEFAULT_CONFIG, sources))
     weights = read_weights(checkpoint, "student")
-    for name, table in (("backbone", "pos_embed"), ("predictor", "predictor_pos_embed")):
+    for name, module in predictor.student.items():
         own = {key.removeprefix(f"{name}."): x for key, x in weights.items() if key.startswith(f"{name}.")}
-        load_resized(predictor.student[name], own, table, str(checkpoint))
+        load_resized(module, own, str(checkpoint), remedy=NETWORKS)
     return predictor
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_cli, seeded
+from golden_cae import NARROW, save_tokenizer
+from golden_cae import tiny_run as cae_run
 from golden_ijepa import STOP_NOISE, tiny_run
 from PIL import Image
 from ranks import run_on_ranks
@@ -16,6 +18,7 @@ from runs import make_images, tiny
 from torch import nn
 
 import eval_visualizations as vis
+import train_cae
 import train_capi
 import train_ijepa
 from checkpoint import Checkpoints
@@ -543,6 +546,7 @@ def test_best_patches_are_found_in_parts_as_at_once(monkeypatch):
 TRAININGS = {
     "CAPI": (train_capi, tiny, "model.py", 16, ["most likely", "draw 1", "draw 2", "draw 3"]),
     "I-JEPA": (train_ijepa, tiny_run, "ijepa.py", 32, ["predicted"]),
+    "CAE": (train_cae, lambda *run: cae_run(*run, NARROW), "cae.py", 32, ["predicted"]),
     "StoP": (train_ijepa, lambda *run: tiny_run(*run, STOP_NOISE), "ijepa.py", 32, ["draw 1", "draw 2", "draw 3"]),
 }
 
@@ -552,8 +556,16 @@ def trained(request, place, tmp_path_factory):
     """What a few steps of a method left, and how its predictions are drawn."""
     script, command, model_path, size, titles = TRAININGS[request.param]
     folder = tmp_path_factory.mktemp("trained")
+    if script is train_cae:
+        save_tokenizer(place / "images")
     assert script.main(command(place / "images", folder)) == 0
     return folder, script, model_path, size, titles
+
+
+def exported(folder):
+    """The weights that a training exports of its teacher."""
+    average, student = folder / "student_ema.pth", folder / "student.pth"
+    return average if average.is_file() else student
 
 
 def predictions_of(trained, place, output_dir, *more):
@@ -561,7 +573,7 @@ def predictions_of(trained, place, output_dir, *more):
     return vis.main(
         [
             f"model_path={model_path}",
-            f"model_loader_kwargs.pretrained_weights={folder / 'student_ema.pth'}",
+            f"model_loader_kwargs.pretrained_weights={exported(folder)}",
             f"dataset_name=custom://Images?root='{place / 'images'}'",
             f"output_dir={output_dir}",
             f"resolution={size}",
@@ -595,7 +607,7 @@ def test_an_evaluation_during_training_finds_the_run_and_its_report_shows_the_pr
     launched.mkdir(parents=True)
     shutil.copytree(folder / "checkpoints", tmp_path / "run" / "checkpoints")
     for suffix in (".pth", ".yaml"):
-        shutil.copy(folder / f"student_ema{suffix}", launched / f"weights{suffix}")
+        shutil.copy(exported(folder).with_suffix(suffix), launched / f"weights{suffix}")
     results = launched / "results" / "pictures"
     weights = f"model_loader_kwargs.pretrained_weights={launched / 'weights.pth'}"
     assert predictions_of(trained, place, results, weights, "pictures=[norms,nearest,predictions]") == 0
@@ -651,11 +663,11 @@ def test_a_run_that_is_not_found_or_does_not_fit_is_named(trained, oracle, place
         assert predictions_of(trained, place, tmp_path / "out", *more) == 2
         return capsys.readouterr().err
 
-    exported = tmp_path / "away" / "student_ema.pth"
-    exported.parent.mkdir()
+    away = tmp_path / "away" / "weights.pth"
+    away.parent.mkdir()
     for suffix in (".pth", ".yaml"):
-        shutil.copy(folder / f"student_ema{suffix}", exported.with_suffix(suffix))
-    moved = f"model_loader_kwargs.pretrained_weights={exported}"
+        shutil.copy(exported(folder).with_suffix(suffix), away.with_suffix(suffix))
+    moved = f"model_loader_kwargs.pretrained_weights={away}"
     assert "predictor_checkpoint=None: no run in the folders above" in message("pictures=[predictions]", moved)
     assert predictions_of(trained, place, tmp_path / "named", moved, f"predictor_checkpoint={folder}") == 0
     capsys.readouterr()
@@ -672,10 +684,10 @@ def test_a_damaged_checkpoint_is_an_error_for_who_asks_and_a_warning_for_who_doe
     folder, *_ = trained
     shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
     for suffix in (".pth", ".yaml"):
-        shutil.copy(folder / f"student_ema{suffix}", tmp_path)
+        shutil.copy(exported(folder).with_suffix(suffix), tmp_path / f"weights{suffix}")
     for metadata in (tmp_path / "checkpoints").rglob(".metadata"):
         metadata.write_bytes(metadata.read_bytes()[:40])
-    weights = f"model_loader_kwargs.pretrained_weights={tmp_path / 'student_ema.pth'}"
+    weights = f"model_loader_kwargs.pretrained_weights={tmp_path / 'weights.pth'}"
     assert predictions_of(trained, place, tmp_path / "asked", weights, "pictures=[predictions]") == 2
     assert "predictor_checkpoint=None: a checkpoint in" in capsys.readouterr().err
     assert predictions_of(trained, place, tmp_path / "default", weights) == 0
