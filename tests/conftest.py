@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Generator
@@ -41,6 +42,12 @@ def load_golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def load_golden_json(name: str) -> Any:
     return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+# What a shell starts in the background, or `nohup` starts, ignores these, and so would all that tests start and signal.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 def run_cli(*args: str | Path, cwd: Path = ROOT, timeout: float = 200, **env: str) -> subprocess.CompletedProcess[str]:
