@@ -941,7 +941,10 @@ def load_model(
     try:
         model = EncoderDecoder(**arguments)
     except TypeError as error:
-        raise UserError(f"The model section of {config_path or 'config_override'} has a wrong key: {error}") from error
+        raise UserError(
+            f"The model section of {config_path or 'config_override'} has a wrong key: {error}. Models that other "
+            "methods trained have model files of their own, such as model_path=ijepa.py"
+        ) from error
     if weights is not None:
         load_backbone_weights(model, read_state_dict(weights), weights)
     return model.to(device).eval()

@@ -43,10 +43,8 @@ path.write_text(json.dumps(content))
 if cfg.get("fails"):
     print("error: train_dataset_name=nowhere: there is no such folder", file=sys.stderr)
     sys.exit(2)
-if cfg.get("interrupts"):
-    os.kill(os.getppid(), 2)
-if "terminates" in cfg:
-    os.kill(os.getppid(), cfg["terminates"])
+if "signals" in cfg:
+    os.kill(os.getppid(), cfg["signals"])
     import time
     time.sleep(600)
 if cfg.get("dies"):
@@ -478,7 +476,7 @@ def test_with_several_processes_torchrun_starts_them(here):
 
 
 def test_ctrl_c_ends_it_and_the_same_command_goes_on(here, capsys):
-    assert benchmark.main([*NO_RANDOM, "evals.two.interrupts=true"]) == 130
+    assert benchmark.main([*NO_RANDOM, f"evals.two.signals={int(signal.SIGINT)}"]) == 130
     assert capsys.readouterr().err.endswith("interrupted; the same command goes on\n")
     assert benchmark.main(NO_RANDOM) == 0
     assert (starts("one"), starts("two")) == (1, 2)
@@ -487,7 +485,7 @@ def test_ctrl_c_ends_it_and_the_same_command_goes_on(here, capsys):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_ends_the_evaluation_first(here, capsys, name):
     number = signal.Signals[name]
-    code = benchmark.main([*NO_RANDOM, f"evals.two.terminates={int(number)}"])  # or this waits for ten minutes
+    code = benchmark.main([*NO_RANDOM, f"evals.two.signals={int(number)}"])  # or this waits for ten minutes
     assert code == 128 + number
     assert capsys.readouterr().err.endswith(f"interrupted by {name}; the same command goes on\n")
     assert signal.getsignal(number) is signal.SIG_DFL

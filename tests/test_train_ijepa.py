@@ -29,6 +29,7 @@ from runs import FAKE_EVALUATION, KillableRun, assert_same_run, logged_steps, ma
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import model
 import train_ijepa
 from checkpoint import SavedState
 from config import load_config
@@ -296,13 +297,15 @@ def test_ranks_are_accumulation_steps_of_one(images, alone, tmp_path, method, nu
 
 def test_an_export_is_a_model_of_the_evaluations_and_the_average(finished):
     run, _ = finished
-    model = load_model(pretrained_weights=run / "student_ema.pth")
-    assert model(torch.zeros(1, 3, 32, 48)).feature_map.shape == (1, 8, 12, 32)
+    encoder = load_model(pretrained_weights=run / "student_ema.pth")
+    assert encoder(torch.zeros(1, 3, 32, 48)).feature_map.shape == (1, 8, 12, 32)
     student = torch.load(run / "student.pth", weights_only=True)
     assert {key.partition(".")[0] for key in student} == {"backbone", "predictor"}
     average = torch.load(run / "student_ema.pth", weights_only=True)
     assert {key for key in student if key.startswith("backbone.")} == set(average)
     assert not torch.equal(average["backbone.norm.bias"], student["backbone.norm.bias"])
+    with pytest.raises(UserError, match=r"model_path=ijepa\.py"):  # that is not the default of the evaluations
+        model.load_model(pretrained_weights=run / "student_ema.pth")
 
 
 def test_a_run_is_probed_and_evaluated_while_it_trains(images, tmp_path):
