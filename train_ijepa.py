@@ -327,7 +327,14 @@ class IjepaState(TrainState[IjepaConfig]):
         self.optimizers = {"student": (self.student, self.optimizer)}
         if start is not None and cfg.train.init_optimizer:
             unused = {"predictor.mask_token"} if cfg.predictor.position_noise_std else ()
-            fill_adamw(self.student, self.optimizer, start.moments, source=start.path_or_url, unused=unused)
+            fill_adamw(
+                self.student,
+                self.optimizer,
+                start.moments,
+                source=start.path_or_url,
+                key="train.init_optimizer",
+                unused=unused,
+            )
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """The teacher's patch features, not compiled, for batches of any size."""

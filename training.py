@@ -320,6 +320,7 @@ def fill_adamw(
     read: Callable[[], Mapping[str, Mapping[str, Tensor]]],
     *,
     source: str,
+    key: str,
     unused: Collection[str] = (),
 ) -> None:
     """Let AdamW go on from moments that rank 0 reads, divided over ranks as its weights are; every rank calls it.
@@ -329,6 +330,7 @@ def fill_adamw(
         optimizer: a fresh AdamW; its learning rates and other hyper-parameters stay.
         read: called on rank 0 alone: by the name of a parameter its `step`, `exp_avg` and `exp_avg_sq`.
         source: where they are from, for messages.
+        key: the configuration key that asks for them, likewise.
         unused: names of parameters that get no gradient, whose moments do not matter.
 
     Raises: UserError on all ranks, naming the parameters whose moments are missing, misshapen or not finite.
@@ -344,14 +346,12 @@ def fill_adamw(
         if wrong:
             listing = ", ".join(f"{key} ({shapes.get(key)}, expected {expected.get(key)})" for key in wrong[:5])
             raise UserError(
-                f"train.init_optimizer=true: the optimizer in {source!r} is not that of this model: {len(wrong)} of "
+                f"{key}=true: the optimizer in {source!r} is not that of this model: {len(wrong)} of "
                 f"its tensors do not fit: {listing}; set it to false, or train the model of that file"
             )
         named = ((f"{name}.{part}", state[part]) for name, state in moments.items() for part in MOMENTS)
         if problem := not_finite(named):
-            raise UserError(
-                f"train.init_optimizer=true: the optimizer in {source!r} is not all finite: {problem}; set it to false"
-            )
+            raise UserError(f"{key}=true: the optimizer in {source!r} is not all finite: {problem}; set it to false")
         return {name: float(state["step"]) for name, state in moments.items()}
 
     steps = on_rank_0(read_steps)
