@@ -778,17 +778,17 @@ def resize_positions(
 
 
 def load_resized(module: nn.Module, weights: Mapping[str, Tensor], source: str, *, remedy: str) -> None:
-    """Copy weights into an encoder or predictor whose grid of patches may be another one than theirs.
+    """Copy weights into an encoder or predictor, or several, whose grid of patches may be another one than theirs.
 
     Args:
-        module: filled in place; `grid_size` says how large its tables of positions are.
+        module: filled in place; the first `grid_size` in it says how large its tables of positions are.
         weights: by its own keys; those that end in `pos_embed` are resized.
         source: where the weights are from, for messages.
         remedy: what the user can do if they do not fit.
 
     Raises: UserError if they do not fit.
     """
-    side = int(module.grid_size)  # pyright: ignore[reportArgumentType]
+    side = next(part.grid_size for part in module.modules() if isinstance(getattr(part, "grid_size", None), int))
     resized = {
         key: resize_positions(x, (side, side), antialias=False) if key.endswith("pos_embed") else x
         for key, x in weights.items()

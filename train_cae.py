@@ -631,10 +631,7 @@ def load_predictor(checkpoint: Path, resolution: int) -> LatentPredictor:
     """
     sources = [str(checkpoint / "config.yaml"), f"data.images_size={resolution}"]
     predictor = LatentPredictor(load_config(CaeConfig, DEFAULT_CONFIG, sources))
-    weights = read_weights(checkpoint, "student")
-    for name, module in predictor.student.items():
-        own = {key.removeprefix(f"{name}."): x for key, x in weights.items() if key.startswith(f"{name}.")}
-        load_resized(module, own, str(checkpoint), remedy=NETWORKS)
+    load_resized(predictor.student, read_weights(checkpoint, "student"), str(checkpoint), remedy=NETWORKS)
     return predictor
 
 

@@ -9,6 +9,7 @@ import runpy
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from conftest import ROOT
 from PIL import Image
 from ranks import forkserver
@@ -83,6 +85,21 @@ FAKE_EVALUATION = """
 """
 """A script, but for the place of the repository, that scores a model by the sum of its weights: quick, and another
 number at every step."""
+
+
+def probed_and_evaluated(place: Path, model_to_eval: str, model_file: str) -> list[str]:
+    """Arguments of a run of two steps with a probe and an evaluation by `FAKE_EVALUATION` at the second one."""
+    (place / "eval_fake.py").write_text(textwrap.dedent(FAKE_EVALUATION.format(root=str(ROOT))))
+    evals = {"mine": {
+        "period": 2, "final": False, "model_to_eval": model_to_eval, "where": "inline", "download": False,
+        "model_setup_script": model_file, "eval_config": {"fake": {"file": str(place / "eval_fake.py")}},
+    }}  # fmt: skip
+    (place / "evals.yaml").write_text(yaml.safe_dump({"evals": evals}))
+    for number in range(2):
+        make_images(place / "classes" / f"class{number}", 4)
+    labelled = f"torchvision://ImageFolder?root='{place}/classes'"
+    probe = [f"train.probe.{name}_dataset={labelled}" for name in ("train", "test")]
+    return [*probe, "train.probe.every=2", "train.probe.k=2", "optim.total_iters=2", str(place / "evals.yaml")]
 
 
 def make_images(folder: Path, num: int = 10, size: int = 24) -> Path:

@@ -101,25 +101,31 @@ def test_names_that_are_not_utf_8_are_exported_to(run, tmp_path):
     assert_equal_weights(read_state_dict(tmp_path / name), load(run / "student_ema.pth"))
 
 
-@pytest.mark.timeout(300)
-def test_onnx_equals_torch_for_any_number_and_size_of_images(run, tmp_path):
+def assert_onnx_is(model, sizes, *arguments):
+    """`export.py` with these arguments, the last of which is the file, writes a model that computes what `model` does
+    for images of all these numbers and sizes."""
     pytest.importorskip("onnxscript")
     onnxruntime: Any = pytest.importorskip("onnxruntime")
-    done = run_forked("export.py", run, tmp_path / "w.onnx", timeout=280)  # shape checks and export do not go together
+    done = run_forked("export.py", *arguments, timeout=280)  # shape checks and export do not go together
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path / 'w.onnx'}\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["w.onnx"]
-    session = onnxruntime.InferenceSession(tmp_path / "w.onnx")
+    path = arguments[-1]
+    assert done.stdout == f"{path}\n"
+    assert [other.name for other in path.parent.iterdir()] == ["w.onnx"]
+    session = onnxruntime.InferenceSession(path)
     assert [i.name for i in session.get_inputs()] == ["images"]
     assert [o.name for o in session.get_outputs()] == ["global_repr", "registers", "feature_map"]
-    model = loaded_run(run)
-    for b, height, width in ((1, 16, 16), (3, 8, 24), (2, 20, 4), (5, 4, 4)):
+    for b, height, width in sizes:
         images = torch.randn(b, 3, height, width)
         with torch.no_grad():
             expected = model(images)
         actual = session.run(None, {"images": images.numpy()})
         for name, a, e in zip(expected._fields, actual, expected, strict=True):
             torch.testing.assert_close(torch.from_numpy(a), e, atol=2e-5, rtol=0, msg=f"{name} of {b}x{height}x{width}")
+
+
+@pytest.mark.timeout(300)
+def test_onnx_equals_torch_for_any_number_and_size_of_images(run, tmp_path):
+    assert_onnx_is(loaded_run(run), [(1, 16, 16), (3, 8, 24), (2, 20, 4), (5, 4, 4)], run, tmp_path / "w.onnx")
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
@@ -377,32 +383,12 @@ def test_mistakes_with_files_of_the_authors_are_explained(
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_onnx_of_cae_equals_torch_for_any_number_and_size_of_images(cae_run, tmp_path):
-    pytest.importorskip("onnxscript")
-    onnxruntime: Any = pytest.importorskip("onnxruntime")
-    done = run_forked("export.py", cae_run, tmp_path / "w.onnx", timeout=280)
-    assert done.returncode == 0, done.stderr
-    session = onnxruntime.InferenceSession(tmp_path / "w.onnx")
     model = cae.load_model(pretrained_weights=cae_run / "student.pth")
-    for b, height, width in ((1, 32, 32), (3, 16, 40), (2, 24, 64)):
-        images = torch.randn(b, 3, height, width)
-        with torch.no_grad():
-            expected = model(images)
-        for a, e in zip(session.run(None, {"images": images.numpy()}), expected, strict=True):
-            torch.testing.assert_close(torch.from_numpy(a), e, atol=2e-5, rtol=0, msg=f"{b}x{height}x{width}")
+    assert_onnx_is(model, [(1, 32, 32), (3, 16, 40), (2, 24, 64)], cae_run, tmp_path / "w.onnx")
 
 
 @pytest.mark.timeout(300)
 def test_onnx_of_a_file_of_the_authors_equals_torch_for_any_number_and_size_of_images(ijepa_run, published, tmp_path):
-    pytest.importorskip("onnxscript")
-    onnxruntime: Any = pytest.importorskip("onnxruntime")
-    config = ["--config", ijepa_run / "config.yaml"]
-    done = run_forked("export.py", published, tmp_path / "w.onnx", *config, timeout=280)
-    assert done.returncode == 0, done.stderr
-    session = onnxruntime.InferenceSession(tmp_path / "w.onnx")
     model = ijepa.load_model(pretrained_weights=ijepa_run / "student_ema.pth")
-    for b, height, width in ((1, 32, 32), (3, 16, 40), (2, 20, 64)):
-        images = torch.randn(b, 3, height, width)
-        with torch.no_grad():
-            expected = model(images)
-        for a, e in zip(session.run(None, {"images": images.numpy()}), expected, strict=True):
-            torch.testing.assert_close(torch.from_numpy(a), e, atol=2e-5, rtol=0, msg=f"{b}x{height}x{width}")
+    config = ["--config", ijepa_run / "config.yaml"]
+    assert_onnx_is(model, [(1, 32, 32), (3, 16, 40), (2, 20, 64)], *config, published, tmp_path / "w.onnx")

@@ -4,14 +4,12 @@ import argparse
 import dataclasses
 import re
 import signal
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
 from conftest import ROOT
 from golden_cae import (
     CAE,
@@ -28,7 +26,7 @@ from golden_cae import (
     tiny_run,
 )
 from ranks import run_on_ranks
-from runs import FAKE_EVALUATION, KillableRun, assert_same_run, logged_steps, make_images, metrics_of
+from runs import KillableRun, assert_same_run, logged_steps, make_images, metrics_of, probed_and_evaluated
 from torch import Tensor
 
 import train_cae
@@ -268,18 +266,8 @@ def test_an_export_is_a_model_of_the_evaluations(finished):
 
 @pytest.mark.slow
 def test_a_run_is_probed_and_evaluated_while_it_trains(images, tmp_path):
-    (tmp_path / "eval_fake.py").write_text(textwrap.dedent(FAKE_EVALUATION.format(root=str(ROOT))))
-    evals = {"mine": {
-        "period": 2, "final": False, "model_to_eval": "student", "where": "inline", "download": False,
-        "model_setup_script": "cae.py", "eval_config": {"fake": {"file": str(tmp_path / "eval_fake.py")}},
-    }}  # fmt: skip
-    (tmp_path / "evals.yaml").write_text(yaml.safe_dump({"evals": evals}))
-    for number in range(2):
-        make_images(tmp_path / "classes" / f"class{number}", 4)
-    labelled = f"torchvision://ImageFolder?root='{tmp_path}/classes'"
-    probe = [f"train.probe.{name}_dataset={labelled}" for name in ("train", "test")]
     run = tmp_path / "run"
-    own = [*probe, "train.probe.every=2", "train.probe.k=2", "optim.total_iters=2", str(tmp_path / "evals.yaml")]
+    own = probed_and_evaluated(tmp_path, "student", "cae.py")
     assert train_cae.main(tiny_run(images, run, *own)) == 0
     records = metrics_of(run)
     assert any("probe_knn" in record for record in records)

@@ -4,7 +4,6 @@ import math
 import re
 import shutil
 import signal
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 import torch._dynamo
 import torch.distributed as dist
-import yaml
 from conftest import ROOT
 from golden_ijepa import (
     GOLDEN_CONFIG,
@@ -25,7 +23,7 @@ from golden_ijepa import (
     tiny_run,
 )
 from ranks import run_on_ranks
-from runs import FAKE_EVALUATION, KillableRun, assert_same_run, logged_steps, make_images, metrics_of
+from runs import KillableRun, assert_same_run, logged_steps, make_images, metrics_of, probed_and_evaluated
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -309,18 +307,8 @@ def test_an_export_is_a_model_of_the_evaluations_and_the_average(finished):
 
 
 def test_a_run_is_probed_and_evaluated_while_it_trains(images, tmp_path):
-    (tmp_path / "eval_fake.py").write_text(textwrap.dedent(FAKE_EVALUATION.format(root=str(ROOT))))
-    evals = {"mine": {
-        "period": 2, "final": False, "model_to_eval": "student_ema", "where": "inline", "download": False,
-        "model_setup_script": "ijepa.py", "eval_config": {"fake": {"file": str(tmp_path / "eval_fake.py")}},
-    }}  # fmt: skip
-    (tmp_path / "evals.yaml").write_text(yaml.safe_dump({"evals": evals}))
-    for number in range(2):
-        make_images(tmp_path / "classes" / f"class{number}", 4)
-    labelled = f"torchvision://ImageFolder?root='{tmp_path}/classes'"
-    probe = [f"train.probe.{name}_dataset={labelled}" for name in ("train", "test")]
     run = tmp_path / "run"
-    own = [*probe, "train.probe.every=2", "train.probe.k=2", "optim.total_iters=2", str(tmp_path / "evals.yaml")]
+    own = probed_and_evaluated(tmp_path, "student_ema", "ijepa.py")
     assert train_ijepa.main(tiny_run(images, run, *own)) == 0
     records = metrics_of(run)
     assert any("probe_knn" in record for record in records)
