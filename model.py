@@ -788,7 +788,8 @@ def load_resized(module: nn.Module, weights: Mapping[str, Tensor], source: str, 
 
     Raises: UserError if they do not fit.
     """
-    side = next(part.grid_size for part in module.modules() if isinstance(getattr(part, "grid_size", None), int))
+    sides = (getattr(part, "grid_size", None) for part in module.modules())
+    side = next(side for side in sides if isinstance(side, int))
     resized = {
         key: resize_positions(x, (side, side), antialias=False) if key.endswith("pos_embed") else x
         for key, x in weights.items()
