@@ -848,7 +848,8 @@ class PretrainLoader:
             context = torch.multiprocessing.get_context(self.start_method)
             if self.start_method == "forkserver":
                 # Imported once by the server, not once by every worker.
-                context.set_forkserver_preload(["torch", "torchvision.transforms.v2", "numpy", "PIL.Image"])
+                brought = {"torchvision"} & sys.modules.keys()  # by a data set of its own
+                context.set_forkserver_preload(["torch", "numpy", "PIL.Image", *brought])
                 _start_fork_server()
         return DataLoader(
             batches,

@@ -41,7 +41,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-import torchvision
 from jaxtyping import Int64, UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -1069,6 +1068,8 @@ def _convert_but_to_rgb(image: Image.Image, mode: str | None = None, *args: Any,
 
 
 def _make_torchvision(url: DataUrl, _: Path | None) -> ImageDataset:
+    import torchvision  # only here: it brings torch's compiler, a second of every start
+
     known = [name for name in torchvision.datasets.__all__ if name != "VisionDataset"]
     if url.name not in known:
         raise url.error(f"torchvision has no dataset {url.name}{did_you_mean(url.name, known)}")
