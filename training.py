@@ -193,8 +193,9 @@ class TrainState(Generic[ConfigT]):
         """Forget the gradients of the last update."""
         for _, optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        # What the graphs of the last step gave, gradients above all, is not needed any more.
-        torch.compiler.cudagraph_mark_step_begin()
+        if self.device.type == "cuda":  # elsewhere it would import the compiler, a second, for nothing
+            # What the graphs of the last step gave, gradients above all, is not needed any more.
+            torch.compiler.cudagraph_mark_step_begin()
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
         """Add the gradients of a loss, scaled where float16 needs it."""
