@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,13 @@ from PIL import Image
 if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter, which it asks when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from forked_python import make_stand_in
 from safetensors import safe_open
 from samples import encode, photo
 
 ROOT = Path(__file__).parent.parent
+PYTHON = sys.executable
+"""A process of its own, imports and all; `sys.executable` is forked off a server while tests run."""
 GOLDEN = ROOT / "tests" / "golden"
 
 
@@ -50,10 +54,12 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 
-def run_cli(*args: str | Path, cwd: Path = ROOT, timeout: float = 200, **env: str) -> subprocess.CompletedProcess[str]:
+def run_cli(
+    *args: str | Path, cwd: Path = ROOT, timeout: float = 200, python: str = PYTHON, **env: str
+) -> subprocess.CompletedProcess[str]:
     """Run a script of the repository in a process of its own; shape checks stay off, as for a user."""
     return subprocess.run(
-        [sys.executable, *map(str, args)],
+        [python, *map(str, args)],
         cwd=cwd,
         env={**os.environ, "JAXTYPING_DISABLE": "1", **env},
         capture_output=True,
@@ -78,6 +84,15 @@ def pytest_report_to_serializable() -> Generator[None, Any, Any]:
     """Workers of pytest-xdist send UTF-8: `?` stands for what is not, such as odd file names in logs."""
     data = yield
     return json.loads(json.dumps(data, ensure_ascii=False).encode(errors="replace"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _forked_python() -> Generator[None]:
+    """What tests and commands start by `sys.executable` has its imports done."""
+    with tempfile.TemporaryDirectory(prefix="forked-") as folder:
+        sys.executable = make_stand_in(folder)
+        yield
+        sys.executable = PYTHON
 
 
 @pytest.fixture(autouse=True)

@@ -7,13 +7,14 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,22 @@ GRACE_S = 3.0
 """How long ranks may go on after one of them has failed: they wait for it in vain."""
 
 
-def forkserver() -> ForkServerContext:
-    """Processes that are forked off a server which has imported a training, and what torch imports in its first step:
-    that takes half of the processor time of a tiny run. They begin with `gc.freeze()`, for a training collects garbage
-    by hand, and looking through all that is imported takes as long again."""
+def forked(function: Callable[..., Any], *args: Any, daemon: bool = False) -> ForkServerProcess:
+    """A process, not yet started, that calls `function(*args)`.
+
+    It is forked off a server which has imported a training, and what torch imports in its first step: that takes half
+    of the processor time of a tiny run. Its garbage collector passes over all that is imported: a training collects by
+    hand, and looking through it takes as long again.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "runs", "train_capi", "torch._inductor.compile_fx", "datasets"])
-    return context
+    return context.Process(target=_begin, args=(sys.executable, function, args), daemon=daemon)
+
+
+def _begin(executable: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    gc.freeze()
+    sys.executable = executable
+    function(*args)
 
 
 class RankError(AssertionError):
@@ -39,10 +49,9 @@ class RankError(AssertionError):
 
 class _Rank:
     def __init__(self) -> None:
-        context = forkserver()
-        self.connection, theirs = context.Pipe()
+        self.connection, theirs = multiprocessing.get_context("forkserver").Pipe()
         self.stacks = Path(tempfile.mkstemp(prefix="rank-stacks-")[1])
-        self.process = context.Process(target=_serve, args=(theirs, str(self.stacks)), daemon=True)
+        self.process = forked(_serve, theirs, str(self.stacks), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -111,7 +120,6 @@ def _collect(ranks: list[_Rank], deadline: float) -> list[tuple[bool, Any]]:
 
 
 def _serve(connection: Connection, stacks: str) -> None:
-    gc.freeze()
     with open(stacks, "w") as file, contextlib.suppress(EOFError, KeyboardInterrupt):  # noqa: PTH123  # stays open
         faulthandler.register(signal.SIGUSR1, file=file)
         while True:
@@ -155,7 +163,7 @@ def launched(function: Callable[..., Any], num_ranks: int, *args: Any) -> Iterat
     processes = []
     for rank in range(num_ranks):
         environ = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        processes.append(forkserver().Process(target=_call_launched, args=(environ, function, args)))
+        processes.append(forked(_call_launched, environ, function, args))
     try:
         for process in processes:
             process.start()
@@ -176,6 +184,5 @@ def exit_codes(function: Callable[..., Any], num_ranks: int, *args: Any, timeout
 
 
 def _call_launched(environ: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    gc.freeze()
     os.environ.update(environ)
     function(*args)

@@ -1,31 +1,23 @@
 """Commands and tiny training runs that tests start: in this process, in one that is forked, in one that is killed."""
 
-import atexit
-import gc
 import importlib
 import json
 import os
-import runpy
 import signal
 import sys
-import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from subprocess import CompletedProcess, TimeoutExpired
-from types import ModuleType
+from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, run_cli
 from PIL import Image
-from ranks import forkserver
-
-OWN_FOLDERS = {str(ROOT / folder) for folder in (".", "baselines", "bench", "demo_data", "speed", "tests")}
-"""Where modules of the repository are."""
+from ranks import forked
 
 SPEED = {"images_per_s", "step_ms", "data_wait", "memory_gib", "eta_s", "mfu", "probe_s"}
 """Metrics that depend on the machine and the moment."""
@@ -127,61 +119,16 @@ def run_main(arguments: list[str]) -> int:
 
 
 def _child(script: str, arguments: list[str]) -> None:
-    gc.freeze()
     raise SystemExit(importlib.import_module(script).main(arguments))
 
 
 def run_forked(*args: str | Path, cwd: Path = ROOT, timeout: float = 200, **env: str) -> CompletedProcess[str]:
-    """Like `conftest.run_cli`, in a process that is forked off a server; `args` are a script, or `-c` and code.
+    """Like `conftest.run_cli`, in a process that is forked off a server, see `forked_python`.
 
-    The process has a folder, an environment, output and an exit code of its own, and imports the repository anew. Other
-    packages are imported already, which is most of what a short command does. A part of one that is used without being
-    imported shows where a script is started by `run_cli`.
+    Imports are most of what a short command does. What uses a part of a package without importing it shows where a
+    script is started by `run_cli`.
     """
-    environ = {**os.environ, "JAXTYPING_DISABLE": "1", **env}
-    command = [*map(str, args)]
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        process = forkserver().Process(target=_python, args=(command, str(cwd), environ, str(out), str(err)))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise TimeoutExpired(command, timeout, out.read_bytes(), err.read_bytes())
-        return CompletedProcess(command, process.exitcode, out.read_text(), err.read_text())
-
-
-def _python(arguments: list[str], cwd: str, environ: dict[str, str], out: str, err: str) -> None:
-    """What `python *arguments` does in that folder and environment."""
-    gc.freeze()
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(environ)
-    encoding, _, errors = environ.get("PYTHONIOENCODING", "utf-8:strict").partition(":")
-    sys.stdout, sys.stderr = (
-        open(os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number), "w", -1, encoding, kind)  # noqa: PTH123, SIM115
-        for number, path, kind in ((1, out, errors), (2, err, "backslashreplace"))
-    )
-    for name, module in list(sys.modules.items()):
-        if os.path.dirname(getattr(module, "__file__", None) or "") in OWN_FOLDERS:  # noqa: PTH120  # of thousands
-            del sys.modules[name]
-    first, *rest = arguments
-    sys.path[:] = [
-        "" if first == "-c" else str(Path(first).parent.absolute()),
-        *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep)),
-        *(path for path in sys.path if path not in OWN_FOLDERS),
-    ]
-    try:
-        if first == "-c":
-            sys.argv = ["-c", *rest[1:]]
-            sys.modules["__main__"] = ModuleType("__main__")
-            exec(compile(rest[0], "<string>", "exec"), vars(sys.modules["__main__"]))
-        else:
-            sys.argv = arguments
-            runpy.run_path(first, run_name="__main__")
-    finally:
-        atexit._run_exitfuncs()  # which processes of multiprocessing leave out
+    return run_cli(*args, cwd=cwd, timeout=timeout, python=sys.executable, **env)
 
 
 class KillableRun:
@@ -189,7 +136,7 @@ class KillableRun:
 
     def __init__(self, arguments: list[str], output_dir: Path, script: str = "train_capi") -> None:
         self.output_dir = output_dir
-        self.process = forkserver().Process(target=_child, args=(script, arguments))
+        self.process = forked(_child, script, arguments)
         self.process.start()
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 200) -> bool:

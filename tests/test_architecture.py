@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import PYTHON, ROOT
 from runs import run_forked
 
 LAYERS = [
@@ -201,7 +201,7 @@ def test_the_scripts_are_known():
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(("option", "code"), [("--help", 0), ("--no-such-option", 2)])
 def test_the_command_line_is_answered_before_torch_is_imported(script, option, code):
-    command = [sys.executable, "-X", "importtime", script, option]
+    command = [PYTHON, "-X", "importtime", script, option]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr[-3000:]
     assert "usage:" in (done.stdout if code == 0 else done.stderr)
@@ -212,7 +212,7 @@ def test_the_command_line_is_answered_before_torch_is_imported(script, option, c
 
 def test_submitting_a_job_needs_no_torch():
     code = "import sys, train_distributed; assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([PYTHON, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

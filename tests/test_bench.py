@@ -12,7 +12,7 @@ import textwrap
 
 import pytest
 import torch
-from conftest import ROOT, run_cli
+from conftest import PYTHON, ROOT, run_cli
 from runs import run_forked
 
 sys.path.append(str(ROOT / "bench"))  # where the scripts look for each other; last, for it has a clustering.py too
@@ -179,7 +179,7 @@ def test_what_is_measured_is_recorded_before_the_next_thing_begins(tmp_path, mon
 def test_methods_are_measured_beside_each_other_as_typed(tmp_path):
     results = tmp_path / "results.jsonl"
     small = ["--batch", "2", "--px", "128", "--steps", "1"]
-    done = run_cli("bench/methods.py", "--method", "cae", "stop", *small, "--results", results, timeout=280)
+    done = run_forked("bench/methods.py", "--method", "cae", "stop", *small, "--results", results, timeout=280)
     assert done.returncode == 0, done.stderr
     (line,) = map(json.loads, results.read_text().splitlines())
     assert line["settings"]["px"] == 128
@@ -319,7 +319,7 @@ def test_without_a_gpu_the_gpu_benchmark_says_so():
     done = subprocess.run(
         ["bash", "bench/gpu.sh"],
         cwd=ROOT,
-        env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "PYTHON": PYTHON, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=60,
@@ -334,7 +334,7 @@ def run_gpu_benchmark(folder, cases, **environment):
     """bench/gpu.sh in a copy, with an interpreter that claims a GPU and for scripts of some names does as told."""
     fake = folder / "python"
     told = "".join(f"{pattern}) {commands} ;;\n" for pattern, commands in cases.items())
-    fake.write_text(f'#!/bin/bash\ncase "$*" in\n-c*) exit 0 ;;\n-\\ *) exec {sys.executable} "$@" ;;\n{told}esac\n')
+    fake.write_text(f'#!/bin/bash\ncase "$*" in\n-c*) exit 0 ;;\n-\\ *) exec {PYTHON} "$@" ;;\n{told}esac\n')
     fake.chmod(0o755)
     copy = folder / "repository" / "bench"
     copy.mkdir(parents=True)

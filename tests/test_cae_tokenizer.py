@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load_golden_json, run_cli, seeded
+from conftest import load_golden_json, seeded
 from golden_ijepa import fill
 from PIL import Image
 from ranks import run_on_ranks
+from runs import run_forked
 from safetensors.torch import load_file, save_file
 
 import cae_tokenizer
@@ -271,7 +272,7 @@ def test_a_tokenizer_follows_from_the_seed_not_from_batches_or_ranks(images, tmp
 
 def test_the_command_makes_a_tokenizer_once_and_finds_it_again(images, tmp_path):
     command = ["cae_tokenizer.py", *arguments(images, tmp_path / "new" / "tokenizer.safetensors")]
-    done = run_cli(*command)
+    done = run_forked(*command)
     assert done.returncode == 0, done.stderr
     assert "384 patches: 8 of 8 clusters have some" in done.stderr
     tokenizer = load_tokenizer(tmp_path / "new" / "tokenizer.safetensors", image_size=32, device="cpu")

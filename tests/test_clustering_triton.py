@@ -3,13 +3,12 @@
 import importlib
 import os
 import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import PYTHON, ROOT
 from golden import golden_head, golden_step, with_kernel
 from ranks import run_on_ranks
 
@@ -127,7 +126,7 @@ for kernel, sizes, num_warps in (
 def test_kernels_compile_to_machine_code_of_gpus(tmp_path):
     """The interpreter takes what the compiler refuses. No GPU is needed for compiling."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILE, "90"],
+        [PYTHON, "-W", "ignore", "-c", COMPILE, "90"],
         cwd=ROOT,
         env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PYTHON, ROOT
 from runs import make_images, run_forked, run_main, tiny
 from torch import fx
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -330,7 +329,7 @@ def train_in_a_process(arguments, num_ranks):
     script.write_text(textwrap.dedent(TRAIN))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     done = subprocess.run(
-        [sys.executable, *(launcher if num_ranks > 1 else []), str(script), *arguments],
+        [PYTHON, *(launcher if num_ranks > 1 else []), str(script), *arguments],
         env={**own, "JAXTYPING_DISABLE": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

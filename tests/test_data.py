@@ -13,7 +13,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import textwrap
 import threading
@@ -28,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PYTHON, ROOT
 from PIL import Image
 from ranks import exit_codes
 from runs import TINY
@@ -979,7 +978,7 @@ def test_what_workers_come_from_outlives_the_signals_of_a_launcher(folder, tmp_p
     """Slurm signals every process of a job step: the fork server and what tracks its resources too."""
     (tmp_path / "job.py").write_text(textwrap.dedent(JOB))
     done = subprocess.run(
-        [sys.executable, tmp_path / "job.py", folder], start_new_session=True, capture_output=True, text=True,
+        [PYTHON, tmp_path / "job.py", folder], start_new_session=True, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, timeout=120, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "20 more\n", "")
@@ -1149,7 +1148,7 @@ def test_workers_end_when_the_trainer_is_killed(folder, tmp_path):
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run(
-        [sys.executable, script, f"data.dataset={folder}", "efficiency.dataloader_num_workers=2",
+        [PYTHON, script, f"data.dataset={folder}", "efficiency.dataloader_num_workers=2",
          "efficiency.cache_dataset=false", "optim.batch_size_per_gpu=2"],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, timeout=60, check=False,
     )  # fmt: skip

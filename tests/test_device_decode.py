@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from runs import run_forked, run_main
+from runs import run_forked, run_main, tiny
 from samples import encode, make_config, photo
 from torch.nn.functional import interpolate
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -238,8 +238,7 @@ def test_a_jpeg_that_shows_its_damage_on_the_device_is_replaced_within_the_batch
 
 
 def test_decoding_on_a_gpu_without_one_is_refused_with_key_and_remedy(folder, tmp_path, monkeypatch, capsys):
-    where = [f"data.dataset={folder}", f"train.output_dir={tmp_path}/run", "train.device=cpu"]
-    assert run_main([*where, "data.decode=gpu"]) == 2
+    assert run_main(tiny(folder, tmp_path / "run", "data.decode=gpu")) == 2
     message = "error: data.decode=gpu: needs a CUDA device, this run is on cpu; use data.decode=cpu"
     assert message in capsys.readouterr().err
     monkeypatch.setattr(device_decode, "jpeg_decoder", lambda: None)

@@ -9,6 +9,7 @@ import torch
 from conftest import GOLDEN, ROOT, load_golden_json, run_cli, seeded
 from PIL import Image
 from ranks import run_on_ranks
+from runs import run_forked
 from safetensors.torch import load_file
 from sklearn.decomposition import PCA
 from sklearn.metrics import confusion_matrix as sklearn_confusion
@@ -365,7 +366,7 @@ def test_results_of_another_model_are_not_mixed(finished, data, tmp_path, capsys
 
 
 def test_help_is_instant_and_shows_how(tmp_path):
-    done = run_cli("eval_segmentation.py", "--help")
+    done = run_forked("eval_segmentation.py", "--help")
     assert done.returncode == 0 and "train_dataset_name=" in done.stdout
 
 

@@ -2,13 +2,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import PYTHON, ROOT
 from ranks import run_on_ranks
 
 import distributed
@@ -82,7 +81,7 @@ def test_handlers_are_restored():
 
 def run_python(program: str, *before: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *before, "-c", "import os, signal, time\nfrom launch import StopRequest\n" + program],
+        [PYTHON, *before, "-c", "import os, signal, time\nfrom launch import StopRequest\n" + program],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -152,7 +151,7 @@ with claim_output_dir(sys.argv[1]):
 
 
 def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    command = [PYTHON, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
         assert holder.stdout is not None
         worker = int(holder.stdout.readline())

@@ -111,7 +111,7 @@ def test_torchrun_commands_run_with_two_processes(tmp_path):
         assert (script, Path(config).suffix) == ("train_capi.py", ".yaml"), command
         rest = [w.replace("/my/images", str(images)).replace("runs/", f"{tmp_path}/runs/") for w in rest]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        done = run_cli(*launcher, script, config, *TINY, *rest)
+        done = run_forked(*launcher, script, config, *TINY, *rest)
         assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "runs" / "mine" / "student_ema.pth").is_file()
 
@@ -119,7 +119,7 @@ def test_torchrun_commands_run_with_two_processes(tmp_path):
 def test_slurm_commands_show_a_job_script():
     assert SLURM
     for command in SLURM:
-        done = run_cli(*shlex.split(command)[1:])
+        done = run_forked(*shlex.split(command)[1:])
         assert done.returncode == 0, done.stderr
         assert "#SBATCH --partition=gpu" in done.stdout
 
@@ -149,15 +149,15 @@ def test_the_python_examples_run_as_written(mine):
 
 
 def test_export_extraction_tokenizer_pictures_and_benchmark_run_as_written(mine):
-    def run(command, *more, by=run_cli):
+    def run(command, *more, by=run_forked):
         words = [w.replace("/my/images", str(mine / "images")) for w in shlex.split(command)[1:]]
         words[0] = str(ROOT / words[0])
         return by(*words, *more, cwd=mine)
 
-    done = run(EXPORT)
+    done = run(EXPORT, by=run_cli)
     assert done.returncode == 0, done.stderr
     assert all((mine / f"backbone.{kind}").is_file() for kind in ("pth", "safetensors", "onnx"))
-    done = run(EXTRACT, "device=cpu", "num_workers=0")
+    done = run(EXTRACT, "device=cpu", "num_workers=0", by=run_cli)
     assert done.returncode == 0, done.stderr
     assert list((mine / "features" / "shards").glob("*.safetensors"))
     done = run(TOKENIZER, "device=cpu", "num_workers=0", "vocabulary_size=20")
@@ -174,8 +174,7 @@ def test_export_extraction_tokenizer_pictures_and_benchmark_run_as_written(mine)
         "evals.ade20k_pictures_224.pictures=[image_pca]",
         "evals.ade20k_pictures_224.resolution=56",
     ]
-    # A training that is evaluated starts it by itself.
-    done = run(BENCHMARK, *only_pictures, "random_baseline=false", "num_workers=0", by=run_forked)
+    done = run(BENCHMARK, *only_pictures, "random_baseline=false", "num_workers=0")
     assert done.returncode == 0, done.stderr + done.stdout
     assert (mine / "results" / "mine" / "report.html").is_file()
 

@@ -4,15 +4,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import slurm
 import yaml
-from conftest import ROOT, run_cli
-from runs import FAKE_EVALUATION, logged_steps, make_images, metrics_of, tiny
+from conftest import PYTHON, ROOT, run_cli
+from runs import FAKE_EVALUATION, logged_steps, make_images, metrics_of, run_forked, tiny
 
 import train_distributed
 
@@ -132,7 +131,7 @@ def test_the_defaults_and_train_capi_work_as_a_user_types_it(images, tmp_path):
     assert "#SBATCH --nodes=4\n" in done.stdout
     assert "#SBATCH --ntasks-per-node=8\n" in done.stdout
     assert "#SBATCH --partition" not in done.stdout, "a default names a site's partition"
-    done = run_cli("train_distributed.py", "launcher.partitoin=x", "--dry-run")
+    done = run_forked("train_distributed.py", "launcher.partitoin=x", "--dry-run")
     assert done.returncode == 2
     assert "did you mean launcher.partition?" in done.stderr
     assert "Traceback" not in done.stderr
@@ -188,7 +187,7 @@ def run_on_two_ranks(arguments: list[str], output_dir: Path, steps: int) -> None
     """The same training without a cluster, until it has made `steps` steps."""
     process = subprocess.Popen(
         [
-            sys.executable,
+            PYTHON,
             "-m",
             "torch.distributed.run",
             "--standalone",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from conftest import ROOT
+from conftest import PYTHON, ROOT
 
 from utils import (
     REMEDIES,
@@ -27,7 +27,7 @@ from utils import (
 
 def start(code: str, *arguments: str) -> subprocess.Popen[str]:
     """Python code in a process of its own, with what it and its children print."""
-    command = [sys.executable, "-u", "-c", textwrap.dedent(code), *arguments]
+    command = [PYTHON, "-u", "-c", textwrap.dedent(code), *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -268,7 +268,7 @@ def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path: Path):
         "os.write(1, f'rank {os.environ[\"RANK\"]}\\n'.encode())\n"  # in one piece: the ranks share the pipe
         "time.sleep(600)\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     with (tmp_path / "stderr").open("w") as stderr:
         process = subprocess.Popen(launcher, stdout=subprocess.PIPE, stderr=stderr, text=True)
     assert process.stdout is not None
