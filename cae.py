@@ -26,10 +26,12 @@ from model import (
     patch_grid,
     resize_positions,
     sincos_table,
+    untrained_encoder,
 )
 from utils import UserError
 from weights import backbone_part, load_strictly, read_state_dict
 
+DEFAULT_CONFIG = Path(__file__).parent / "default_cae_config.yaml"
 NORM_EPS = 1e-6
 TOKEN_STD = 0.02
 """Where convolution, class token and mask token are cut off, and what their standard deviation is before: 0.0108 after.
@@ -499,7 +501,8 @@ def load_model(
 
     Args:
         config_path: training configuration. None: the file of the same name beside the weights, as exports have it.
-        pretrained_weights: path or URL: an export of a training, or a published `.pth`.
+        pretrained_weights: path or URL: an export of a training, or a published `.pth`. None gives random
+            weights to what `config_path` describes.
         num_heads: what no shape tells; None asks the configuration.
         device: where to put the model.
 
@@ -507,7 +510,7 @@ def load_model(
     Raises: UserError for a missing file, weights that do not fit, naming the keys, or if nothing tells `num_heads`.
     """
     if pretrained_weights is None:
-        raise UserError("pretrained_weights=None: give an export of a training, or a published .pth file")
+        return untrained_encoder(Encoder, DEFAULT_CONFIG, config_path).to(device).eval()
     source = str(pretrained_weights)
     weights = read_encoder(read_file(source), source)
     if num_heads is None:

@@ -25,10 +25,12 @@ from model import (
     patch_grid,
     resize_positions,
     sincos_table,
+    untrained_encoder,
 )
 from utils import UserError
 from weights import CardText, backbone_part, load_strictly, read_state_dict
 
+DEFAULT_CONFIG = Path(__file__).parent / "default_ijepa_config.yaml"
 NORM_EPS = 1e-6
 TARGET_NORM_EPS = 1e-5
 WEIGHT_STD = 0.02
@@ -322,7 +324,8 @@ def load_model(
 
     Args:
         config_path: training configuration. None: the file of the same name beside the weights, as exports have it.
-        pretrained_weights: path or URL: an export of a training, or a published `.pth.tar`.
+        pretrained_weights: path or URL: an export of a training, or a published `.pth.tar`. None gives random
+            weights to what `config_path` describes.
         encoder: which encoder of a published file; the paper evaluates the target encoder.
         num_heads: what no shape tells; None asks the configuration.
         device: where to put the model.
@@ -331,7 +334,7 @@ def load_model(
     Raises: UserError for a missing file, weights that do not fit, naming the keys, or if nothing tells `num_heads`.
     """
     if pretrained_weights is None:
-        raise UserError("pretrained_weights=None: give an export of a training, or a published .pth.tar file")
+        return untrained_encoder(Encoder, DEFAULT_CONFIG, config_path).to(device).eval()
     source = str(pretrained_weights)
     weights = read_encoder(read_state_dict(source), source, encoder)
     if num_heads is None:

@@ -882,6 +882,30 @@ def configured_heads(config_path: str | Path | None, source: str, known: str) ->
         raise UserError(f"The configuration {str(path)!r} has no model.num_heads: {error}") from error
 
 
+def untrained_encoder(make: type[BackboneT], default: Path, config_path: str | Path | None) -> BackboneT:
+    """The encoder that a training configuration describes, at random initialisation.
+
+    Args:
+        make: class of the encoder: takes the keys of the section `model`, and the patches along a side of a crop as
+            `grid_size`.
+        default: the method's default configuration, on top of which the other one goes.
+        config_path: of the configuration.
+
+    Raises: UserError if there is none, or it is of another method.
+    """
+    if config_path is None:
+        raise UserError(
+            "pretrained_weights=None: give an export of a training, or a file that the authors publish; or for random "
+            "weights config_path=, a configuration of a training"
+        )
+    config = read_sections(default, config_path)
+    try:
+        sizes = config["model"]
+        return make(grid_size=config["data"]["images_size"] // sizes["patch_size"], **sizes)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"The model section of {config_path} has a wrong key: {error}") from error
+
+
 def encoder_sizes(weights: Mapping[str, Tensor], source: str) -> dict[str, int]:
     """Grid, patch, width, depth and hidden width of a ViT with a table of positions, as the shapes of its weights say.
 
@@ -904,6 +928,27 @@ def encoder_sizes(weights: Mapping[str, Tensor], source: str) -> dict[str, int]:
         raise UserError(f"{source!r} holds no encoder with a table of positions: {error}") from error
 
 
+def read_sections(
+    default: Path, config_path: str | Path | None, override: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The sections `model` and `data` of a default configuration with a file and then `override` on top, unchecked.
+
+    Raises: UserError if the file is not there or cannot be read.
+    """
+    import yaml  # here, so that torch.hub users need torch alone
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if config_path is not None and not Path(config_path).is_file():
+        raise UserError(f"There is no configuration file {str(config_path)!r}")
+    try:
+        sources = [OmegaConf.load(path) for path in (default, config_path) if path is not None]
+        merged = OmegaConf.merge(*sources, OmegaConf.create(dict(override or {})))
+        return {name: OmegaConf.to_container(merged[name], resolve=True) for name in ("model", "data")}
+    except (OSError, TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"The configuration {config_path or 'config_override'} cannot be read: {error}") from error
+
+
 def load_model(
     config_path: str | Path | None = None,
     pretrained_weights: str | Path | None = None,
@@ -923,22 +968,11 @@ def load_model(
     Returns: the model in eval mode.
     Raises: UserError for a missing file, or weights that do not fit, naming the keys.
     """
-    import yaml  # here, so that torch.hub users need torch alone
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     weights = None if pretrained_weights is None else str(pretrained_weights)
     if config_path is None and weights is not None:
         beside = Path(weights).parent / f"{Path(weights).stem}.yaml"
         config_path = beside if beside.is_file() else None
-    if config_path is not None and not Path(config_path).is_file():
-        raise UserError(f"There is no configuration file {str(config_path)!r}")
-    try:
-        sources = [OmegaConf.load(path) for path in (DEFAULT_CONFIG, config_path) if path is not None]
-        merged = OmegaConf.merge(*sources, OmegaConf.create(dict(config_override or {})))
-        arguments: Any = OmegaConf.to_container(merged.model, resolve=True)
-    except (OSError, TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"The configuration {config_path or 'config_override'} cannot be read: {error}") from error
+    arguments = read_sections(DEFAULT_CONFIG, config_path, config_override)["model"]
     try:
         model = EncoderDecoder(**arguments)
     except TypeError as error:

@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cae import (
+    DEFAULT_CONFIG,
     Encoder,
     Predictor,
     alignment_loss,
@@ -79,7 +80,6 @@ from utils import UserError, ending_in_words, setup_logging
 
 logger = logging.getLogger("capi")
 
-DEFAULT_CONFIG = Path(__file__).parent / "default_cae_config.yaml"
 COURSE_KEYS = (
     "optim",
     "data.mask_ratio",

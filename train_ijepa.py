@@ -49,6 +49,7 @@ from data import Batch, PretrainLoader
 from distributed import mean_over_ranks, world_size
 from flops import block_flops, embedding_flops
 from ijepa import (
+    DEFAULT_CONFIG,
     Encoder,
     Predictor,
     prediction_loss,
@@ -80,7 +81,6 @@ from weights import read_state_dict
 
 logger = logging.getLogger("capi")
 
-DEFAULT_CONFIG = Path(__file__).parent / "default_ijepa_config.yaml"
 COURSE_KEYS = ("optim", "masks", "predictor.position_noise_std")
 """What the rest of a training depends on: a change when it continues is a warning."""
 FINITE = ("loss", "grad_norm")

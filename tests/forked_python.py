@@ -8,7 +8,7 @@
       '------------------------- exit code, or the signal that ended it ------------------------------  script.py
 
 The script imports the repository anew, has a session of its own, and whatever it starts by `sys.executable` is forked
-too. What differs from a process of its own: the process id that its parent sees is that of the stand-in; packages are
+too. What differs from a process of its own: it and its parent see other process ids of each other; packages are
 imported already, so a part of one that is used without being imported is not noticed. What the stand-in cannot do, such
 as `-W` and most of `-c`, it leaves to Python itself.
 

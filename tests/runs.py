@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -18,6 +19,8 @@ import yaml
 from conftest import ROOT, run_cli
 from PIL import Image
 from ranks import forked
+
+from benchmark import without_weights
 
 SPEED = {"images_per_s", "step_ms", "data_wait", "memory_gib", "eta_s", "mfu", "probe_s"}
 """Metrics that depend on the machine and the moment."""
@@ -166,10 +169,22 @@ def logged_steps(output_dir: Path) -> int:
     return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
 
 
+def untrained(load_model: Callable[..., torch.nn.Module], weights: Path) -> torch.nn.Module:
+    """A model beside which benchmark.py shows that of an export."""
+    return load_model(**without_weights({"pretrained_weights": str(weights)}, [*signature(load_model).parameters]))
+
+
 def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
     """All records of metrics.jsonl without what depends on the machine."""
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in SPEED} for line in lines]
+
+
+def assert_same_but_for_values(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    """Parameters of the same names and shapes, not all of the same values."""
+    a, b = a.state_dict(), b.state_dict()
+    assert {key: value.shape for key, value in a.items()} == {key: value.shape for key, value in b.items()}
+    assert not all(torch.equal(a[key], b[key]) for key in a)
 
 
 def assert_same_run(actual: Path, expected: Path, exports: Sequence[str] = ("student", "student_ema")) -> None:

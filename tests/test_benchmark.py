@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import slurm
 import yaml
-from conftest import ROOT, run_cli
+from conftest import PYTHON, ROOT, run_cli
 from samples import encode, photo
 
 import benchmark
@@ -475,6 +475,13 @@ def test_with_several_processes_torchrun_starts_them(here):
     assert starts("one") == 2
 
 
+@pytest.fixture
+def parent_is_known(monkeypatch):
+    """What `STUB` signals is the process that started it, and no server."""
+    monkeypatch.setattr(sys, "executable", PYTHON)
+
+
+@pytest.mark.usefixtures("parent_is_known")
 def test_ctrl_c_ends_it_and_the_same_command_goes_on(here, capsys):
     assert benchmark.main([*NO_RANDOM, f"evals.two.signals={int(signal.SIGINT)}"]) == 130
     assert capsys.readouterr().err.endswith("interrupted; the same command goes on\n")
@@ -482,6 +489,7 @@ def test_ctrl_c_ends_it_and_the_same_command_goes_on(here, capsys):
     assert (starts("one"), starts("two")) == (1, 2)
 
 
+@pytest.mark.usefixtures("parent_is_known")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_ends_the_evaluation_first(here, capsys, name):
     number = signal.Signals[name]

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_golden_json, seeded
+from conftest import ROOT, load_golden_json, seeded
 from golden_ijepa import CONTEXT, IJEPA, IMAGES, STOP, TARGET, hashed, tiny_networks
 from torch import Tensor, nn
 
+import cae
+import ijepa
 from ijepa import (
     Encoder,
     Predictor,
@@ -305,6 +307,14 @@ def test_a_published_file_is_a_model_of_the_evaluations(published):
         load_model(pretrained_weights=path)
     with pytest.raises(UserError, match="encoder='teacher' must be one of encoder, target_encoder"):
         load_model(pretrained_weights=path, num_heads=4, encoder="teacher")
+
+
+@pytest.mark.parametrize("method", [ijepa, cae])
+def test_without_weights_a_configuration_is_needed_and_one_of_the_method(method):
+    with pytest.raises(UserError, match=r"pretrained_weights=None: .* for random weights config_path="):
+        method.load_model()
+    with pytest.raises(UserError, match=r"The model section of .*default_pretrain_config\.yaml has a wrong key: "):
+        method.load_model(config_path=ROOT / "default_pretrain_config.yaml")
 
 
 @pytest.mark.parametrize("source", [lambda path, _: path, lambda _, exported: exported], ids=["published", "exported"])

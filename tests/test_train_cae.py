@@ -26,7 +26,16 @@ from golden_cae import (
     tiny_run,
 )
 from ranks import run_on_ranks
-from runs import KillableRun, assert_same_run, logged_steps, make_images, metrics_of, probed_and_evaluated
+from runs import (
+    KillableRun,
+    assert_same_but_for_values,
+    assert_same_run,
+    logged_steps,
+    make_images,
+    metrics_of,
+    probed_and_evaluated,
+    untrained,
+)
 from torch import Tensor
 
 import train_cae
@@ -258,6 +267,7 @@ def test_a_run_continues_on_other_ranks(images, alone, tmp_path, before, after, 
 
 def test_an_export_is_a_model_of_the_evaluations(finished):
     model = load_model(pretrained_weights=finished / "student.pth")
+    assert_same_but_for_values(untrained(load_model, finished / "student.pth"), model)
     assert model(torch.zeros(1, 3, 32, 48)).feature_map.shape == (1, 4, 6, 32)
     student = torch.load(finished / "student.pth", weights_only=True)
     assert {key.partition(".")[0] for key in student} == {"backbone", "predictor"}

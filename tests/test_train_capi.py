@@ -14,7 +14,18 @@ import pytest
 import torch
 from conftest import ROOT, load_golden_json, run_cli
 from golden import DROP_PATH, GOLDEN_CONFIG, NAIVE, frequencies, golden_batches, golden_part, golden_state
-from runs import KillableRun, assert_same_run, logged_steps, make_images, metrics_of, run_forked, run_main, tiny
+from runs import (
+    KillableRun,
+    assert_same_but_for_values,
+    assert_same_run,
+    logged_steps,
+    make_images,
+    metrics_of,
+    run_forked,
+    run_main,
+    tiny,
+    untrained,
+)
 from torch import Tensor
 
 import train_capi
@@ -267,6 +278,7 @@ def test_an_export_loads_as_a_model_with_its_config_beside_it(finished):
     from model import load_model
 
     model = load_model(pretrained_weights=finished / "student_ema.pth")
+    assert_same_but_for_values(untrained(load_model, finished / "student_ema.pth"), model)
     assert model.patch_size == 4
     out = model(torch.zeros(1, 3, 16, 24))
     assert out.feature_map.shape == (1, 4, 6, 32)

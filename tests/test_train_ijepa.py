@@ -23,7 +23,16 @@ from golden_ijepa import (
     tiny_run,
 )
 from ranks import run_on_ranks
-from runs import KillableRun, assert_same_run, logged_steps, make_images, metrics_of, probed_and_evaluated
+from runs import (
+    KillableRun,
+    assert_same_but_for_values,
+    assert_same_run,
+    logged_steps,
+    make_images,
+    metrics_of,
+    probed_and_evaluated,
+    untrained,
+)
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -296,6 +305,7 @@ def test_ranks_are_accumulation_steps_of_one(images, alone, tmp_path, method, nu
 def test_an_export_is_a_model_of_the_evaluations_and_the_average(finished):
     run, _ = finished
     encoder = load_model(pretrained_weights=run / "student_ema.pth")
+    assert_same_but_for_values(untrained(load_model, run / "student_ema.pth"), encoder)
     assert encoder(torch.zeros(1, 3, 32, 48)).feature_map.shape == (1, 8, 12, 32)
     student = torch.load(run / "student.pth", weights_only=True)
     assert {key.partition(".")[0] for key in student} == {"backbone", "predictor"}
