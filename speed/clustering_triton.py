@@ -251,6 +251,11 @@ def held_shape(b: int, k: int) -> tuple[int, int] | None:
     return min(MOST_HELD // columns, HELD_ROWS, triton.next_power_of_2(b)), columns
 
 
+def _groups(b: int, held: tuple[int, int]) -> int:
+    """How often a program takes tokens that it holds: as many as there are, if that is less than `HELD_ROWS`."""
+    return min(HELD_ROWS, triton.next_power_of_2(b)) // held[0]
+
+
 def _launch(
     kernel: Any, grid: tuple[int, int], *arguments: Any, shape: tuple[int, int] = (ROWS, COLUMNS), num_warps: int = 4
 ) -> None:
@@ -313,7 +318,7 @@ class TritonPart:
             partial = self._vectors(c, blocks, k)
             _launch(
                 _held_round_kernel, (blocks, c), self.logits, self._offsets(prototype), self.token, partial, b, k,
-                self.stride, self.scale, self.eps, HELD_ROWS // held[0], shape=held,
+                self.stride, self.scale, self.eps, _groups(b, held), shape=held,
                 num_warps=warps(held, ROUND_VALUES),
             )  # fmt: skip
             return partial.sum(dim=1) / prototype
@@ -340,7 +345,7 @@ class TritonPart:
             _launch(
                 _held_learn_kernel, (blocks, c), self.logits, self._offsets(prototype), self.token, slots,
                 results.targets, losses, partial, b, k, self.stride, self.scale, self.eps, self.pred_scale,
-                HELD_ROWS // held[0], shape=held, num_warps=warps(held, LEARN_VALUES),
+                _groups(b, held), shape=held, num_warps=warps(held, LEARN_VALUES),
             )  # fmt: skip
         else:
             _launch(

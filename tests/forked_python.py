@@ -10,7 +10,7 @@
 The script imports the repository anew, has a session of its own, and whatever it starts by `sys.executable` is forked
 too. What differs from a process of its own: it and its parent see other process ids of each other; packages are
 imported already, so a part of one that is used without being imported is not noticed. What the stand-in cannot do, such
-as `-W` and most of `-c`, it leaves to Python itself.
+as `-W`, it leaves to Python itself.
 
 The first stand-in starts the server, which ends with the process that called `make_stand_in`.
 """
