@@ -973,6 +973,7 @@ def load_model(
         beside = Path(weights).parent / f"{Path(weights).stem}.yaml"
         config_path = beside if beside.is_file() else None
     arguments = read_sections(DEFAULT_CONFIG, config_path, config_override)["model"]
+    state = None if weights is None else read_state_dict(weights)
     try:
         model = EncoderDecoder(**arguments)
     except TypeError as error:
@@ -980,8 +981,8 @@ def load_model(
             f"The model section of {config_path or 'config_override'} has a wrong key: {error}. Models that other "
             "methods trained have model files of their own, such as model_path=ijepa.py"
         ) from error
-    if weights is not None:
-        load_backbone_weights(model, read_state_dict(weights), weights)
+    if state is not None:
+        load_backbone_weights(model, state, str(weights))
     return model.to(device).eval()
 
 
