@@ -21,7 +21,7 @@ from model import (
     Int,
     Mlp,
     PatchEmbed,
-    configured_heads,
+    configuration_with_heads,
     encoder_sizes,
     patch_grid,
     resize_positions,
@@ -272,6 +272,7 @@ class Encoder(Backbone):
         super().__init__()
         self.grid_size, self.patch_size, self.embed_dim, self.n_blocks = grid_size, patch_size, embed_dim, depth
         self.layer_scale, self.drop_path_rates = layer_scale, linear_rates(drop_path_rate, depth)
+        self.training_notes: dict[str, str] = {}  # what results of evaluations say about the training
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid_size**2, embed_dim), requires_grad=False)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
@@ -506,16 +507,22 @@ def load_model(
         num_heads: what no shape tells; None asks the configuration.
         device: where to put the model.
 
-    Returns: the model in eval mode.
+    Returns: the model in eval mode; its `training_notes` name the tokenizer if the configuration was asked.
     Raises: UserError for a missing file, weights that do not fit, naming the keys, or if nothing tells `num_heads`.
     """
     if pretrained_weights is None:
         return untrained_encoder(Encoder, DEFAULT_CONFIG, config_path).to(device).eval()
     source = str(pretrained_weights)
     weights = read_encoder(read_file(source), source)
+    notes: dict[str, str] = {}
     if num_heads is None:
-        num_heads = configured_heads(config_path, source, KNOWN_HEADS)
+        trained_with = configuration_with_heads(config_path, source, KNOWN_HEADS)
+        num_heads = trained_with["model"]["num_heads"]
+        tokenizer = trained_with.get("tokenizer")
+        if isinstance(tokenizer, dict) and tokenizer.get("description"):
+            notes = {"tokenizer": str(tokenizer["description"])}
     model = Encoder(**encoder_sizes(weights, source), num_heads=num_heads)
+    model.training_notes = notes
     load_strictly(model, weights, source, remedy="Give weights of CAE")
     return model.to(device).eval()
 

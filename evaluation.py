@@ -114,7 +114,8 @@ class FrozenModel:
     """A model under evaluation: takes 8-bit images, gives `Features`, and checks that it keeps the contract.
 
     The contract: `patch_size`, and `forward(images [b, 3, h, w])` that returns a global representation [b, d],
-    registers [b, r, d] or None, and a feature map [b, h / patch_size, w / patch_size, d].
+    registers [b, r, d] or None, and a feature map [b, h / patch_size, w / patch_size, d]. It may have `training_notes`,
+    a dict of texts about its training by their names, which results keep.
     """
 
     def __init__(self, model: nn.Module, cfg: FrozenModelConfig, device: torch.device, name: str) -> None:
@@ -127,6 +128,10 @@ class FrozenModel:
         if not isinstance(patch_size, int) or isinstance(patch_size, bool) or patch_size < 1:
             raise self._broken(f"its attribute patch_size is {patch_size!r} and must be a whole number from 1 on")
         self.patch_size: int = patch_size
+        notes = getattr(model, "training_notes", {})
+        if not isinstance(notes, dict) or not all(isinstance(text, str) for entry in notes.items() for text in entry):
+            raise self._broken(f"its attribute training_notes is {notes!r} and must be a dict of texts by their names")
+        self.training_notes: dict[str, str] = notes
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.sha256 = hash_weights(model)
 
@@ -651,7 +656,7 @@ def hash_loader(model_path: str, loader_kwargs: Mapping[str, Any]) -> str:
 def describe(model: FrozenModel, cfg: EvaluationConfig) -> dict[str, Any]:
     """What was evaluated, on what, by which code."""
     weights = cfg.model_loader_kwargs.get("pretrained_weights")
-    return {
+    return {f"training_{name}": text for name, text in model.training_notes.items()} | {
         "model_path": cfg.model_path,
         "weights": None if weights is None else str(weights),
         "weights_sha256": model.sha256,

@@ -20,7 +20,7 @@ from model import (
     Int,
     Mlp,
     PatchEmbed,
-    configured_heads,
+    configuration_with_heads,
     encoder_sizes,
     patch_grid,
     resize_positions,
@@ -338,7 +338,8 @@ def load_model(
     source = str(pretrained_weights)
     weights = read_encoder(read_state_dict(source), source, encoder)
     if num_heads is None:
-        num_heads = configured_heads(config_path, source, "16 for ViT-L, H and g, 12 for ViT-B")
+        known = "16 for ViT-L, H and g, 12 for ViT-B"
+        num_heads = configuration_with_heads(config_path, source, known)["model"]["num_heads"]
     model = Encoder(**encoder_sizes(weights, source), num_heads=num_heads)
     load_strictly(model, weights, source, remedy="Give weights of I-JEPA or StoP")
     return model.to(device).eval()

@@ -858,14 +858,15 @@ def edge_coordinates(num_registers: int, kind: str, device: torch.device | None 
     return torch.cat([torch.stack(side, dim=-1) for side in sides])
 
 
-def configured_heads(config_path: str | Path | None, source: str, known: str) -> int:
-    """The attention heads of an encoder, which no shape of its weights tells, from its training configuration.
+def configuration_with_heads(config_path: str | Path | None, source: str, known: str) -> dict[str, Any]:
+    """The configuration that an encoder was trained with; no shape of its weights tells its attention heads.
 
     Args:
         config_path: of the configuration. None: the file of the same name beside the weights, as exports have it.
         source: where the weights are from.
         known: the heads of published encoders, for the message.
 
+    Returns: its sections, with a whole number at `model.num_heads`.
     Raises: UserError if there is no configuration, or none with `model.num_heads`.
     """
     import yaml  # here, so that those who know the number need torch alone
@@ -877,9 +878,11 @@ def configured_heads(config_path: str | Path | None, source: str, known: str) ->
             f"model_loader_kwargs.num_heads={known}"
         )
     try:
-        return int(yaml.safe_load(path.read_text())["model"]["num_heads"])
+        sections = yaml.safe_load(path.read_text())
+        sections["model"]["num_heads"] = int(sections["model"]["num_heads"])
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"The configuration {str(path)!r} has no model.num_heads: {error}") from error
+    return sections
 
 
 def untrained_encoder(make: type[BackboneT], default: Path, config_path: str | Path | None) -> BackboneT:

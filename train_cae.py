@@ -19,7 +19,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -86,7 +86,8 @@ COURSE_KEYS = (
     "data.masking_generator",
     "data.min_block",
     "data.min_aspect",
-    "tokenizer",
+    "tokenizer.path",
+    "tokenizer.image_size",
     "cae",
 )
 """What the rest of a training depends on: a change when it continues is a warning."""
@@ -145,6 +146,8 @@ class TokenizerConfig:
     """File or address: DALL-E's encoder, or what cae_tokenizer.py wrote."""
     image_size: int = field(metadata=COUNT)
     """Side of its view of a crop in pixels, so that it gives one token for each patch: DALL-E's has patches of 8."""
+    description: str | None
+    """What it is; written by the training, for those who read the configuration beside an export. Never read by it."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,11 @@ class CaeConfig(EpochsConfig):
         )
 
 
+def with_tokenizer(cfg: CaeConfig, description: str) -> CaeConfig:
+    """The configuration that says what its tokenizer is, for whoever reads it beside checkpoints and exports."""
+    return replace(cfg, tokenizer=replace(cfg.tokenizer, description=description))
+
+
 def lr_at(step: int, cfg: CaeConfig) -> float:
     """Learning rate of the update after `step` finished ones. Pure, so a resumed run has nothing to restore."""
     return scheduled(cfg.optim.lr_schedule, step, cfg.optim.total_iters)
@@ -280,7 +288,8 @@ def do_student(
 class CaeState(TrainState[CaeConfig]):
     """Everything a checkpoint holds.
 
-    Modules: `student` {backbone, predictor}. There is no average of it; the backbone makes its own targets.
+    Modules: `student` {backbone, predictor}. There is no average of it; the backbone makes its own targets. A training
+    adds the part `tokenizer`.
     """
 
     MODEL_KEYS = (
@@ -304,6 +313,11 @@ class CaeState(TrainState[CaeConfig]):
         self.do_student = self.compile(do_student, "do_student")
         self.optimizer = make_adamw(self.student, cfg.optim.betas, decay_of_matrices(self.student))
         self.optimizers = {"student": (self.student, self.optimizer)}
+
+    def load_state_dict(self, saved: SavedState) -> None:
+        """As of any state; and its exports say which tokenizer that training had, also where none is opened."""
+        super().load_state_dict(saved)
+        self.cfg = with_tokenizer(self.cfg, saved.extra["tokenizer"]["description"])
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """The encoder's patch features, not compiled and without drop-path, for batches of any size."""
@@ -409,6 +423,7 @@ def train(cfg: CaeConfig, output_dir: Path, device: torch.device) -> None:
     """Train up to `optim.total_iters` finished updates, or until a signal; continue what is in `output_dir`."""
     cfg = with_length(cfg)
     tokenizer = open_tokenizer(cfg, device)
+    cfg = with_tokenizer(cfg, tokenizer.description)
     state = CaeState(cfg, device, init_from=weights_to_start_from(cfg, output_dir))
     state.parts["tokenizer"] = SameTokenizer(tokenizer.description)
     with Run(

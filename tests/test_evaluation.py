@@ -34,6 +34,7 @@ from evaluation import (
     FrozenModel,
     ImageBatches,
     Results,
+    describe,
     extract,
     find_loader,
     hash_loader,
@@ -150,6 +151,24 @@ def test_a_patch_size_that_is_no_size_is_named(patch_size):
     model.patch_size = patch_size
     with pytest.raises(UserError, match=r"its attribute patch_size is .* and must be a whole number"):
         FrozenModel(model, EvaluationConfig(output_dir="x"), CPU, "mine.py")
+
+
+def test_what_a_model_says_of_its_training_is_in_the_results():
+    model = Model()
+    assert not any(key.startswith("training_") for key in describe(frozen(), EvaluationConfig(output_dir="x")))
+    model.training_notes = {"images": "a million", "patch_size": "of no matter"}
+    said = describe(FrozenModel(model, EvaluationConfig(), CPU, "mine.py"), EvaluationConfig())
+    assert (said["training_images"], said["patch_size"]) == ("a million", 4)
+
+
+@pytest.mark.parametrize("notes", [None, "a million", ["a million"], {"images": 1_000_000}, {1: "a million"}])
+def test_what_a_model_says_of_its_training_is_texts_by_their_names(notes):
+    model = Model()
+    model.training_notes = notes
+    with pytest.raises(
+        UserError, match=r"mine\.py: its attribute training_notes is .* must be a dict of texts by their"
+    ):
+        FrozenModel(model, EvaluationConfig(), CPU, "mine.py")
 
 
 def test_the_patch_size_must_divide_the_images_and_exist():

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from conftest import ROOT
 from golden_cae import (
     CAE,
@@ -38,6 +40,7 @@ from runs import (
 )
 from torch import Tensor
 
+import export
 import train_cae
 from cae import load_model
 from checkpoint import SavedState
@@ -272,6 +275,27 @@ def test_an_export_is_a_model_of_the_evaluations(finished):
     student = torch.load(finished / "student.pth", weights_only=True)
     assert {key.partition(".")[0] for key in student} == {"backbone", "predictor"}
     assert not (finished / "student_ema.pth").exists()
+
+
+def test_every_export_of_a_run_says_which_tokenizer_it_had(images, finished, tmp_path, capsys):
+    """Also where the tokenizer is not there any more, and where the command line names another one."""
+    (description,) = set(re.findall(r"DALL-E's encoder, 16 tokens, weights \w{12}", (finished / "log.txt").read_text()))
+    assert export.main([str(finished), *(str(tmp_path / f"w.{ending}") for ending in ("pth", "safetensors"))]) == 0
+    again = tmp_path / "run"
+    shutil.copytree(finished, again)
+    (again / "student.pth").unlink()
+    assert train_cae.main([*tiny_run(images, again, "tokenizer.path=/nowhere.pth"), "--export"]) == 0
+    for file in (finished / "student.pth", tmp_path / "w.pth", tmp_path / "w.safetensors", again / "student.pth"):
+        assert load_model(pretrained_weights=file).training_notes == {"tokenizer": description}, file
+
+
+def test_an_encoder_without_a_configuration_says_nothing_of_its_tokenizer(finished, tmp_path):
+    shutil.copy(finished / "student.pth", tmp_path)
+    assert load_model(pretrained_weights=tmp_path / "student.pth", num_heads=2).training_notes == {}
+    cfg = yaml.safe_load((finished / "student.yaml").read_text())
+    for section in ({"path": "of the time before"}, None):
+        (tmp_path / "student.yaml").write_text(yaml.safe_dump(cfg | {"tokenizer": section}))
+        assert load_model(pretrained_weights=tmp_path / "student.pth").training_notes == {}
 
 
 @pytest.mark.slow
