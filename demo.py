@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -337,9 +337,6 @@ def draw_ten_labels(
         images: held-out ones.
         masks: the labels of their pixels.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     own = evaluated[TITLES[0]]["segmentation"]
     train = make_dataset(own["config"]["train_dataset_name"])
     assert isinstance(train, SegmentationDataset)
@@ -362,19 +359,8 @@ def draw_ten_labels(
         rows[f"{title}\nmIoU {percent(few_label_score(entries))}"] = colors[dumped["labels"][shown].long()]
     for title, when in (("random weights", "before"), ("trained", "after")):
         rows[f"PCA of patches\n{when} training"] = pca_colors(features(models[title], images))
-
-    close = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
-    figure = Figure(figsize=(1.02 * len(images) + 1.1, 1.02 * len(rows) + 1.3), dpi=100, layout=close)
-    axes = figure.subplots(len(rows), len(images), squeeze=False)
-    for row, (title, pictures) in enumerate(rows.items()):
-        for column, ax in enumerate(axes[row]):
-            show(ax, pictures[column].numpy())
-            if row == 0:
-                mix = mixes(labelled_masks)[column]
-                ax.set_title(
-                    train.class_names[mix].replace("-", "\n"), fontsize=8, color=colors[mix].numpy(), weight="bold"
-                )
-        axes[row, 0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
+    heads = [(train.class_names[mix].replace("-", "\n"), colors[mix]) for mix in mixes(labelled_masks)]
+    figure = draw_rows(rows, heads)
     figure.suptitle(
         "Held-out images, their patches named by the most alike patches of ten labelled images", fontsize=11
     )
@@ -383,6 +369,25 @@ def draw_ten_labels(
         "This shows the mechanism, not features for photographs.",
         fontsize=9,
     )
+    return figure
+
+
+def draw_rows(
+    rows: Mapping[str, Shaped[Tensor, "n h w 3"]], heads: Sequence[tuple[str, Float[Tensor, "3"]]]
+) -> "Figure":
+    """A row of n pictures for each title, and above the columns their n heads, each in its colour."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    close = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=(1.02 * len(heads) + 1.1, 1.02 * len(rows) + 1.3), dpi=100, layout=close)
+    axes = figure.subplots(len(rows), len(heads), squeeze=False)
+    for places, (title, pictures) in zip(axes, rows.items(), strict=True):
+        for ax, picture in zip(places, pictures, strict=True):
+            show(ax, picture.numpy())
+        places[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
+    for ax, (head, color) in zip(axes[0], heads, strict=True):
+        ax.set_title(head, fontsize=8, color=color.numpy(), weight="bold")
     return figure
 
 
