@@ -664,15 +664,14 @@ def fit_on_few(
 
 def evaluate(cfg: SegmentationConfig, model: FrozenModel, results: Results) -> None:
     """Fit and test every classifier that has no result yet."""
-    with_few = {f"{name}_{num}_images": (name, num) for num in cfg.labelled_images for name in cfg.classifiers}
-    wanted = [name for name in cfg.classifiers if name not in results]
-    few_wanted = [name for name in with_few if name not in results]
+    names = [*cfg.classifiers, *names_with_few(cfg)]
+    missing = [name for name in names if name not in results]
     sets = open_label_sets(cfg)
     opened = [labels for labels in (sets.train, sets.val, sets.test) if labels is not None]
     results.note_data(**{labels.key: labels.dataset for labels in opened})
     results.declare_scores(*SCORES)
-    if not wanted and not few_wanted:
-        logger.info("nothing to do: %s has %s", results.path, ", ".join([*cfg.classifiers, *with_few]))
+    if not missing:
+        logger.info("nothing to do: %s has %s", results.path, ", ".join(names))
         return
     if cfg.resolution % model.patch_size:
         raise UserError(f"resolution={cfg.resolution}: must be a multiple of the model's patch size {model.patch_size}")
@@ -695,55 +694,56 @@ def evaluate(cfg: SegmentationConfig, model: FrozenModel, results: Results) -> N
     if cfg.dump_features:
         patches = {"features": data.features[: data.num_refit], "pixel_labels": data.pixels[: data.num_refit]}
         _dump(results, "train_patches", patches)
-    predictors: dict[str, Predict] = {}
-    settings: dict[str, dict[str, Any]] = {}
-    for name in wanted:
-        started = time.monotonic()
-        if name == "knn":
-            settings[name], predictors[name] = choose_knn(cfg, data, model.device)
-        else:
-            settings[name], predictors[name], weights = choose_logreg(cfg, data, model.device)
-            if cfg.dump_classifier:
-                shift, scale = data.standardizer.shift, data.standardizer.scale
-                _dump(results, "logreg", weights | {"shift": shift, "scale": scale})
-        seconds[name] = time.monotonic() - started
-    few: dict[str, list[Predict]] = {}
-    for name in few_wanted:
-        settings[name], few[name] = fit_on_few(cfg, data, *with_few[name], model.device)
-
+    fitted = fit_classifiers(cfg, data, missing, results, model.device)
     started = time.monotonic()
-    outcome = run_test(cfg, model, sets.test, data, predictors, few)
-    seconds["test"] = time.monotonic() - started
-    for name in wanted:
-        scores = segmentation_metrics(outcome.confusions[name], data.ignore_labels, data.class_names)
-        results.add(name, scores | {"settings": settings[name]})
-        logger.info(
-            "%s: mIoU %.4f, without ignored classes %.4f, pixel accuracy %.4f, mean accuracy %.4f",
-            name,
-            scores["mIoU"],
-            scores["mIoU_valid"],
-            scores["acc"],
-            scores["mean_acc"],
-        )
-        if cfg.dump_predictions:
-            _dump(results, f"predictions_{name}", {"labels": outcome.predictions[name]})
-    for name in few_wanted:
-        scores = [segmentation_metrics(each, data.ignore_labels) for each in outcome.few_confusions[name]]
-        each_repeat = {score.name: [each[score.name] for each in scores] for score in SCORES}
-        means = {key: float(np.mean(values)) for key, values in each_repeat.items()}
-        spread = {f"std_{key}": float(np.std(values)) for key, values in each_repeat.items()}
-        results.add(name, means | spread | {"each_repeat": each_repeat, "settings": settings[name]})
-        logger.info(
-            "%s: mIoU %.4f, standard deviation %.4f over %d choices of images",
-            *(name, means["mIoU"], spread["std_mIoU"], len(scores)),
-        )
-        if cfg.dump_predictions:
-            _dump(results, f"predictions_{name}", {"labels": outcome.predictions[name]})
+    outcome = run_test(cfg, model, sets.test, data, fitted)
+    seconds |= fitted.seconds | {"test": time.monotonic() - started}
+    store_scores(results, data, fitted, outcome)
     results.note(parts_s={part: round(value, 1) for part, value in seconds.items()})
     if outcome.pictures and rank() == 0:
         draw_predictions(outcome.pictures, data.class_names, data.ignore_labels).savefig(
             results.artifacts() / "segmentation.png"
         )
+
+
+def names_with_few(cfg: SegmentationConfig) -> dict[str, tuple[str, int]]:
+    """The results with few labelled images, by their names: which classifier, and how many images."""
+    return {f"{name}_{num}_images": (name, num) for num in cfg.labelled_images for name in cfg.classifiers}
+
+
+@dataclass
+class Fitted:
+    """Classifiers by the names of their results."""
+
+    predictors: dict[str, Predict] = field(default_factory=dict)
+    """Those that have all labels."""
+    few_predictors: dict[str, list[Predict]] = field(default_factory=dict)
+    """Those that have the labels of few images, one for each choice of them."""
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """How each of both kinds was fitted, for its result."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """What fitting those with all labels took."""
+
+
+def fit_classifiers(
+    cfg: SegmentationConfig, data: TrainingPatches, names: Sequence[str], results: Results, device: torch.device
+) -> Fitted:
+    """Fit the classifiers of these results; all ranks call this together, and get the same."""
+    fitted = Fitted()
+    for name in (name for name in cfg.classifiers if name in names):
+        started = time.monotonic()
+        if name == "knn":
+            fitted.settings[name], fitted.predictors[name] = choose_knn(cfg, data, device)
+        else:
+            fitted.settings[name], fitted.predictors[name], weights = choose_logreg(cfg, data, device)
+            if cfg.dump_classifier:
+                shift, scale = data.standardizer.shift, data.standardizer.scale
+                _dump(results, "logreg", weights | {"shift": shift, "scale": scale})
+        fitted.seconds[name] = time.monotonic() - started
+    for name, (classifier, num) in names_with_few(cfg).items():
+        if name in names:
+            fitted.settings[name], fitted.few_predictors[name] = fit_on_few(cfg, data, classifier, num, device)
+    return fitted
 
 
 @dataclass
@@ -764,10 +764,10 @@ def run_test(
     model: FrozenModel,
     test: LabelSet,
     data: TrainingPatches,
-    predictors: dict[str, Predict],
-    few: dict[str, list[Predict]],
+    fitted: Fitted,
 ) -> Outcome:
     """One pass over the test images for all classifiers. Memory: one batch, and what is dumped."""
+    predictors, few = fitted.predictors, fitted.few_predictors
     batches = _batches(cfg, test, model, "test images")
     num_test = len(test.dataset)
     drawn = set(torch.linspace(0, num_test - 1, min(cfg.num_pictures, num_test)).round().long().tolist())
@@ -814,6 +814,29 @@ def run_test(
     }
     gathered = [picture for part in gather_objects(pictures) for picture in part]
     return Outcome(confusions, few_confusions, predictions, gathered)
+
+
+def store_scores(results: Results, data: TrainingPatches, fitted: Fitted, outcome: Outcome) -> None:
+    """Write what came of the test images, predictions first: whose score is there need not be tested again."""
+    for name, labels in outcome.predictions.items():
+        _dump(results, f"predictions_{name}", {"labels": labels})
+    for name, confusion in outcome.confusions.items():
+        scores = segmentation_metrics(confusion, data.ignore_labels, data.class_names)
+        results.add(name, scores | {"settings": fitted.settings[name]})
+        logger.info(
+            "%s: mIoU %.4f, without ignored classes %.4f, pixel accuracy %.4f, mean accuracy %.4f",
+            *(name, scores["mIoU"], scores["mIoU_valid"], scores["acc"], scores["mean_acc"]),
+        )
+    for name, confusions in outcome.few_confusions.items():
+        scores = [segmentation_metrics(each, data.ignore_labels) for each in confusions]
+        each_repeat = {score.name: [each[score.name] for each in scores] for score in SCORES}
+        means = {key: float(np.mean(values)) for key, values in each_repeat.items()}
+        deviations = {f"std_{key}": float(np.std(values)) for key, values in each_repeat.items()}
+        results.add(name, means | deviations | {"each_repeat": each_repeat, "settings": fitted.settings[name]})
+        logger.info(
+            "%s: mIoU %.4f, standard deviation %.4f over %d choices of images",
+            *(name, means["mIoU"], deviations["std_mIoU"], len(scores)),
+        )
 
 
 def _dump(results: Results, name: str, tensors: dict[str, Tensor]) -> None:
