@@ -522,9 +522,14 @@ def benchmark(cfg: BenchmarkConfig) -> int:
         return 1 if any(status.word == "failed" for _, status in statuses) else 0
 
 
-def _written_out(source: str) -> str:
-    key, equals, value = source.partition("=")
-    return f"{ALIASES[key]}={value}" if equals and key in ALIASES else source
+def read_config(sources: Sequence[str]) -> BenchmarkConfig:
+    """The configuration of a command line: files and overrides, among which `ALIASES` stand for longer keys."""
+
+    def written_out(source: str) -> str:
+        key, equals, value = source.partition("=")
+        return f"{ALIASES[key]}={value}" if equals and key in ALIASES else source
+
+    return load_config(BenchmarkConfig, None, [written_out(source) for source in sources])
 
 
 @ending_in_words
@@ -533,7 +538,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
     try:
-        return benchmark(load_config(BenchmarkConfig, None, [_written_out(source) for source in args.sources]))
+        return benchmark(read_config(args.sources))
     except KeyboardInterrupt as error:
         error.add_note("the same command goes on")
         raise

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -540,9 +541,14 @@ def dead_workers_explained(key: str) -> Iterator[None]:
         raise _killed(key) from error
 
 
+def worker_processes(batches: Iterator[Any]) -> list[BaseProcess]:
+    """The processes that read for an iterator over a `DataLoader`; none if this one does."""
+    return list(getattr(batches, "_workers", []))  # torch has no public name for them
+
+
 def end_workers(batches: Iterator[Any]) -> None:
     """Stop the workers of an iterator over a `DataLoader` now, rather than when the garbage collector comes by."""
-    workers = getattr(batches, "_workers", [])  # private, as is the rest; none are there if this process reads
+    workers = worker_processes(batches)
     if not workers:
         return
     # Ours ignore SIGTERM, so one that hangs in a read would outlive us, and each would be waited for.
@@ -720,6 +726,11 @@ class PretrainLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def workers(self) -> list[BaseProcess]:
+        """The processes that read, from the first batch on."""
+        return [] if self._batches is None else worker_processes(self._batches)
 
     def close(self) -> None:
         """Stop the workers. Iterating on starts them again, after the last batch that was handed out."""

@@ -644,7 +644,7 @@ features, and a student predicts the clusters of hidden patches.""",
             `registers` and `feature_map` come from `out_layer`. All went through the final norm of their tower.
         """
         patches, hp, wp = self._embed_patches(x)
-        coords = self._grid_coordinates(hp, wp, x.device)
+        coords = grid_coordinates(hp, wp, x.device)
         tokens, token_coords = self._prepend_registers(patches, coords)
         outputs = self.encoder.run(tokens, token_coords, layers={self.out_layer, self.n_blocks})
         normed = [self.enc_norm(output) for output in outputs]  # of one layer, or of two
@@ -675,7 +675,7 @@ features, and a student predicts the clusters of hidden patches.""",
         """
         b = x.shape[0]
         patches, hp, wp = self._embed_patches(x)
-        grid = self._grid_coordinates(hp, wp, x.device)
+        grid = grid_coordinates(hp, wp, x.device)
         coords = grid  # of whole images the same for all: angles are then computed for one
         if visible_indices is not None:
             patches = patches.flatten(0, 1)[visible_indices].unflatten(0, (b, -1))
@@ -708,7 +708,7 @@ features, and a student predicts the clusters of hidden patches.""",
     ) -> tuple[Float[Tensor, "b rn d"], list[Float[Tensor, "b rn d"]]]:
         """Tokens after the last block that ran, and after each of `blocks`, none of them normed."""
         patches, hp, wp = self._embed_patches(x)
-        tokens, coords = self._prepend_registers(patches, self._grid_coordinates(hp, wp, x.device))
+        tokens, coords = self._prepend_registers(patches, grid_coordinates(hp, wp, x.device))
         layers = [block + 1 for block in blocks]
         outputs = self.encoder.run(tokens, coords, layers=layers if stop_early else {*layers, self.n_blocks})
         return outputs[-1], outputs[: len(blocks)]
@@ -720,10 +720,6 @@ features, and a student predicts the clusters of hidden patches.""",
         patch_grid(x, self.patch_size)  # raises
         embedded = self.patch_embed(x)
         return embedded.flatten(2).transpose(1, 2), embedded.shape[-2], embedded.shape[-1]
-
-    def _grid_coordinates(self, hp: int, wp: int, device: torch.device) -> Float[Tensor, "1 n 2"]:
-        rows, columns = _linspace(hp, device), _linspace(wp, device)
-        return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).view(1, hp * wp, 2)
 
     def _prepend_registers(
         self, patches: Float[Tensor, "b v d"], coords: Float[Tensor, "#b v 2"]
@@ -835,6 +831,12 @@ def _linspace(num: int, device: torch.device) -> Float[Tensor, " num"]:
     """`torch.linspace(0, 1, num)` up to rounding; that function would fix `num` in compiled and exported models."""
     index = torch.arange(num, device=device, dtype=torch.float32)
     return index / index[-1:].clamp(min=1)
+
+
+def grid_coordinates(num_rows: int, num_columns: int, device: torch.device) -> Float[Tensor, "1 n 2"]:
+    """Coordinates (row, column) of the patches of an image, row by row: from 0 to 1 along both sides."""
+    rows, columns = _linspace(num_rows, device), _linspace(num_columns, device)
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).view(1, num_rows * num_columns, 2)
 
 
 def edge_coordinates(num_registers: int, kind: str, device: torch.device | None = None) -> Float[Tensor, "r 2"]:

@@ -74,7 +74,7 @@ class Probe:
         )
         similarity, rows = nearest(test_x, train_x, min(self.cfg.k, len(train_x)), "cosine")
         votes = weighted_vote(similarity, train_y[rows].unsqueeze(2), self.num_classes, TEMPERATURE)
-        linear = _ridge(train_x, train_y, test_x, self.num_classes)
+        linear = ridge_scores(train_x, train_y, test_x, self.num_classes)
         return {
             "probe_knn": float((votes.argmax(dim=1) == test_y).double().mean()),
             "probe_linear": float((linear.argmax(dim=1) == test_y).double().mean()),
@@ -123,10 +123,13 @@ def _read(url: str | None, key: str, max_images: int, size: int) -> _Labelled:
     return _Labelled(torch.stack(images), torch.tensor(labels), names, f"{key}={url}")
 
 
-def _ridge(
+def ridge_scores(
     train_x: Float[Tensor, "n d"], train_y: Int64[Tensor, " n"], test_x: Float[Tensor, "q d"], num_classes: int
 ) -> Float[Tensor, "q k"]:
-    """Scores of a ridge regression on one-hot labels."""
+    """Scores of each class for rows of `test_x`: a ridge regression on one-hot labels, with an intercept.
+
+    Its penalty is `RIDGE` times the mean square of the centred features.
+    """
     mean = train_x.mean(dim=0)
     x = train_x - mean
     gram = x.T @ x

@@ -5,7 +5,7 @@ largest one and the mass of each prototype, once per further round, and for loss
 minus prediction), which are written over them. All that is summed is float32, in the same order in every run.
 
 Scaling a token takes a sum over all prototypes, and what it then gives to each of them is needed after that. Up to
-`MOST_HELD` prototypes a program holds whole tokens in registers in between (kernels `_held_*`). Beyond, it reads them
+`MOST_HELD` prototypes a program holds whole tokens in registers in between (kernels `held_*`). Beyond, it reads them
 twice, and the second time they come from a cache only where few programs share it.
 """
 
@@ -65,9 +65,7 @@ def _row(vector, columns, k):
 
 
 @triton.jit
-def _column_kernel(
-    logits, maxima, sums, b, k, stride, scale, rows_at_once: tl.constexpr, columns_at_once: tl.constexpr
-):
+def column_kernel(logits, maxima, sums, b, k, stride, scale, rows_at_once: tl.constexpr, columns_at_once: tl.constexpr):
     """Of each prototype: largest logit, and sum over tokens of exp((logit - largest) / temperature)."""
     position = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * columns_at_once + tl.arange(0, columns_at_once)
@@ -86,7 +84,7 @@ def _column_kernel(
 
 
 @triton.jit
-def _round_kernel(
+def round_kernel(
     logits, maxima, prototype, token, partial, b, k, stride, scale, shift, eps,
     rows_at_once: tl.constexpr, columns_at_once: tl.constexpr,
 ):  # fmt: skip
@@ -118,11 +116,11 @@ def _held_tokens(logits, offset, rows, columns, b, k, stride, scale):
 
 
 @triton.jit
-def _held_round_kernel(
+def held_round_kernel(
     logits, offsets, token, partial, b, k, stride, scale, eps, num_groups,
     rows_at_once: tl.constexpr, columns_at_once: tl.constexpr,
 ):  # fmt: skip
-    """As `_round_kernel`, with all prototypes at once; `partial` gets the sums with the prototypes' scaling in them.
+    """As `round_kernel`, with all prototypes at once; `partial` gets the sums with the prototypes' scaling in them.
 
     `offsets`: what `_exponentials` subtracts and adds, and the binary logarithm of the prototypes' scaling.
     """
@@ -145,11 +143,11 @@ def _held_round_kernel(
 
 
 @triton.jit
-def _held_learn_kernel(
+def held_learn_kernel(
     logits, offsets, token, slots, targets, losses, partial, b, k, stride, scale, eps, pred_scale, num_groups,
     rows_at_once: tl.constexpr, columns_at_once: tl.constexpr,
 ):  # fmt: skip
-    """As `_learn_kernel`, with all prototypes at once, and `offsets` as in `_held_round_kernel`."""
+    """As `learn_kernel`, with all prototypes at once, and `offsets` as in `held_round_kernel`."""
     block, position = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, columns_at_once)
     logits, token = logits + position * b * stride, token + position * b
@@ -181,7 +179,7 @@ def _held_learn_kernel(
 
 
 @triton.jit
-def _learn_kernel(
+def learn_kernel(
     logits, maxima, prototype, token, slots, targets, losses, partial, b, k, stride, scale, shift, eps, pred_scale,
     rows_at_once: tl.constexpr, columns_at_once: tl.constexpr,
 ):  # fmt: skip
@@ -224,10 +222,10 @@ def _learn_kernel(
 
 
 @triton.jit
-def _largest_kernel(
+def largest_kernel(
     logits, offsets, largest, b, k, stride, scale, rows_at_once: tl.constexpr, columns_at_once: tl.constexpr
 ):
-    """The prototype of each token's largest assignment; `offsets` as in `_held_round_kernel`."""
+    """The prototype of each token's largest assignment; `offsets` as in `held_round_kernel`."""
     block, position = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows = block * rows_at_once + tl.arange(0, rows_at_once)
     logits, offsets = logits + position * b * stride, offsets + position * k
@@ -307,7 +305,7 @@ class TritonPart:
     def _read_columns(self) -> tuple[Tensor, Tensor]:
         c, b, k = self.logits.shape
         largest, sums = self._vectors(c, k), self._vectors(c, k)
-        _launch(_column_kernel, (c, triton.cdiv(k, COLUMNS)), self.logits, largest, sums, b, k, self.stride, self.scale)
+        _launch(column_kernel, (c, triton.cdiv(k, COLUMNS)), self.logits, largest, sums, b, k, self.stride, self.scale)
         return largest, sums
 
     def next_sums(self, prototype: Tensor) -> Tensor:
@@ -317,7 +315,7 @@ class TritonPart:
             blocks = triton.cdiv(b, HELD_ROWS)
             partial = self._vectors(c, blocks, k)
             _launch(
-                _held_round_kernel, (blocks, c), self.logits, self._offsets(prototype), self.token, partial, b, k,
+                held_round_kernel, (blocks, c), self.logits, self._offsets(prototype), self.token, partial, b, k,
                 self.stride, self.scale, self.eps, _groups(b, held), shape=held,
                 num_warps=warps(held, ROUND_VALUES),
             )  # fmt: skip
@@ -325,7 +323,7 @@ class TritonPart:
         blocks = triton.cdiv(b, ROWS)
         partial = self._vectors(c, blocks, k)
         _launch(
-            _round_kernel, (blocks, c), self.logits, self._maxima, prototype, self.token, partial, b, k,
+            round_kernel, (blocks, c), self.logits, self._maxima, prototype, self.token, partial, b, k,
             self.stride, self.scale, self.shift, self.eps,
         )  # fmt: skip
         return partial.sum(dim=1)
@@ -343,13 +341,13 @@ class TritonPart:
         losses, partial = self._vectors(c, b), self._vectors(c, blocks, k)
         if held:
             _launch(
-                _held_learn_kernel, (blocks, c), self.logits, self._offsets(prototype), self.token, slots,
+                held_learn_kernel, (blocks, c), self.logits, self._offsets(prototype), self.token, slots,
                 results.targets, losses, partial, b, k, self.stride, self.scale, self.eps, self.pred_scale,
                 _groups(b, held), shape=held, num_warps=warps(held, LEARN_VALUES),
             )  # fmt: skip
         else:
             _launch(
-                _learn_kernel, (blocks, c), self.logits, self._maxima, prototype, self.token, slots, results.targets,
+                learn_kernel, (blocks, c), self.logits, self._maxima, prototype, self.token, slots, results.targets,
                 losses, partial, b, k, self.stride, self.scale, self.shift, self.eps, self.pred_scale, num_warps=8,
             )  # fmt: skip
         results.loss += losses.sum(dtype=results.loss.dtype) / LOG2_E
@@ -364,7 +362,7 @@ class TritonPart:
         self.token = token
         largest = torch.empty(c, b, dtype=torch.int32, device=self.logits.device)
         _launch(
-            _largest_kernel, (triton.cdiv(b, ROWS), c), self.logits, self._offsets(prototype), largest, b, k,
+            largest_kernel, (triton.cdiv(b, ROWS), c), self.logits, self._offsets(prototype), largest, b, k,
             self.stride, self.scale,
         )  # fmt: skip
         results.add_usage(mass, largest)

@@ -192,6 +192,61 @@ def test_test_files_do_not_import_each_other(path):
     )
 
 
+def private_names(source: str) -> set[str]:
+    """Names with an underscore that a source gives to what it defines."""
+    names = set()
+    for node in ast.walk(parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return {name for name in names if re.fullmatch("_[A-Za-z]\\w*", name)}
+
+
+def private_uses(source: str, private: set[str]) -> list[str]:
+    """Places where a test takes a private name out of a module or an object, also in code that is a text."""
+    used, own = [], private_names(source)
+    for node in ast.walk(parse(source)):
+        names: set[str] = set()
+        if isinstance(node, ast.Attribute):
+            is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") and node.attr in own
+            names = set() if is_own else {node.attr}
+        elif isinstance(node, ast.ImportFrom):
+            names = {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = {node.value, *re.findall(r"(?:\.|\bimport )(_\w+)", node.value)}
+        used += [f"line {node.lineno}: {name}" for name in sorted(names & private)]
+    return used
+
+
+PRIVATE = set().union(*(private_names(path.read_text()) for path in SOURCES))
+ALLOWED_PRIVATE = {"_model_section", "_merged"}
+"""Of hubconf.py, all of whose public functions torch.hub offers as models."""
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("tests/*.py")), ids=lambda path: path.stem)
+def test_tests_go_through_public_names(path):
+    """What nobody promised can then be changed, and what is promised is tested."""
+    used = private_uses(path.read_text(), PRIVATE - ALLOWED_PRIVATE)
+    assert not used, f"{path.name} uses what is private: {'; '.join(used)}"
+
+
+def test_uses_of_private_names_are_seen():
+    private = {"_mine", "_yours"}
+    for line in (
+        "x._mine.result()", "from x import _yours", "monkeypatch.setattr(x, '_yours', 1)",
+        "monkeypatch.setattr('x._yours', 1)", "code = 'print(x._mine)'", "self._mine = self._yours",
+    ):  # fmt: skip
+        assert len(private_uses(line, private)) == 1, line
+    for line in (
+        "self._mine = 1",
+        "torch._dynamo.reset()",
+        "path = f'{name}_yours.py'",
+        "'the name _yours'",
+    ):
+        assert not private_uses(line, private), line
+
+
 def test_the_scripts_are_known():
     known = {"train_capi.py", "train_distributed.py", "benchmark.py", "demo.py", "export.py", "extract_features.py"}
     known |= {path.name for path in ROOT.glob("eval_*.py")}

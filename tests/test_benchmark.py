@@ -18,7 +18,6 @@ from samples import encode, photo
 
 import benchmark
 import config
-from config import load_config
 from launch import claim_output_dir
 from report import Panel, write_panels
 from sources import make_dataset
@@ -135,8 +134,7 @@ def test_a_list_of_evaluations_in_the_published_form_runs_as_it_stands(here):
         vis: {file: eval_visualizations.py, dataset_name: a}
     """
     (here / "evals.yaml").write_text(textwrap.dedent(published))
-    sources = [benchmark._written_out(each) for each in NO_RANDOM]
-    tasks = benchmark.plan(load_config(benchmark.BenchmarkConfig, None, sources))
+    tasks = benchmark.plan(benchmark.read_config(NO_RANDOM))
     assert [task.script.name for task in tasks] == [
         f"eval_{x}.py" for x in ("segmentation", "classification", "visualizations")
     ]

@@ -102,12 +102,12 @@ types |= dict.fromkeys(("b", "k", "stride", "num_groups"), "i32")
 types |= dict.fromkeys(("scale", "shift", "eps", "pred_scale"), "fp32") | dict.fromkeys(names, "constexpr")
 few, held = (kernels.ROWS, kernels.COLUMNS), kernels.held_shape(512, 16384)
 for kernel, sizes, num_warps in (
-    (kernels._column_kernel, few, 4),
-    (kernels._round_kernel, few, 4),
-    (kernels._learn_kernel, few, 8),
-    (kernels._largest_kernel, few, 4),
-    (kernels._held_round_kernel, held, kernels.warps(held, kernels.ROUND_VALUES)),
-    (kernels._held_learn_kernel, held, kernels.warps(held, kernels.LEARN_VALUES)),
+    (kernels.column_kernel, few, 4),
+    (kernels.round_kernel, few, 4),
+    (kernels.learn_kernel, few, 8),
+    (kernels.largest_kernel, few, 4),
+    (kernels.held_round_kernel, held, kernels.warps(held, kernels.ROUND_VALUES)),
+    (kernels.held_learn_kernel, held, kernels.warps(held, kernels.LEARN_VALUES)),
 ):
     constants = {(i,): sizes[names.index(name)] for i, name in enumerate(kernel.arg_names) if name in names}
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}

@@ -204,7 +204,7 @@ def test_where_no_type_is_declared_only_plain_numbers_switches_and_null_are_no_t
 @pytest.mark.parametrize("text", ["007", "2024_11_05", "123", "1e3", "sweep #2/w.pth", "a${b}", "x.pth"])
 def test_the_texts_among_the_arguments_of_a_loader_are_texts(text, tmp_path):
     key = "model_loader_kwargs.pretrained_weights"
-    cfg = load_config(benchmark.BenchmarkConfig, None, [benchmark._written_out(f"pretrained_weights={text}")])
+    cfg = benchmark.read_config([f"pretrained_weights={text}"])
     assert cfg.model_loader_kwargs == {"pretrained_weights": text}
     (tmp_path / "mine.yaml").write_text(config.dump_yaml({"model_loader_kwargs": cfg.model_loader_kwargs}))
     cfg = load_config(evaluation.EvaluationConfig, None, [str(tmp_path / "mine.yaml")])

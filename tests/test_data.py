@@ -602,7 +602,7 @@ def test_without_a_number_there_is_a_worker_per_core_up_to_20(monkeypatch):
         monkeypatch.setattr(data, "cores_of_this_rank", lambda cores=cores: cores)
         assert make_loader(config, dataset=MemoryDataset(9)).num_workers == min(cores, 20)
         loader = make_loader(config, dataset=MemoryStream(*[3] * 20))
-        assert (loader.num_workers, loader._num_parts) == (workers, 20)
+        assert (loader.num_workers, loader.state_dict()["num_parts"]) == (workers, 20)
 
 
 def test_workers_are_reduced_to_a_divisor_of_the_partitions_and_it_is_logged(caplog):
@@ -947,7 +947,7 @@ def test_workers_outlive_the_signals_of_a_launcher(folder):
     expected = take(make_loader(make_config(f"data.dataset={folder}")), 12)
     with make_loader(config) as loader:
         start = [fingerprint(next(loader)) for _ in range(2)]  # one of each worker: both have started
-        workers = getattr(loader._batches, "_workers")  # noqa: B009  # not known to the type checker
+        workers = loader.workers
         for worker in workers:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
                 os.kill(worker.pid, number)
@@ -984,14 +984,10 @@ def test_what_workers_come_from_outlives_the_signals_of_a_launcher(folder, tmp_p
     assert (done.returncode, done.stdout, done.stderr) == (0, "20 more\n", "")
 
 
-def workers_of(loader):
-    return getattr(loader._batches, "_workers")  # noqa: B009  # not known to the type checker
-
-
 def test_a_worker_that_was_killed_is_explained_in_one_line_with_key_and_remedy(folder):
     with pytest.raises(UserError) as error, make_loader(make_config(f"data.dataset={folder}", workers=2)) as loader:
         next(loader)
-        os.kill(workers_of(loader)[0].pid, signal.SIGKILL)
+        os.kill(loader.workers[0].pid, signal.SIGKILL)
         for _ in range(20):
             next(loader)
     assert str(error.value) == (
@@ -1021,7 +1017,7 @@ def test_a_batch_that_never_comes_is_an_error_and_its_workers_are_ended(tmp_path
     with pytest.raises(UserError) as error:
         next(loader)
     assert str(error.value).startswith("efficiency.dataloader_num_workers=2: no batch came for 0 s; does the disk")
-    workers = workers_of(loader)
+    workers = loader.workers
     loader.close()
     for worker in workers:
         worker.join(10)
@@ -1124,7 +1120,7 @@ def test_a_training_that_waits_for_a_batch_for_ever_saves_and_leaves_at_a_signal
 
 def test_a_training_whose_worker_is_killed_saves_and_says_why_it_ends(tmp_path, monkeypatch, capfd):
     def kill(loader):
-        os.kill(workers_of(loader)[0].pid, signal.SIGKILL)
+        os.kill(loader.workers[0].pid, signal.SIGKILL)
 
     code, _ = run_until(2, kill, UntilBlocked(tmp_path), tmp_path, monkeypatch, workers=2)
     assert code == 2
@@ -1144,7 +1140,7 @@ def test_workers_end_when_the_trainer_is_killed(folder, tmp_path):
         "    config = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, sys.argv[1:])\n"
         "    loader = make_loader(config, rank=0, world_size=1)\n"
         "    next(loader)\n"
-        "    print(*[worker.pid for worker in loader._batches._workers], flush=True)\n"
+        "    print(*[worker.pid for worker in loader.workers], flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clustering import L2NormLinear, OnlineClustering
-from model import EncoderDecoder, RotaryEmbedding, edge_coordinates, load_model
+from model import EncoderDecoder, RotaryEmbedding, edge_coordinates, grid_coordinates, load_model
 from utils import UserError
 from weights import load_backbone_weights, save_safetensors
 
@@ -455,7 +455,7 @@ def test_patch_coordinates_run_from_0_to_1():
     for num in (1, 2, 3, 16, 37, 1000):
         expected = torch.linspace(0, 1, num, dtype=torch.float64)
         torch.testing.assert_close(
-            tiny_model()._grid_coordinates(num, 2, torch.device("cpu"))[0, ::2, 0].double(), expected, atol=1e-7, rtol=0
+            grid_coordinates(num, 2, torch.device("cpu"))[0, ::2, 0].double(), expected, atol=1e-7, rtol=0
         )
 
 

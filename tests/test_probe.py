@@ -13,7 +13,7 @@ from samples import make_config
 from sklearn.linear_model import Ridge
 
 from config import ProbeConfig
-from probe import RIDGE, Probe, _ridge
+from probe import RIDGE, Probe, ridge_scores
 from utils import UserError
 
 
@@ -108,7 +108,7 @@ def test_the_linear_scores_are_those_of_ridge_regression():
     centred = x - x.mean(0)
     alpha = RIDGE * float((centred.T @ centred).diagonal().mean())
     expected = Ridge(alpha=alpha).fit(x.numpy(), torch.nn.functional.one_hot(labels, 6).numpy()).predict(q.numpy())
-    torch.testing.assert_close(_ridge(x, labels, q, 6), torch.from_numpy(expected).float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ridge_scores(x, labels, q, 6), torch.from_numpy(expected).float(), rtol=1e-4, atol=1e-4)
 
 
 def probe_on_rank(urls):

@@ -259,8 +259,14 @@ def test_the_listing_is_cached_until_a_folder_changes(tmp_path, monkeypatch):
     (root / "sub" / "1.png").touch()
     (root / "2.png").touch()
     listings = []
-    original = sources._list_images
-    monkeypatch.setattr(sources, "_list_images", lambda root: listings.append(root) or original(root))
+    scandir = os.scandir
+
+    def watched(folder):
+        if isinstance(folder, bytes) and Path(os.fsdecode(folder)) == root:  # `age` looks too, at a text
+            listings.append(folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", watched)
 
     def names():
         found = make_dataset(str(root), listing_cache=cache)

@@ -597,7 +597,7 @@ def test_a_worker_that_is_killed_costs_no_finished_step(images, tmp_path, monkey
 
     def kills_a_worker_after_3(loader):
         if loader.state_dict()["samples"] == 12:
-            for worker in loader._batches._workers:
+            for worker in loader.workers:
                 worker.kill()
         return following(loader)
 
