@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 # Okabe and Ito: told apart also by colour-blind people.
 BLUE, VERMILLION, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#777777"
 COLORS = (BLUE, VERMILLION, GREEN, ORANGE)
+STYLES = ("-", "--", "-.", ":")
+"""Of curves that share a colour."""
 
 PANELS = "panels.json"
 """In the folder of a training: which curves its method wants seen, see `Panel`."""
 
 MINUS = "\N{MINUS SIGN}"
 PICTURES_EACH = 4
-"""Pictures that are shown of one evaluation."""
+"""Pictures that are shown of one evaluation of one model alone."""
 PICTURES_MIB = 6
 """All pictures together; a third more in the file, which stays below 10 MB."""
 PICTURE_SIZE = 1600
@@ -310,24 +312,34 @@ def write_report(
 
     Raises: UserError if `run_dir` has no metrics.
     """
-    title = f"Evaluation of {content['name']}"
     sections = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="summary">{escape(summary(content))}</p>',
         _lead(lead),
-        _notices(content),
+        notice(_notices(content)),
         _scores_section(content),
-        _pictures_section(content, path.parent),
-        "" if run_dir is None else _curves_section(run_dir),
+        pictures_section([content], path.parent),
+        "" if run_dir is None else _curves_of_run(run_dir),
         _about_section(content),
         _explanation_section(content),
     ]
+    write_page(path, f"Evaluation of {content['name']}", summary(content), sections)
+
+
+def write_page(path: Path, title: str, told: str, sections: Sequence[str]) -> None:
+    """Write an HTML file that holds all it shows.
+
+    Args:
+        path: the file.
+        title: its heading.
+        told: a sentence below that.
+        sections: HTML, such as the functions below make it; empty ones are left out.
+    """
+    head = f'<h1>{escape(title)}</h1>\n<p class="summary">{escape(told)}</p>'
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
+        + "\n".join(part for part in (head, *sections) if part)
         + "\n</main>\n</body>\n</html>\n"
     )
     path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
@@ -341,14 +353,19 @@ def _lead(lead: Sequence[tuple[Path, str]]) -> str:
     )
 
 
-def _notices(content: Mapping[str, Any]) -> str:
+def _notices(content: Mapping[str, Any]) -> list[str]:
+    """What a reader of the scores has to know."""
     lines = []
     for label, model in columns(content).items():
         for name, entry in model.items():
             if entry.get("status", "done") != "done":
                 whose = "" if model is content["evaluations"] else f", {label}"
                 lines.append(f"{name}{whose}: {entry['status']}. {entry.get('message') or ''}")
-    lines += content.get("notes", [])
+    return [*lines, *content.get("notes", [])]
+
+
+def notice(lines: Sequence[str]) -> str:
+    """A box with sentences that must not be missed; empty without any."""
     if not lines:
         return ""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
@@ -389,10 +406,11 @@ def _scores_section(content: Mapping[str, Any]) -> str:
     # Not a caption: on a phone it would be as wide as the table.
     told = f'<p class="soft" id="scores-note">{escape(caption)}</p>'
     table = f'<table aria-describedby="scores-note"><thead>{head}</thead>{body}</table>'
-    return _section("scores", "Scores", told + _wide(table, "Scores") + _classes(content))
+    return section("scores", "Scores", told + _wide(table, "Scores") + _classes(content))
 
 
-def _section(name: str, title: str, body: str) -> str:
+def section(name: str, title: str, body: str) -> str:
+    """A part of a page with a heading; `name` is its anchor, `body` HTML."""
     return f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(title)}</h2>{body}</section>'
 
 
@@ -458,6 +476,27 @@ def _classes(content: Mapping[str, Any]) -> str:
     return "".join(tables)
 
 
+class Cell(NamedTuple):
+    """A cell of a table, and how it is shown."""
+
+    text: str
+    kind: str = ""
+    """`best`, `up` or `down`, or none of these."""
+
+
+def numbers_table(columns: Sequence[str], rows: Mapping[str, Sequence[Cell]], caption: str) -> str:
+    """A table of numbers: a row for each name, under the names of the columns, of which the first is that of names."""
+    first, *others = columns
+    head = f'<th scope="col">{escape(first)}</th>'
+    head += "".join(f'<th scope="col" class="number model">{_breakable(name)}</th>' for name in others)
+    body = ""
+    for name, cells in rows.items():
+        shown = "".join(f'<td class="number {cell.kind}">{escape(cell.text)}</td>' for cell in cells)
+        body += f'<tr><th scope="row">{_breakable(name)}</th>{shown}</tr>'
+    told = f"<caption>{escape(caption)}</caption>"
+    return _wide(f"<table>{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", caption)
+
+
 def _number(value: Any) -> str:
     return percent(value) if value is None or isinstance(value, float) else f"{value:,}".replace(",", " ")
 
@@ -481,7 +520,7 @@ def _about_section(content: Mapping[str, Any]) -> str:
     if not own:
         return ""
     shared = {k: v for k, v in own[0].items() if all(k in about and about[k] == v for about in own)}
-    parts = [_key_values(shared, "The model and the code, the same for all evaluations of it.")]
+    parts = [key_values(shared, "The model and the code, the same for all evaluations of it.")]
     for name, entry in entries.items():
         about = {k: v for k, v in entry["about"].items() if k not in shared or shared[k] != v}
         scores = {(method, *score.path) for method, score, _ in _scores(entry)}
@@ -490,12 +529,13 @@ def _about_section(content: Mapping[str, Any]) -> str:
             for path, value in _leaves(entry.get("results", {}))
             if path[1:2] != ("per_class",) and path not in scores
         }
-        table = _key_values({"script": entry.get("script")} | about | settings | entry.get("config", {}), None)
+        table = key_values({"script": entry.get("script")} | about | settings | entry.get("config", {}), None)
         parts.append(f"<details><summary>{escape(name)}: all settings</summary>{table}</details>")
-    return _section("about", "What was evaluated", "".join(parts))
+    return section("about", "What was evaluated", "".join(parts))
 
 
-def _key_values(values: Mapping[str, Any], caption: str | None) -> str:
+def key_values(values: Mapping[str, Any], caption: str | None) -> str:
+    """A table of names and values."""
     rows = "".join(
         f'<tr><th scope="row">{escape(key)}</th><td class="text">{escape(_plain(value))}</td></tr>'
         for key, value in values.items()
@@ -522,7 +562,7 @@ def _explanation_section(content: Mapping[str, Any]) -> str:
     if not told:
         return ""
     items = "".join(f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in told.items())
-    return _section("terms", "What the numbers mean", f"<dl>{items}</dl>")
+    return section("terms", "What the numbers mean", f"<dl>{items}</dl>")
 
 
 # Pictures.
@@ -545,22 +585,31 @@ class _Budget:
         )
 
 
-def _pictures_section(content: Mapping[str, Any], base: Path) -> str:
+def pictures_section(contents: Sequence[Mapping[str, Any]], base: Path) -> str:
+    """The pictures that evaluations drew, one of each if there are several models; empty without any.
+
+    Args:
+        contents: of each model, what is reported.
+        base: what the folders in it are relative to.
+    """
     budget, parts = _Budget(PICTURES_MIB * 2**20), []
-    for evaluation, entry in content["evaluations"].items():
+    shown = [(content, name, entry) for content in contents for name, entry in content["evaluations"].items()]
+    limit = PICTURES_EACH if len(contents) == 1 else 1
+    for content, evaluation, entry in shown:
         found = _pictures_of(entry, evaluation, base)
-        figures = [_figure(path, budget, evaluation, content["name"]) for path in found[:PICTURES_EACH]]
+        figures = [_figure(path, budget, evaluation, content["name"]) for path in found[:limit]]
         # Beside the model, one picture of random weights says enough.
         untrained = content.get("random", {}).get(evaluation)
         if untrained and found:
             same = [path for path in _pictures_of(untrained, evaluation, base) if path.name == found[0].name]
             figures[1:1] = [_figure(path, budget, evaluation, "random initialisation") for path in same]
         if any(figures):
-            left_out = max(0, len(found) - PICTURES_EACH) + figures.count("")
+            left_out = max(0, len(found) - limit) + figures.count("")
             where = escape(str(Path(entry.get("folder", evaluation), "artifacts")))
             more = f'<p class="soft">{left_out} more in <code>{where}</code>.</p>' if left_out else ""
-            parts.append(f'<h3>{escape(evaluation)}</h3><div class="pictures">{"".join(figures)}</div>{more}')
-    return _section("pictures", "Pictures", "".join(parts)) if parts else ""
+            heading = evaluation if len(contents) == 1 else f"{content['name']}, {evaluation}"
+            parts.append(f'<h3>{escape(heading)}</h3><div class="pictures">{"".join(figures)}</div>{more}')
+    return section("pictures", "Pictures", "".join(parts)) if parts else ""
 
 
 def _pictures_of(entry: Mapping[str, Any], evaluation: str, base: Path) -> list[Path]:
@@ -660,12 +709,23 @@ def draw_curves(records: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -
     return figure
 
 
-def _curves_section(run_dir: Path) -> str:
+def _curves_of_run(run_dir: Path) -> str:
+    records = read_metrics(run_dir / "metrics.jsonl")
+    told = f"{run_dir}: {_last_step(records):,} steps".replace(",", " ")
+    return curves_section(told, [(records, panel) for panel in read_panels(run_dir, records)])
+
+
+def curves_section(told: str, drawings: Sequence[tuple[Sequence[Mapping[str, Any]], Panel]]) -> str:
+    """Curves of trainings.
+
+    Args:
+        told: what they are of.
+        drawings: the records that a panel is drawn from, and the panel.
+    """
     from matplotlib.figure import Figure
 
-    records = read_metrics(run_dir / "metrics.jsonl")
     budget, figures = _Budget(2**20), ""
-    for panel in read_panels(run_dir, records):
+    for records, panel in drawings:
         figure = Figure(figsize=(4.4, 2.9), dpi=150, layout="constrained")
         ax = figure.subplots()
         _draw_panel(ax, records, panel)
@@ -673,8 +733,7 @@ def _curves_section(run_dir: Path) -> str:
         figure.savefig(buffer, format="png")
         size = (int(figure.bbox.width), int(figure.bbox.height))
         figures += f"<figure>{budget.image(buffer.getvalue(), 'png', size, _described(ax, records))}</figure>"
-    told = f"{run_dir}: {_last_step(records):,} steps".replace(",", " ")
-    return _section("training", "Training", f'<p class="soft">{escape(told)}</p><div class="panels">{figures}</div>')
+    return section("training", "Training", f'<p class="soft">{escape(told)}</p><div class="panels">{figures}</div>')
 
 
 def _last_step(records: Sequence[Mapping[str, Any]]) -> int:
@@ -701,7 +760,8 @@ def _draw_panel(ax: "Axes", records: Sequence[Mapping[str, Any]], panel: Panel) 
         if points:
             axis = right if right and key in panel.right else ax
             # Curves with an axis each may lie upon each other, so styles tell them apart too.
-            style = "-" if right is None else ":" if axis is right else ("-", "--", "-.")[number % 3]
+            style = STYLES[number // len(COLORS) % len(STYLES)] if right is None else STYLES[number % 3]
+            style = ":" if axis is right else style
             marker = "o" if len(points) < 10 else ""  # one point makes no line
             look: Any = {"color": COLORS[number % len(COLORS)], "linestyle": style, "marker": marker, "markersize": 4}
             axis.plot(*zip(*points, strict=True), label=label, **look)
