@@ -51,7 +51,7 @@ from config import (
     require_one_of,
 )
 from evaluation import SPEED_KEYS, check_same_data, choose_output_dir, find_loader, hash_loader, model_name
-from launch import ROOT, ScriptRun, Status, SubmittedJob, claim_output_dir
+from launch import ROOT, NotedRun, Status, SubmittedJob, claim_output_dir
 from report import check_entry, check_run, read_results, text_table, write_report
 from sources import is_folder, make_dataset
 from utils import (
@@ -159,7 +159,7 @@ class BenchmarkConfig:
 
 
 @dataclass(kw_only=True)
-class Task(ScriptRun):
+class Task(NotedRun):
     """One evaluation of one model, whose results are in its folder too."""
 
     name: str
@@ -379,7 +379,7 @@ def without_weights(loader_kwargs: Mapping[str, Any], parameters: Sequence[str])
 # ---------------------------------------------------------------------------------------------------- doing it
 
 
-def run_here(task: Task, nproc_per_node: int) -> Status:
+def run_here(task: NotedRun, nproc_per_node: int) -> Status:
     """Run the script and wait for it; what it says goes to stderr and log.txt."""
     task.write_state()
     with (
@@ -398,7 +398,7 @@ def run_here(task: Task, nproc_per_node: int) -> Status:
     return status
 
 
-def run_on_slurm(task: Task, launcher: LauncherConfig, *, retry: bool) -> Status:
+def run_on_slurm(task: NotedRun, launcher: LauncherConfig, *, retry: bool) -> Status:
     """Submit the script unless it was before, and say how the job stands."""
     noted = (task.state() or {}).get("job")
     task.job = SubmittedJob(noted["number"], noted["log"]) if noted else None

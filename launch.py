@@ -553,6 +553,18 @@ class ScriptRun:
         return Status("failed", f"{self.job}: ended without finishing", self.job.log)
 
 
+class NotedRun(ScriptRun):
+    """A script whose folder also says, for later commands, what was asked for and which job does it."""
+
+    def state(self) -> dict[str, Any] | None:
+        """What an earlier command noted: `request`, and `job` if that was given to Slurm. None if there was none."""
+        raise NotImplementedError
+
+    def write_state(self) -> None:
+        """Note `request`, and the job that does it."""
+        raise NotImplementedError
+
+
 def _how_it_ended(code: int) -> str:
     if code == -signal.SIGKILL:
         return "killed, perhaps because memory ran out"

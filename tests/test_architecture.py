@@ -27,11 +27,11 @@ LAYERS = [
     {"train_capi", "train_ijepa", "train_cae"},
     {"train_distributed", "benchmark", "demo", "export", "extract_features",
      "eval_segmentation", "eval_classification", "eval_visualizations"},
-    {"bench"},
+    {"bench", "experiments"},
 ]  # fmt: skip
 LAYER = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
 MODULES = sorted([*ROOT.glob("*.py"), *ROOT.glob("speed/[!_]*.py")])
-FOLDERS = ("baselines", "bench", "demo_data")
+FOLDERS = ("baselines", "bench", "demo_data", "experiments")
 """Folders that are placed as a whole: their files may import each other."""
 SOURCES = [*MODULES, *sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))]
 HEAVY = {"datasets", "submitit", "matplotlib", "sklearn", "scipy", "timm", "xformers", "huggingface_hub", "pandas"}

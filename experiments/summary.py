@@ -1,0 +1,258 @@
+"""What came of the trainings of a table: means and deviations over seeds, as JSON, as text and as one page."""
+
+import importlib.metadata
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from table import TableConfig, Training
+
+from launch import Status
+from metrics import TIMING_KEYS
+from report import (
+    Cell,
+    Panel,
+    Score,
+    curves_section,
+    key_values,
+    notice,
+    numbers_table,
+    pictures_section,
+    read_results,
+    score_rows,
+    section,
+    write_page,
+)
+from utils import git_revision
+
+RANDOM = "random weights"
+IMAGES, CPU_MINUTES = "images", "CPU minutes"
+USED = (IMAGES, CPU_MINUTES)
+"""Columns that say what a training used up."""
+
+
+def summarise(cfg: TableConfig, trainings: Sequence[Training], statuses: Mapping[str, Status]) -> dict[str, Any]:
+    """The content of results.json.
+
+    Args:
+        cfg: of the table.
+        trainings: all of it.
+        statuses: title of a training -> how it stands.
+
+    Returns: `columns`, name -> how its values are shown (see `report.Score`); `rows`, name -> `seeds`, with status,
+        message and values of each, and `mean`, `deviation` (of the sample) and `count` of each column; `notices`,
+        sentences that a reader must not miss; and what was asked for, when, by which code and on what.
+    """
+    columns: dict[str, Score] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for training in trainings:
+        status = statuses[training.title]
+        own, untrained = values_of(training, cfg, columns)
+        where = {"status": status.word, "message": status.message, "folder": str(training.folder)}
+        made = {"note": training.entry.note, "command": training.command(training.num_steps), "seeds": {}}
+        row = rows.setdefault(training.name, made)
+        row["seeds"][str(training.seed)] = where | {"values": own}
+        if training.entry.random:
+            note = f"The model of {training.name} as it is before training."
+            row = rows.setdefault(f"{RANDOM} ({training.name})", {"note": note, "command": None, "seeds": {}})
+            row["seeds"][str(training.seed)] = where | {"values": untrained}
+    for row in rows.values():
+        row.update(moments(list(columns), [seed["values"] for seed in row["seeds"].values()]))
+    return {
+        "title": cfg.title,
+        "budget": str(cfg.budget),
+        "seeds": cfg.seeds,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "code": git_revision(),
+        "versions": {"python": platform.python_version(), "torch": importlib.metadata.version("torch")},
+        "machine": platform.processor() or platform.machine(),
+        "columns": {name: score._asdict() for name, score in columns.items()},
+        "rows": rows,
+        "notices": notices(cfg, trainings, statuses, rows),
+    }
+
+
+def values_of(
+    training: Training, cfg: TableConfig, columns: dict[str, Score]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The values of a training, and those of its model at random initialisation, by column.
+
+    Args:
+        training: as far as it got.
+        cfg: of the table.
+        columns: filled with what occurs.
+    """
+    own, untrained = scores_of(training, cfg.scores, columns)
+    records = training.records()
+    for name, key in cfg.metrics.items():
+        values = [record[key] for record in records if record.get(key) is not None]
+        columns.setdefault(name, Score((key,), label=name, unit=""))
+        if values:
+            own[name] = statistics.median(values) if key in TIMING_KEYS else values[-1]
+    for name in USED:
+        columns.setdefault(name, Score((name,), label=name, unit=""))
+    if records:
+        own[IMAGES] = records[-1]["step"] * training.images_per_step(cfg.num_ranks)
+    if training.cpu_seconds is not None:
+        own[CPU_MINUTES] = training.cpu_seconds / 60
+    return own, untrained
+
+
+def scores_of(
+    training: Training, chosen: Mapping[str, str], columns: dict[str, Score]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Scores of a training and of its random initialisation, as far as they were evaluated, by column."""
+    path = training.folder / "evaluation" / "results.json"
+    for name, place in chosen.items():
+        columns.setdefault(name, Score(tuple(place.split("/")), label=name))
+    if not path.is_file():
+        return {}, {}
+    names = {place: name for name, place in chosen.items()}
+    own, untrained = {}, {}
+    content = read_results(path)
+    for row in score_rows(content):
+        place = f"{row.evaluation}/{row.method}/{row.metric}"
+        if chosen and place not in names:
+            continue
+        name = names.get(place, place)
+        columns[name] = row.score._replace(label=name)
+        if row.values[0] is not None:
+            own[name] = row.values[0]
+        if content.get("random") and row.values[1] is not None:
+            untrained[name] = row.values[1]
+    return own, untrained
+
+
+def moments(columns: Sequence[str], values: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean, deviation of the sample and number of the values of each column, where there are enough."""
+    known = {name: [each[name] for each in values if name in each] for name in columns}
+    return {
+        "mean": {name: statistics.fmean(numbers) for name, numbers in known.items() if numbers},
+        "deviation": {name: statistics.stdev(numbers) for name, numbers in known.items() if len(numbers) > 1},
+        "count": {name: len(numbers) for name, numbers in known.items()},
+    }
+
+
+def notices(
+    cfg: TableConfig,
+    trainings: Sequence[Training],
+    statuses: Mapping[str, Status],
+    rows: Mapping[str, Mapping[str, Any]],
+) -> list[str]:
+    """What a reader of the table must know: what is not done, what is particular about a row, and the table's notes."""
+    open_ones = [(training.title, statuses[training.title]) for training in trainings]
+    lines = [f"{title}: {status.word}. {status.message}" for title, status in open_ones if status.word != "done"]
+    lines += [f"{name}: {row['note']}" for name, row in rows.items() if row["note"]]
+    return lines + cfg.notes
+
+
+def shown(row: Mapping[str, Any], name: str, score: Score) -> str:
+    """The cell of a row in a column: the mean, and the deviation if there are several seeds."""
+    if name not in row["mean"]:
+        return "n/a"
+    text = f"{row['mean'][name]:,.0f}" if name == IMAGES else score.number(row["mean"][name])
+    if name in row["deviation"] and name != IMAGES:
+        text += f" ± {score.number(row['deviation'][name])}"
+    return text
+
+
+def read_columns(content: Mapping[str, Any]) -> dict[str, Score]:
+    """The columns of a results.json."""
+    return {name: Score(**{**score, "path": tuple(score["path"])}) for name, score in content["columns"].items()}
+
+
+def text_table(content: Mapping[str, Any]) -> str:
+    """The table for a terminal: a row for each training, fractions in percent."""
+    columns = read_columns(content)
+    lines = [["", *(score.shown_label for score in columns.values())]]
+    lines += [
+        [name, *(shown(row, column, score) for column, score in columns.items())]
+        for name, row in content["rows"].items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
+
+
+def write_report(path: Path, content: Mapping[str, Any], trainings: Sequence[Training], cfg: TableConfig) -> None:
+    """Write the page of a table: the numbers, curves and pictures of the first seed, and how it was made.
+
+    Args:
+        path: of the HTML file, in the folder of the table.
+        content: as `summarise` gives it.
+        trainings: of the table.
+        cfg: likewise.
+    """
+    columns, rows = read_columns(content), content["rows"]
+    best = {
+        name: max((row["mean"].get(name, math.nan) for row in rows.values()), key=score.rank)
+        for name, score in columns.items()
+        if name not in (*USED, *cfg.metrics)
+    }
+    cells = {
+        label: [
+            Cell(shown(row, name, score), "best" if row["mean"].get(name) == best.get(name, math.nan) else "")
+            for name, score in columns.items()
+        ]
+        for label, row in rows.items()
+    }
+    seeds = ", ".join(map(str, content["seeds"]))
+    told = f"{content['budget']} for each training; {'seed' if len(cfg.seeds) == 1 else 'seeds'} {seeds}."
+    caption = "Mean, and deviation of the sample where there are several seeds. Fractions are in percent."
+    heads = ["", *(score.shown_label for score in columns.values())]
+    numbers = section("scores", "Results", numbers_table(heads, cells, caption))
+    first = [training for training in trainings if training.seed == cfg.seeds[0]]
+    sections = [notice(content["notices"]), numbers, curves(first, cfg), pictures(first, path.parent), about(content)]
+    write_page(path, content["title"], told, sections)
+
+
+def curves(trainings: Sequence[Training], cfg: TableConfig) -> str:
+    """A drawing for each key that is asked for, with the curve of each training."""
+    records = {training.name: training.records() for training in trainings}
+    drawings = []
+    for key in cfg.curves:
+        points = [
+            {"step": record["step"], name: record[key]}
+            for name, run in records.items()
+            for record in run
+            if record.get(key) is not None
+        ]
+        names = {name: name for name in records if any(name in point for point in points)}
+        drawings.append((points, Panel(key, "", names)))
+    return curves_section(f"Seed {cfg.seeds[0]}.", drawings) if drawings else ""
+
+
+def pictures(trainings: Sequence[Training], base: Path) -> str:
+    """What evaluations drew of each training."""
+    contents = []
+    for training in trainings:
+        folder = training.folder / "evaluation"
+        if not (folder / "results.json").is_file():
+            continue
+        content: dict[str, Any] = {"name": training.name}
+        for part in ("evaluations", "random"):
+            entries = json.loads((folder / "results.json").read_text()).get(part, {})
+            here = folder.relative_to(base)
+            content[part] = {name: {**entry, "folder": str(here / entry["folder"])} for name, entry in entries.items()}
+        contents.append(content)
+    return pictures_section(contents, base) if contents else ""
+
+
+def about(content: Mapping[str, Any]) -> str:
+    """How the table was made."""
+    made = {key: content[key] for key in ("date", "code", "versions", "machine", "budget", "seeds")}
+    commands = {name: row["command"] for name, row in content["rows"].items() if row["command"]}
+    folders = {name: next(iter(row["seeds"].values()))["folder"] for name, row in content["rows"].items()}
+    tables = [
+        key_values(made, None),
+        key_values(commands, "The training of the last seed, as typed."),
+        key_values(
+            folders, "Where the first seed is; evaluation/report.html in it has all settings and more pictures."
+        ),
+    ]
+    return section("about", "How it was made", "".join(tables))

@@ -1,0 +1,563 @@
+"""Trainings under one budget, evaluated in the same way, as the rows of one table: what compare.py and ablate.py make.
+
+A training is a script and its configuration, and no method is known here. Each is run with every seed. All of it can be
+interrupted: the same command goes on, and does not repeat what is done. In the folder of a table:
+
+    results.json, report.html        the table
+    evaluations.yaml                 what benchmark.py is given
+    <training>/config.yaml           its configuration, as its script resolved it
+    <training>/seed_0/config.yaml    the same with length, seed and output folder, which is what runs
+    <training>/seed_0/log.txt        what that run said, or jobs/ of Slurm
+    <training>/seed_0/asked.json     what was asked for, the length, the processor time of each start
+    <training>/seed_0/run            train.output_dir
+    <training>/seed_0/before         a script that was run before it
+    <training>/seed_0/calibration_*  short runs that measure how fast it is
+    <training>/seed_0/evaluation     output_dir of benchmark.py
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import re
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmark import BenchmarkConfig, BenchmarkLauncher, benchmark, run_here, run_on_slurm
+from config import (
+    COUNT,
+    DEVICE,
+    NAMES,
+    NOT_NEGATIVE,
+    POSITIVE,
+    changed_keys,
+    dump_yaml,
+    find_file,
+    require,
+    within,
+)
+from launch import ROOT, NotedRun, Status
+from metrics import read_metrics
+from utils import UserError, did_you_mean, hash_file, remove, write_text_atomically
+
+logger = logging.getLogger("table")
+
+FOLDER = "folder"
+"""`<folder>` in a configuration stands for the folder of the training with its seed, `<name>` for the run of another
+training with that seed."""
+
+
+# ----------------------------------------------------------------------------------------------- what a table holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """What every training may use up: one of the first two keys is given."""
+
+    images: int | None = field(default=None, metadata=COUNT)
+    """Images seen, repetitions included; steps are as many as fill it best."""
+    cpu_seconds: float | None = field(default=None, metadata=POSITIVE)
+    """Processor time of the steps, that of all threads and of processes that read images. How many steps fit is
+    measured before: by two short runs, whose difference is free of what starts and ends cost. The schedules are then
+    made for that number of steps. Probes, health metrics, checkpoints and starts come on top; the table shows all that
+    was used."""
+    calibration_steps: int = field(default=10, metadata=COUNT)
+    """Steps of the first of the short runs; the second has twice as many."""
+
+    def __post_init__(self) -> None:
+        """Check that there is one budget."""
+        given = (self.images is not None) + (self.cpu_seconds is not None)
+        remedy = "give one of budget.images and budget.cpu_seconds, and make the other null"
+        require(given == 1, "budget", asdict(self), remedy)
+
+    def __str__(self) -> str:
+        """As a table has it."""
+        if self.images is not None:
+            return f"{self.images:,} images"
+        return f"{self.cpu_seconds:,g} seconds of processor time"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeforeConfig:
+    """A script that is run before a training, such as one that makes what the training reads."""
+
+    file: str
+    """Script, which takes a YAML file."""
+    makes: str
+    """File that it writes at its end; where it is, the script has been run."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Its keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntryConfig:
+    """A training. The script keeps the contract of `training.py`; see experiments/README.md."""
+
+    script: str | None = None
+    """Training script. This and the next three keys: null takes what `shared` has."""
+    configs: list[str] | None = None
+    """YAML files for it, in order; later ones win."""
+    model_path: str | None = None
+    """Model file whose loader takes the weights."""
+    weights: str | None = None
+    """File in the run's folder that is evaluated; it is there when the training is complete."""
+    overrides: list[str] = field(default_factory=list)
+    """`a.b=c`, after those of `shared`."""
+    before: BeforeConfig | None = None
+    random: bool = False
+    """Whether its model at random initialisation is evaluated too, as a row of its own."""
+    note: str | None = None
+    """What a reader of the table has to know about this row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """Keys of a table."""
+
+    output_dir: str
+    title: str
+    budget: BudgetConfig
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata=within(at_least=0, below=2**32, not_empty=True, distinct=True)
+    )
+    """Each training is run with each of them; it is that of its evaluations too."""
+    shared: EntryConfig = field(default_factory=EntryConfig)
+    """What the trainings have in common."""
+    trainings: dict[str, EntryConfig | None] = field(metadata=NAMES)
+    """Name -> training; null leaves one out."""
+    evaluations: dict[str, dict[str, Any] | None] = field(default_factory=dict, metadata=NAMES)
+    """Name -> `file`, an evaluation script, and its keys, as for benchmark.py; empty for none."""
+    scores: dict[str, str] = field(default_factory=dict)
+    """Column -> `evaluation/method/score`; empty for all scores."""
+    metrics: dict[str, str] = field(default_factory=dict)
+    """Column -> key of metrics.jsonl: its last value, of speeds and times the median."""
+    curves: list[str] = field(default_factory=list)
+    """Keys of metrics.jsonl whose curves the page shows, of the first seed."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences for the page."""
+    launcher: BenchmarkLauncher = field(default_factory=BenchmarkLauncher)
+    """Where trainings and evaluations run, as for benchmark.py: here, or each as a Slurm job of this size."""
+    nproc_per_node: int = field(default=1, metadata=COUNT)
+    """Processes of each training and evaluation here."""
+    retry: bool = False
+    """Submit Slurm jobs again that ended without finishing."""
+    device: str | None = field(default=None, metadata=DEVICE)
+    """Of the evaluations; null leaves it to them, as the next key."""
+    num_workers: int | None = field(default=None, metadata=NOT_NEGATIVE)
+
+    def __post_init__(self) -> None:
+        """Check that there is something to do, in one way."""
+        require(any(self.trainings.values()), "trainings", dict(self.trainings), "no training is left")
+        is_local = self.launcher.where == "local"
+        require(
+            is_local or self.budget.cpu_seconds is None,
+            "budget.cpu_seconds",
+            self.budget.cpu_seconds,
+            "is measured on this machine; with launcher=slurm give budget.images",
+        )
+        require(is_local or self.nproc_per_node == 1, "nproc_per_node", self.nproc_per_node, "is for launcher=local")
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of one training."""
+        if self.launcher.where == "local":
+            return self.nproc_per_node
+        return self.launcher.num_nodes * self.launcher.num_tasks_per_node
+
+
+def complete(shared: EntryConfig, own: EntryConfig, key: str) -> EntryConfig:
+    """A training with what is shared.
+
+    Raises: UserError naming what both lack.
+    """
+    chosen = {
+        name: getattr(shared, name) if getattr(own, name) is None else getattr(own, name)
+        for name in ("script", "configs", "model_path", "weights", "before", "note")
+    }
+    require(chosen["script"] is not None, f"{key}.script", None, "must name a training script, here or in shared")
+    require(chosen["weights"] is not None, f"{key}.weights", None, "must name the file of the run that is evaluated")
+    chosen |= {"configs": chosen["configs"] or [], "model_path": chosen["model_path"] or "model.py"}
+    overrides = [*shared.overrides, *own.overrides]
+    return EntryConfig(**chosen, overrides=overrides, random=shared.random or own.random)
+
+
+# --------------------------------------------------------------------------------------------------- what is to be done
+
+
+@dataclass(kw_only=True)
+class Part(NotedRun):
+    """A script of a training's folder, and in `asked.json` what was asked for and what became of it."""
+
+    request: dict[str, Any]
+
+    def state(self) -> dict[str, Any] | None:
+        """What is noted."""
+        return _read_json(self.folder / "asked.json")
+
+    def write_state(self) -> None:
+        """Note what is asked for, and the job that does it."""
+        self.note(request=self.request, job=self.job._asdict() if self.job else None)
+
+    def note(self, **values: Any) -> None:
+        """Note further values, or other ones."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {"request": self.request} | (self.state() or {}) | values
+        write_text_atomically(self.folder / "asked.json", json.dumps(content, indent=2) + "\n")
+
+    def check_request(self) -> None:
+        """Raise UserError if something else was asked for in this folder before."""
+        noted = (self.state() or {}).get("request")
+        if noted is not None and noted != json.loads(json.dumps(self.request)):
+            raise UserError(
+                f"{self.folder} has a training that differs in {', '.join(changed_keys(noted, self.request))}; choose "
+                "another output_dir, or delete that folder to train anew"
+            )
+
+    @property
+    def cpu_seconds(self) -> float | None:
+        """Processor time of all starts; None if it is not known, as for jobs, or after a start that was killed."""
+        times = (self.state() or {}).get("cpu_seconds", [])
+        return sum(times) if times and None not in times else None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it") from error
+
+
+@dataclass(kw_only=True)
+class Preparation(Part):
+    """The script that is run before a training."""
+
+    makes: Path
+
+    def is_done(self) -> bool:
+        """Whether what it makes is there."""
+        return self.makes.is_file()
+
+
+@dataclass(kw_only=True)
+class Training(Part):
+    """A training with one seed."""
+
+    name: str
+    seed: int
+    entry: EntryConfig
+    """Complete."""
+    sources: list[str]
+    """Its configuration, as typed."""
+    needs: list[str]
+    """Trainings whose runs it reads."""
+    preparation: Preparation | None
+
+    @property
+    def run_dir(self) -> Path:
+        """The output folder of the training script."""
+        return self.folder / "run"
+
+    @property
+    def weights(self) -> Path:
+        """What is evaluated."""
+        return self.run_dir / (self.entry.weights or "")
+
+    @property
+    def num_steps(self) -> int | None:
+        """The length that was planned; None before."""
+        return (self.state() or {}).get("num_steps")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Its metrics so far."""
+        path = self.run_dir / "metrics.jsonl"
+        return read_metrics(path) if path.is_file() else []
+
+    def is_done(self) -> bool:
+        """Whether all steps are done and the weights are there."""
+        records, planned = self.records(), self.num_steps
+        return planned is not None and bool(records) and records[-1]["step"] >= planned and self.weights.is_file()
+
+    def status(self) -> Status:
+        """How it stands; a training that was asked to stop ends well, but is not done."""
+        status = super().status()
+        if status.word == "done" and not self.is_done():
+            told = f"it ended before its last step, or without {self.weights}"
+            return Status("failed", f"{told}; the same command goes on (log: {self.log})", status.log)
+        return status
+
+    def set_length(self, num_steps: int) -> None:
+        """Plan so many steps; the schedules follow."""
+        self.config = with_length(self.config, num_steps)
+        self.note(num_steps=num_steps)
+
+    def images_per_step(self, num_ranks: int) -> int:
+        """Images of an update on all processes."""
+        optim = self.config["optim"]
+        return optim["batch_size_per_gpu"] * optim["accumulation_steps"] * num_ranks
+
+    def command(self, num_steps: int | None) -> str:
+        """How one would type it, for so many steps if they are known."""
+        length = [] if num_steps is None else [f"optim.total_iters={num_steps}"]
+        own = [f"train.seed={self.seed}", f"train.output_dir={self.run_dir}", *length]
+        return shlex.join(["python", str(self.entry.script), *self.sources, *own])
+
+
+def with_length(config: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
+    """A training's resolved configuration with another number of steps."""
+    epochs = {"epochs": None} if "epochs" in config["optim"] else {}
+    return {**config, "optim": {**config["optim"], "total_iters": num_steps, **epochs}}
+
+
+def plan(cfg: TableConfig, *, keep: bool) -> list[Training]:
+    """All trainings, seed by seed, in their order.
+
+    Args:
+        cfg: of the table.
+        keep: whether resolved configurations are written down, so that later commands need not ask the scripts again.
+
+    Raises: UserError for what can be seen before anything runs.
+    """
+    chosen = {name: entry for name, entry in cfg.trainings.items() if entry is not None}
+    entries = {name: complete(cfg.shared, entry, f"trainings.{name}") for name, entry in chosen.items()}
+    needs = {name: _needs(name, entry, list(entries)) for name, entry in entries.items()}
+    asked, resolved = {}, {}
+    for name, entry in entries.items():
+        asked[name], resolved[name] = _resolve(cfg, name, entry, keep=keep)
+    trainings = []
+    for seed in cfg.seeds:
+        folders = {name: Path(cfg.output_dir, name, f"seed_{seed}") for name in entries}
+        for name, entry in entries.items():
+            places = {other: str(folders[other] / "run") for other in entries} | {FOLDER: str(folders[name])}
+            config = _placed(resolved[name], places)
+            config["train"] |= {"seed": seed, "output_dir": str(folders[name] / "run")}
+            title = f"{name}, seed {seed}"
+            training = Training(
+                title=title,
+                script=find_file(str(entry.script), f"trainings.{name}.script"),
+                config=config,
+                folder=folders[name],
+                request={"budget": asdict(cfg.budget), **asked[name]},
+                name=name,
+                seed=seed,
+                entry=entry,
+                sources=[_placed(source, places) for source in _sources(entry)],
+                needs=needs[name],
+                preparation=_preparation(entry, title, folders[name], places),
+            )
+            training.check_request()
+            if training.num_steps is not None:
+                training.config = with_length(training.config, training.num_steps)
+            trainings.append(training)
+    return trainings
+
+
+def _sources(entry: EntryConfig) -> list[str]:
+    return [*(entry.configs or []), *entry.overrides]
+
+
+def _needs(name: str, entry: EntryConfig, names: Sequence[str]) -> list[str]:
+    """Trainings that an entry reads, by the places that its texts name."""
+    before = {} if entry.before is None else asdict(entry.before)
+    named = list(dict.fromkeys(re.findall(r"<([\w.-]+)>", " ".join([*entry.overrides, dump_yaml(before)]))))
+    earlier = names[: names.index(name)]
+    for place in named:
+        if place not in (FOLDER, *earlier):
+            message = f"trainings.{name}: <{place}> must be <{FOLDER}> or a training that stands before this one"
+            raise UserError(message + did_you_mean(place, [FOLDER, *earlier]))
+    return [place for place in named if place != FOLDER]
+
+
+def _placed(tree: Any, places: Mapping[str, str]) -> Any:
+    """Nested values with folders in place of their names in `<>`; always a copy."""
+    if isinstance(tree, dict):
+        return {key: _placed(value, places) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_placed(value, places) for value in tree]
+    if isinstance(tree, str):
+        for name, folder in places.items():
+            tree = tree.replace(f"<{name}>", folder)
+    return tree
+
+
+def _preparation(entry: EntryConfig, title: str, folder: Path, places: Mapping[str, str]) -> Preparation | None:
+    if entry.before is None:
+        return None
+    return Preparation(
+        title=f"before {title}",
+        script=find_file(entry.before.file, "before.file"),
+        config=_placed(entry.before.config, places),
+        folder=folder / "before",
+        request={},
+        makes=Path(_placed(entry.before.makes, places)),
+    )
+
+
+def _resolve(cfg: TableConfig, name: str, entry: EntryConfig, *, keep: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is asked for by an entry, and its configuration as its script resolves it.
+
+    Raises: UserError if there is no such file, or if the script refuses it, which has then said why.
+    """
+    key, folder = f"trainings.{name}", Path(cfg.output_dir, name)
+    script = find_file(str(entry.script), f"{key}.script")
+    files = [find_file(path, f"{key}.configs") for path in entry.configs or []]
+    before = None if entry.before is None else asdict(entry.before)
+    hashes = {str(path): hash_file(path) for path in files}
+    request = {"script": script.name, "sources": _sources(entry), "files": hashes, "before": before}
+    noted = _read_json(folder / "asked.json")
+    if noted == request:
+        return request, yaml.safe_load((folder / "config.yaml").read_text())
+    if noted is not None and any(folder.glob("seed_*/run")):
+        raise UserError(
+            f"{folder} has trainings that differ in {', '.join(changed_keys(noted, request))}; choose another "
+            "output_dir, another name, or delete that folder to train anew"
+        )
+    if cfg.launcher.where == "slurm" and not script.absolute().is_relative_to(ROOT):
+        raise UserError(f"{key}.script={script}: a Slurm job runs scripts of {ROOT} only")
+    command = [sys.executable, str(script), *map(str, files), *entry.overrides, "--print-config"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(f"{key}: {shlex.join(['python', *command[1:]])} failed, see above")
+    if keep:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(folder / "config.yaml", done.stdout)
+        write_text_atomically(folder / "asked.json", json.dumps(request, indent=2) + "\n")
+    return request, yaml.safe_load(done.stdout)
+
+
+# ------------------------------------------------------------------------------------------------------------- doing it
+
+
+def children_cpu_seconds() -> float:
+    """Processor time of all processes that this one started and that have ended, and of theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+@contextlib.contextmanager
+def timed(part: Part) -> Iterator[None]:
+    """Note the processor time of one start of a part; None stands for that of a start whose end nobody saw."""
+    times = (part.state() or {}).get("cpu_seconds", [])
+    part.note(cpu_seconds=[*times, None])
+    before = children_cpu_seconds()
+    try:
+        yield
+    finally:
+        part.note(cpu_seconds=[*times, round(children_cpu_seconds() - before, 2)])
+
+
+def run(part: Part, cfg: TableConfig) -> Status:
+    """Run a part here and wait for it, or submit it if it was not and say how the job stands."""
+    if cfg.launcher.where == "slurm":
+        return run_on_slurm(part, cfg.launcher, retry=cfg.retry)
+    part.write_state()
+    with timed(part):
+        return run_here(part, cfg.nproc_per_node)
+
+
+def planned_steps(training: Training, cfg: TableConfig) -> int:
+    """How many steps the budget is."""
+    per_step = training.images_per_step(cfg.num_ranks)
+    if cfg.budget.images is not None:
+        return max(1, round(cfg.budget.images / per_step))
+    assert cfg.budget.cpu_seconds is not None
+    return max(1, int(cfg.budget.cpu_seconds / cpu_seconds_per_step(training, cfg)))
+
+
+def cpu_seconds_per_step(training: Training, cfg: TableConfig) -> float:
+    """Processor time of a step, by the difference of two short runs.
+
+    Raises: UserError if one of them fails.
+    """
+    times = []
+    for num_steps in (cfg.budget.calibration_steps, 2 * cfg.budget.calibration_steps):
+        folder = training.folder / f"calibration_{num_steps}"
+        remove(folder)
+        config = with_length(training.config, num_steps)
+        train = config["train"]
+        # What is only done now and then would count for too much, or not at all.
+        own = {"output_dir": str(folder / "run"), "health_every": 0, "probe": train["probe"] | {"every": 0}}
+        config |= {"train": train | own, "evals": None}
+        title = f"{training.title}, calibration of {num_steps} steps"
+        part = Part(title=title, script=training.script, config=config, folder=folder, request={})
+        status = run(part, cfg)
+        if status.word != "done" or part.cpu_seconds is None:
+            raise UserError(f"{title}: {status.message or 'its processor time is not known'}")
+        times.append(part.cpu_seconds)
+        shutil.rmtree(folder / "run")
+    taken = (times[1] - times[0]) / cfg.budget.calibration_steps
+    if taken <= 0:
+        raise UserError(
+            f"budget.calibration_steps={cfg.budget.calibration_steps}: {training.title} took {times[0]:.1f} s for so "
+            f"many steps and {times[1]:.1f} s for twice as many, which tells nothing; use more"
+        )
+    training.note(cpu_seconds_per_step=taken)
+    return taken
+
+
+def train(training: Training, cfg: TableConfig, others: Mapping[str, Training]) -> Status:
+    """Do what is left to do for a training, its preparation first.
+
+    Args:
+        training: of the table.
+        cfg: of the table.
+        others: trainings with the same seed, by name.
+    """
+    if training.is_done():
+        return Status("done")
+    missing = [name for name in training.needs if not others[name].is_done()]
+    if missing:
+        return Status("left out", f"It reads the run of {', '.join(missing)}, which is not complete.")
+    preparation = training.preparation
+    if preparation is not None and not preparation.is_done():
+        status = run(preparation, cfg)
+        if status.word != "done":
+            return dataclasses.replace(status, message=f"{preparation.title}: {status.message}")
+    if training.num_steps is None:
+        training.set_length(planned_steps(training, cfg))
+    logger.info(
+        "%s: %s steps of %d images", training.title, training.num_steps, training.images_per_step(cfg.num_ranks)
+    )
+    return run(training, cfg)
+
+
+def evaluate(training: Training, cfg: TableConfig) -> Status:
+    """Evaluate a complete training by benchmark.py, as far as it is not done. Returns the worst status of them all."""
+    benchmark(
+        BenchmarkConfig(
+            output_dir=str(training.folder / "evaluation"),
+            model_path=str(training.entry.model_path),
+            model_loader_kwargs={"pretrained_weights": str(training.weights)},
+            name=training.name,
+            evals_config_path=str(Path(cfg.output_dir, "evaluations.yaml")),
+            launcher=cfg.launcher,
+            nproc_per_node=cfg.nproc_per_node,
+            retry=cfg.retry,
+            random_baseline=training.entry.random,
+            run_dir=str(training.run_dir),
+            device=cfg.device,
+            num_workers=cfg.num_workers,
+            seed=training.seed,
+        )
+    )
+    content = _read_json(training.folder / "evaluation" / "results.json") or {}
+    entries = {
+        f"evaluation {name}{told}": entry
+        for part, told in (("evaluations", ""), ("random", " of random weights"))
+        for name, entry in content.get(part, {}).items()
+    }
+    for word in ("failed", "running", "left out"):
+        told = [f"{name}: {entry['message']}" for name, entry in entries.items() if entry["status"] == word]
+        if told:
+            return Status(word, "; ".join(told))
+    return Status("done")
