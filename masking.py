@@ -149,7 +149,7 @@ GENERATORS: dict[str, type[Block] | type[InverseBlock] | type[Uniform]] = {
 
 
 def make_masking_generator(name: str, **kwargs: Any) -> MaskingGenerator:
-    """The generator called `name`, made with `kwargs`.
+    """The generator called `name`, made with those of `kwargs` that are not None.
 
     Raises: UserError if there is no such generator, or it does not take these arguments.
     """
@@ -157,9 +157,13 @@ def make_masking_generator(name: str, **kwargs: Any) -> MaskingGenerator:
         raise UserError(f"data.masking_generator={name!r}: must be one of {', '.join(GENERATORS)}")
     generator: Callable[..., MaskingGenerator] = GENERATORS[name]
     known = [parameter for parameter in inspect.signature(generator).parameters if parameter != "self"]
+    # A section of a configuration has what the files below it have: only null takes one out.
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
     for key, value in kwargs.items():
         if key not in known:
-            takes = f"takes {', '.join(known)}" if known else "takes no arguments; use {}"
+            takes = (
+                f"takes {', '.join(known) or 'no arguments'}; leave it out by data.masking_generator_kwargs.{key}=null"
+            )
             raise UserError(f"data.masking_generator_kwargs={kwargs!r}: {key} is unknown, {name} {takes}")
         if not isinstance(value, bool):
             raise UserError(f"data.masking_generator_kwargs={kwargs!r}: {key} must be true or false")

@@ -163,7 +163,7 @@ class CapiDataConfig(ImagesConfig):
     masking_generator: str = field(metadata=one_of("InverseBlock", "Block", "Uniform"))
     """InverseBlock (a block stays visible), Block or Uniform; see masking.py."""
     masking_generator_kwargs: dict[str, Any]
-    """Arguments of the generator, `roll` for the two block kinds."""
+    """Arguments of the generator, `roll` for the two block kinds; null leaves one out, as Uniform needs it."""
 
 
 @dataclass(frozen=True)

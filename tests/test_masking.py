@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import load_golden_json, seeded
 
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from masking import (
     MAX_ASPECT_RATIO,
     MIN_ASPECT_RATIO,
@@ -17,6 +18,7 @@ from masking import (
     draw_positions,
     make_masking_generator,
 )
+from train_capi import CapiConfig
 from utils import UserError
 
 GENERATORS = {
@@ -226,6 +228,19 @@ def test_the_made_generator_has_its_arguments():
     assert isinstance(fixed, Block)
     assert (rolled.roll, fixed.roll) == (True, False)
     assert isinstance(make_masking_generator("InverseBlock"), InverseBlock)
+
+
+def test_the_remedy_for_an_argument_that_a_generator_does_not_take_works_when_typed():
+    """The default configuration has `roll`, and sections of configurations are merged."""
+
+    def kwargs(*sources):
+        cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, ["data.masking_generator=Uniform", *sources])
+        return cfg.data.masking_generator_kwargs
+
+    with pytest.raises(UserError) as error:
+        make_masking_generator("Uniform", **kwargs())
+    remedy = str(error.value).rsplit(" ", 1)[1]
+    assert isinstance(make_masking_generator("Uniform", **kwargs(remedy)), Uniform)
 
 
 # --- Blocks of CAE ---------------------------------------------------------------------------------------------------
