@@ -17,14 +17,13 @@ interrupted: the same command goes on, and does not repeat what is done. In the 
 
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import re
 import resource
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,7 +46,7 @@ from config import (
 )
 from launch import ROOT, NotedRun, Status
 from metrics import read_metrics
-from utils import UserError, did_you_mean, hash_file, remove, write_text_atomically
+from utils import UserError, did_you_mean, hash_file, import_from_path, remove, write_text_atomically
 
 logger = logging.getLogger("table")
 
@@ -424,15 +423,21 @@ def _resolve(cfg: TableConfig, name: str, entry: EntryConfig, *, keep: bool) -> 
         )
     if cfg.launcher.where == "slurm" and not script.absolute().is_relative_to(ROOT):
         raise UserError(f"{key}.script={script}: a Slurm job runs scripts of {ROOT} only")
-    command = [sys.executable, str(script), *map(str, files), *entry.overrides, "--print-config"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise UserError(f"{key}: {shlex.join(['python', *command[1:]])} failed, see above")
+    # In this process: another one for each of many trainings would import torch each time.
+    train_script = import_from_path(script)
+    require(
+        hasattr(train_script, "main"), f"{key}.script", str(script), "must have main(arguments), as train_capi.py has"
+    )
+    arguments = [*map(str, files), *entry.overrides, "--print-config"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = train_script.main(arguments)
+    if code != 0:
+        raise UserError(f"{key}: {shlex.join(['python', str(script), *arguments])} failed, see above")
     if keep:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / "config.yaml", done.stdout)
+        write_text_atomically(folder / "config.yaml", printed.getvalue())
         write_text_atomically(folder / "asked.json", json.dumps(request, indent=2) + "\n")
-    return request, yaml.safe_load(done.stdout)
+    return request, yaml.safe_load(printed.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------------------- doing it

@@ -4,63 +4,77 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
+import toy_method
 import yaml
 from conftest import ROOT
+from runs import FAKE_EVALUATION, TINY_TRAINING, make_images
+
+from config import check_evaluation, load_config
 
 sys.path.append(str(ROOT / "experiments"))  # where the scripts look for each other
 
 import ablate
 import compare
+from table import TableConfig
 
 TRAINING = """
-import argparse, json, os, signal, sys, time
+import argparse, json, sys, time
 from pathlib import Path
 import yaml
 
-parser = argparse.ArgumentParser()
-parser.add_argument("sources", nargs="*")
-parser.add_argument("--print-config", action="store_true")
-args = parser.parse_args()
-cfg = {
-    "launcher": {}, "evals": None, "lr": 0.5, "reads": None, "fails_at": None, "busy_s": 0.0,
-    "train": {"output_dir": ".", "seed": 0, "health_every": 1, "probe": {"every": 1}},
-    "optim": {"total_iters": 1000, "epochs": 300, "batch_size_per_gpu": 4, "accumulation_steps": 2},
-}
-for source in args.sources:
-    if source.endswith(".yaml"):
-        given = yaml.safe_load(open(source).read())
-        for key, value in given.items():
+def read(sources):
+    cfg = {
+        "launcher": {}, "evals": None, "lr": 0.5, "reads": None, "fails_at": None, "busy_s": 0.0,
+        "train": {"output_dir": ".", "seed": 0, "health_every": 1, "probe": {"every": 1}},
+        "optim": {"total_iters": 1000, "epochs": 300, "batch_size_per_gpu": 4, "accumulation_steps": 2},
+    }
+    for source in sources:
+        key, equals, value = source.partition("=")
+        for key, value in {key: yaml.safe_load(value)}.items() if equals else yaml.safe_load(Path(source).read_text()).items():
+            if key not in cfg:
+                return print(f"error: unknown key {key}", file=sys.stderr)
             cfg[key] = {**cfg[key], **value} if isinstance(value, dict) else value
-        continue
-    key, _, value = source.partition("=")
-    if key not in cfg:
-        sys.exit(f"error: unknown key {key}")
-    cfg[key] = yaml.safe_load(value)
-if args.print_config:
-    print(yaml.safe_dump(cfg))
-    sys.exit()
-folder = Path(cfg["train"]["output_dir"])
-folder.mkdir(parents=True, exist_ok=True)
-if cfg["reads"]:
-    assert Path(cfg["reads"]).is_file(), cfg["reads"]
-with (folder / "starts").open("a") as file:
-    file.write("x")
-path = folder / "metrics.jsonl"
-first = len(path.read_text().splitlines()) if path.exists() else 0
-for step in range(first + 1, cfg["optim"]["total_iters"] + 1):
-    end = time.process_time() + cfg["busy_s"]
-    while time.process_time() < end:
-        pass
-    if step == cfg["fails_at"] and not first:
-        sys.exit("error: train.device=nowhere: there is none")
-    with path.open("a") as file:
+    return cfg
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("sources", nargs="*")
+    parser.add_argument("--print-config", action="store_true")
+    args = parser.parse_args(arguments)
+    cfg = read(args.sources)
+    if cfg is None:
+        return 2
+    if args.print_config:
+        print(yaml.safe_dump(cfg))
+        return 0
+    folder = Path(cfg["train"]["output_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    if cfg["reads"]:
+        assert Path(cfg["reads"]).is_file(), cfg["reads"]
+    with (folder / "starts").open("a") as file:
+        file.write("x")
+    path = folder / "metrics.jsonl"
+    first = len(path.read_text().splitlines()) if path.exists() else 0
+    for step in range(first + 1, cfg["optim"]["total_iters"] + 1):
+        end = time.process_time() + cfg["busy_s"]
+        while time.process_time() < end:
+            pass
+        if step == cfg["fails_at"] and not first:
+            print("error: train.device=nowhere: there is none", file=sys.stderr)
+            return 2
         record = {"step": step, "loss": cfg["lr"] / step + cfg["train"]["seed"], "images_per_s": 8.0}
-        file.write(json.dumps(record) + "\\n")
-(folder / "weights.json").write_text(json.dumps({"score": cfg["lr"] + cfg["train"]["seed"] / 10}))
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\\n")
+    (folder / "weights.json").write_text(json.dumps({"score": cfg["lr"] + cfg["train"]["seed"] / 10}))
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())
 """
 """A training that keeps the contract, without torch."""
 
@@ -150,7 +164,7 @@ def test_a_training_that_failed_leaves_the_others_alone_and_goes_on_where_it_was
     write_table(here, seeds=[0], trainings={"bad": {"overrides": ["fails_at=2"]}, "good": {}})
     assert compare.main(["table.yaml"]) == 1
     said = capsys.readouterr().out
-    assert "bad, seed 0: failed. exit code 1: error: train.device=nowhere: there is none" in said
+    assert "bad, seed 0: failed. exit code 2: error: train.device=nowhere: there is none" in said
     assert results()["rows"]["good"]["mean"]["pets/knn/top1"] == 0.5
     assert compare.main(["table.yaml"]) == 0
     steps = [json.loads(line)["step"] for line in Path("out/bad/seed_0/run/metrics.jsonl").read_text().splitlines()]
@@ -242,6 +256,47 @@ def test_a_dry_run_shows_the_commands_and_writes_nothing(here, capsys):
     line = "python train_stub.py base.yaml lr=0.25 train.seed=1 train.output_dir=out/low/seed_1/run optim.total_iters=3"
     assert line in shown
     assert not Path("out").exists()
+
+
+def test_a_method_that_keeps_the_contract_joins_by_an_entry(tmp_path, monkeypatch, capsys):
+    """The real loop, export and evaluation, of a method that this repository does not have."""
+    toy_method.write_config(tmp_path / "toy.yaml", make_images(tmp_path / "images"))
+    (tmp_path / "eval_fake.py").write_text(textwrap.dedent(FAKE_EVALUATION.format(root=str(ROOT))))
+    toy = {
+        "script": toy_method.__file__, "model_path": toy_method.__file__, "weights": "student.pth",
+        "configs": ["toy.yaml"], "overrides": [*TINY_TRAINING, "optim.lr_schedule.warmup_iters=0.5"],
+    }  # fmt: skip
+    table = {
+        "output_dir": "out", "title": "A toy", "budget": {"images": 10}, "trainings": {"toy": toy},
+        "evaluations": {"fake": {"file": "eval_fake.py"}}, "scores": {"sum": "fake/sum/top1"}, "device": "cpu",
+        "num_workers": 0,
+    }  # fmt: skip
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert compare.main(["table.yaml"]) == 0
+    assert results()["rows"]["toy"]["mean"].keys() == {"sum", "images", "CPU minutes"}
+    assert results()["rows"]["toy"]["mean"]["images"] == 8, "2 steps of 4 images are nearest to 10"
+    assert '<section aria-labelledby="scores">' in Path("out/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("script", "tables", "num"),
+    [
+        (compare, ["four_methods.yaml"], 4),
+        (compare, ["four_methods.yaml", "four_methods_cpu.yaml", "camvid.yaml"], 4),
+        (ablate, ["paper_choices.yaml"], 19),
+    ],
+)
+def test_the_shipped_tables_name_scripts_configurations_and_keys_that_exist(script, tables, num, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert script.main([*(f"experiments/{table}" for table in tables), "--dry-run"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    python train_")]
+    assert len(lines) == num
+    table = load_config(TableConfig, None, [f"experiments/{table}" for table in tables])
+    for name, entry in table.evaluations.items():
+        check_evaluation(name, entry)
+    assert all(place.split("/")[0] in table.evaluations for place in table.scores.values())
 
 
 # Slurm.

@@ -14,7 +14,7 @@ from ranks import run_on_ranks
 from runs import FAKE_EVALUATION, TINY_TRAINING, assert_same_run, make_images, metrics_of, run_forked
 
 import training
-from config import DEFAULT_PRETRAIN_CONFIG, load_config
+from config import load_config
 
 
 @pytest.fixture(scope="module")
@@ -23,19 +23,7 @@ def place(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("toy")
     make_images(root / "images")
     (root / "eval_fake.py").write_text(textwrap.dedent(FAKE_EVALUATION.format(root=str(ROOT))))
-    content = yaml.safe_load(DEFAULT_PRETRAIN_CONFIG.read_text())
-    own = {
-        "optim": ("weight_decay", "patch_embed_lr_mult", "rope_lr_mult", "layernorm_wd_mult", "momentum_schedule"),
-        "data": ("mask_ratio", "prediction_subsampling", "masking_generator", "masking_generator_kwargs"),
-    }
-    for section, keys in own.items():
-        for key in keys:
-            del content[section][key]
-    del content["capi"]
-    content["model"] = {"patch_size": 4, "embed_dim": 8}
-    content["data"] |= {"dataset": str(root / "images"), "images_size": 16}
-    content["evals"] = None
-    (root / "toy.yaml").write_text(yaml.safe_dump(content))
+    toy_method.write_config(root / "toy.yaml", root / "images")
     return root
 
 

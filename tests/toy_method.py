@@ -11,12 +11,14 @@ with command_line(__doc__, __name__) as parser:
 import functools
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
 
-from config import TrainingConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, TrainingConfig, load_config
 from data import PretrainLoader
 from distributed import mean_over_ranks
 from masking import MaskPlan, PatchMasks, Uniform
@@ -37,6 +39,23 @@ class ToyConfig(TrainingConfig):
     EXPORTS = ("student",)
 
     model: ToyModelConfig
+
+
+def write_config(path: Path, images: Path) -> None:
+    """A configuration of the toy that trains on a folder of images: the default one without what is CAPI's."""
+    content = yaml.safe_load(DEFAULT_PRETRAIN_CONFIG.read_text())
+    own = {
+        "optim": ("weight_decay", "patch_embed_lr_mult", "rope_lr_mult", "layernorm_wd_mult", "momentum_schedule"),
+        "data": ("mask_ratio", "prediction_subsampling", "masking_generator", "masking_generator_kwargs"),
+    }
+    for section, keys in own.items():
+        for key in keys:
+            del content[section][key]
+    del content["capi"]
+    content["model"] = {"patch_size": 4, "embed_dim": 8}
+    content["data"] |= {"dataset": str(images), "images_size": 16}
+    content["evals"] = None
+    path.write_text(yaml.safe_dump(content))
 
 
 class Backbone(nn.Module):
