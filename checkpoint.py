@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from config import changed_keys
+from config import changed_keys, merge
 from distributed import (
     all_reduce_sum_,
     gather_objects,
@@ -118,6 +118,8 @@ class Checkpoints:
         output_dir: folder of the run, on a file system that all ranks share.
         keep: how many of the newest checkpoints stay on disk; so does the one that the user chose to go on from.
         model_keys: keys and sections of the configuration that say which weights there are; see `check_compatible`.
+        later_keys: keys that the configurations of earlier checkpoints may lack, as nested dicts, with their values
+            there.
         async_save: save in the background. All ranks must then construct the object together, and `close` it, or use
             it as a context.
     """
@@ -126,14 +128,20 @@ class Checkpoints:
     """The checkpoint that this object loaded or finished saving last."""
 
     def __init__(
-        self, output_dir: str | Path, *, keep: int, model_keys: Sequence[str] = ("model",), async_save: bool = False
+        self,
+        output_dir: str | Path,
+        *,
+        keep: int,
+        model_keys: Sequence[str] = ("model",),
+        later_keys: Mapping[str, Any] | None = None,
+        async_save: bool = False,
     ) -> None:
         assert keep >= 1
         self.output_dir = Path(output_dir)
         self.directory = self.output_dir / "checkpoints"
         self._home = self.output_dir.stat() if self.output_dir.is_dir() else None
         self.keep = keep
-        self.model_keys = model_keys
+        self.model_keys, self.later_keys = model_keys, dict(later_keys or {})
         self.finished = None
         self._thread = _one_thread() if async_save else None
         self._group = _group_of_the_thread() if async_save and is_distributed() else None
@@ -355,7 +363,7 @@ class Checkpoints:
                 extra=saved["extra"],
                 rank_extra=saved["rank_extra"],
                 world_size=saved["world_size"],
-                config=yaml.safe_load((path / "config.yaml").read_text()),
+                config=merge(self.later_keys, yaml.safe_load((path / "config.yaml").read_text())),
             )
         except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
             raise UserError(

@@ -4,7 +4,7 @@ Blocks and encoders are those of model.py, for every method; the step is CAPI's.
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class StepShape:
     in_chans: int = 3
     drop_path_rate: float = 0.0
     """For drop_path_type=efficient, whose skipped branches cost nothing; leave it at 0 for naive."""
+    predictor: str = "cross"
+    """As `model.EncoderDecoder` has it: cross, split or fused."""
 
 
 NumberT = TypeVar("NumberT", int, float)
@@ -61,6 +63,25 @@ def encoder_flops_per_image(shape: StepShape) -> int:
     return _embedding_flops(shape) + shape.encoder_depth * block_flops(shape.embed_dim, num_tokens, num_tokens)
 
 
+class _Tower(NamedTuple):
+    """What runs in the student for every image: so many blocks, tokens that attend, and tokens that they attend to."""
+
+    depth: int
+    queries: int
+    context: int
+
+
+def _student_towers(shape: StepShape) -> list[_Tower]:
+    """Encoder and predictor, as `model.EncoderDecoder` runs them."""
+    shown, everything = shape.num_visible + shape.num_registers, shape.num_patches + shape.num_registers
+    if shape.predictor == "fused":
+        return [_Tower(shape.encoder_depth, everything, everything)]
+    encoder = _Tower(shape.encoder_depth, shown, shown)
+    if shape.predictor == "split":
+        return [encoder, _Tower(shape.decoder_depth, shown + shape.num_predict, shown + shape.num_predict)]
+    return [encoder, _Tower(shape.decoder_depth, shape.num_predict, shown)]
+
+
 def step_flops_per_image(shape: StepShape, batch_size: int | None = None) -> dict[str, int | float]:
     """Model FLOPs of the parts of one CAPI step per image: matmuls alone, recomputation not counted.
 
@@ -72,9 +93,8 @@ def step_flops_per_image(shape: StepShape, batch_size: int | None = None) -> dic
         gradient. `student`: encoder on visible patches, predictor and head, forward and backward, a backward pass being
         two forward passes.
     """
-    d, context = shape.embed_dim, shape.num_visible + shape.num_registers
-    blocks = shape.encoder_depth * block_flops(d, context, context)
-    blocks += shape.decoder_depth * block_flops(d, shape.num_predict, context)
+    d = shape.embed_dim
+    blocks = sum(depth * block_flops(d, queries, context) for depth, queries, context in _student_towers(shape))
     student_head = 2 * shape.num_predict * d * shape.num_clusters
     clustering_head = 2 * shape.num_patches * d * shape.num_clusters
     # The image needs no gradient either: the student's embedding costs forward and weight gradient, of all patches.
@@ -95,16 +115,16 @@ def training_flops_per_image(shape: StepShape, batch_size: int | None = None) ->
 
 def attention_recomputation_per_image(shape: StepShape, batch_size: int | None = None) -> int | float:
     """FLOPs that fused attention adds in the student's backward pass, which are no model FLOPs: the scores again."""
-    context = shape.num_visible + shape.num_registers
-    queries = shape.encoder_depth * context + shape.decoder_depth * shape.num_predict
-    return _kept(shape, batch_size) * 2 * shape.embed_dim * queries * context
+    scores = sum(depth * queries * context for depth, queries, context in _student_towers(shape))
+    return _kept(shape, batch_size) * 2 * shape.embed_dim * scores
 
 
 def num_backbone_parameters(shape: StepShape) -> int:
     """Parameters of `model.EncoderDecoder` with RMSNorm and blocks without biases (the defaults)."""
     d = shape.embed_dim
     matrices, norms, rotary_frequencies = 12 * d * d, 2 * d, 2 * (d // shape.num_heads)
-    blocks = (shape.encoder_depth + shape.decoder_depth) * (matrices + norms + rotary_frequencies)
+    depth = sum(tower.depth for tower in _student_towers(shape))
+    blocks = depth * (matrices + norms + rotary_frequencies)
     mask_token, patch_embedding = d, shape.in_chans * shape.patch_size**2 * d + d
     return blocks + patch_embedding + shape.num_registers * d + mask_token
 
@@ -129,11 +149,12 @@ def device_memory_estimate(
     head = shape.num_clusters * (d + 1)  # one per prototype more: a bias in the teacher's, a magnitude in the student's
     student = num_backbone_parameters(shape) + head
     state = 4 * (4 * (student + head) + student) / world_size
-    # Values per channel that a block keeps of each of its tokens, and in the predictor of each context token (keys and
-    # values). Without recomputation they were counted on the model with saved_tensors_hooks.
-    own, context = (10, 2) if recompute else (28, 8)
-    values = (shape.num_visible + shape.num_registers) * (shape.encoder_depth * own + shape.decoder_depth * context)
-    values += shape.num_predict * shape.decoder_depth * own
+    # Values per channel that a block keeps of each of its tokens, and in the cross-attention predictor of each context
+    # token (keys and values). Without recomputation they were counted on the model with saved_tensors_hooks.
+    own, of_context = (10, 2) if recompute else (28, 8)
+    values = sum(tower.depth * own * tower.queries for tower in _student_towers(shape))
+    if shape.predictor == "cross":
+        values += shape.decoder_depth * of_context * (shape.num_visible + shape.num_registers)
     activations = batch_size * (values * d * param_bytes + 3 * 4 * shape.num_predict * shape.num_clusters)
     logits = 4 * batch_size * shape.num_clusters  # of one position
     budget = 2**28 if world_size == 1 else 2**30  # as clustering.OnlineClustering takes them on a GPU

@@ -103,6 +103,7 @@ VIT_L14: dict[str, _Any] = {
     "register_coordinates": "edge",
     "scale_reg_to_visible": True,
     "out_layer": -1,
+    "predictor": "cross",
     "transformers_kwargs": {
         "embed_dim": 1024,
         "drop_path_rate": 0.2,

@@ -1,4 +1,4 @@
-"""The CAPI backbone: a ViT encoder with registers and rotary embedding, and its cross-attention predictor.
+"""The CAPI backbone: a ViT encoder with registers and rotary embedding, and its predictor, as published or another.
 
 Needs torch alone. It knows nothing of configs, ranks or training; `train_capi.py` and `fsdp.py` act on it from outside.
 This file is also a model file in the sense of the evaluations: `load_model` builds a backbone from weights on disk.
@@ -355,7 +355,7 @@ class Transformer(_Tower):
 class Predictor(_Tower):
     """CAPI's predictor (arXiv:2502.08769, section 3): queries attend to the encoder's output, not to each other.
 
-    What is predicted at one position hence does not depend on which others are predicted.
+    What is predicted at one position hence does not depend on which others are predicted. `predictor=cross`.
     """
 
     def forward(
@@ -371,6 +371,38 @@ class Predictor(_Tower):
         """Run the first `num_blocks` blocks (default all), each with its part of `drop_path`."""
         layers = None if num_blocks is None else [num_blocks]
         return self.run(queries, coords, context, context_coords, layers=layers, drop_path=drop_path)[0]
+
+
+class SplitPredictor(_Tower):
+    """A predictor as MAE's decoder (arXiv:2111.06377): queries and the encoder's output attend to each other.
+
+    Its blocks have the weights of those of `Predictor`, and run on the encoder's tokens as well. `predictor=split`.
+    """
+
+    def forward(
+        self,
+        queries: Float[Tensor, "b m d"],
+        coords: Float[Tensor, "#b m 2"],
+        context: Float[Tensor, "b nc d"],
+        context_coords: Float[Tensor, "#b nc 2"],
+        *,
+        num_blocks: int | None = None,
+        drop_path: Shaped[Tensor, "layers 2 ..."] | None = None,
+    ) -> Float[Tensor, "b m d"]:
+        """Called as `Predictor`."""
+        sets = max(len(coords), len(context_coords))  # one for all images where both have one
+        together = torch.cat([part.expand(sets, -1, -1) for part in (context_coords, coords)], dim=1)
+        layers = None if num_blocks is None else [num_blocks]
+        tokens = self.run(torch.cat([context, queries], dim=1), together, layers=layers, drop_path=drop_path)[0]
+        return tokens[:, context.shape[1] :]
+
+
+PREDICTORS: dict[str, type[Predictor] | type[SplitPredictor] | None] = {
+    "cross": Predictor,
+    "split": SplitPredictor,
+    "fused": None,
+}
+"""What predicts, by its name in `model.predictor`; None for the encoder itself."""
 
 
 class Backbone(nn.Module):
@@ -526,7 +558,15 @@ class EncoderDecoder(Backbone):
         scale_reg_to_visible: map their coordinates into the bounding box of each image's visible patches.
         transformers_kwargs: what both towers share: `embed_dim`, `drop_path_rate`, `block_kwargs`.
         encoder_kwargs: the encoder's `depth`.
-        decoder_kwargs: the predictor's `depth`.
+        decoder_kwargs: the predictor's `depth`; with `predictor=fused` there is none.
+        predictor: how the student predicts, the paper's comparison. The kept encoder is of one size, under the same
+            names, in all of them.
+            `cross`: mask tokens attend to the encoder's output, which saw the visible patches alone; as published.
+            `split`: they and the encoder's output attend to each other, as in MAE; mask tokens stand at the predicted
+            positions.
+            `fused`: they stand at all hidden positions in the encoder's input, as in BEiT and iBOT, and its output at
+            the predicted ones is the prediction; registers are those of a whole image. There is no tower beside the
+            encoder, whose depth stays: one as deep as both together would be another encoder to evaluate.
         out_layer: which layer's output is the feature, modulo depth + 1; 0 is the embedding, -1 the last layer.
 
     Raises: UserError on an impossible combination.
@@ -570,6 +610,7 @@ features, and a student predicts the clusters of hidden patches.""",
         norm_layer_kwargs: Mapping[str, Any] | None = None,
         final_norm_kwargs: Mapping[str, Any] | None = None,
         out_layer: int = -1,
+        predictor: str = "cross",
     ) -> None:
         super().__init__()
         self.arguments = {
@@ -585,7 +626,10 @@ features, and a student predicts the clusters of hidden patches.""",
             "norm_layer_kwargs": norm_layer_kwargs,
             "final_norm_kwargs": final_norm_kwargs,
             "out_layer": out_layer,
+            "predictor": predictor,
         }
+        if predictor not in PREDICTORS:
+            raise UserError(f"predictor={predictor!r} must be one of {', '.join(PREDICTORS)}")
         if norm_layer_type not in ("RMSNorm", "LayerNorm"):
             raise UserError(f"norm_layer_type={norm_layer_type!r}: must be one of RMSNorm, LayerNorm")
         norm_type = getattr(nn, norm_layer_type)
@@ -607,8 +651,11 @@ features, and a student predicts the clusters of hidden patches.""",
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.encoder = Transformer(norm_layer=norm_layer, **transformers_kwargs, **encoder_kwargs)
         self.enc_norm = norm_type(embed_dim, **(norm_kwargs | final_kwargs))
-        self.decoder = Predictor(norm_layer=norm_layer, **transformers_kwargs, **decoder_kwargs)
-        self.dec_norm = norm_type(embed_dim, **(norm_kwargs | final_kwargs))
+        self.decoder = self.dec_norm = None
+        tower = PREDICTORS[predictor]
+        if tower is not None:
+            self.decoder = tower(norm_layer=norm_layer, **transformers_kwargs, **decoder_kwargs)
+            self.dec_norm = norm_type(embed_dim, **(norm_kwargs | final_kwargs))
         self.init_weights()
 
     @torch.no_grad()
@@ -625,7 +672,7 @@ features, and a student predicts the clusters of hidden patches.""",
                 for name, parameter in module.norm.named_parameters():
                     nn.init.ones_(parameter) if name == "weight" else nn.init.zeros_(parameter)
         for final_norm in (self.enc_norm, self.dec_norm):
-            for name, parameter in final_norm.named_parameters():
+            for name, parameter in () if final_norm is None else final_norm.named_parameters():
                 nn.init.ones_(parameter) if name == "weight" else nn.init.zeros_(parameter)
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
         assert self.patch_embed.bias is not None
@@ -640,16 +687,20 @@ features, and a student predicts the clusters of hidden patches.""",
         Args:
             x: normalised images; both sides must be multiples of the patch size.
 
-        Returns: `Features`: `global_repr` is the mean over all positions of the first predictor block's output;
-            `registers` and `feature_map` come from `out_layer`. All went through the final norm of their tower.
+        Returns: `Features`: `global_repr` is the mean over all positions of the first predictor block's output, or, if
+            there is no predictor, of the encoder's; `registers` and `feature_map` come from `out_layer`. All went
+            through the final norm of their tower.
         """
         patches, hp, wp = self._embed_patches(x)
         coords = grid_coordinates(hp, wp, x.device)
         tokens, token_coords = self._prepend_registers(patches, coords)
         outputs = self.encoder.run(tokens, token_coords, layers={self.out_layer, self.n_blocks})
         normed = [self.enc_norm(output) for output in outputs]  # of one layer, or of two
-        queries = self.mask_token.expand(x.shape[0], hp * wp, -1)
-        predicted = self.dec_norm(self.decoder(queries, coords, normed[-1], token_coords, num_blocks=1))
+        if self.decoder is None or self.dec_norm is None:
+            predicted = normed[-1][:, self.n_registers :]
+        else:
+            queries = self.mask_token.expand(x.shape[0], hp * wp, -1)
+            predicted = self.dec_norm(self.decoder(queries, coords, normed[-1], token_coords, num_blocks=1))
         registers, feature_map = normed[0].split([self.n_registers, hp * wp], dim=1)
         return Features(predicted.mean(dim=1), registers, feature_map.unflatten(1, (hp, wp)))
 
@@ -673,6 +724,8 @@ features, and a student predicts the clusters of hidden patches.""",
 
         Returns: encoder output at the visible patches in the given order, and predictions or None.
         """
+        if self.decoder is None or self.dec_norm is None:
+            return self._forward_fused(x, visible_indices, predict_indices if do_prediction else None, drop_path)
         b = x.shape[0]
         patches, hp, wp = self._embed_patches(x)
         grid = grid_coordinates(hp, wp, x.device)
@@ -692,6 +745,27 @@ features, and a student predicts the clusters of hidden patches.""",
         predictor_drop_path = None if drop_path is None else drop_path[self.n_blocks :]
         predicted = self.decoder(queries, query_coords, encoded, token_coords, drop_path=predictor_drop_path)
         return encoder_patches, self.dec_norm(predicted).flatten(0, 1)
+
+    def _forward_fused(
+        self,
+        x: Float[Tensor, "b c h w"],
+        visible_indices: Int[Tensor, " visible"] | None,
+        predict_indices: Int[Tensor, " predicted"] | None,
+        drop_path: Shaped[Tensor, "layers 2 ..."] | None,
+    ) -> tuple[Float[Tensor, "b v d"], Float[Tensor, "predicted d"] | None]:
+        """`forward_pretrain` where the encoder itself predicts: hidden patches are mask tokens in its input."""
+        b = x.shape[0]
+        patches, hp, wp = self._embed_patches(x)
+        if visible_indices is not None:
+            is_visible = torch.zeros(b * hp * wp, 1, dtype=torch.bool, device=x.device)
+            is_visible = is_visible.index_fill(0, visible_indices, True).unflatten(0, (b, -1))
+            patches = torch.where(is_visible, patches, self.mask_token.to(patches.dtype))
+        tokens, token_coords = self._prepend_registers(patches, self._grid_coordinates(hp, wp, x.device))
+        encoded = self.enc_norm(self.encoder(tokens, token_coords, drop_path))[:, self.n_registers :]
+        every_patch = encoded.flatten(0, 1)  # [b*n, d], image-major
+        if visible_indices is not None:
+            encoded = every_patch[visible_indices].unflatten(0, (b, -1))
+        return encoded, None if predict_indices is None else every_patch[predict_indices]
 
     def draw_drop_path(self, b: int, generator: torch.Generator) -> Shaped[Tensor, "layers 2 ..."] | None:
         """On which images of a batch each branch of each block runs in training; None if on all.

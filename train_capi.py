@@ -57,7 +57,7 @@ from distributed import all_reduce_sum_, mean_over_ranks, rank, world_size
 from flops import StepShape, device_memory_estimate, training_flops_per_image
 from masking import MaskPlan, PatchMasks, draw_positions, make_masking_generator
 from metrics import feature_health
-from model import EncoderDecoder, RotaryEmbedding
+from model import PREDICTORS, EncoderDecoder, RotaryEmbedding
 from optim import ema_update_, make_adamw, multipliers, scheduled, set_rates_
 from pictures import PatchPredictor, Prediction
 from report import Panel
@@ -236,6 +236,9 @@ class ModelConfig:
     """edge (spread over the border of the image, so a multiple of 4) or zeros."""
     scale_reg_to_visible: bool
     out_layer: int = field(metadata=within())
+    predictor: str = field(metadata=one_of(*PREDICTORS))
+    """cross: mask tokens attend to the encoder's output, as published. split: both attend to each other, as in MAE.
+    fused: mask tokens are in the encoder's input, as in BEiT and iBOT; decoder_kwargs then say nothing."""
     transformers_kwargs: TransformersConfig
     encoder_kwargs: DepthConfig
     decoder_kwargs: DepthConfig
@@ -363,6 +366,7 @@ class CapiState(TrainState[CapiConfig]):
     """
 
     MODEL_KEYS = ("model", "capi.num_clusters", "capi.clustering_kwargs.bias")
+    LATER_KEYS: ClassVar[dict[str, Any]] = {"model": {"predictor": "cross"}}
 
     def __init__(
         self, cfg: CapiConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
@@ -621,6 +625,7 @@ def step_shape(cfg: CapiConfig) -> StepShape:
         num_clusters=cfg.capi.num_clusters,
         in_chans=cfg.model.in_chans,
         drop_path_rate=towers.drop_path_rate if towers.block_kwargs.drop_path_type == "efficient" else 0.0,
+        predictor=cfg.model.predictor,
     )
 
 

@@ -95,6 +95,8 @@ class TrainState(Generic[ConfigT]):
 
     MODEL_KEYS: ClassVar[tuple[str, ...]] = ("model",)
     """Keys and sections of the configuration that say which weights there are."""
+    LATER_KEYS: ClassVar[dict[str, Any]] = {}
+    """Keys that earlier checkpoints lack, as nested dicts, with the values that those were trained with."""
 
     def __init__(self, cfg: ConfigT, device: torch.device, *, compiled: bool = True) -> None:
         efficiency = cfg.efficiency
@@ -469,7 +471,12 @@ def export_newest(state: TrainState[Any], output_dir: Path) -> list[Path]:
     Raises: UserError if there is none.
     """
     cfg = state.cfg
-    checkpoints = Checkpoints(output_dir, keep=cfg.train.checkpointing.max_to_keep, model_keys=state.MODEL_KEYS)
+    checkpoints = Checkpoints(
+        output_dir,
+        keep=cfg.train.checkpointing.max_to_keep,
+        model_keys=state.MODEL_KEYS,
+        later_keys=state.LATER_KEYS,
+    )
     if restore(state, checkpoints) is None:
         raise UserError(f"train.output_dir={cfg.train.output_dir!r} has no checkpoint to export; train first")
     return export_all(state, output_dir)
@@ -526,7 +533,11 @@ class Run:
         check_decode(cfg.data.decode, self.device)
         saving = cfg.train.checkpointing
         self.checkpoints = Checkpoints(
-            output_dir, keep=saving.max_to_keep, async_save=saving.async_save, model_keys=state.MODEL_KEYS
+            output_dir,
+            keep=saving.max_to_keep,
+            async_save=saving.async_save,
+            model_keys=state.MODEL_KEYS,
+            later_keys=state.LATER_KEYS,
         )
         self.meters = Metrics(output_dir, cfg.train.loggers, config=dataclasses.asdict(cfg), enabled=rank() == 0)
         state.parts["metrics"] = self.meters

@@ -73,6 +73,7 @@ METHODS = {
         return golden_batches()
 """,
 }
+METHODS |= {kind: METHODS["capi"] + f"\n    own.append('model.predictor={kind}')\n" for kind in ("split", "fused")}
 """For each method: its configuration, state and step; arguments of its own; its losses, and weights whose gradient is 0
 but for rounding; and what it trains on."""
 
@@ -116,7 +117,9 @@ def run_code(code):
 
 @needs_compiler
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("method", ["capi", *(pytest.param(name, marks=pytest.mark.slow) for name in ("stop", "cae"))])
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name == "capi" else [pytest.mark.slow]) for name in METHODS]
+)
 def test_compiled_steps_equal_eager_steps(method):
     run_code(METHODS[method] + COMPARE)
 

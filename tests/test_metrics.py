@@ -567,6 +567,7 @@ def _model(shape: StepShape) -> EncoderDecoder:
         },
         encoder_kwargs={"depth": shape.encoder_depth},
         decoder_kwargs={"depth": shape.decoder_depth},
+        predictor=shape.predictor,
     ).train()
 
 
@@ -585,9 +586,11 @@ def _student_loss(model: EncoderDecoder, head: nn.Module, shape: StepShape, b: i
 
 
 @pytest.mark.skipif("_for_cpu" not in str(list(flop_registry)), reason="this torch does not count attention on a CPU")
-@pytest.mark.parametrize("drop_path_rate", [0.0, 0.25, 0.3])
-def test_training_flops_are_those_torch_counts_on_the_model(drop_path_rate):
-    shape, b = replace(SMALL, drop_path_rate=drop_path_rate), 8
+@pytest.mark.parametrize(
+    ("drop_path_rate", "predictor"), [(0.0, "cross"), (0.25, "cross"), (0.3, "cross"), (0.3, "split"), (0.3, "fused")]
+)
+def test_training_flops_are_those_torch_counts_on_the_model(drop_path_rate, predictor):
+    shape, b = replace(SMALL, drop_path_rate=drop_path_rate, predictor=predictor), 8
     d, k = shape.embed_dim, shape.num_clusters
     model, head = _model(shape), L2NormLinear(d, k)
     clustering = OnlineClustering(d, k, bias=True, n_sk_iter=3, target_temp=0.06, pred_temp=0.12)
@@ -613,14 +616,15 @@ def test_flops_expect_what_drop_path_keeps_on_average():
 
 
 def test_parameters_are_those_of_the_model():
-    for shape in (SMALL, PUBLISHED):
+    for shape in (SMALL, PUBLISHED, *(replace(SMALL, predictor=kind) for kind in ("split", "fused"))):
         with torch.device("meta"):
             model = _model(shape)
         assert num_backbone_parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_the_memory_estimate_is_close_to_what_the_student_keeps_for_its_backward_pass():
-    shape = replace(SMALL, num_clusters=8192, num_patches=144, num_visible=50)
+@pytest.mark.parametrize("predictor", ["cross", "split", "fused"])
+def test_the_memory_estimate_is_close_to_what_the_student_keeps_for_its_backward_pass(predictor):
+    shape = replace(SMALL, num_clusters=8192, num_patches=144, num_visible=50, predictor=predictor)
     model, head = _model(shape), L2NormLinear(shape.embed_dim, shape.num_clusters)
     kept: dict[int, int] = {}
     alive: list[torch.Tensor] = []

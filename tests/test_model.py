@@ -1,5 +1,6 @@
 """model.py against the golden numbers, and its properties."""
 
+import copy
 import math
 import re
 import textwrap
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clustering import L2NormLinear, OnlineClustering
-from model import EncoderDecoder, RotaryEmbedding, edge_coordinates, grid_coordinates, load_model
+from model import PREDICTORS, EncoderDecoder, RotaryEmbedding, edge_coordinates, grid_coordinates, load_model
 from utils import UserError
 from weights import load_backbone_weights, save_safetensors
 
@@ -348,8 +349,9 @@ def test_angles_of_whole_images_are_computed_for_one_and_are_those_of_each(train
         assert torch.equal(one_for_all, own)
 
 
-def test_masked_patches_do_not_reach_the_student():
-    model = tiny_model().eval()
+@pytest.mark.parametrize("kind", PREDICTORS)
+def test_masked_patches_do_not_reach_the_student(kind):
+    model = tiny_model(predictor=kind).eval()
     images = torch.randn(1, 3, 8, 8, generator=seeded(0))
     visible, predict = torch.tensor([0, 1]), torch.tensor([2, 3])
     changed = images.clone()
@@ -362,8 +364,126 @@ def test_masked_patches_do_not_reach_the_student():
         assert torch.equal(a, b)
 
 
-def test_every_parameter_gets_a_gradient():
-    model = tiny_model()
+# --- How the student predicts
+
+
+def plain_block(
+    block: Any, x: Tensor, coords: Tensor, context: Tensor | None = None, context_coords: Tensor | None = None
+) -> Tensor:
+    """A block on the tokens `[n, d]` of one image, head by head, as the definition has it."""
+    attention, (norm1, norm2) = block.residual1.fn, (block.residual1.norm, block.residual2.norm)
+
+    def turned(tokens: Tensor, where: Tensor) -> Tensor:
+        angles = where.double() @ attention.rope.freqs
+        (x1, x2), (a1, a2) = tokens.chunk(2, dim=-1), angles.chunk(2, dim=-1)
+        return torch.cat([x1 * a1.cos() - x2 * a1.sin(), x2 * a2.cos() + x1 * a2.sin()], dim=-1)
+
+    own = norm1(x)
+    context, context_coords = (own, coords) if context is None else (context, context_coords)
+    heads = []
+    projected = attention.q_proj(own), attention.k_proj(context), attention.v_proj(context)
+    for q, k, v in zip(*(tokens.chunk(attention.num_heads, dim=-1) for tokens in projected), strict=True):
+        scores = turned(q, coords) @ turned(k, context_coords).T / math.sqrt(q.shape[-1])
+        heads.append(scores.softmax(dim=-1) @ v)
+    x = x + attention.proj(torch.cat(heads, dim=-1))
+    mlp = block.residual2.fn
+    return x + mlp.fc2(nn.functional.gelu(mlp.fc1(norm2(x))))
+
+
+def plain_predictions(model: EncoderDecoder, kind: str, image: Tensor, visible: list[int], hidden: list[int]) -> Tensor:
+    """What is predicted of one image, from the definition of each predictor; `model` is in float64."""
+    patches = model.patch_embed(image[None])[0].flatten(1).T
+    rows = torch.linspace(0, 1, image.shape[1] // 4)
+    grid = torch.cartesian_prod(rows, torch.linspace(0, 1, image.shape[2] // 4))
+    shown = list(range(len(grid))) if kind == "fused" else visible
+    low, high = grid[shown].amin(0), grid[shown].amax(0)
+    coords = torch.cat([low + edge_coordinates(4, "edge") * (high - low), grid[shown]])
+    if kind == "fused":
+        patches = torch.stack([patches[i] if i in visible else model.mask_token[0] for i in shown])
+    else:
+        patches = patches[visible]
+    x = torch.cat([model.registers[0], patches])
+    for block in model.encoder.blocks:
+        x = plain_block(block, x, coords)
+    x = model.enc_norm(x)
+    if kind == "fused":
+        return x[4:][hidden]
+    queries = model.mask_token.expand(len(hidden), -1)
+    if kind == "cross":
+        for block in model.decoder.blocks:
+            queries = plain_block(block, queries, grid[hidden], x, coords)
+        return model.dec_norm(queries)
+    everything, everywhere = torch.cat([x, queries]), torch.cat([coords, grid[hidden]])
+    for block in model.decoder.blocks:
+        everything = plain_block(block, everything, everywhere)
+    return model.dec_norm(everything[-len(hidden) :])
+
+
+@pytest.mark.parametrize("kind", PREDICTORS)
+def test_predictions_are_those_of_the_definition_of_each_predictor(kind):
+    torch.manual_seed(0)
+    model = tiny_model(predictor=kind)
+    images = torch.randn(2, 3, 12, 16, generator=seeded(0))
+    visible, hidden = [[0, 1, 4, 5], [6, 3, 10, 11]], [[2, 11, 7], [0, 9, 8]]
+    flat = [torch.tensor([12 * i + patch for i in range(2) for patch in patches[i]]) for patches in (visible, hidden)]
+    _, actual = model.forward_pretrain(images, *flat, do_prediction=True)
+    weights = torch.randn(actual.shape, generator=seeded(1))
+    plain = copy.deepcopy(model).double()
+    rows = [plain_predictions(plain, kind, images[i].double(), visible[i], hidden[i]) for i in range(2)]
+    torch.testing.assert_close(actual.double(), torch.cat(rows), atol=1e-5, rtol=1e-5)
+    (actual * weights).sum().backward()
+    (torch.cat(rows) * weights).sum().backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() < 1e-4 * q.grad.norm(), name
+
+
+@pytest.mark.parametrize("kind", PREDICTORS)
+def test_only_queries_of_the_split_predictor_see_which_others_are_predicted(kind):
+    model = tiny_model(predictor=kind).eval()
+    images, visible = torch.randn(1, 3, 8, 8, generator=seeded(0)), torch.tensor([0, 1])
+    beside, alone = (
+        model.forward_pretrain(images, visible, torch.tensor(hidden), do_prediction=True)[1][0]
+        for hidden in ([2, 3], [2])
+    )
+    assert torch.allclose(beside, alone, atol=1e-6) == (kind != "split")
+    teacher = model.forward_pretrain(images)[0]
+    assert torch.equal(teacher, model(images).feature_map.flatten(1, 2)), "whole images have no mask tokens"
+
+
+def test_the_encoder_has_its_published_names_whatever_predicts(golden):
+    _, published = golden
+    names = {kind: tiny_model(predictor=kind).state_dict().keys() for kind in PREDICTORS}
+    assert names["cross"] == names["split"]
+    towers = ("decoder.", "dec_norm.")
+    assert names["fused"] == {key for key in names["cross"] if not key.startswith(towers)}
+    prefixes = {key.partition(".")[0] for key in published.state_dict()}
+    assert {key.partition(".")[0] for key in names["fused"]} == prefixes - {"decoder"}
+
+
+@pytest.mark.parametrize("kind", PREDICTORS)
+def test_a_model_is_rebuilt_with_its_predictor(kind, tmp_path):
+    model, images = tiny_model(predictor=kind).eval(), torch.randn(1, 3, 8, 12)
+    model.save_pretrained(tmp_path / "hub")
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    override = {"model": {k: v for k, v in model.arguments.items() if v is not None}}
+    for loaded in (
+        EncoderDecoder.from_pretrained(tmp_path / "hub"),
+        load_model(pretrained_weights=tmp_path / "w.pth", config_override=override),
+    ):
+        for actual, expected in zip(loaded(images), model(images), strict=True):
+            assert torch.equal(actual, expected)
+    if kind == "fused":
+        assert torch.equal(model(images).global_repr, model(images).feature_map.mean(dim=(1, 2)))
+
+
+def test_a_predictor_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match="predictor='mlp' must be one of cross, split, fused"):
+        tiny_model(predictor="mlp")
+
+
+@pytest.mark.parametrize("kind", PREDICTORS)
+def test_every_parameter_gets_a_gradient(kind):
+    model = tiny_model(predictor=kind)
     images = torch.randn(2, 3, 8, 8)
     _, predictions = model.forward_pretrain(
         images, torch.tensor([0, 1, 5, 6]), torch.tensor([2, 7]), do_prediction=True

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -363,6 +364,42 @@ def test_saving_in_the_background_changes_nothing(images, tmp_path):
     assert_same_run(tmp_path, tmp_path / "plain")
 
 
+VARIANTS = {
+    "split": ["model.predictor=split"],
+    "fused": ["model.predictor=fused"],
+}
+"""The paper's other choices, by their names here."""
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_with_another_choice_of_the_paper_resumes_exactly_and_its_export_loads(images, tmp_path, variant):
+    from model import load_model
+
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert run_main(tiny(images, straight, *VARIANTS[variant], DROP_PATH)) == 0
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step_000000006")  # as if it had been killed after step 4
+    assert run_main(tiny(images, resumed, *VARIANTS[variant], DROP_PATH)) == 0
+    assert_same_run(resumed, straight)
+    out = load_model(pretrained_weights=straight / "student_ema.pth")(torch.zeros(1, 3, 16, 24))
+    assert out.feature_map.shape == (1, 4, 6, 32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_another_choice_of_the_paper_trains_in_each_precision_with_and_without_recomputation(variant, precision):
+    losses = []
+    for recomputes in ("true", "false"):
+        options = [f"efficiency.param_dtype={precision}", f"efficiency.rematerialization.enabled={recomputes}"]
+        cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*GOLDEN_CONFIG, *VARIANTS[variant], *options])
+        state = train_capi.CapiState(cfg, torch.device("cpu"))
+        for step in range(3):
+            scalars = train_capi.train_step(state, golden_batches(step, 2), hyper_at(step, state.cfg))
+            state.step += 1
+        losses.append([scalars[name].item() for name in ("capi_loss", "clustering_loss", "grad_norm")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_two_runs_cannot_share_an_output_directory(images, tmp_path, capsys):
     arguments = tiny(images, tmp_path / "run", "optim.total_iters=100000")
     run = KillableRun(arguments, tmp_path / "run")
@@ -380,6 +417,24 @@ def test_resuming_with_another_model_names_the_keys(images, finished, capsys):
     error = capsys.readouterr().err
     assert "model.encoder_kwargs.depth is 2 there and 3 now" in error
     assert "Traceback" not in error
+
+
+def test_a_checkpoint_from_before_a_key_resumes_as_what_it_trained(images, finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for checkpoint in (run / "checkpoints").iterdir():
+        config, manifest = checkpoint / "config.yaml", checkpoint / "manifest.json"
+        earlier = config.read_text().replace("  predictor: cross\n", "")
+        assert earlier != config.read_text()
+        config.write_text(earlier)
+        hashes = json.loads(manifest.read_text())
+        content = config.read_bytes()
+        hashes["config.yaml"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest.write_text(json.dumps(hashes))
+    assert run_main(tiny(images, run, "optim.total_iters=8", "model.predictor=split")) == 2
+    assert "model.predictor is 'cross' there and 'split' now" in capsys.readouterr().err
+    assert run_main(tiny(images, run, "optim.total_iters=8")) == 0
+    assert logged_steps(run) == 8
 
 
 def warnings_on_resume(caplog, *changes: str, step: int = 100, world_size: int = 1) -> str:
@@ -761,6 +816,7 @@ BAD_INPUT: list[tuple[list[str], list[str]]] = [
     (["data.dataset=/no/such/folder"], ["data.dataset", "/no/such/folder"]),
     (["data.dataset=imagenet://x"], ["imagenet", "custom"]),
     (["data.masking_generator=Blocky"], ["data.masking_generator", "InverseBlock"]),
+    (["model.predictor=mlp"], ["model.predictor='mlp'", "cross, split, fused"]),
     (["model.n_registers=6"], ["model.n_registers=6", "multiple of 4"]),
     (["train.device=tpu"], ["train.device", "tpu"]),
     (["train.loggers=[tensorbord]"], ["train.loggers", "tensorbord"]),

@@ -131,6 +131,22 @@ def test_a_run_on_ranks_equals_a_run_alone(images, alone, tmp_path, num_ranks, m
 
 
 @pytest.mark.parametrize(
+    ("variant", "mode"),
+    [
+        ("model.predictor=split", "simple"),
+        ("model.predictor=split", "fully_shard"),
+        ("model.predictor=fused", "simple"),
+        ("model.predictor=fused", "fully_shard"),
+    ],
+)
+def test_a_run_with_another_choice_of_the_paper_on_ranks_equals_one_alone(images, tmp_path, variant, mode):
+    for num_ranks in (1, 2):
+        arguments = run_arguments(images, tmp_path / str(num_ranks), variant, f"efficiency.fsdp={mode}")
+        run_on_ranks(train_on_this_rank, num_ranks, [*arguments, "optim.total_iters=3"])
+    assert_close_runs(tmp_path / "2", tmp_path / "1")
+
+
+@pytest.mark.parametrize(
     ("before", "after", "modes"),
     [
         (2, 1, ("simple", "simple")),
