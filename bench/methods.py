@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,19 +160,27 @@ def added_gib_alone(name: str) -> float:
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
+def time_in_turn(
+    steps: Mapping[str, Callable[[], None]], num_turns: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of every step in every turn, by the wall and as all threads ran; a turn before them is not counted."""
+    wall: dict[str, list[float]] = {name: [] for name in steps}
+    processor: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    for _ in range(num_turns):
+        for name, step in steps.items():
+            began = time.process_time()
+            wall[name] += time_steps(step, 1, device)
+            processor[name].append(time.process_time() - began)
+    return wall, processor
+
+
 def report(args: argparse.Namespace, device: torch.device) -> None:
     """Measure all methods, print a table and append a line."""
     memory = {name: added_gib_alone(name) for name in args.method}
     steps = {name: METHODS[name](sources_of(args, device), device) for name in args.method}
-    for repeated in steps.values():
-        repeated.run()
-    wall: dict[str, list[float]] = {name: [] for name in steps}
-    processor: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(args.steps):
-        for name, repeated in steps.items():
-            began = time.process_time()
-            wall[name] += time_steps(repeated.run, 1, device)
-            processor[name].append(time.process_time() - began)
+    wall, processor = time_in_turn({name: repeated.run for name, repeated in steps.items()}, args.steps, device)
     compared = processor if device.type == "cpu" else wall
     first, rows = compared[args.method[0]], []
     for name, repeated in steps.items():

@@ -191,6 +191,22 @@ def test_methods_are_measured_beside_each_other_as_typed(tmp_path):
     assert second["TFLOP per image"] < first["TFLOP per image"], "it sees a quarter of the patches, the other half"
 
 
+def test_predictors_are_measured_beside_what_the_author_reports_as_typed(tmp_path):
+    results = tmp_path / "results.jsonl"
+    command = ["bench/predictors.py", *SMALL, "--batch", "2", "--px", "84", "--steps", "1", "--results", results]
+    done = run_forked(*command, timeout=280)
+    assert done.returncode == 0, done.stderr
+    (line,) = map(json.loads, results.read_text().splitlines())
+    assert line["settings"]["px"] == 84
+    cross, split, fused = line["numbers"]
+    assert [row["predictor"] for row in (cross, split, fused)] == ["cross", "split", "fused"]
+    assert cross["times cross"] == cross["by FLOPs"] == 1 < split["by FLOPs"] < fused["by FLOPs"]
+    for row in (split, fused):
+        assert row["times cross"] > 0
+        counted = row["ViT-L/14 by FLOPs"]
+        assert row["author, as speed"] < counted < row["author, as time"], "what is counted is not what was compared"
+
+
 def test_the_loader_is_measured_as_typed(tmp_path):
     results = tmp_path / "results.jsonl"
     done = run_forked("bench/loading.py", "--repeats", "1", "--results", results)
