@@ -760,7 +760,7 @@ features, and a student predicts the clusters of hidden patches.""",
             is_visible = torch.zeros(b * hp * wp, 1, dtype=torch.bool, device=x.device)
             is_visible = is_visible.index_fill(0, visible_indices, True).unflatten(0, (b, -1))
             patches = torch.where(is_visible, patches, self.mask_token.to(patches.dtype))
-        tokens, token_coords = self._prepend_registers(patches, self._grid_coordinates(hp, wp, x.device))
+        tokens, token_coords = self._prepend_registers(patches, grid_coordinates(hp, wp, x.device))
         encoded = self.enc_norm(self.encoder(tokens, token_coords, drop_path))[:, self.n_registers :]
         every_patch = encoded.flatten(0, 1)  # [b*n, d], image-major
         if visible_indices is not None:

@@ -35,7 +35,8 @@ def read(sources):
     }
     for source in sources:
         key, equals, value = source.partition("=")
-        for key, value in {key: yaml.safe_load(value)}.items() if equals else yaml.safe_load(Path(source).read_text()).items():
+        given = {key: yaml.safe_load(value)} if equals else yaml.safe_load(Path(source).read_text())
+        for key, value in given.items():
             if key not in cfg:
                 return print(f"error: unknown key {key}", file=sys.stderr)
             cfg[key] = {**cfg[key], **value} if isinstance(value, dict) else value
