@@ -517,7 +517,7 @@ def load_model(
     notes: dict[str, str] = {}
     if num_heads is None:
         trained_with = configuration_with_heads(config_path, source, KNOWN_HEADS)
-        num_heads = trained_with["model"]["num_heads"]
+        num_heads = int(trained_with["model"]["num_heads"])
         tokenizer = trained_with.get("tokenizer")
         if isinstance(tokenizer, dict) and tokenizer.get("description"):
             notes = {"tokenizer": str(tokenizer["description"])}

@@ -339,7 +339,7 @@ def load_model(
     weights = read_encoder(read_state_dict(source), source, encoder)
     if num_heads is None:
         known = "16 for ViT-L, H and g, 12 for ViT-B"
-        num_heads = configuration_with_heads(config_path, source, known)["model"]["num_heads"]
+        num_heads = int(configuration_with_heads(config_path, source, known)["model"]["num_heads"])
     model = Encoder(**encoder_sizes(weights, source), num_heads=num_heads)
     load_strictly(model, weights, source, remedy="Give weights of I-JEPA or StoP")
     return model.to(device).eval()

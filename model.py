@@ -955,7 +955,7 @@ def configuration_with_heads(config_path: str | Path | None, source: str, known:
         )
     try:
         sections = yaml.safe_load(path.read_text())
-        sections["model"]["num_heads"] = int(sections["model"]["num_heads"])
+        int(sections["model"]["num_heads"])
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"The configuration {str(path)!r} has no model.num_heads: {error}") from error
     return sections
@@ -1022,7 +1022,7 @@ def read_sections(
         raise UserError(f"There is no configuration file {str(config_path)!r}")
     try:
         sources = [OmegaConf.load(path) for path in (default, config_path) if path is not None]
-        merged = OmegaConf.merge(*sources, OmegaConf.create(dict(override or {})))
+        merged: Any = OmegaConf.merge(*sources, OmegaConf.create(dict(override or {})))
         return {name: OmegaConf.to_container(merged[name], resolve=True) for name in ("model", "data")}
     except (OSError, TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"The configuration {config_path or 'config_override'} cannot be read: {error}") from error
