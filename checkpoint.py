@@ -120,6 +120,7 @@ class Checkpoints:
         model_keys: keys and sections of the configuration that say which weights there are; see `check_compatible`.
         later_keys: keys that the configurations of earlier checkpoints may lack, as nested dicts, with their values
             there.
+        check: raises UserError for a checkpoint that this run cannot continue, before its tensors are read.
         async_save: save in the background. All ranks must then construct the object together, and `close` it, or use
             it as a context.
     """
@@ -134,6 +135,7 @@ class Checkpoints:
         keep: int,
         model_keys: Sequence[str] = ("model",),
         later_keys: Mapping[str, Any] | None = None,
+        check: Callable[[SavedState], None] = lambda _: None,
         async_save: bool = False,
     ) -> None:
         assert keep >= 1
@@ -141,7 +143,7 @@ class Checkpoints:
         self.directory = self.output_dir / "checkpoints"
         self._home = self.output_dir.stat() if self.output_dir.is_dir() else None
         self.keep = keep
-        self.model_keys, self.later_keys = model_keys, dict(later_keys or {})
+        self.model_keys, self.later_keys, self._check = model_keys, dict(later_keys or {}), check
         self.finished = None
         self._thread = _one_thread() if async_save else None
         self._group = _group_of_the_thread() if async_save and is_distributed() else None
@@ -373,6 +375,7 @@ class Checkpoints:
         if config is not None:
             for key, (old, new) in check_compatible(state.config, config, self.model_keys).items():
                 logger.info("changed since the checkpoint: %s: %r -> %r", key, old, new)
+        self._check(state)
         for kind, given in (("modules", modules), ("optimizers", optimizers)):
             if saved[kind] != sorted(given):
                 raise UserError(f"The checkpoint {str(path)!r} holds the {kind} {saved[kind]}, not {sorted(given)}")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distributed import all_reduce_max_, all_reduce_sum_
 
@@ -112,25 +113,41 @@ class OnlineClustering(nn.Module):
         if self.layer.bias is not None:
             nn.init.zeros_(self.layer.bias)
 
-    def forward(self, x: Float[Tensor, "p b d"]) -> tuple[Float[Tensor, "p b k"], Float[Tensor, ""]]:
-        """Assignments of all tokens (no gradient) and the clustering loss, whose gradient reaches this head only."""
+    def forward(
+        self, x: Float[Tensor, "p b d"], earlier: Float[Tensor, "p e d"] | None = None
+    ) -> tuple[Float[Tensor, "p b k"], Float[Tensor, ""]]:
+        """Assignments of all tokens (no gradient) and the clustering loss, whose gradient reaches this head only.
+
+        Features of `earlier` images, normalised, share the balance and nothing else.
+        """
         logits = self.layer(normalize_features(x)).float()
+        to_balance = logits.detach()
+        if earlier is not None:
+            with torch.no_grad():
+                to_balance = torch.cat([to_balance, self.layer(earlier).float()], dim=1)
         if self.positionwise_sk:
-            assignments = sinkhorn_knopp(logits.detach() / self.target_temp, self.n_sk_iter)
+            balanced = sinkhorn_knopp(to_balance / self.target_temp, self.n_sk_iter)
         else:
-            flat = sinkhorn_knopp(logits.detach().flatten(0, 1) / self.target_temp, self.n_sk_iter)
-            assignments = flat.unflatten(0, logits.shape[:2])
+            flat = sinkhorn_knopp(to_balance.flatten(0, 1) / self.target_temp, self.n_sk_iter)
+            balanced = flat.unflatten(0, to_balance.shape[:2])
+        assignments = balanced[:, : x.shape[1]]
         return assignments, soft_cross_entropy(assignments, logits, self.pred_temp).mean()
 
     def learn(
-        self, x: Float[Tensor, "p b d"], predict_indices: Int[Tensor, " m"], *, with_usage: bool
+        self,
+        x: Float[Tensor, "p b d"],
+        predict_indices: Int[Tensor, " m"],
+        *,
+        with_usage: bool,
+        earlier: Float[Tensor, "p e d"] | None = None,
     ) -> ClusteringStep:
         """What `step` returns, before the backward pass of the loss.
 
         Here the assignments of all tokens are alive at once. `speed.clustering.learn_in_chunks` puts a function in the
-        place of this one that computes the same in bounded memory.
+        place of this one that computes the same in bounded memory, for the images of one batch.
         """
-        assignments, loss = self.forward(x)  # without the hooks of a call: those of `learn` have gathered the weights
+        # Without the hooks of a call: those of `learn` have gathered the weights.
+        assignments, loss = self.forward(x, earlier)
         targets = assignments[predict_indices % len(x), predict_indices // len(x)]
         if not with_usage:
             return ClusteringStep(targets, loss, None, None)
@@ -144,6 +161,7 @@ class OnlineClustering(nn.Module):
         *,
         with_usage: bool = False,
         loss_scale: float | Tensor = 1.0,
+        earlier: Float[Tensor, "p e d"] | None = None,
     ) -> ClusteringStep:
         """Cluster the tokens of all positions: targets for the student, and the loss and gradients of this head.
 
@@ -154,10 +172,54 @@ class OnlineClustering(nn.Module):
             predict_indices: flat positions `image * p + position`; on the CPU, or this waits for the device.
             with_usage: also count how often each prototype is used.
             loss_scale: for the float16 loss scaler.
+            earlier: normalised features of images of earlier batches, which share the balance; see `FeatureQueue`.
         """
-        result = self.learn(x, predict_indices, with_usage=with_usage)
+        more = {} if earlier is None else {"earlier": earlier}
+        result = self.learn(x, predict_indices, with_usage=with_usage, **more)
         (result.loss * loss_scale).backward()
         return result._replace(loss=result.loss.detach())
+
+
+class FeatureQueue(nn.Module):
+    """Teacher features of the batches before, with which Sinkhorn balances the one at hand: SwAV, section 4.
+
+    A batch that is small for the number of prototypes is shared out among all of them whatever it shows. With the
+    images of the last few batches beside it there are enough. Their features are kept, not their logits: prototypes
+    have moved since. They are kept by position, so that a positionwise balance stays one over images; and those of the
+    batch that was made at step s are at `s % length`, so that the step alone says which are there.
+
+    Memory: `length` times the float32 features of a batch, `length * b * p * d * 4` bytes on each rank; and while the
+    head learns the logits of all images, `(length + 1) * b * p * k * 4` bytes a few times over.
+
+    Args:
+        rows: zeros `[length, b, p, d]`; over ranks a tensor that is divided along `b`.
+    """
+
+    rows: Tensor
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("rows", rows)
+
+    @property
+    def _own_rows(self) -> Float[Tensor, "length b p d"]:
+        return self.rows.to_local() if isinstance(self.rows, DTensor) else self.rows
+
+    def earlier(self, step: int) -> Float[Tensor, "p e d"] | None:
+        """Normalised features of the batches before that of this step, of this rank's images; None if there are none.
+
+        Args:
+            step: finished updates.
+        """
+        filled = self._own_rows[:step]
+        return filled.flatten(0, 1).transpose(0, 1) if len(filled) else None
+
+    @torch.no_grad()
+    def put_(self, features: Float[Tensor, "b p d"], step: int) -> None:
+        """Take in the features of the batch of this step, in the place of the oldest ones."""
+        rows = self._own_rows
+        if len(rows):
+            rows[step % len(rows)].copy_(normalize_features(features))
 
 
 class L2NormLinear(nn.Module):
@@ -225,17 +287,20 @@ def normalized_entropy(entropy: Float[Tensor, ""], num_clusters: int) -> Float[T
     return entropy / math.log(num_clusters)
 
 
-def batch_warning(global_batch_size: int, num_clusters: int) -> str | None:
-    """What to tell a user whose batch is too small for the number of prototypes, or None.
+def batch_warning(global_batch_size: int, num_clusters: int, queue: int = 0) -> str | None:
+    """What to tell a user whose batch, with those in the queue, is too small for the number of prototypes, or None.
 
     Published is one image per prototype (16384 each); the limits here are a rule of thumb.
     """
-    if global_batch_size * 8 >= num_clusters:
+    num_images = global_batch_size * (1 + queue)
+    if num_images * 8 >= num_clusters:
         return None
+    batches = f"global batch of {global_batch_size} images" + (f" and the {queue} before it are" if queue else " is")
     return (
-        f"The global batch of {global_batch_size} images is small for capi.num_clusters={num_clusters}. At each patch "
-        f"position Sinkhorn shares the images out among all prototypes, {global_batch_size / num_clusters:.2g} images "
+        f"The {batches} small for capi.num_clusters={num_clusters}. At each patch "
+        f"position Sinkhorn shares the images out among all prototypes, {num_images / num_clusters:.2g} images "
         "each (1 in the paper), so that targets are spread over prototypes that no image is close to. Use at most "
-        f"capi.num_clusters={global_batch_size * 8}, better {global_batch_size * 4} or fewer, a larger "
-        "optim.batch_size_per_gpu, or optim.accumulation_steps, over which Sinkhorn balances as over one batch."
+        f"capi.num_clusters={num_images * 8}, better {num_images * 4} or fewer, a larger optim.batch_size_per_gpu, "
+        "optim.accumulation_steps, over which Sinkhorn balances as over one batch, or a longer capi.queue of earlier "
+        "batches."
     )

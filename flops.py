@@ -130,7 +130,7 @@ def num_backbone_parameters(shape: StepShape) -> int:
 
 
 def device_memory_estimate(
-    shape: StepShape, *, batch_size: int, param_bytes: int, recompute: bool, world_size: int
+    shape: StepShape, *, batch_size: int, param_bytes: int, recompute: bool, world_size: int, num_earlier: int = 0
 ) -> dict[str, int | float]:
     """A rough estimate, for planning, of what one device holds: exact for weights, a factor 1.5 or so for the rest.
 
@@ -140,10 +140,13 @@ def device_memory_estimate(
         param_bytes: bytes of an activation: 2 for bfloat16, 4 for float32.
         recompute: whether blocks keep the results of matmuls and attention only.
         world_size: ranks among which weights, gradients, optimizer state and average are sharded.
+        num_earlier: images of earlier batches whose features this device keeps; with them the head has all logits at
+            once.
 
     Returns: `parameters` (backbone and both heads, a number), and in GiB: `state` (float32 weights, gradients and two
-        AdamW moments of student and clustering head, and the average), `activations` (of the student, kept for its
-        backward pass), `clustering` (teacher features and logits), and `total`, the state and the larger of those two.
+        AdamW moments of student and clustering head, the average, and features of earlier batches), `activations` (of
+        the student, kept for its backward pass), `clustering` (teacher features and logits), and `total`, the state and
+        the larger of those two.
     """
     d = shape.embed_dim
     head = shape.num_clusters * (d + 1)  # one per prototype more: a bias in the teacher's, a magnitude in the student's
@@ -159,6 +162,9 @@ def device_memory_estimate(
     logits = 4 * batch_size * shape.num_clusters  # of one position
     budget = 2**28 if world_size == 1 else 2**30  # as clustering.OnlineClustering takes them on a GPU
     chunk = min(max(budget, logits), logits * shape.num_patches)
+    if num_earlier:
+        chunk = 4 * (batch_size + num_earlier) * shape.num_clusters * shape.num_patches
+        state += 4 * num_earlier * shape.num_patches * d
     features = batch_size * (shape.num_patches + shape.num_registers) * d * (4 + 12 * param_bytes)
     clustering = 4 * chunk + features
     return {

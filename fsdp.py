@@ -200,6 +200,20 @@ def divide_like(parameter: Tensor, full: Tensor | None) -> Tensor:
     return full
 
 
+def joined_along(own: Tensor, axis: int) -> Tensor:
+    """One tensor of all ranks, of which each holds an equal part along an axis; alone, that part itself.
+
+    It stays where it is. A checkpoint of it is read on any number of ranks.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    if not is_distributed():
+        return own
+    mesh = DeviceMesh.from_group(dist.group.WORLD, own.device.type)
+    return DTensor.from_local(own, mesh, [Shard(axis)], run_check=False)
+
+
 def _same_weights(module: nn.Module, device: torch.device, group: Any) -> None:
     for submodule in module.modules():
         for name, parameter in list(submodule._parameters.items()):

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from checkpoint import SavedState, read_weights
 from clustering import (
+    FeatureQueue,
     L2NormLinear,
     OnlineClustering,
     batch_warning,
@@ -55,6 +56,7 @@ from config import (
 from data import Batch, PretrainLoader
 from distributed import all_reduce_sum_, mean_over_ranks, rank, world_size
 from flops import StepShape, device_memory_estimate, training_flops_per_image
+from fsdp import joined_along
 from masking import MaskPlan, PatchMasks, draw_positions, make_masking_generator
 from metrics import feature_health
 from model import PREDICTORS, EncoderDecoder, RotaryEmbedding
@@ -117,6 +119,9 @@ class CapiMethodConfig:
 
     num_clusters: int = field(metadata=within(at_least=2))
     """Prototypes K, 16384 in the paper. Needs a global batch that is not far smaller."""
+    queue: int = field(metadata=NOT_NEGATIVE)
+    """Earlier batches whose teacher features balance with those of this one, for batches that are small for the number
+    of prototypes (arXiv:2006.09882, section 4); 0 in the paper. `clustering.FeatureQueue` says what it costs."""
     student_temp: float = field(metadata=POSITIVE)
     """Temperature of the student's prediction, 0.12."""
     clustering_chunk: int | None = field(metadata=COUNT)
@@ -126,6 +131,20 @@ class CapiMethodConfig:
     plain, which has no tricks: as the paper writes it, all logits in memory at once."""
     clustering_kwargs: ClusteringHeadConfig
     clustering_optimizer: ClusteringOptimizerConfig
+
+    def __post_init__(self) -> None:
+        """Check what the kernels cannot do."""
+        if self.queue:
+            remedy = (
+                f"do not balance with the capi.queue={self.queue} batches before; use auto or plain, or capi.queue=0"
+            )
+            kernel = self.clustering_kernel
+            require(kernel in ("auto", "plain"), "capi.clustering_kernel", kernel, f"its kernels {remedy}")
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the clustering head learns by the kernels of `speed`, instead of as the paper writes it."""
+        return self.clustering_kernel != "plain" and not self.queue
 
 
 @dataclass(frozen=True)
@@ -362,11 +381,11 @@ class CapiState(TrainState[CapiConfig]):
     """Everything a checkpoint holds.
 
     Modules: `student` {backbone, head}; `student_ema`, their moving average, whose backbone is the teacher and which is
-    what a run exports; `clustering`, the teacher's head.
+    what a run exports; `clustering`, the teacher's head; `queue`, if there is one, features of earlier batches.
     """
 
-    MODEL_KEYS = ("model", "capi.num_clusters", "capi.clustering_kwargs.bias")
-    LATER_KEYS: ClassVar[dict[str, Any]] = {"model": {"predictor": "cross"}}
+    MODEL_KEYS = ("model", "capi.num_clusters", "capi.clustering_kwargs.bias", "capi.queue")
+    LATER_KEYS: ClassVar[dict[str, Any]] = {"model": {"predictor": "cross"}, "capi": {"queue": 0}}
 
     def __init__(
         self, cfg: CapiConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
@@ -382,6 +401,9 @@ class CapiState(TrainState[CapiConfig]):
         ema_update_(self.student_ema, self.student, 0.0)
         self.clustering = self.place(self._make_clustering)
         self.modules = {"student": self.student, "student_ema": self.student_ema, "clustering": self.clustering}
+        self.queue = self._make_queue()
+        if cfg.capi.queue:
+            self.modules["queue"] = self.queue
         self.do_teacher = self.compile(do_teacher, "do_teacher")
         self.do_student = self.compile(do_student, "do_student")
         optim = cfg.optim
@@ -410,13 +432,33 @@ class CapiState(TrainState[CapiConfig]):
         width = self.cfg.model.transformers_kwargs.embed_dim
         settings = self.cfg.capi
         head = OnlineClustering(width, settings.num_clusters, **asdict(settings.clustering_kwargs))
-        if settings.clustering_kernel != "plain":
+        if settings.has_kernels:
             from speed.clustering import learn_in_chunks
 
             learn_in_chunks(
                 head, kernel=settings.clustering_kernel, device=self.device, chunk=settings.clustering_chunk
             )
         return head
+
+    def _make_queue(self) -> FeatureQueue:
+        cfg, optim = self.cfg, self.cfg.optim
+        num_images, width = optim.batch_size_per_gpu * optim.accumulation_steps, cfg.model.transformers_kwargs.embed_dim
+        rows = torch.zeros(cfg.capi.queue, num_images, cfg.grid_size**2, width, device=self.device)
+        return FeatureQueue(joined_along(rows, 1) if cfg.capi.queue else rows)
+
+    def check(self, saved: SavedState) -> None:
+        """Raise UserError if the queue there has batches of another size."""
+        optim, cfg = saved.config["optim"], self.cfg
+        num_images = optim["batch_size_per_gpu"] * optim["accumulation_steps"] * saved.world_size
+        before = (num_images, saved.config["data"]["images_size"])
+        now = (global_batch_size(cfg.optim), cfg.data.images_size)
+        if cfg.capi.queue and before != now:
+            raise UserError(
+                f"capi.queue={cfg.capi.queue}: the checkpoint {str(saved.path)!r} holds features of updates of "
+                f"{before[0]} images of {before[1]} px, and those of this run have {now[0]} of {now[1]} px; go back to "
+                "that data.images_size, and choose optim.batch_size_per_gpu and optim.accumulation_steps so that their "
+                "product with the number of processes is as before. To export, use export.py"
+            )
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """The teacher's patch features, not compiled, for batches of any size."""
@@ -482,7 +524,9 @@ def train_step(
             predict_indices,
             with_usage=with_usage,
             loss_scale=state.scaler.scale(torch.ones((), device=state.device)),
+            earlier=state.queue.earlier(state.step),
         )
+    state.queue.put_(features, state.step)
 
     student: Any = state.student["backbone"]
     capi_loss = torch.zeros((), device=state.device)
@@ -641,7 +685,7 @@ def opening(cfg: CapiConfig, state: CapiState) -> str:
 
 def warnings(cfg: CapiConfig) -> list[str]:
     """What is not going to go well."""
-    warning = batch_warning(global_batch_size(cfg.optim), cfg.capi.num_clusters)
+    warning = batch_warning(global_batch_size(cfg.optim), cfg.capi.num_clusters, cfg.capi.queue)
     return [] if warning is None else [warning]
 
 
@@ -666,6 +710,7 @@ def dry_run(cfg: CapiConfig) -> str:
         param_bytes=4 if cfg.efficiency.param_dtype == "float32" else 2,
         recompute=cfg.efficiency.rematerialization.enabled,
         world_size=world_size(),
+        num_earlier=cfg.capi.queue * cfg.optim.batch_size_per_gpu * cfg.optim.accumulation_steps,
     )
     schedule = ["schedule     step         lr         momentum   clustering lr"]
     for step in milestones(cfg.optim):
@@ -757,7 +802,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dry_run=lambda: dry_run(cfg),
         train=functools.partial(train, cfg),
         make_state=functools.partial(CapiState, cfg, compiled=False),
-        has_kernels=cfg.capi.clustering_kernel != "plain",
+        has_kernels=cfg.capi.has_kernels,
     )
 
 

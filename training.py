@@ -242,6 +242,9 @@ class TrainState(Generic[ConfigT]):
             "rank_extra": {"data": self.position},
         }
 
+    def check(self, saved: SavedState) -> None:
+        """Raise UserError for a checkpoint that cannot be continued, for a reason that no single key tells."""
+
     def load_state_dict(self, saved: SavedState) -> None:
         """Take over what is beside the tensors, which `Checkpoints` has loaded in place."""
         self.step = saved.step
@@ -476,6 +479,7 @@ def export_newest(state: TrainState[Any], output_dir: Path) -> list[Path]:
         keep=cfg.train.checkpointing.max_to_keep,
         model_keys=state.MODEL_KEYS,
         later_keys=state.LATER_KEYS,
+        check=state.check,
     )
     if restore(state, checkpoints) is None:
         raise UserError(f"train.output_dir={cfg.train.output_dir!r} has no checkpoint to export; train first")
@@ -538,6 +542,7 @@ class Run:
             async_save=saving.async_save,
             model_keys=state.MODEL_KEYS,
             later_keys=state.LATER_KEYS,
+            check=state.check,
         )
         self.meters = Metrics(output_dir, cfg.train.loggers, config=dataclasses.asdict(cfg), enabled=rank() == 0)
         state.parts["metrics"] = self.meters

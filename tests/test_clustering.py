@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import deque
 
 import pytest
 import torch
@@ -12,7 +13,15 @@ from ranks import run_on_ranks
 from torch import Tensor
 
 import speed.clustering
-from clustering import ClusteringStep, L2NormLinear, OnlineClustering, entropy, sinkhorn_knopp, soft_cross_entropy
+from clustering import (
+    ClusteringStep,
+    FeatureQueue,
+    L2NormLinear,
+    OnlineClustering,
+    entropy,
+    sinkhorn_knopp,
+    soft_cross_entropy,
+)
 
 
 @pytest.mark.parametrize("n_iterations", [1, 3, 10])
@@ -67,6 +76,52 @@ def test_changing_one_position_leaves_the_other_positions_targets_alone():
     a, b = head(x)[0], head(changed)[0]
     same = [bool(torch.equal(a[i], b[i])) for i in range(5)]
     assert same == [True, True, False, True, True]
+
+
+@pytest.mark.parametrize("positionwise", [True, False])
+def test_earlier_images_share_the_balance_and_nothing_else(positionwise):
+    """Against the definition: one balance over all images, of which the earlier ones have neither target nor loss."""
+    head = OnlineClustering(8, 6, bias=True, n_sk_iter=3, target_temp=0.5, pred_temp=0.12, positionwise_sk=positionwise)
+    x, earlier = torch.randn(5, 4, 8, generator=seeded(0)), torch.randn(5, 12, 8, generator=seeded(1))
+    earlier = torch.nn.functional.normalize(earlier, dim=-1)
+    step = head.step(x, torch.tensor([0, 7, 19]), with_usage=True, earlier=earlier)
+    weight = head.layer.weight.detach().double().requires_grad_()
+    logits = torch.nn.functional.normalize(x.double(), dim=-1) @ weight.T + head.layer.bias.double()
+    with torch.no_grad():
+        together = torch.cat([logits, earlier.double() @ weight.T + head.layer.bias.double()], dim=1) / 0.5
+        shape = together.shape
+        oracle = log_domain_oracle(together if positionwise else together.flatten(0, 1), 3).view(shape)[:, :4]
+    loss = -(oracle * (logits / 0.12).log_softmax(-1)).sum(-1).mean()
+    loss.backward()
+    tokens = oracle.transpose(0, 1).flatten(0, 1)  # image-major
+    torch.testing.assert_close(step.targets.double(), tokens[[0, 7, 19]], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(step.loss.double(), loss.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(head.layer.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(step.mass.double(), tokens.sum(0), rtol=1e-4, atol=1e-6)
+    assert step.counts.sum() == 20
+
+
+def test_a_batch_seen_before_balances_as_it_does_alone():
+    head, golden = golden_head(True)
+    before = torch.nn.functional.normalize(golden["x"], dim=-1)
+    assignments, loss = head(golden["x"], torch.cat([before, before], dim=1))
+    torch.testing.assert_close(assignments, golden["assignments"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss, golden["loss"][0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("length", [0, 1, 3])
+def test_the_queue_holds_the_batches_before_and_forgets_older_ones(length):
+    queue, seen = FeatureQueue(torch.zeros(length, 2, 5, 4)), deque(maxlen=length)
+    for step in range(8):
+        earlier = queue.earlier(step)
+        if seen:
+            images = {tuple(image.flatten().tolist()) for image in earlier.transpose(0, 1)}
+            assert images == {tuple(image.flatten().tolist()) for batch in seen for image in batch}, f"step {step}"
+        else:
+            assert earlier is None
+        features = torch.randn(2, 5, 4, generator=seeded(step))
+        queue.put_(features, step)
+        seen.append(torch.nn.functional.normalize(features, dim=-1, eps=1e-7))
 
 
 def test_sinkhorn_needs_an_iteration():

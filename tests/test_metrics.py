@@ -483,6 +483,9 @@ def test_a_small_batch_gets_a_warning_with_both_numbers_and_remedies():
     for part in ("32 images", "capi.num_clusters=16384", "0.002 images", "capi.num_clusters=256", "accumulation_steps"):
         assert part in warning
     assert batch_warning(32, 256) is None, "the advice has to silence the warning"
+    assert batch_warning(32, 1024) is not None and batch_warning(32, 1024, queue=3) is None
+    queued = batch_warning(32, 16384, queue=3)
+    assert queued is not None and "32 images and the 3 before it" in queued and "0.0078 images" in queued
 
 
 # --- Speed
@@ -646,11 +649,10 @@ def test_the_memory_estimate_is_close_to_what_the_student_keeps_for_its_backward
 
 def test_the_memory_estimate_shrinks_with_recomputation_precision_batch_and_ranks():
     def estimate(
-        *, batch_size: int = 64, param_bytes: int = 2, recompute: bool = True, world_size: int = 1
+        *, batch_size: int = 64, param_bytes: int = 2, recompute: bool = True, world_size: int = 1, **queue: int
     ) -> dict[str, int | float]:
-        return device_memory_estimate(
-            PUBLISHED, batch_size=batch_size, param_bytes=param_bytes, recompute=recompute, world_size=world_size
-        )
+        sizes = {"batch_size": batch_size, "param_bytes": param_bytes, "world_size": world_size}
+        return device_memory_estimate(PUBLISHED, recompute=recompute, **sizes, **queue)
 
     rising = [
         estimate(world_size=8),
@@ -664,6 +666,9 @@ def test_the_memory_estimate_shrinks_with_recomputation_precision_batch_and_rank
     assert estimate()["parameters"] == num_backbone_parameters(PUBLISHED) + 2 * 16384 * 1025
     bytes_per_parameter = estimate()["state"] * 2**30 / estimate()["parameters"]
     assert 16 < bytes_per_parameter < 20, "16 for all, 4 more for the averaged ones"
+    kept = estimate(num_earlier=128)["state"] - estimate()["state"]
+    assert kept == pytest.approx(128 * 256 * 1024 * 4 / 2**30), "float32 features of 128 images"
+    assert estimate(num_earlier=128)["clustering"] > 128 * 256 * 16384 * 4 / 2**30, "the head has all logits"
 
 
 # --- Profiling

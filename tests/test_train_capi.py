@@ -367,6 +367,7 @@ def test_saving_in_the_background_changes_nothing(images, tmp_path):
 VARIANTS = {
     "split": ["model.predictor=split"],
     "fused": ["model.predictor=fused"],
+    "queue": ["capi.queue=3", "optim.accumulation_steps=2"],
 }
 """The paper's other choices, by their names here."""
 
@@ -385,12 +386,52 @@ def test_a_run_with_another_choice_of_the_paper_resumes_exactly_and_its_export_l
     assert out.feature_map.shape == (1, 4, 6, 32)
 
 
+def test_a_step_balances_with_the_steps_before_it(monkeypatch):
+    """The first step has none before it; later ones are handed the features that earlier ones saw."""
+    sizes = ["optim.batch_size_per_gpu=6", f"{KERNEL}=plain"]
+    alone, queued = golden_state(*sizes), golden_state(*sizes, "capi.queue=2")
+    handed, step_of_head = [], queued.clustering.step
+
+    def step_and_remember(x, *args, earlier, **kwargs):
+        handed.append(
+            (torch.nn.functional.normalize(x, dim=-1, eps=1e-7), None if earlier is None else earlier.clone())
+        )
+        return step_of_head(x, *args, earlier=earlier, **kwargs)
+
+    monkeypatch.setattr(queued.clustering, "step", step_and_remember)
+    for step in range(4):
+        a, b = (
+            train_capi.train_step(state, golden_batches(step, 1), hyper_at(step, state.cfg))
+            for state in (alone, queued)
+        )
+        alone.step = queued.step = step + 1
+        assert (a["target_entropy"] == b["target_entropy"]) == (step == 0)
+    assert handed[0][1] is None
+    for step, before in ((1, [0]), (2, [0, 1]), (3, [2, 1])):
+        assert torch.equal(handed[step][1], torch.cat([handed[i][0] for i in before], dim=1)), f"step {step}"
+
+
+def test_a_queue_of_batches_of_another_size_is_refused(images, tmp_path, capsys):
+    arguments = tiny(images, tmp_path, "capi.queue=1", "optim.total_iters=2")
+    assert run_main(arguments) == 0
+    for change, words in (
+        ("optim.batch_size_per_gpu=2", "of 4 images of 16 px, and those of this run have 2 of 16 px"),
+        ("data.images_size=24", "of 4 images of 16 px, and those of this run have 4 of 24 px"),
+        ("capi.queue=2", "capi.queue is 1 there and 2 now"),
+    ):
+        assert run_main([*arguments, "optim.total_iters=3", change]) == 2
+        assert words in capsys.readouterr().err
+    same = ["optim.batch_size_per_gpu=2", "optim.accumulation_steps=2"]
+    assert run_main([*arguments, "optim.total_iters=3", *same]) == 0
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_another_choice_of_the_paper_trains_in_each_precision_with_and_without_recomputation(variant, precision):
     losses = []
     for recomputes in ("true", "false"):
         options = [f"efficiency.param_dtype={precision}", f"efficiency.rematerialization.enabled={recomputes}"]
+        options += ["optim.batch_size_per_gpu=3", "optim.accumulation_steps=2"]
         cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*GOLDEN_CONFIG, *VARIANTS[variant], *options])
         state = train_capi.CapiState(cfg, torch.device("cpu"))
         for step in range(3):
@@ -424,8 +465,10 @@ def test_a_checkpoint_from_before_a_key_resumes_as_what_it_trained(images, finis
     shutil.copytree(finished, run)
     for checkpoint in (run / "checkpoints").iterdir():
         config, manifest = checkpoint / "config.yaml", checkpoint / "manifest.json"
-        earlier = config.read_text().replace("  predictor: cross\n", "")
-        assert earlier != config.read_text()
+        earlier = config.read_text()
+        for line in ("  predictor: cross\n", "  queue: 0\n"):
+            assert line in earlier
+            earlier = earlier.replace(line, "")
         config.write_text(earlier)
         hashes = json.loads(manifest.read_text())
         content = config.read_bytes()
@@ -816,6 +859,7 @@ BAD_INPUT: list[tuple[list[str], list[str]]] = [
     (["data.dataset=/no/such/folder"], ["data.dataset", "/no/such/folder"]),
     (["data.dataset=imagenet://x"], ["imagenet", "custom"]),
     (["data.masking_generator=Blocky"], ["data.masking_generator", "InverseBlock"]),
+    (["capi.queue=1", f"{KERNEL}=torch"], [f"{KERNEL}='torch'", "capi.queue=0"]),
     (["model.predictor=mlp"], ["model.predictor='mlp'", "cross, split, fused"]),
     (["model.n_registers=6"], ["model.n_registers=6", "multiple of 4"]),
     (["train.device=tpu"], ["train.device", "tpu"]),

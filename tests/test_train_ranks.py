@@ -137,13 +137,28 @@ def test_a_run_on_ranks_equals_a_run_alone(images, alone, tmp_path, num_ranks, m
         ("model.predictor=split", "fully_shard"),
         ("model.predictor=fused", "simple"),
         ("model.predictor=fused", "fully_shard"),
+        ("capi.queue=2", "simple"),
+        ("capi.queue=2", "fully_shard"),
+        ("capi.queue=2", "none"),
     ],
 )
 def test_a_run_with_another_choice_of_the_paper_on_ranks_equals_one_alone(images, tmp_path, variant, mode):
     for num_ranks in (1, 2):
         arguments = run_arguments(images, tmp_path / str(num_ranks), variant, f"efficiency.fsdp={mode}")
-        run_on_ranks(train_on_this_rank, num_ranks, [*arguments, "optim.total_iters=3"])
+        run_on_ranks(train_on_this_rank, num_ranks, [*arguments, "optim.total_iters=4"])
     assert_close_runs(tmp_path / "2", tmp_path / "1")
+
+
+def test_a_queue_moves_to_other_ranks(images, tmp_path):
+    """What each rank has seen is everybody's: the balance is over all ranks."""
+    straight, moved = (run_arguments(images, tmp_path / name, "capi.queue=2") for name in ("straight", "moved"))
+    run_on_ranks(train_on_this_rank, 1, straight)
+    run_on_ranks(train_on_this_rank, 2, moved)
+    for path in (tmp_path / "moved" / "checkpoints").iterdir():  # as if it had been killed after step 3
+        if path.name == "step_000000006":
+            path.rename(tmp_path / "not-reached")
+    run_on_ranks(train_on_this_rank, 3, moved)
+    assert_close_runs(tmp_path / "moved", tmp_path / "straight")
 
 
 @pytest.mark.parametrize(
