@@ -4,8 +4,9 @@ Axis order matters: the clustering head works on `[positions, batch, d]`, so tha
 its own over the images of the batch (CAPI, arXiv:2502.08769, section 3).
 """
 
+import itertools
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -230,6 +231,9 @@ class L2NormLinear(nn.Module):
         out_dim: prototypes k.
     """
 
+    hidden_dims: ClassVar[tuple[int, ...]] = ()
+    """Widths of the layers between predictions and prototypes."""
+
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
         self.last_layer = WeightNormLinear(in_dim, out_dim)
@@ -242,6 +246,40 @@ class L2NormLinear(nn.Module):
         """Similarities to the prototypes."""
         eps = 1e-6 if x.dtype == torch.float16 else 1e-12
         return self.last_layer(F.normalize(x.float(), dim=-1, eps=eps))
+
+
+class MlpHead(L2NormLinear):
+    """A student's head as DINO's (arXiv:2104.14294): a GELU MLP to a bottleneck, and there an `L2NormLinear`.
+
+    Args:
+        in_dim: width d of the predictions.
+        out_dim: prototypes k.
+    """
+
+    hidden_dims = (2048, 2048, 256)
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__(self.hidden_dims[-1], out_dim)
+        layers = [nn.Linear(*widths) for widths in itertools.pairwise((in_dim, *self.hidden_dims))]
+        self.mlp = nn.ModuleList(layers)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """As `L2NormLinear`; MLP weights from a truncated normal of std 0.02, biases 0."""
+        super().init_weights()
+        for layer in getattr(self, "mlp", ()):  # the constructor of `L2NormLinear` calls this as well
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
+        """Similarities to the prototypes."""
+        for layer in self.mlp[:-1]:
+            x = F.gelu(layer(x))
+        return super().forward(self.mlp[-1](x))
+
+
+HEADS: dict[str, type[L2NormLinear]] = {"linear": L2NormLinear, "mlp": MlpHead}
+"""The student's heads, by their names in `capi.student_head`."""
 
 
 class WeightNormLinear(nn.Module):

@@ -53,7 +53,7 @@ import ijepa
 import train_cae
 import train_ijepa
 from checkpoint import Checkpoints, export_weights, read_weights
-from clustering import L2NormLinear
+from clustering import HEADS
 from config import DEFAULT_PRETRAIN_CONFIG, TrainingConfig, load_config, read_yaml, require_one_of, to_yaml
 from model import EncoderDecoder
 from train_cae import CaeConfig
@@ -86,8 +86,8 @@ class Method:
 def _capi_modules(cfg: CapiConfig, weights: Mapping[str, Any]) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {"backbone": EncoderDecoder(**cfg.model.kwargs())}
     if "head.last_layer.weight_v" in weights:
-        num_prototypes, width = weights["head.last_layer.weight_v"].shape
-        modules["head"] = L2NormLinear(width, num_prototypes)
+        num_prototypes = len(weights["head.last_layer.weight_v"])
+        modules["head"] = HEADS[cfg.capi.student_head](cfg.model.transformers_kwargs.embed_dim, num_prototypes)
     return modules
 
 

@@ -3,6 +3,7 @@
 Blocks and encoders are those of model.py, for every method; the step is CAPI's.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -28,6 +29,8 @@ class StepShape:
     """For drop_path_type=efficient, whose skipped branches cost nothing; leave it at 0 for naive."""
     predictor: str = "cross"
     """As `model.EncoderDecoder` has it: cross, split or fused."""
+    student_head_dims: tuple[int, ...] = ()
+    """Widths of the layers of the student's head between predictions and prototypes."""
 
 
 NumberT = TypeVar("NumberT", int, float)
@@ -95,11 +98,16 @@ def step_flops_per_image(shape: StepShape, batch_size: int | None = None) -> dic
     """
     d = shape.embed_dim
     blocks = sum(depth * block_flops(d, queries, context) for depth, queries, context in _student_towers(shape))
-    student_head = 2 * shape.num_predict * d * shape.num_clusters
+    student_head = sum(2 * shape.num_predict * width * out for width, out in _head_layers(shape))
     clustering_head = 2 * shape.num_patches * d * shape.num_clusters
     # The image needs no gradient either: the student's embedding costs forward and weight gradient, of all patches.
     student = 2 * _embedding_flops(shape) + 3 * (_kept(shape, batch_size) * blocks + student_head)
     return {"teacher": encoder_flops_per_image(shape), "clustering": 2 * clustering_head, "student": student}
+
+
+def _head_layers(shape: StepShape) -> list[tuple[int, int]]:
+    """Widths before and after each layer of the student's head, of which the last one gives prototypes."""
+    return list(itertools.pairwise((shape.embed_dim, *shape.student_head_dims, shape.num_clusters)))
 
 
 def _kept(shape: StepShape, batch_size: int | None) -> float:
@@ -149,8 +157,8 @@ def device_memory_estimate(
         the larger of those two.
     """
     d = shape.embed_dim
-    head = shape.num_clusters * (d + 1)  # one per prototype more: a bias in the teacher's, a magnitude in the student's
-    student = num_backbone_parameters(shape) + head
+    head = shape.num_clusters * (d + 1)  # with a bias; of the student's, each output has a bias or a magnitude
+    student = num_backbone_parameters(shape) + sum((width + 1) * out for width, out in _head_layers(shape))
     state = 4 * (4 * (student + head) + student) / world_size
     # Values per channel that a block keeps of each of its tokens, and in the cross-attention predictor of each context
     # token (keys and values). Without recomputation they were counted on the model with saved_tensors_hooks.

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from checkpoint import SavedState, read_weights
 from clustering import (
+    HEADS,
     FeatureQueue,
-    L2NormLinear,
     OnlineClustering,
     batch_warning,
     entropy,
@@ -122,6 +122,8 @@ class CapiMethodConfig:
     queue: int = field(metadata=NOT_NEGATIVE)
     """Earlier batches whose teacher features balance with those of this one, for batches that are small for the number
     of prototypes (arXiv:2006.09882, section 4); 0 in the paper. `clustering.FeatureQueue` says what it costs."""
+    student_head: str = field(metadata=one_of(*HEADS))
+    """linear, as published; or mlp, DINO's head with two hidden layers and a bottleneck (arXiv:2104.14294)."""
     student_temp: float = field(metadata=POSITIVE)
     """Temperature of the student's prediction, 0.12."""
     clustering_chunk: int | None = field(metadata=COUNT)
@@ -384,8 +386,11 @@ class CapiState(TrainState[CapiConfig]):
     what a run exports; `clustering`, the teacher's head; `queue`, if there is one, features of earlier batches.
     """
 
-    MODEL_KEYS = ("model", "capi.num_clusters", "capi.clustering_kwargs.bias", "capi.queue")
-    LATER_KEYS: ClassVar[dict[str, Any]] = {"model": {"predictor": "cross"}, "capi": {"queue": 0}}
+    MODEL_KEYS = ("model", "capi.num_clusters", "capi.clustering_kwargs.bias", "capi.queue", "capi.student_head")
+    LATER_KEYS: ClassVar[dict[str, Any]] = {
+        "model": {"predictor": "cross"},
+        "capi": {"queue": 0, "student_head": "linear"},
+    }
 
     def __init__(
         self, cfg: CapiConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
@@ -468,7 +473,8 @@ class CapiState(TrainState[CapiConfig]):
 
 def with_head(backbone: EncoderDecoder, cfg: CapiConfig) -> nn.ModuleDict:
     """A student: its backbone and a fresh head."""
-    return nn.ModuleDict({"backbone": backbone, "head": L2NormLinear(backbone.pred_dim, cfg.capi.num_clusters)})
+    head = HEADS[cfg.capi.student_head](backbone.pred_dim, cfg.capi.num_clusters)
+    return nn.ModuleDict({"backbone": backbone, "head": head})
 
 
 def start_from(student: nn.ModuleDict, path_or_url: str) -> None:
@@ -670,6 +676,7 @@ def step_shape(cfg: CapiConfig) -> StepShape:
         in_chans=cfg.model.in_chans,
         drop_path_rate=towers.drop_path_rate if towers.block_kwargs.drop_path_type == "efficient" else 0.0,
         predictor=cfg.model.predictor,
+        student_head_dims=HEADS[cfg.capi.student_head].hidden_dims,
     )
 
 

@@ -44,13 +44,12 @@ from torch.fx.node import map_arg
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from clustering import L2NormLinear
 from config import DEFAULT_PRETRAIN_CONFIG, argument, load_config
 from flops import device_memory_estimate, training_flops_per_image
 from fsdp import Bucket, Sharding, overlap_collectives, parallelize
 from model import Block, EncoderDecoder
 from speed.recomputing import recompute_blocks
-from train_capi import CapiConfig, do_student, do_teacher, mask_plan, step_shape
+from train_capi import CapiConfig, do_student, do_teacher, mask_plan, step_shape, with_head
 from utils import UserError
 
 
@@ -264,8 +263,7 @@ def trace_step(cfg: CapiConfig, ranks: int, sharding: Sharding) -> Traced:
 
     def make() -> nn.ModuleDict:
         with torch.device("meta"):
-            backbone = EncoderDecoder(**cfg.model.kwargs())
-            return nn.ModuleDict({"backbone": backbone, "head": L2NormLinear(backbone.pred_dim, cfg.capi.num_clusters)})
+            return with_head(EncoderDecoder(**cfg.model.kwargs()), cfg)
 
     student = make()
     num_weights = sum(p.numel() for p in student.parameters())

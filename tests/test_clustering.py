@@ -17,6 +17,7 @@ from clustering import (
     ClusteringStep,
     FeatureQueue,
     L2NormLinear,
+    MlpHead,
     OnlineClustering,
     entropy,
     sinkhorn_knopp,
@@ -273,6 +274,24 @@ def test_student_head_matches_golden():
     torch.testing.assert_close(x.grad, CLUSTERING["student_head.grad_x"], atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(head.last_layer.weight_g.grad, CLUSTERING["student_head.grad_g"], atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(head.last_layer.weight_v.grad, CLUSTERING["student_head.grad_v"], atol=1e-6, rtol=1e-4)
+
+
+def test_the_mlp_head_is_a_gelu_mlp_and_cosines_in_its_bottleneck():
+    head, x = MlpHead(16, 8), torch.randn(4, 16, generator=seeded(0))
+    assert {key.partition(".")[0] for key in head.state_dict()} == {"mlp", "last_layer"}
+    assert [tuple(layer.weight.shape) for layer in head.mlp] == [(2048, 16), (2048, 2048), (256, 2048)]
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=seeded(1)) * 0.1)
+    weights = {key: value.double() for key, value in head.state_dict().items()}
+    hidden = x.double()
+    for i in range(3):
+        hidden = hidden @ weights[f"mlp.{i}.weight"].T + weights[f"mlp.{i}.bias"]
+        if i < 2:
+            hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
+    rows = weights["last_layer.weight_v"]
+    cosines = torch.nn.functional.cosine_similarity(hidden[:, None], rows[None], dim=-1)
+    torch.testing.assert_close(head(x).double(), cosines * weights["last_layer.weight_g"].T, rtol=1e-4, atol=1e-5)
 
 
 def test_student_head_works_in_bfloat16():

@@ -75,6 +75,15 @@ def loaded_run(run: Path) -> EncoderDecoder:
     return load_model(pretrained_weights=run / "student_ema.pth")
 
 
+def test_the_head_is_the_one_that_was_trained(images, tmp_path):
+    run = tmp_path / "run"
+    assert run_main(tiny(images, run, "optim.total_iters=1", "capi.student_head=mlp")) == 0
+    assert export.main([str(run), str(tmp_path / "w.safetensors")]) == 0
+    weights = load(run / "student_ema.pth")
+    assert "head.mlp.2.bias" in weights
+    assert_equal_weights(read_state_dict(tmp_path / "w.safetensors"), weights)
+
+
 def test_weights_without_a_head_or_prefix_are_exported_as_released_ones(run, tmp_path):
     backbone = loaded_run(run).state_dict()
     torch.save(backbone, tmp_path / "bare.pth")

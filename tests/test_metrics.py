@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from clustering import (
+    HEADS,
     L2NormLinear,
     OnlineClustering,
     batch_warning,
@@ -590,12 +591,20 @@ def _student_loss(model: EncoderDecoder, head: nn.Module, shape: StepShape, b: i
 
 @pytest.mark.skipif("_for_cpu" not in str(list(flop_registry)), reason="this torch does not count attention on a CPU")
 @pytest.mark.parametrize(
-    ("drop_path_rate", "predictor"), [(0.0, "cross"), (0.25, "cross"), (0.3, "cross"), (0.3, "split"), (0.3, "fused")]
+    ("drop_path_rate", "predictor", "kind"),
+    [
+        (0.0, "cross", "linear"),
+        (0.25, "cross", "mlp"),
+        (0.3, "cross", "linear"),
+        (0.3, "split", "linear"),
+        (0.3, "fused", "linear"),
+    ],
 )
-def test_training_flops_are_those_torch_counts_on_the_model(drop_path_rate, predictor):
-    shape, b = replace(SMALL, drop_path_rate=drop_path_rate, predictor=predictor), 8
+def test_training_flops_are_those_torch_counts_on_the_model(drop_path_rate, predictor, kind):
+    dims = HEADS[kind].hidden_dims
+    shape, b = replace(SMALL, drop_path_rate=drop_path_rate, predictor=predictor, student_head_dims=dims), 8
     d, k = shape.embed_dim, shape.num_clusters
-    model, head = _model(shape), L2NormLinear(d, k)
+    model, head = _model(shape), HEADS[kind](d, k)
     clustering = OnlineClustering(d, k, bias=True, n_sk_iter=3, target_temp=0.06, pred_temp=0.12)
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
@@ -623,6 +632,13 @@ def test_parameters_are_those_of_the_model():
         with torch.device("meta"):
             model = _model(shape)
         assert num_backbone_parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
+    for head in HEADS.values():
+        shape = replace(SMALL, student_head_dims=head.hidden_dims)
+        sizes = {"batch_size": 1, "param_bytes": 4, "recompute": False, "world_size": 1}
+        own = sum(parameter.numel() for parameter in head(shape.embed_dim, shape.num_clusters).parameters())
+        assert device_memory_estimate(shape, **sizes)["parameters"] == (
+            num_backbone_parameters(shape) + own + shape.num_clusters * (shape.embed_dim + 1)
+        )
 
 
 @pytest.mark.parametrize("predictor", ["cross", "split", "fused"])

@@ -367,6 +367,7 @@ def test_saving_in_the_background_changes_nothing(images, tmp_path):
 VARIANTS = {
     "split": ["model.predictor=split"],
     "fused": ["model.predictor=fused"],
+    "mlp": ["capi.student_head=mlp"],
     "queue": ["capi.queue=3", "optim.accumulation_steps=2"],
 }
 """The paper's other choices, by their names here."""
@@ -466,7 +467,7 @@ def test_a_checkpoint_from_before_a_key_resumes_as_what_it_trained(images, finis
     for checkpoint in (run / "checkpoints").iterdir():
         config, manifest = checkpoint / "config.yaml", checkpoint / "manifest.json"
         earlier = config.read_text()
-        for line in ("  predictor: cross\n", "  queue: 0\n"):
+        for line in ("  predictor: cross\n", "  queue: 0\n", "  student_head: linear\n"):
             assert line in earlier
             earlier = earlier.replace(line, "")
         config.write_text(earlier)
@@ -860,6 +861,7 @@ BAD_INPUT: list[tuple[list[str], list[str]]] = [
     (["data.dataset=imagenet://x"], ["imagenet", "custom"]),
     (["data.masking_generator=Blocky"], ["data.masking_generator", "InverseBlock"]),
     (["capi.queue=1", f"{KERNEL}=torch"], [f"{KERNEL}='torch'", "capi.queue=0"]),
+    (["capi.student_head=dino"], ["capi.student_head='dino'", "linear, mlp"]),
     (["model.predictor=mlp"], ["model.predictor='mlp'", "cross, split, fused"]),
     (["model.n_registers=6"], ["model.n_registers=6", "multiple of 4"]),
     (["train.device=tpu"], ["train.device", "tpu"]),

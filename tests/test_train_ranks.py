@@ -137,6 +137,8 @@ def test_a_run_on_ranks_equals_a_run_alone(images, alone, tmp_path, num_ranks, m
         ("model.predictor=split", "fully_shard"),
         ("model.predictor=fused", "simple"),
         ("model.predictor=fused", "fully_shard"),
+        ("capi.student_head=mlp", "simple"),
+        ("capi.student_head=mlp", "fully_shard"),
         ("capi.queue=2", "simple"),
         ("capi.queue=2", "fully_shard"),
         ("capi.queue=2", "none"),
