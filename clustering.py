@@ -260,14 +260,13 @@ class MlpHead(L2NormLinear):
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__(self.hidden_dims[-1], out_dim)
-        layers = [nn.Linear(*widths) for widths in itertools.pairwise((in_dim, *self.hidden_dims))]
-        self.mlp = nn.ModuleList(layers)
+        self.mlp = nn.ModuleList(nn.Linear(*widths) for widths in itertools.pairwise((in_dim, *self.hidden_dims)))
         self.init_weights()
 
     def init_weights(self) -> None:
         """As `L2NormLinear`; MLP weights from a truncated normal of std 0.02, biases 0."""
         super().init_weights()
-        for layer in getattr(self, "mlp", ()):  # the constructor of `L2NormLinear` calls this as well
+        for layer in self.mlp:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 

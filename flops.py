@@ -31,6 +31,8 @@ class StepShape:
     """As `model.EncoderDecoder` has it: cross, split or fused."""
     student_head_dims: tuple[int, ...] = ()
     """Widths of the layers of the student's head between predictions and prototypes."""
+    queue: int = 0
+    """Earlier batches of which the clustering head computes logits as well."""
 
 
 NumberT = TypeVar("NumberT", int, float)
@@ -93,16 +95,16 @@ def step_flops_per_image(shape: StepShape, batch_size: int | None = None) -> dic
         batch_size: images per forward pass, of which drop path keeps a whole number; None counts its expectation.
 
     Returns: `teacher`: forward on all patches. `clustering`: forward and weight gradient, as the head's input needs no
-        gradient. `student`: encoder on visible patches, predictor and head, forward and backward, a backward pass being
-        two forward passes.
+        gradient, and forward for the batches of the queue. `student`: encoder on visible patches, predictor and head,
+        forward and backward, a backward pass being two forward passes.
     """
     d = shape.embed_dim
     blocks = sum(depth * block_flops(d, queries, context) for depth, queries, context in _student_towers(shape))
     student_head = sum(2 * shape.num_predict * width * out for width, out in _head_layers(shape))
-    clustering_head = 2 * shape.num_patches * d * shape.num_clusters
+    logits = 2 * shape.num_patches * d * shape.num_clusters
     # The image needs no gradient either: the student's embedding costs forward and weight gradient, of all patches.
     student = 2 * _embedding_flops(shape) + 3 * (_kept(shape, batch_size) * blocks + student_head)
-    return {"teacher": encoder_flops_per_image(shape), "clustering": 2 * clustering_head, "student": student}
+    return {"teacher": encoder_flops_per_image(shape), "clustering": (2 + shape.queue) * logits, "student": student}
 
 
 def _head_layers(shape: StepShape) -> list[tuple[int, int]]:

@@ -677,6 +677,7 @@ def step_shape(cfg: CapiConfig) -> StepShape:
         drop_path_rate=towers.drop_path_rate if towers.block_kwargs.drop_path_type == "efficient" else 0.0,
         predictor=cfg.model.predictor,
         student_head_dims=HEADS[cfg.capi.student_head].hidden_dims,
+        queue=cfg.capi.queue,
     )
 
 

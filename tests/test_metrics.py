@@ -591,25 +591,29 @@ def _student_loss(model: EncoderDecoder, head: nn.Module, shape: StepShape, b: i
 
 @pytest.mark.skipif("_for_cpu" not in str(list(flop_registry)), reason="this torch does not count attention on a CPU")
 @pytest.mark.parametrize(
-    ("drop_path_rate", "predictor", "kind"),
+    ("drop_path_rate", "predictor", "kind", "queue"),
     [
-        (0.0, "cross", "linear"),
-        (0.25, "cross", "mlp"),
-        (0.3, "cross", "linear"),
-        (0.3, "split", "linear"),
-        (0.3, "fused", "linear"),
+        (0.0, "cross", "linear", 2),
+        (0.25, "cross", "mlp", 0),
+        (0.3, "cross", "linear", 0),
+        (0.3, "split", "linear", 0),
+        (0.3, "fused", "linear", 0),
     ],
 )
-def test_training_flops_are_those_torch_counts_on_the_model(drop_path_rate, predictor, kind):
+def test_training_flops_are_those_torch_counts_on_the_model(drop_path_rate, predictor, kind, queue):
     dims = HEADS[kind].hidden_dims
-    shape, b = replace(SMALL, drop_path_rate=drop_path_rate, predictor=predictor, student_head_dims=dims), 8
+    shape, b = (
+        replace(SMALL, drop_path_rate=drop_path_rate, predictor=predictor, student_head_dims=dims, queue=queue),
+        8,
+    )
     d, k = shape.embed_dim, shape.num_clusters
     model, head = _model(shape), HEADS[kind](d, k)
     clustering = OnlineClustering(d, k, bias=True, n_sk_iter=3, target_temp=0.06, pred_temp=0.12)
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
             features, _ = model.eval().forward_pretrain(_images(shape, b))
-        clustering(features.transpose(0, 1))[1].backward()
+        x = features.transpose(0, 1)
+        clustering(x, torch.cat([x] * queue, dim=1) if queue else None)[1].backward()
         _student_loss(model.train(), head, shape, b).backward()
     # Fused attention computes its scores again in the backward pass: 5 matmuls instead of 4, and is counted so.
     expected = training_flops_per_image(shape, b) + attention_recomputation_per_image(shape, b)
