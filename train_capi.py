@@ -480,22 +480,27 @@ def with_head(backbone: EncoderDecoder, cfg: CapiConfig) -> nn.ModuleDict:
 def start_from(student: nn.ModuleDict, path_or_url: str) -> None:
     """Copy the weights of `train.init_from` into a fresh student's backbone, and say what stays random.
 
-    A predictor that is missing as a whole does. So do the heads: the released weights have no clustering head, and the
-    student's is of no use with the prototypes of another one.
+    A predictor that is missing as a whole does; one that a fused student has no use for is left out. The heads stay
+    random: the released weights have no clustering head, and the student's is of no use with the prototypes of another.
 
     Raises: UserError if the weights do not fit.
     """
-    backbone = student["backbone"]
+    backbone: Any = student["backbone"]
     weights = backbone_part(read_state_dict(path_or_url, key="train.init_from"), path_or_url)
-    parts = ("decoder.", "dec_norm.", "mask_token")
-    predictor = {key: value for key, value in backbone.state_dict().items() if key.startswith(parts)}
-    has_predictor = not predictor.keys().isdisjoint(weights)
-    load_backbone_weights(backbone, weights if has_predictor else predictor | weights, path_or_url)
-    random = "" if has_predictor else "the predictor, which the file lacks, "
+    tower, note = ("decoder.", "dec_norm."), ""
+    has_predictor = any(key.startswith("decoder.blocks.") for key in weights)
+    if backbone.decoder is None and has_predictor:
+        weights = {key: value for key, value in weights.items() if not key.startswith(tower)}
+        note = "its predictor is left out; "
+    elif not has_predictor:
+        predictor = {key: x for key, x in backbone.state_dict().items() if key.startswith((*tower, "mask_token"))}
+        note = "" if predictor.keys() <= weights.keys() else "the predictor, which the file lacks, "
+        weights = predictor | weights
+    load_backbone_weights(backbone, weights, path_or_url)
     logger.info(
         "student, average and teacher start from %s; %sthe student's head and the clustering head start random",
         path_or_url,
-        random,
+        note,
     )
 
 

@@ -215,6 +215,24 @@ def test_a_missing_predictor_stays_random(images, run, tmp_path, caplog):
     assert "the predictor, which the file lacks, the student's head and the clustering head start random" in caplog.text
 
 
+def test_weights_move_between_students_that_predict_in_other_ways(images, run, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    published, tower = load(run / "student_ema.pth"), ("backbone.decoder.", "backbone.dec_norm.", "head.")
+    fused = make_state(images, "model.predictor=fused", init_from=run / "student_ema.pth").student
+    assert "its predictor is left out; the student's head" in caplog.text
+    kept = {key: value for key, value in published.items() if not key.startswith(tower)}
+    assert_equal_weights({key: x for key, x in fused.state_dict().items() if not key.startswith("head.")}, kept)
+    torch.save(fused.state_dict(), tmp_path / "fused.pth")
+    again = make_state(images, "model.predictor=fused", init_from=tmp_path / "fused.pth").student.state_dict()
+    assert "fused.pth; the student's head" in caplog.text
+    split = make_state(images, "model.predictor=split", init_from=tmp_path / "fused.pth").student.state_dict()
+    assert "fused.pth; the predictor, which the file lacks, the student's head" in caplog.text
+    for student in (again, split):
+        assert_equal_weights({key: student[key] for key in kept}, kept)
+    assert all(value.isfinite().all() for value in split.values())
+    assert split.keys() == published.keys()
+
+
 def test_a_missing_predictor_takes_its_final_norm_along(images, run, tmp_path):
     weights = {k: v for k, v in load(run / "student_ema.pth").items() if k.startswith("backbone.")}
     encoder = {k: v for k, v in weights.items() if not k.startswith(("backbone.decoder.", "backbone.mask_token"))}
