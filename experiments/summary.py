@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import statistics
 import time
@@ -70,7 +71,7 @@ def summarise(cfg: TableConfig, trainings: Sequence[Training], statuses: Mapping
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "code": git_revision(),
         "versions": {"python": platform.python_version(), "torch": importlib.metadata.version("torch")},
-        "machine": platform.processor() or platform.machine(),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "columns": {name: score._asdict() for name, score in columns.items()},
         "rows": rows,
         "notices": notices(cfg, trainings, statuses, rows),
@@ -169,7 +170,7 @@ def read_columns(content: Mapping[str, Any]) -> dict[str, Score]:
 def text_table(content: Mapping[str, Any]) -> str:
     """The table for a terminal: a row for each training, fractions in percent."""
     columns = read_columns(content)
-    lines = [["", *(score.shown_label for score in columns.values())]]
+    lines = [["training", *(score.shown_label for score in columns.values())]]
     lines += [
         [name, *(shown(row, column, score) for column, score in columns.items())]
         for name, row in content["rows"].items()
@@ -204,7 +205,7 @@ def write_report(path: Path, content: Mapping[str, Any], trainings: Sequence[Tra
     seeds = ", ".join(map(str, content["seeds"]))
     told = f"{content['budget']} for each training; {'seed' if len(cfg.seeds) == 1 else 'seeds'} {seeds}."
     caption = "Mean, and deviation of the sample where there are several seeds. Fractions are in percent."
-    heads = ["", *(score.shown_label for score in columns.values())]
+    heads = ["training", *(score.shown_label for score in columns.values())]
     numbers = section("scores", "Results", numbers_table(heads, cells, caption))
     first = [training for training in trainings if training.seed == cfg.seeds[0]]
     sections = [notice(content["notices"]), numbers, curves(first, cfg), pictures(first, path.parent), about(content)]
@@ -250,7 +251,7 @@ def about(content: Mapping[str, Any]) -> str:
     folders = {name: next(iter(row["seeds"].values()))["folder"] for name, row in content["rows"].items()}
     tables = [
         key_values(made, None),
-        key_values(commands, "The training of the last seed, as typed."),
+        key_values(commands, "The training of the first seed, as typed."),
         key_values(
             folders, "Where the first seed is; evaluation/report.html in it has all settings and more pictures."
         ),

@@ -488,3 +488,10 @@ def test_curves_leave_out_what_was_not_logged_or_not_finite(tmp_path):
     missing = ["not logged in this run"]
     assert texts == [[], missing, missing, missing, missing, []]
     report.draw_curves([], panels(64)).savefig(tmp_path / "empty.png")
+
+
+def test_every_curve_of_many_is_told_apart():
+    names = {f"run{number}": f"run {number}" for number in range(16)}
+    records = [{"step": step} | dict.fromkeys(names, 1.0 + step) for step in range(3)]
+    (ax,) = report.draw_curves(records, [report.Panel("Loss", "nats", names)]).axes
+    assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 16
