@@ -55,7 +55,7 @@ from evaluation import (
 from readouts import nearest
 from sources import ImageDataset
 from utils import UserError, derive_seed, ending_in_words, replacing, setup_logging, writing_explained
-from weights import load_strictly, read_state_dict, save_safetensors
+from weights import load_strictly, local_path, not_finite, read_state_dict, save_safetensors
 
 logger = logging.getLogger("tokenizer")
 
@@ -192,13 +192,15 @@ class DalleTokenizer(Tokenizer):
 
 def _load_dalle(state: dict[str, Any], source: str, image_size: int, device: torch.device, key: str) -> DalleTokenizer:
     _check_image_size(image_size, DALLE_PATCH_SIZE, key, source)
+    sizes = {}
+    for name, bias in (("width", "blocks.input.b"), ("vocabulary_size", "blocks.output.conv.b")):
+        if isinstance(state.get(bias), Tensor) and state[bias].ndim == 1:
+            sizes[name] = len(state[bias])
     with torch.device("meta"):
-        published = DalleEncoder().state_dict()
-        first, last = (state.get(name, published[name]) for name in ("blocks.input.b", "blocks.output.conv.b"))
-        encoder = DalleEncoder(len(first), len(last))
+        encoder = DalleEncoder(**sizes)
     encoder.to_empty(device="cpu")
     remedy = f"Give the encoder that was published with DALL-E ({DALLE_ENCODER}), or a file of cae_tokenizer.py"
-    load_strictly(encoder, state, source, remedy=remedy)
+    load_strictly(encoder, state, f"{key}={source}", remedy=remedy)
     return DalleTokenizer(encoder, image_size=image_size, device=device)
 
 
@@ -260,6 +262,12 @@ class KMeansTokenizer(Tokenizer):
 def _load_kmeans(centres: Tensor, path: Path, image_size: int, device: torch.device, key: str) -> KMeansTokenizer:
     notes = _read_notes(path, key)
     cfg = build(TokenizerConfig, notes["config"])
+    if centres.ndim != 2 or len(centres) != cfg.vocabulary_size or not centres.is_floating_point():
+        fault = f"its centres are {centres.dtype} {list(centres.shape)}, not numbers of {cfg.vocabulary_size} clusters"
+    else:
+        fault = not_finite([(CENTRES, centres)])
+    if fault:
+        raise UserError(f"{key}={str(path)!r} is damaged: {fault}; make it again")
     if image_size != cfg.image_size:
         raise UserError(
             f"{key}={str(path)!r} is for images of {cfg.image_size} pixels, not {image_size}; choose that image size, "
@@ -285,6 +293,8 @@ def _read_notes(path: Path, key: str) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             notes = json.loads(file.metadata()[NOTES])
+        notes = {name: notes[name] for name in ("config", "weights_sha256", "loader_sha256", "data")}
+        notes["config"] = dict(notes["config"])
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{key}={str(path)!r} was not written by cae_tokenizer.py, or is damaged: {error}") from error
     return notes
@@ -419,7 +429,7 @@ def load_tokenizer(
     device = torch.device(device)
     state = read_state_dict(path, key=key, module_packages=DALLE_PACKAGES)
     if state.keys() == {CENTRES}:
-        tokenizer = _load_kmeans(state[CENTRES], Path(path), image_size, device, key)
+        tokenizer = _load_kmeans(state[CENTRES], local_path(path), image_size, device, key)
     else:
         tokenizer = _load_dalle(state, str(path), image_size, device, key)
     logger.info("%s=%s: %s", key, path, tokenizer.description)

@@ -77,6 +77,7 @@ from training import (
     with_length,
 )
 from utils import UserError, ending_in_words, setup_logging
+from weights import is_downloaded, local_path
 
 logger = logging.getLogger("capi")
 
@@ -584,11 +585,14 @@ def dry_run(cfg: CaeConfig) -> str:
     state = 4 * 4 * (encoder + predictor) / world_size() / 2**30
     schedule = ["schedule     step         lr"]
     schedule += [f"             {step:<12} {lr_at(step, cfg):.3g}" for step in milestones(cfg.optim)]
-    path, regressor = cfg.tokenizer.path, cfg.regressor
-    tokenizer, missing = path, []
-    if Path(path).is_file():
+    regressor = cfg.regressor
+    tokenizer = path = cfg.tokenizer.path
+    missing, place = [], local_path(path)
+    if place.is_file():
         tokenizer = open_tokenizer(cfg, torch.device("cpu")).description
-    elif "://" not in path:
+    elif is_downloaded(path):
+        missing = [f"tokenizer.path={path}: the training downloads it to {str(place)!r}, or place it there by hand"]
+    else:
         missing = [f"tokenizer.path={path}: there is no such file yet; cae_tokenizer.py makes one"]
     return describe(
         cfg,

@@ -51,17 +51,14 @@ def read_state_dict(
     Raises: UserError if the file is missing, unreachable, damaged, another one than `sha256` says, or refused. Damage
         shows in the checksums that a `.pth` archive has; a .safetensors file and torch's format before 1.6 have none.
     """
-    address = str(path_or_url)
-    if address.startswith("file://"):
-        address = urllib.request.url2pathname(urllib.parse.urlsplit(address).path)
-    path = Path(address)
-    if "://" in address:
-        path = _cached_path(address)
+    address, path = str(path_or_url), local_path(path_or_url)
+    if is_downloaded(path_or_url):
         if not path.is_file():
             _download(address, path, sha256, key)
         again = f"delete {str(path)!r} to have it downloaded again"
     else:
         again = "get it again"
+        address = str(path) if "://" in address else address
         try:
             mode = path.stat().st_mode
         except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # the last for a zero byte
@@ -91,9 +88,21 @@ def read_state_dict(
     return loaded
 
 
-def _cached_path(url: str) -> Path:
-    """Where a download is kept. Host and folders are part of it: many files on the web are called model.safetensors."""
-    parts = urllib.parse.urlsplit(url)
+def is_downloaded(path_or_url: str | Path) -> bool:
+    """Whether it is an address elsewhere, and so `local_path` the place of a download."""
+    return "://" in str(path_or_url) and not str(path_or_url).startswith("file://")
+
+
+def local_path(path_or_url: str | Path) -> Path:
+    """Where the file of a path or an address is on this machine, or will be once `read_state_dict` has downloaded it.
+
+    Downloads are kept in torch's hub folder, under host and folders too: many files on the web are called
+    model.safetensors.
+    """
+    address = str(path_or_url)
+    parts = urllib.parse.urlsplit(address)
+    if not is_downloaded(address):
+        return Path(urllib.request.url2pathname(parts.path) if "://" in address else address)
     folders = [part for part in urllib.parse.unquote(parts.path).split("/") if part not in ("", ".", "..")]
     name = folders.pop() if folders else "weights"
     if parts.query:

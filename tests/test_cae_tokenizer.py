@@ -201,6 +201,11 @@ def test_a_file_that_is_no_tokenizer_names_key_fault_and_remedy(published, tmp_p
     save_file({"centres": torch.ones(2, 2)}, tmp_path / "centres.safetensors")
     assert "was not written by cae_tokenizer.py" in error_of(tmp_path / "centres.safetensors")
     assert "there is no such file" in error_of(tmp_path / "none.pth")
+    for value in (torch.tensor(3.0), torch.zeros(0), 3, "text"):
+        torch.save(state | {"blocks.input.b": value}, tmp_path / "odd.pth")
+        message = error_of(tmp_path / "odd.pth")
+        assert f"'cae.tokenizer={tmp_path}/odd.pth' do not fit the model" in message, message
+        assert cae_tokenizer.DALLE_ENCODER in message, message
 
 
 # ----------------------------------------------------------------------------------------------------- k-means
@@ -339,6 +344,36 @@ def test_a_tokenizer_finds_its_model_from_any_folder_and_refuses_another(images,
         load_tokenizer(path, image_size=112, device="cpu", key="cae.tokenizer")
     torch.save(weights | {"patches.bias": torch.ones(5)}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"was made with other weights of .*mine\.py"):
+        load_tokenizer(path, image_size=32, device="cpu")
+
+
+def test_a_tokenizer_may_have_an_address(images, tmp_path):
+    output = tmp_path / "tokenizer.safetensors"
+    description = make(images, output).description
+    assert load_tokenizer(output.as_uri(), image_size=32, device="cpu").description == description
+
+
+@pytest.mark.parametrize("notes", [{}, [1], {"config": 1, "weights_sha256": "0"}, {"weights_sha256": "0"}])
+def test_notes_of_another_kind_are_no_tokenizer(tmp_path, notes):
+    save_file({"centres": torch.ones(2, 2)}, tmp_path / "odd.safetensors", {"tokenizer": json.dumps(notes)})
+    with pytest.raises(UserError, match=r"cae.tokenizer=.*odd.safetensors' was not written by cae_tokenizer.py, or is"):
+        load_tokenizer(tmp_path / "odd.safetensors", image_size=32, device="cpu", key="cae.tokenizer")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x[:3], lambda x: x[0], lambda x: x * torch.nan, lambda x: x.long()],
+    ids=["fewer", "one", "not finite", "whole numbers"],
+)
+def test_centres_that_cannot_be_those_of_the_notes_are_refused(images, tmp_path, change):
+    from safetensors import safe_open
+
+    path = tmp_path / "tokenizer.safetensors"
+    make(images, path)
+    with safe_open(path, "pt") as file:
+        notes = file.metadata()
+    save_file({"centres": change(load_file(path)["centres"]).contiguous()}, path, notes)
+    with pytest.raises(UserError, match=r"tokenizer=.*tokenizer.safetensors' is damaged: .* make it again"):
         load_tokenizer(path, image_size=32, device="cpu")
 
 

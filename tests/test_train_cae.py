@@ -455,6 +455,20 @@ def test_a_tokenizer_that_does_not_fit_is_refused_in_words(images, tmp_path, cap
     assert train_cae.main([*tiny_run(images, tmp_path, argument), "--dry-run"]) == (0 if "nowhere" in argument else 2)
 
 
+def test_a_dry_run_says_whether_a_tokenizer_with_an_address_is_there(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = tmp_path / "hub" / "checkpoints" / "example.org" / "encoder.pth"
+    arguments = [*tiny_run(images, tmp_path, "tokenizer.path=https://example.org/encoder.pth"), "--dry-run"]
+    assert train_cae.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert f"tokenizer.path=https://example.org/encoder.pth: the training downloads it to '{place}'" in told
+    place.parent.mkdir(parents=True)
+    shutil.copy(f"{images}.tokenizer.pth", place)
+    assert train_cae.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "tokenizer    16 tokens at 32 px: DALL-E's encoder, 16 tokens, weights" in told and "downloads" not in told
+
+
 def test_a_dry_run_says_which_tokenizer_it_is(images, tmp_path, capsys):
     assert train_cae.main([*tiny_run(images, tmp_path), "--dry-run"]) == 0
     assert "tokenizer    16 tokens at 32 px: DALL-E's encoder, 16 tokens, weights" in capsys.readouterr().out
