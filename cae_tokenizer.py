@@ -273,7 +273,10 @@ def _load_kmeans(centres: Tensor, path: Path, image_size: int, device: torch.dev
             f"{key}={str(path)!r} is for images of {cfg.image_size} pixels, not {image_size}; choose that image size, "
             f"or make another one with cae_tokenizer.py image_size={image_size}"
         )
-    model = _frozen_model(cfg, device)
+    try:
+        model = _frozen_model(cfg, device)
+    except UserError as error:
+        raise UserError(f"{key}={str(path)!r} needs the model that it was made of, as it was: {error}") from error
     if model.sha256 != notes["weights_sha256"]:
         raise UserError(
             f"{key}={str(path)!r} was made with other weights of {cfg.model_path} with {cfg.model_loader_kwargs} "

@@ -345,6 +345,9 @@ def test_a_tokenizer_finds_its_model_from_any_folder_and_refuses_another(images,
     torch.save(weights | {"patches.bias": torch.ones(5)}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"was made with other weights of .*mine\.py"):
         load_tokenizer(path, image_size=32, device="cpu")
+    (tmp_path / "mine.py").unlink()
+    with pytest.raises(UserError, match=r"tokenizer=.* needs the model that it was made of, as it was: .*mine\.py"):
+        load_tokenizer(path, image_size=32, device="cpu")
 
 
 def test_a_tokenizer_may_have_an_address(images, tmp_path):
