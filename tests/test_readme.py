@@ -325,6 +325,13 @@ def test_files_that_are_named_exist():
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_every_file_has_one_line_in_the_map_of_the_code():
+    lines = re.findall(r"^\| `([a-z_0-9/]+(?:\.py|/))` \| .+ \|$", README.split("## The code")[1], flags=re.MULTILINE)
+    files = [*ROOT.glob("*.py"), *ROOT.glob("speed/[!_]*.py")]
+    expected = {str(path.relative_to(ROOT)) for path in files} | {"baselines/", "bench/"}
+    assert sorted(lines) == sorted(expected)
+
+
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_sizes_in_the_table_are_those_of_the_configs(config: Path):
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [str(config)])
