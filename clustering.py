@@ -6,7 +6,7 @@ its own over the images of the batch (CAPI, arXiv:2502.08769, section 3).
 
 import itertools
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -175,8 +175,7 @@ class OnlineClustering(nn.Module):
             loss_scale: for the float16 loss scaler.
             earlier: normalised features of images of earlier batches, which share the balance; see `FeatureQueue`.
         """
-        more = {} if earlier is None else {"earlier": earlier}
-        result = self.learn(x, predict_indices, with_usage=with_usage, **more)
+        result = self.learn(x, predict_indices, with_usage=with_usage, earlier=earlier)
         (result.loss * loss_scale).backward()
         return result._replace(loss=result.loss.detach())
 
@@ -266,7 +265,8 @@ class MlpHead(L2NormLinear):
     def init_weights(self) -> None:
         """As `L2NormLinear`; MLP weights from a truncated normal of std 0.02, biases 0."""
         super().init_weights()
-        for layer in self.mlp:
+        layers: Any = self.mlp
+        for layer in layers:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 

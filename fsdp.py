@@ -210,7 +210,8 @@ def joined_along(own: Tensor, axis: int) -> Tensor:
 
     if not is_distributed():
         return own
-    mesh = DeviceMesh.from_group(dist.group.WORLD, own.device.type)
+    group: Any = dist.group.WORLD
+    mesh = DeviceMesh.from_group(group, own.device.type)
     return DTensor.from_local(own, mesh, [Shard(axis)], run_check=False)
 
 

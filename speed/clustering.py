@@ -103,8 +103,10 @@ def _learn(
     predict_indices: Int[Tensor, " m"],
     *,
     with_usage: bool,
+    earlier: Tensor | None = None,
 ) -> ClusteringStep:
-    """In the place of `head.learn`."""
+    """In the place of `head.learn`, for the images of one batch."""
+    assert earlier is None, "a head that balances with earlier batches learns plainly"
     options = HeadOptions(
         n_sk_iter=head.n_sk_iter,
         target_temp=head.target_temp,
