@@ -471,12 +471,15 @@ def run(part: Part, cfg: TableConfig) -> Status:
 
 
 def planned_steps(training: Training, cfg: TableConfig) -> int:
-    """How many steps the budget is."""
+    """How many steps the budget is: the same for all seeds, of which the first one is measured."""
     per_step = training.images_per_step(cfg.num_ranks)
     if cfg.budget.images is not None:
         return max(1, round(cfg.budget.images / per_step))
     assert cfg.budget.cpu_seconds is not None
-    return max(1, int(cfg.budget.cpu_seconds / cpu_seconds_per_step(training, cfg)))
+    noted = [_read_json(path) or {} for path in sorted(training.folder.parent.glob("seed_*/asked.json"))]
+    measured = [each["cpu_seconds_per_step"] for each in noted if "cpu_seconds_per_step" in each]
+    seconds = measured[0] if measured else cpu_seconds_per_step(training, cfg)
+    return max(1, int(cfg.budget.cpu_seconds / seconds))
 
 
 def cpu_seconds_per_step(training: Training, cfg: TableConfig) -> float:

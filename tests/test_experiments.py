@@ -237,6 +237,9 @@ def test_a_budget_of_processor_time_decides_how_many_steps_there_are(here, monke
     planned = Path("out/slow/seed_0/asked.json").read_text()
     assert compare.main(["table.yaml"]) == 0
     assert Path("out/slow/seed_0/asked.json").read_text() == planned, "it was measured again"
+    assert compare.main(["table.yaml", "seeds=[0,1]", "trainings.quick=null"]) == 0
+    assert results()["rows"]["slow"]["deviation"]["images"] == 0, "another seed saw another number of images"
+    assert not list(Path("out/slow/seed_1").glob("calibration_*"))
 
 
 def test_the_processor_time_of_a_process_and_of_its_own_is_counted():
