@@ -409,9 +409,9 @@ def _resolve(cfg: TableConfig, name: str, entry: EntryConfig, *, keep: bool) -> 
     """
     key, folder = f"trainings.{name}", Path(cfg.output_dir, name)
     script = find_file(str(entry.script), f"{key}.script")
-    files = [find_file(path, f"{key}.configs") for path in entry.configs or []]
+    files = {path: find_file(path, f"{key}.configs") for path in entry.configs or []}
     before = None if entry.before is None else asdict(entry.before)
-    hashes = {str(path): hash_file(path) for path in files}
+    hashes = {name: hash_file(path) for name, path in files.items()}
     request = {"script": script.name, "sources": _sources(entry), "files": hashes, "before": before}
     noted = _read_json(folder / "asked.json")
     if noted == request:
@@ -428,7 +428,7 @@ def _resolve(cfg: TableConfig, name: str, entry: EntryConfig, *, keep: bool) -> 
     require(
         hasattr(train_script, "main"), f"{key}.script", str(script), "must have main(arguments), as train_capi.py has"
     )
-    arguments = [*map(str, files), *entry.overrides, "--print-config"]
+    arguments = [*map(str, files.values()), *entry.overrides, "--print-config"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         code = train_script.main(arguments)
     if code != 0:
