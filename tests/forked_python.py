@@ -8,7 +8,8 @@
       '------------------------- exit code, or the signal that ended it ------------------------------  script.py
 
 The script imports the repository anew, has a session of its own, and whatever it starts by `sys.executable` is forked
-too. What differs from a process of its own: it and its parent see other process ids of each other; packages are
+too. What differs from a process of its own: it and its parent see other process ids of each other, and its
+processor time is not among that of its parent's children; packages are
 imported already, so a part of one that is used without being imported is not noticed. What the stand-in cannot do, such
 as `-W`, it leaves to Python itself.
 

@@ -7,7 +7,7 @@ from runs import run_forked
 
 def test_ours_and_the_straightforward_way_agree(tmp_path):
     results = tmp_path / "results.jsonl"
-    sizes = ["--scale", "0.002", "--repeats", "1", "--results", str(results)]
+    sizes = ["--scale", "0.0005", "--repeats", "1", "--results", str(results)]
     done = run_forked("bench/evaluations.py", "knn", "pca", *sizes)
     assert done.returncode == 0, done.stderr
     knn, pca = (json.loads(line) for line in results.read_text().splitlines())
