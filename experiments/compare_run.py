@@ -172,14 +172,15 @@ class Departure(NamedTuple):
         if self.side == "not finite":
             return f"step {self.step}: {self.quantity.words} is not finite"
         low, high = self.band
-        return f"step {self.step}: {self.quantity.words} is {self.side}: {self.value:.3g}, not {low:.3g} to {high:.3g}"
+        band = f"{self.value:.3g}, not {low:.3g} to {high:.3g}"
+        return f"step {self.step}: {self.quantity.words} is {self.side} its band: {band}"
 
 
 def departures(run: Run, reference: Run) -> list[Departure]:
     """What left its band, the earliest first. Runs of different lengths are compared at the same part of the whole."""
     scale = reference.number("optim.total_iters") / run.number("optim.total_iters")
-    found = [_departure(quantity, run, reference, scale) for quantity in QUANTITIES]
-    return sorted((each for each in found if each is not None), key=lambda departure: departure.step)
+    candidates = (_departure(quantity, run, reference, scale) for quantity in QUANTITIES)
+    return sorted(filter(None, candidates), key=lambda departure: departure.step)
 
 
 def _departure(quantity: Quantity, run: Run, reference: Run, scale: float) -> Departure | None:
@@ -260,13 +261,13 @@ CAUSES = (
 UNKNOWN = "No pattern that is known. Look at the quantity that left first, and at the keys that differ."
 
 
-def causes(found: Sequence[Departure], run: Run, reference: Run) -> list[str]:
+def causes(departed: Sequence[Departure], run: Run, reference: Run) -> list[str]:
     """What departures usually mean; empty if there are none."""
-    signs = {f"{departure.quantity.key} {departure.side}" for departure in found}
-    own, usual = (each.images_per_step / each.num_prototypes for each in (run, reference))
+    signs = {f"{departure.quantity.key} {departure.side}" for departure in departed}
+    own, usual = (curve.images_per_step / curve.num_prototypes for curve in (run, reference))
     if own < FEWER * usual:
         signs.add(FEW_IMAGES)
-    return [cause.words for cause in CAUSES if cause.fits(frozenset(signs))] or ([UNKNOWN] if found else [])
+    return [cause.words for cause in CAUSES if cause.fits(frozenset(signs))] or ([UNKNOWN] if departed else [])
 
 
 SHAPING = ("capi", "optim", "data", "model")
@@ -301,14 +302,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reference = nearest_preset(run)
     else:
         reference = read_run(Path(args.preset)) if Path(args.preset).is_dir() else read_preset(args.preset)
-    found = departures(run, reference)
+    departed = departures(run, reference)
     lines = [f"{run.name} beside {reference.name}, {len(run.records)} lines up to step {run.records[-1]['step']}"]
-    lines += [f"  {departure}" for departure in found] or ["  all that is logged stays in its band"]
-    if found:
-        lines += ["", *causes(found, run, reference), "", "Keys that differ:"]
+    lines += [f"  {departure}" for departure in departed] or ["  all that is logged stays in its band"]
+    if departed:
+        lines += ["", *causes(departed, run, reference), "", "Keys that differ:"]
         lines += [f"  {line}" for line in differing_keys(run, reference)] or ["  none"]
     sys.stdout.write("\n".join(lines) + "\n")
-    return 1 if found else 0
+    return 1 if departed else 0
 
 
 if __name__ == "__main__":

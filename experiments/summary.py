@@ -54,14 +54,14 @@ def summarise(cfg: TableConfig, trainings: Sequence[Training], statuses: Mapping
     for training in trainings:
         status = statuses[training.title]
         own, untrained = values_of(training, cfg, columns)
-        where = {"status": status.word, "message": status.message, "folder": str(training.folder)}
+        standing = {"status": status.word, "message": status.message, "folder": str(training.folder)}
         made = {"note": training.entry.note, "command": training.command(training.num_steps), "seeds": {}}
         row = rows.setdefault(training.name, made)
-        row["seeds"][str(training.seed)] = where | {"values": own}
+        row["seeds"][str(training.seed)] = standing | {"values": own}
         if training.entry.random:
             note = f"The model of {training.name} as it is before training."
             row = rows.setdefault(f"{RANDOM} ({training.name})", {"note": note, "command": None, "seeds": {}})
-            row["seeds"][str(training.seed)] = where | {"values": untrained}
+            row["seeds"][str(training.seed)] = standing | {"values": untrained}
     for row in rows.values():
         row.update(moments(list(columns), [seed["values"] for seed in row["seeds"].values()]))
     return {
@@ -131,7 +131,7 @@ def scores_of(
 
 def moments(columns: Sequence[str], values: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Mean, deviation of the sample and number of the values of each column, where there are enough."""
-    known = {name: [each[name] for each in values if name in each] for name in columns}
+    known = {name: [seed[name] for seed in values if name in seed] for name in columns}
     return {
         "mean": {name: statistics.fmean(numbers) for name, numbers in known.items() if numbers},
         "deviation": {name: statistics.stdev(numbers) for name, numbers in known.items() if len(numbers) > 1},

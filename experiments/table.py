@@ -477,7 +477,7 @@ def planned_steps(training: Training, cfg: TableConfig) -> int:
         return max(1, round(cfg.budget.images / per_step))
     assert cfg.budget.cpu_seconds is not None
     noted = [_read_json(path) or {} for path in sorted(training.folder.parent.glob("seed_*/asked.json"))]
-    measured = [each["cpu_seconds_per_step"] for each in noted if "cpu_seconds_per_step" in each]
+    measured = [state["cpu_seconds_per_step"] for state in noted if "cpu_seconds_per_step" in state]
     seconds = measured[0] if measured else cpu_seconds_per_step(training, cfg)
     return max(1, int(cfg.budget.cpu_seconds / seconds))
 

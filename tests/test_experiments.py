@@ -525,12 +525,24 @@ def momentum(**values: float) -> list[str]:
 @pytest.mark.parametrize(
     ("overrides", "left", "meaning"),
     [
-        (["optim.lr_schedule.base_value=0.3"], "effective rank of the teacher's features is below", "A learning rate"),
-        (["capi.num_clusters=1024"], "share of the prototypes in use is below", "Too few images for the prototypes"),
-        (momentum(start_warmup_value=0.9999, base_value=0.9999), "1 - m is below", "A teacher that moves too slowly"),
+        (
+            ["optim.lr_schedule.base_value=0.3"],
+            "effective rank of the teacher's features is below its band",
+            "A learning rate",
+        ),
+        (
+            ["capi.num_clusters=1024"],
+            "share of the prototypes in use is below its band",
+            "Too few images for the prototypes",
+        ),
+        (
+            momentum(start_warmup_value=0.9999, base_value=0.9999),
+            "1 - m is below its band",
+            "A teacher that moves too slowly",
+        ),
         (
             [*momentum(start_warmup_value=0, base_value=0, final_value=0), "optim.lr_schedule.base_value=4e-3"],
-            "effective rank of the teacher's features is below",
+            "effective rank of the teacher's features is below its band",
             "Collapse",
         ),
     ],
