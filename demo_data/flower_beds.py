@@ -144,11 +144,14 @@ def write(folder: Path, seed: int, num_images: dict[str, int], processes: int | 
     Args:
         folder: filled completely, or left without `drawn.json`.
         seed: of everything.
-        num_images: split -> how many images, rounded down to as many of each mix.
+        num_images: split -> how many images, rounded down to as many of each mix; at least one of each.
         processes: None for one per processor.
 
-    Raises: ValueError if the folder holds something else.
+    Raises: ValueError if the folder holds something else, or there would be no images.
     """
+    for split, num in num_images.items():
+        if num < len(MIXES):
+            raise ValueError(f"{split}: {num} images are too few for one of each of {len(MIXES)} mixes")
     drawn, request = folder / "drawn.json", {"seed": seed, "size": SIZE, **num_images}
     if drawn.is_file():
         found = json.loads(drawn.read_text())

@@ -131,6 +131,13 @@ def test_a_drawn_folder_is_kept_and_another_request_is_refused(beds, capsys):
     assert "remove it or give another folder" in message
 
 
+def test_a_data_set_without_images_is_not_drawn(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        flower_beds.main([str(tmp_path / "new"), "--train=20", "--val=3"])
+    assert "val: 3 images are too few for one of each of 10 mixes" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit):
