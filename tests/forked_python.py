@@ -8,10 +8,9 @@
       '------------------------- exit code, or the signal that ended it ------------------------------  script.py
 
 The script imports the repository anew, has a session of its own, and whatever it starts by `sys.executable` is forked
-too. What differs from a process of its own: it and its parent see other process ids of each other, and its
-processor time is not among that of its parent's children; packages are
-imported already, so a part of one that is used without being imported is not noticed. What the stand-in cannot do, such
-as `-W`, it leaves to Python itself.
+too. What differs from a process of its own: it and its parent see other process ids of each other; its processor time
+is not among that of its parent's children; packages are imported already, so a part of one that is used without being
+imported is not noticed. What the stand-in cannot do, such as `-W`, it leaves to Python itself.
 
 The first stand-in starts the server, which ends with the process that called `make_stand_in`.
 """
@@ -228,51 +227,13 @@ def _reap(connections: dict[socket.socket, int], selector: selectors.BaseSelecto
 def _run_script(
     arguments: list[str], cwd: str, environ: dict[str, str], executable: str, mask: list[int], *, files: array.array
 ) -> NoReturn:
-    """What `python *arguments` does in that folder and environment."""
+    """What `python *arguments` does in that folder and environment, until it ends."""
     code = 1
     try:
-        os.setsid()
-        for number, file in enumerate(files):
-            os.dup2(file, number)
-            os.close(file)
-        os.chdir(cwd)
-        os.environ.clear()
-        os.environ.update(environ)
-        is_buffered = arguments[0] != "-u"
-        arguments = [word for word in arguments if word != "-u"] if not is_buffered else arguments
-        encoding, _, errors = environ.get("PYTHONIOENCODING", "utf-8:strict").partition(":")
-
-        def opened(number: int, mode: str, errors: str) -> TextIO:
-            stream = open(number, mode, encoding=encoding, errors=errors)  # noqa: SIM115
-            if mode == "w":
-                stream.reconfigure(line_buffering=number == 2, write_through=not is_buffered)
-            return stream
-
-        sys.stdin, sys.stdout = opened(0, "r", errors), opened(1, "w", errors)
-        sys.stderr = opened(2, "w", "backslashreplace")
-        for name, module in list(sys.modules.items()):
-            if os.path.dirname(getattr(module, "__file__", None) or "") in OWN_FOLDERS:  # noqa: PTH120  # of thousands
-                del sys.modules[name]
-        first, *rest = arguments
-        sys.path[:] = [
-            "" if first == "-c" else cwd if first == "-m" else str(Path(first).parent.absolute()),
-            *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep)),
-            *(path for path in sys.path if path not in OWN_FOLDERS),
-        ]
-        sys.executable, sys.argv = executable, arguments
-        if "OMP_NUM_THREADS" in environ:
-            sys.modules["torch"].set_num_threads(int(environ["OMP_NUM_THREADS"]))
+        _take_place(cwd, environ, files, is_buffered=arguments[0] != "-u")
+        sys.executable = executable
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if first == "-c":
-            sys.argv = ["-c", *rest[1:]]
-            sys.modules["__main__"] = ModuleType("__main__")
-            exec(compile(rest[0], "<string>", "exec"), vars(sys.modules["__main__"]))
-        elif first == "-m":
-            sys.argv = rest
-            sys.modules.pop(rest[0], None)  # or runpy warns
-            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(first, run_name="__main__")
+        _execute(arguments[1:] if arguments[0] == "-u" else arguments)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
@@ -293,6 +254,53 @@ def _run_script(
             signal.signal(-code, signal.SIG_DFL)
             os.kill(os.getpid(), -code)
         os._exit(code & 0xFF)
+
+
+def _take_place(cwd: str, environ: dict[str, str], files: array.array, *, is_buffered: bool) -> None:
+    """Take over a session, folder, environment and streams, and forget the repository's modules."""
+    os.setsid()
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environ)
+    encoding, _, errors = environ.get("PYTHONIOENCODING", "utf-8:strict").partition(":")
+
+    def opened(number: int, mode: str, errors: str) -> TextIO:
+        stream = open(number, mode, encoding=encoding, errors=errors)  # noqa: SIM115
+        if mode == "w":
+            stream.reconfigure(line_buffering=number == 2, write_through=not is_buffered)
+        return stream
+
+    sys.stdin, sys.stdout = opened(0, "r", errors), opened(1, "w", errors)
+    sys.stderr = opened(2, "w", "backslashreplace")
+    for name, module in list(sys.modules.items()):
+        if os.path.dirname(getattr(module, "__file__", None) or "") in OWN_FOLDERS:  # noqa: PTH120  # of thousands
+            del sys.modules[name]
+    if "OMP_NUM_THREADS" in environ:
+        sys.modules["torch"].set_num_threads(int(environ["OMP_NUM_THREADS"]))
+
+
+def _execute(arguments: list[str]) -> None:
+    """Run a script, a module (`-m`) or code (`-c`) as the main module."""
+    first, *rest = arguments
+    sys.path[:] = [
+        {"-c": "", "-m": str(Path.cwd())}.get(first, str(Path(first).parent.absolute())),
+        *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)),
+        *(path for path in sys.path if path not in OWN_FOLDERS),
+    ]
+    if first == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        sys.modules["__main__"] = ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), vars(sys.modules["__main__"]))
+    elif first == "-m":
+        sys.argv = rest
+        sys.modules.pop(rest[0], None)  # or runpy warns
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(first, run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def test_a_script_finds_and_leaves_what_it_would_in_a_process_of_its_own(code, t
     expected = outcome(run(PYTHON, script, "a b", "", **options))
     assert outcome(run(sys.executable, script, "a b", "", **options)) == expected
     assert outcome(run(sys.executable, "-u", script, "a b", "", **options)) == expected
+    assert "-u" in run(sys.executable, "-u", script, "-u", **options).stdout, "it is an argument of the script"
 
 
 def test_code_and_modules_run_as_in_a_process_of_their_own(tmp_path):
