@@ -373,7 +373,7 @@ def run_gpu_benchmark(folder, cases, **environment):
 
 
 def test_the_gpu_benchmark_ends_in_time_and_says_what_was_left_out(tmp_path):
-    _, outcomes, _ = run_gpu_benchmark(tmp_path, {"*clustering*": "exec sleep 300"}, BENCH_GPU_S="6")
+    _, outcomes, _ = run_gpu_benchmark(tmp_path, {"*clustering*": "exec sleep 300"}, BENCH_GPU_S="4")
     assert "timed out" in outcomes["clustering head"]
     assert "no time left" in outcomes["evaluations"]
     (seconds,) = re.findall(r"BENCH_GPU_S:-(\d+)", (ROOT / "bench" / "gpu.sh").read_text())

@@ -6,8 +6,9 @@ from datetime import timedelta
 
 import pytest
 import torch
-from conftest import ROOT, run_cli
+from conftest import ROOT
 from ranks import exit_codes, run_on_ranks
+from runs import run_forked
 from torch.cuda._utils import _get_device_index
 
 import distributed
@@ -241,7 +242,7 @@ def test_an_error_of_one_rank_ends_all(tmp_path):
         "            raise UserError('this rank alone')\n        barrier()\n    return 0\nsys.exit(main())\n"
     )
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = run_cli(*launcher, script, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
+    done = run_forked(*launcher, script, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     assert "error: rank 1: this rank alone" in done.stderr
 
