@@ -12,6 +12,9 @@ BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 SOURCES = pyproject.toml constraints.txt
 
+# Tests start hundreds of short processes, each of which would compile the repository's modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint check slurm gpu bench clean
 
 demo: .venv/.run
