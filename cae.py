@@ -511,7 +511,7 @@ def load_model(
     Raises: UserError for a missing file, weights that do not fit, naming the keys, or if nothing tells `num_heads`.
     """
     if pretrained_weights is None:
-        return untrained_encoder(Encoder, DEFAULT_CONFIG, config_path).to(device).eval()
+        return untrained_encoder(Encoder, DEFAULT_CONFIG, config_path, num_heads).to(device).eval()
     source = str(pretrained_weights)
     weights = read_encoder(read_file(source), source)
     notes: dict[str, str] = {}

@@ -961,7 +961,9 @@ def configuration_with_heads(config_path: str | Path | None, source: str, known:
     return sections
 
 
-def untrained_encoder(make: type[BackboneT], default: Path, config_path: str | Path | None) -> BackboneT:
+def untrained_encoder(
+    make: type[BackboneT], default: Path, config_path: str | Path | None, num_heads: int | None
+) -> BackboneT:
     """The encoder that a training configuration describes, at random initialisation.
 
     Args:
@@ -969,15 +971,16 @@ def untrained_encoder(make: type[BackboneT], default: Path, config_path: str | P
             `grid_size`.
         default: the method's default configuration, on top of which the other one goes.
         config_path: of the configuration.
+        num_heads: attention heads in place of its own; None keeps those.
 
     Raises: UserError if there is none, or it is of another method.
     """
     if config_path is None:
         raise UserError(
             "pretrained_weights=None: give an export of a training, or a file that the authors publish; or for random "
-            "weights config_path=, a configuration of a training"
+            "weights config_path=, a configuration of a training. benchmark.py shows them unless random_baseline=false"
         )
-    config = read_sections(default, config_path)
+    config = read_sections(default, config_path, {} if num_heads is None else {"model": {"num_heads": num_heads}})
     try:
         sizes = config["model"]
         return make(grid_size=config["data"]["images_size"] // sizes["patch_size"], **sizes)

@@ -315,6 +315,8 @@ def test_without_weights_a_configuration_is_needed_and_one_of_the_method(method)
         method.load_model()
     with pytest.raises(UserError, match=r"The model section of .*default_pretrain_config\.yaml has a wrong key: "):
         method.load_model(config_path=ROOT / "default_pretrain_config.yaml")
+    config_path = ROOT / "configs" / method.__name__ / "imagenette.yaml"
+    assert [method.load_model(config_path, num_heads=heads).blocks[0].attn.num_heads for heads in (None, 6)] == [3, 6]
 
 
 @pytest.mark.parametrize("source", [lambda path, _: path, lambda _, exported: exported], ids=["published", "exported"])

@@ -332,7 +332,7 @@ def test_a_run_killed_at_any_moment_ends_like_one_never_interrupted(images, tmp_
     source = hub_source(images, kind, tmp_path)
     straight, killed = (tiny(source, tmp_path / name, *extra) for name in ("straight", "killed"))
     assert run_main(straight) == 0
-    for at_step in (2, 4, 6, 8) if num_workers == 0 else (3, 7):  # workers take seconds to start
+    for at_step in (2, 4, 6, 8):
         run = KillableRun(killed, tmp_path / "killed")
         run.wait_for(lambda at_step=at_step: logged_steps(tmp_path / "killed") >= at_step)
         run.signal(signal.SIGKILL)
