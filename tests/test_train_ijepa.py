@@ -244,7 +244,7 @@ def test_a_run_killed_at_any_moment_ends_like_one_never_interrupted(images, fini
     assert_same_run(tmp_path, straight)
 
 
-FORWARD_PASSES = 4
+FORWARD_PASSES = 12
 """Of an update, on all ranks together."""
 
 
@@ -269,6 +269,15 @@ def alone(images, tmp_path_factory) -> dict[str, Path]:
 OWN = {"ijepa": [], "stop": [STOP_NOISE]}
 
 
+def assert_close_runs(actual: Path, expected: Path) -> None:
+    for a, b in zip(metrics_of(actual), metrics_of(expected), strict=True):
+        for key in ("loss", "grad_norm", "context_patches"):
+            assert a[key] == pytest.approx(b[key], rel=2e-5), f"{key} at step {a['step']}"
+    a, b = (torch.load(run / "student_ema.pth", weights_only=True) for run in (actual, expected))
+    for key in b:
+        torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=0, msg=key)
+
+
 COMPILED = [f"efficiency.compilation.{name}.disable=false" for name in ("do_teacher", "do_student")]
 compiles = [
     pytest.mark.slow,
@@ -281,7 +290,7 @@ compiles = [
     ("method", "num_ranks", "mode", "compiled"),
     [
         ("ijepa", 2, "simple", []),
-        ("stop", 2, "fully_shard", []),
+        ("ijepa", 3, "fully_shard", []),
         ("stop", 2, "none", []),
         pytest.param("stop", 4, "simple", [], marks=pytest.mark.slow),
         pytest.param("ijepa", 2, "simple", COMPILED, marks=compiles),
@@ -294,12 +303,17 @@ def test_ranks_are_accumulation_steps_of_one(images, alone, tmp_path, method, nu
     arguments = tiny_run(images, tmp_path, "optim.batch_size_per_gpu=2", *own)
     graphs = run_on_ranks(train_on_this_rank, num_ranks, arguments, timeout_s=590)
     assert all((number > 0) == bool(compiled) for number in graphs), graphs
-    for a, b in zip(metrics_of(tmp_path), metrics_of(alone[method]), strict=True):
-        for key in ("loss", "grad_norm", "context_patches"):
-            assert a[key] == pytest.approx(b[key], rel=2e-5), f"{key} at step {a['step']}"
-    a, b = (torch.load(run / "student_ema.pth", weights_only=True) for run in (tmp_path, alone[method]))
-    for key in b:
-        torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=0, msg=key)
+    assert_close_runs(tmp_path, alone[method])
+
+
+def test_a_run_continues_on_other_ranks(images, alone, tmp_path):
+    own = ["optim.batch_size_per_gpu=2", STOP_NOISE]
+    run_on_ranks(train_on_this_rank, 2, tiny_run(images, tmp_path, *own, "efficiency.fsdp=simple"))
+    *earlier, newest = sorted((tmp_path / "checkpoints").iterdir())
+    newest.rename(tmp_path / "not-reached")
+    assert earlier, "nothing is left to continue"
+    run_on_ranks(train_on_this_rank, 3, tiny_run(images, tmp_path, *own, "efficiency.fsdp=none"))
+    assert_close_runs(tmp_path, alone["stop"])
 
 
 def test_an_export_is_a_model_of_the_evaluations_and_the_average(finished):
