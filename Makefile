@@ -1,6 +1,7 @@
 # make demo    draw images, train a small model on them and show what it learned, within five minutes on two cores
 # make test    the whole CPU test suite, on two cores; WORKERS=4 is for four
-# make check   format, lint, types, tests
+# make long    tests of several seconds each, which `make test` leaves out
+# make check   format, lint, types, tests, long ones too
 # make slurm   a two-node training on a real Slurm, preempted and requeued (root, Debian's slurm-wlm and munge)
 # make gpu     the tests that need CUDA, and no others
 # make bench   speed and memory on this machine, into bench/results.jsonl and bench/README.md
@@ -15,7 +16,7 @@ SOURCES = pyproject.toml constraints.txt
 # Tests start hundreds of short processes, each of which would compile the repository's modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint check slurm gpu bench clean
+.PHONY: demo test long lint check slurm gpu bench clean
 
 demo: .venv/.run
 	$(BIN)/python demo.py
@@ -23,12 +24,15 @@ demo: .venv/.run
 test: .venv/.test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
+long: .venv/.test
+	$(BIN)/python -m pytest -m long
+
 lint: .venv/.check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-check: lint test
+check: lint test long
 
 slurm: .venv/.test
 	$(BIN)/python -m pytest -m slow tests/test_train_distributed.py

@@ -2,6 +2,9 @@
 
 Axis order matters: the clustering head works on `[positions, batch, d]`, so that every patch position is a problem of
 its own over the images of the batch (CAPI, arXiv:2502.08769, section 3).
+
+Beside the clustering head stand what the paper compares it to, with a `step` like its own: `EmaHeadTargets`, which a
+moving average gives, and `LatentTargets`, the teacher's features themselves.
 """
 
 import itertools
@@ -46,11 +49,26 @@ def sinkhorn_knopp(
         return assignments.to(logits.dtype)
 
 
+def balanced_assignments(
+    logits: Float[Tensor, "p b k"], temperature: float, n_iterations: int, *, positionwise: bool
+) -> Float[Tensor, "p b k"]:
+    """`sinkhorn_knopp` of logits of all positions, in float32: one problem per position, or one over all tokens."""
+    scaled = logits.detach() / temperature
+    if positionwise:
+        return sinkhorn_knopp(scaled, n_iterations)
+    return sinkhorn_knopp(scaled.flatten(0, 1), n_iterations).unflatten(0, scaled.shape[:2])
+
+
 def soft_cross_entropy(
     targets: Float[Tensor, "*b k"], logits: Float[Tensor, "*b k"], temperature: float
 ) -> Float[Tensor, "*b"]:
     """Cross-entropy between soft targets and `softmax(logits / temperature)`, per token, in float32."""
     return -(targets.float() * F.log_softmax(logits.float() / temperature, dim=-1)).sum(dim=-1)
+
+
+def latent_loss(targets: Float[Tensor, "*b d"], predictions: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
+    """Smooth L1 between targets and predictions, per token: the mean over channels, in float32."""
+    return F.smooth_l1_loss(predictions.float(), targets.float(), reduction="none").mean(dim=-1)
 
 
 def entropy(probabilities: Float[Tensor, "*b k"]) -> Float[Tensor, "*b"]:
@@ -63,17 +81,38 @@ def normalize_features(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
     return F.normalize(x.detach().float(), dim=-1, eps=1e-7)
 
 
-class ClusteringStep(NamedTuple):
-    """What one step of the clustering head leaves behind."""
+class TargetStep(NamedTuple):
+    """What the student has to predict in a step, and what making it leaves behind."""
 
     targets: Float[Tensor, "m k"]
-    """Assignments at the predicted positions, in the order of `predict_indices`."""
-    loss: Float[Tensor, ""]
-    """Mean clustering loss over all tokens."""
-    mass: Float[Tensor, " k"] | None
+    """At the predicted positions, in the order of `predict_indices`: assignments, or latents."""
+    loss: Float[Tensor, ""] | None = None
+    """Mean clustering loss over all tokens; None of targets that are not clustered."""
+    mass: Float[Tensor, " k"] | None = None
     """Sum of the assignments over all tokens, per prototype; only if asked for."""
-    counts: Int[Tensor, " k"] | None
+    counts: Int[Tensor, " k"] | None = None
     """Tokens whose largest assignment is this prototype; only if asked for."""
+
+    @classmethod
+    def of_assignments(
+        cls,
+        assignments: Float[Tensor, "p b k"],
+        predict_indices: Int[Tensor, " m"],
+        loss: Float[Tensor, ""] | None = None,
+        *,
+        with_usage: bool,
+    ) -> "TargetStep":
+        """Pick those of the predicted positions, flat `image * p + position`, and count if asked for."""
+        targets = at_positions(assignments, predict_indices)
+        if not with_usage:
+            return cls(targets, loss)
+        counts = assignments.argmax(dim=-1).flatten().bincount(minlength=assignments.shape[-1])
+        return cls(targets, loss, assignments.sum(dim=(0, 1)), counts)
+
+
+def at_positions(x: Float[Tensor, "p b d"], predict_indices: Int[Tensor, " m"]) -> Float[Tensor, "m d"]:
+    """Rows at flat positions `image * p + position`."""
+    return x[predict_indices % len(x), predict_indices // len(x)]
 
 
 class OnlineClustering(nn.Module):
@@ -126,11 +165,7 @@ class OnlineClustering(nn.Module):
         if earlier is not None:
             with torch.no_grad():
                 to_balance = torch.cat([to_balance, self.layer(earlier).float()], dim=1)
-        if self.positionwise_sk:
-            balanced = sinkhorn_knopp(to_balance / self.target_temp, self.n_sk_iter)
-        else:
-            flat = sinkhorn_knopp(to_balance.flatten(0, 1) / self.target_temp, self.n_sk_iter)
-            balanced = flat.unflatten(0, to_balance.shape[:2])
+        balanced = balanced_assignments(to_balance, self.target_temp, self.n_sk_iter, positionwise=self.positionwise_sk)
         assignments = balanced[:, : x.shape[1]]
         return assignments, soft_cross_entropy(assignments, logits, self.pred_temp).mean()
 
@@ -141,7 +176,7 @@ class OnlineClustering(nn.Module):
         *,
         with_usage: bool,
         earlier: Float[Tensor, "p e d"] | None = None,
-    ) -> ClusteringStep:
+    ) -> TargetStep:
         """What `step` returns, before the backward pass of the loss.
 
         Here the assignments of all tokens are alive at once. `speed.clustering.learn_in_chunks` puts a function in the
@@ -149,11 +184,7 @@ class OnlineClustering(nn.Module):
         """
         # Without the hooks of a call: those of `learn` have gathered the weights.
         assignments, loss = self.forward(x, earlier)
-        targets = assignments[predict_indices % len(x), predict_indices // len(x)]
-        if not with_usage:
-            return ClusteringStep(targets, loss, None, None)
-        counts = assignments.argmax(dim=-1).flatten().bincount(minlength=self.out_dim)
-        return ClusteringStep(targets, loss, assignments.sum(dim=(0, 1)), counts)
+        return TargetStep.of_assignments(assignments, predict_indices, loss, with_usage=with_usage)
 
     def step(
         self,
@@ -163,7 +194,7 @@ class OnlineClustering(nn.Module):
         with_usage: bool = False,
         loss_scale: float | Tensor = 1.0,
         earlier: Float[Tensor, "p e d"] | None = None,
-    ) -> ClusteringStep:
+    ) -> TargetStep:
         """Cluster the tokens of all positions: targets for the student, and the loss and gradients of this head.
 
         Gradients of `loss * loss_scale` are added to the parameters' `.grad`.
@@ -176,8 +207,48 @@ class OnlineClustering(nn.Module):
             earlier: normalised features of images of earlier batches, which share the balance; see `FeatureQueue`.
         """
         result = self.learn(x, predict_indices, with_usage=with_usage, earlier=earlier)
+        assert result.loss is not None
         (result.loss * loss_scale).backward()
         return result._replace(loss=result.loss.detach())
+
+
+class EmaHeadTargets:
+    """Targets as iBOT has them (arXiv:2111.07832): what the moving average of the student's head says of the teacher's
+    features. They are balanced as the clusters are, as in DINOv2 (arXiv:2304.07193, section 4); nothing is trained.
+
+    Args:
+        head: of the average.
+        target_temp: temperature of the targets.
+        n_sk_iter: Sinkhorn rounds.
+        positionwise_sk: balance each position by itself.
+    """
+
+    def __init__(self, head: nn.Module, *, target_temp: float, n_sk_iter: int, positionwise_sk: bool) -> None:
+        self.head, self.target_temp = head, target_temp
+        self.n_sk_iter, self.positionwise_sk = n_sk_iter, positionwise_sk
+
+    @torch.no_grad()
+    def step(
+        self, x: Float[Tensor, "p b d"], predict_indices: Int[Tensor, " m"], *, with_usage: bool = False, **_: Any
+    ) -> TargetStep:
+        """As `OnlineClustering.step`, without a loss; the logits of all tokens are alive at once."""
+        logits = self.head(x).float()
+        assignments = balanced_assignments(logits, self.target_temp, self.n_sk_iter, positionwise=self.positionwise_sk)
+        return TargetStep.of_assignments(assignments, predict_indices, with_usage=with_usage)
+
+
+class LatentTargets:
+    """Targets as I-JEPA has them (arXiv:2301.08243): the teacher's features, each normalised over its channels."""
+
+    @torch.no_grad()
+    def step(self, x: Float[Tensor, "p b d"], predict_indices: Int[Tensor, " m"], **_: Any) -> TargetStep:
+        """As `OnlineClustering.step`, without a loss and without prototypes to count."""
+        return TargetStep(normalized_latents(at_positions(x, predict_indices)))
+
+
+def normalized_latents(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    """Mean 0 and variance 1 over channels, in float32."""
+    return F.layer_norm(x.float(), x.shape[-1:])
 
 
 class FeatureQueue(nn.Module):
@@ -241,8 +312,13 @@ class L2NormLinear(nn.Module):
         """Directions from a truncated normal of std 0.02, magnitudes 1."""
         self.last_layer.init_weights()
 
+    def embed(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b e"]:
+        """What is compared to the prototypes, the rows of `last_layer.weight_v`, by its cosine."""
+        return x
+
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
         """Similarities to the prototypes."""
+        x = self.embed(x)
         eps = 1e-6 if x.dtype == torch.float16 else 1e-12
         return self.last_layer(F.normalize(x.float(), dim=-1, eps=eps))
 
@@ -270,11 +346,22 @@ class MlpHead(L2NormLinear):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
-        """Similarities to the prototypes."""
+    def embed(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b e"]:
+        """The bottleneck."""
         for layer in self.mlp[:-1]:
             x = F.gelu(layer(x))
-        return super().forward(self.mlp[-1](x))
+        return self.mlp[-1](x)
+
+
+class LatentHead(nn.Linear):
+    """A student's head for targets that are latents: a linear layer, as wide as they are."""
+
+    hidden_dims: ClassVar[tuple[int, ...]] = ()
+
+    def init_weights(self) -> None:
+        """Weights from a truncated normal of std 0.02, biases 0."""
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
 
 
 HEADS: dict[str, type[L2NormLinear]] = {"linear": L2NormLinear, "mlp": MlpHead}

@@ -232,7 +232,9 @@ def draw(cfg: CapiConfig, content: Mapping[str, Any]) -> dict[Path, str]:
     ten_labels, neighbours, predictions = (
         run_dir / f"{name}.png" for name in ("ten_labels", "neighbours", "predictions")
     )
-    draw_curves(read_metrics(run_dir / "metrics.jsonl"), panels(cfg.capi.num_clusters)).savefig(curves)
+    draw_curves(read_metrics(run_dir / "metrics.jsonl"), panels(cfg.capi.num_clusters, cfg.capi.targets)).savefig(
+        curves
+    )
     evaluated: dict[str, Any] = dict(zip(TITLES, columns(content).values(), strict=True))
     models = {title: load(entries["segmentation"]["config"]) for title, entries in evaluated.items()}
     test = make_dataset(content["evaluations"]["segmentation"]["config"]["test_dataset_name"])

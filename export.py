@@ -53,11 +53,10 @@ import ijepa
 import train_cae
 import train_ijepa
 from checkpoint import Checkpoints, export_weights, read_weights
-from clustering import HEADS
 from config import DEFAULT_PRETRAIN_CONFIG, TrainingConfig, load_config, read_yaml, require_one_of, to_yaml
 from model import EncoderDecoder
 from train_cae import CaeConfig
-from train_capi import CapiConfig
+from train_capi import CapiConfig, make_head
 from train_ijepa import IjepaConfig
 from utils import UserError, ending_in_words, replacing, setup_logging, write_text_atomically
 from weights import load_backbone_weights, load_strictly, read_state_dict, save_safetensors
@@ -85,9 +84,8 @@ class Method:
 
 def _capi_modules(cfg: CapiConfig, weights: Mapping[str, Any]) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {"backbone": EncoderDecoder(**cfg.model.kwargs())}
-    if "head.last_layer.weight_v" in weights:
-        num_prototypes = len(weights["head.last_layer.weight_v"])
-        modules["head"] = HEADS[cfg.capi.student_head](cfg.model.transformers_kwargs.embed_dim, num_prototypes)
+    if any(key.startswith("head.") for key in weights):
+        modules["head"] = make_head(cfg, len(weights.get("head.last_layer.weight_v", ())))
     return modules
 
 

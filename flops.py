@@ -30,7 +30,9 @@ class StepShape:
     predictor: str = "cross"
     """As `model.EncoderDecoder` has it: cross, split or fused."""
     student_head_dims: tuple[int, ...] = ()
-    """Widths of the layers of the student's head between predictions and prototypes."""
+    """Widths of the layers of the student's head between its first and its last one."""
+    targets: str = "clustering"
+    """As `capi.targets` has it: clustering, ema_head or latents."""
     queue: int = 0
     """Earlier batches of which the clustering head computes logits as well."""
 
@@ -95,21 +97,27 @@ def step_flops_per_image(shape: StepShape, batch_size: int | None = None) -> dic
         batch_size: images per forward pass, of which drop path keeps a whole number; None counts its expectation.
 
     Returns: `teacher`: forward on all patches. `clustering`: forward and weight gradient, as the head's input needs no
-        gradient, and forward for the batches of the queue. `student`: encoder on visible patches, predictor and head,
-        forward and backward, a backward pass being two forward passes.
+        gradient, and forward for the batches of the queue; or forward of a head that is an average. `student`: encoder
+        on visible patches, predictor and head, forward and backward, a backward pass being two forward passes.
     """
     d = shape.embed_dim
     blocks = sum(depth * block_flops(d, queries, context) for depth, queries, context in _student_towers(shape))
-    student_head = sum(2 * shape.num_predict * width * out for width, out in _head_layers(shape))
-    logits = 2 * shape.num_patches * d * shape.num_clusters
+    head = sum(2 * width * out for width, out in _head_layers(shape))  # per token
+    logits = 2 * d * shape.num_clusters
+    per_token = {"clustering": (2 + shape.queue) * logits, "ema_head": head, "latents": 0}
     # The image needs no gradient either: the student's embedding costs forward and weight gradient, of all patches.
-    student = 2 * _embedding_flops(shape) + 3 * (_kept(shape, batch_size) * blocks + student_head)
-    return {"teacher": encoder_flops_per_image(shape), "clustering": (2 + shape.queue) * logits, "student": student}
+    student = 2 * _embedding_flops(shape) + 3 * (_kept(shape, batch_size) * blocks + shape.num_predict * head)
+    targets = shape.num_patches * per_token[shape.targets]
+    return {"teacher": encoder_flops_per_image(shape), "clustering": targets, "student": student}
 
 
 def _head_layers(shape: StepShape) -> list[tuple[int, int]]:
-    """Widths before and after each layer of the student's head, of which the last one gives prototypes."""
-    return list(itertools.pairwise((shape.embed_dim, *shape.student_head_dims, shape.num_clusters)))
+    """Widths before and after each layer of the student's head, of which the last one gives what is predicted."""
+    return list(itertools.pairwise((shape.embed_dim, *shape.student_head_dims, _target_width(shape))))
+
+
+def _target_width(shape: StepShape) -> int:
+    return shape.embed_dim if shape.targets == "latents" else shape.num_clusters
 
 
 def _kept(shape: StepShape, batch_size: int | None) -> float:
@@ -159,7 +167,8 @@ def device_memory_estimate(
         the larger of those two.
     """
     d = shape.embed_dim
-    head = shape.num_clusters * (d + 1)  # with a bias; of the student's, each output has a bias or a magnitude
+    # With a bias; of the student's head, each output has a bias or a magnitude.
+    head = shape.num_clusters * (d + 1) if shape.targets == "clustering" else 0
     student = num_backbone_parameters(shape) + sum((width + 1) * out for width, out in _head_layers(shape))
     state = 4 * (4 * (student + head) + student) / world_size
     # Values per channel that a block keeps of each of its tokens, and in the cross-attention predictor of each context
@@ -168,11 +177,13 @@ def device_memory_estimate(
     values = sum(tower.depth * own * tower.queries for tower in _student_towers(shape))
     if shape.predictor == "cross":
         values += shape.decoder_depth * of_context * (shape.num_visible + shape.num_registers)
-    activations = batch_size * (values * d * param_bytes + 3 * 4 * shape.num_predict * shape.num_clusters)
+    activations = batch_size * (values * d * param_bytes + 3 * 4 * shape.num_predict * _target_width(shape))
     logits = 4 * batch_size * shape.num_clusters  # of one position
     budget = 2**28 if world_size == 1 else 2**30  # as clustering.OnlineClustering takes them on a GPU
     chunk = min(max(budget, logits), logits * shape.num_patches)
-    if num_earlier:
+    if shape.targets == "latents":
+        chunk = 0
+    elif num_earlier or shape.targets == "ema_head":  # all at once
         chunk = 4 * (batch_size + num_earlier) * shape.num_clusters * shape.num_patches
         state += 4 * num_earlier * shape.num_patches * d
     features = batch_size * (shape.num_patches + shape.num_registers) * d * (4 + 12 * param_bytes)

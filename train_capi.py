@@ -17,7 +17,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,11 +28,17 @@ from torch import Tensor, nn
 from checkpoint import SavedState, read_weights
 from clustering import (
     HEADS,
+    EmaHeadTargets,
     FeatureQueue,
+    L2NormLinear,
+    LatentHead,
+    LatentTargets,
     OnlineClustering,
     batch_warning,
     entropy,
+    latent_loss,
     normalized_entropy,
+    normalized_latents,
     prototype_usage,
     soft_cross_entropy,
 )
@@ -81,8 +87,12 @@ logger = logging.getLogger("capi")
 
 COURSE_KEYS = ("optim", "capi.student_temp", "capi.clustering_kwargs", "capi.clustering_optimizer")
 """What the rest of a training depends on: a change when it continues is a warning."""
-FINITE = ("capi_loss", "clustering_loss", "grad_norm", "clustering_grad_norm")
+FINITE = ("capi_loss", "grad_norm")
 """Scalars of a step that must be finite."""
+FINITE_OF_CLUSTERING = ("clustering_loss", "clustering_grad_norm")
+"""Those of a step that has a clustering head."""
+TARGETS = ("clustering", "ema_head", "latents")
+"""What the student predicts, by the names of `capi.targets`."""
 
 # --- Knobs: the sections of the configuration that are CAPI's own ----------------------------------------------------
 
@@ -119,6 +129,10 @@ class CapiMethodConfig:
 
     num_clusters: int = field(metadata=within(at_least=2))
     """Prototypes K, 16384 in the paper. Needs a global batch that is not far smaller."""
+    targets: str = field(metadata=one_of(*TARGETS))
+    """clustering, as published. What the paper compares it to: ema_head, iBOT's, where the moving average of the
+    student's head takes the place of the clustering head; or latents, the teacher's normalised features themselves, by
+    a smooth L1 loss, which need no prototypes."""
     queue: int = field(metadata=NOT_NEGATIVE)
     """Earlier batches whose teacher features balance with those of this one, for batches that are small for the number
     of prototypes (arXiv:2006.09882, section 4); 0 in the paper. `clustering.FeatureQueue` says what it costs."""
@@ -135,18 +149,30 @@ class CapiMethodConfig:
     clustering_optimizer: ClusteringOptimizerConfig
 
     def __post_init__(self) -> None:
-        """Check what the kernels cannot do."""
+        """Check what does not go together."""
+        kernel, targets = self.clustering_kernel, self.targets
         if self.queue:
             remedy = (
                 f"do not balance with the capi.queue={self.queue} batches before; use auto or plain, or capi.queue=0"
             )
-            kernel = self.clustering_kernel
             require(kernel in ("auto", "plain"), "capi.clustering_kernel", kernel, f"its kernels {remedy}")
+        if targets != "clustering":
+            alone = f"is for capi.targets=clustering, and this is {targets}; use"
+            require(kernel in ("auto", "plain"), "capi.clustering_kernel", kernel, f"{alone} auto or plain")
+            require(self.queue == 0, "capi.queue", self.queue, f"{alone} 0")
+        if targets == "latents":
+            remedy = "predicts prototypes, and capi.targets=latents has none; use linear"
+            require(self.student_head == "linear", "capi.student_head", self.student_head, remedy)
+
+    @property
+    def clusters(self) -> bool:
+        """Whether there is a clustering head."""
+        return self.targets == "clustering"
 
     @property
     def has_kernels(self) -> bool:
         """Whether the clustering head learns by the kernels of `speed`, instead of as the paper writes it."""
-        return self.clustering_kernel != "plain" and not self.queue
+        return self.clusters and self.clustering_kernel != "plain" and not self.queue
 
 
 @dataclass(frozen=True)
@@ -336,7 +362,8 @@ class Hyper:
     """Scheduled values of one update."""
 
     lr: float
-    clustering_lr: float
+    clustering_lr: float | None
+    """None if there is no clustering head."""
     momentum: float
     """EMA momentum m in ema = m * ema + (1 - m) * student."""
 
@@ -344,7 +371,8 @@ class Hyper:
 def hyper_at(step: int, cfg: CapiConfig) -> Hyper:
     """Scheduled values of the update after `step` finished ones. Pure, so a resumed run has nothing to restore."""
     schedules = (cfg.optim.lr_schedule, cfg.capi.clustering_optimizer.lr_schedule, cfg.optim.momentum_schedule)
-    return Hyper(*(scheduled(schedule, step, cfg.optim.total_iters) for schedule in schedules))
+    hyper = Hyper(*(scheduled(schedule, step, cfg.optim.total_iters) for schedule in schedules))
+    return hyper if cfg.capi.clusters else replace(hyper, clustering_lr=None)
 
 
 # --- State and step --------------------------------------------------------------------------------------------------
@@ -365,17 +393,21 @@ def do_student(
     predict_indices: Int[Tensor, " bm"],
     targets: Float[Tensor, "bm k"],
     drop_path: Shaped[Tensor, "layers 2 ..."] | None,
-    student_temp: float,
+    student_temp: float | None,
     dtype: torch.dtype,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy between targets and predictions, summed over the predicted tokens in float64."""
+    """Cross-entropy between targets and predictions at `student_temp`, or without one the loss of latents, summed over
+    the predicted tokens in float64."""
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         backbone: Any = student["backbone"]
         _, predictions = backbone.forward_pretrain(
             images, visible_indices, predict_indices, do_prediction=True, drop_path=drop_path
         )
-        logits = student["head"](predictions)
-    per_token = soft_cross_entropy(targets, logits, student_temp)
+        predicted = student["head"](predictions)
+    if student_temp is None:
+        per_token = latent_loss(targets, predicted)
+    else:
+        per_token = soft_cross_entropy(targets, predicted, student_temp)
     return per_token.sum() if per_token.device.type == "mps" else per_token.double().sum()  # mps has no float64
 
 
@@ -383,13 +415,17 @@ class CapiState(TrainState[CapiConfig]):
     """Everything a checkpoint holds.
 
     Modules: `student` {backbone, head}; `student_ema`, their moving average, whose backbone is the teacher and which is
-    what a run exports; `clustering`, the teacher's head; `queue`, if there is one, features of earlier batches.
+    what a run exports; `clustering`, the teacher's head, if targets are clustered; `queue`, if there is one, features
+    of earlier batches.
     """
 
-    MODEL_KEYS = ("model", "capi.num_clusters", "capi.clustering_kwargs.bias", "capi.queue", "capi.student_head")
+    MODEL_KEYS = (
+        "model",
+        *(f"capi.{key}" for key in ("num_clusters", "clustering_kwargs.bias", "targets", "queue", "student_head")),
+    )
     LATER_KEYS: ClassVar[dict[str, Any]] = {
         "model": {"predictor": "cross"},
-        "capi": {"queue": 0, "student_head": "linear"},
+        "capi": {"targets": "clustering", "queue": 0, "student_head": "linear"},
     }
 
     def __init__(
@@ -404,8 +440,10 @@ class CapiState(TrainState[CapiConfig]):
         )
         self.student_ema = self.place(self._make_student, compilation.do_teacher, is_teacher=True)
         ema_update_(self.student_ema, self.student, 0.0)
-        self.clustering = self.place(self._make_clustering)
-        self.modules = {"student": self.student, "student_ema": self.student_ema, "clustering": self.clustering}
+        self.modules = {"student": self.student, "student_ema": self.student_ema}
+        if cfg.capi.clusters:
+            self.modules["clustering"] = self.clustering = self.place(self._make_clustering)
+        self.targets = self._make_targets()
         self.queue = self._make_queue()
         if cfg.capi.queue:
             self.modules["queue"] = self.queue
@@ -419,11 +457,10 @@ class CapiState(TrainState[CapiConfig]):
             layernorm_wd_mult=optim.layernorm_wd_mult,
         )
         self.student_optimizer = make_adamw(self.student, optim.betas, by_name)
-        self.clustering_optimizer = make_adamw(self.clustering, cfg.capi.clustering_optimizer.betas)
-        self.optimizers = {
-            "student": (self.student, self.student_optimizer),
-            "clustering": (self.clustering, self.clustering_optimizer),
-        }
+        self.optimizers = {"student": (self.student, self.student_optimizer)}
+        if cfg.capi.clusters:
+            self.clustering_optimizer = make_adamw(self.clustering, cfg.capi.clustering_optimizer.betas)
+            self.optimizers["clustering"] = (self.clustering, self.clustering_optimizer)
 
     def _make_student(self) -> nn.ModuleDict:
         backbone = EncoderDecoder(**self.cfg.model.kwargs())
@@ -444,6 +481,21 @@ class CapiState(TrainState[CapiConfig]):
                 head, kernel=settings.clustering_kernel, device=self.device, chunk=settings.clustering_chunk
             )
         return head
+
+    def _make_targets(self) -> OnlineClustering | EmaHeadTargets | LatentTargets:
+        kwargs = self.cfg.capi.clustering_kwargs
+        match self.cfg.capi.targets:
+            case "clustering":
+                return self.clustering
+            case "ema_head":
+                return EmaHeadTargets(
+                    self.student_ema["head"],
+                    target_temp=kwargs.target_temp,
+                    n_sk_iter=kwargs.n_sk_iter,
+                    positionwise_sk=kwargs.positionwise_sk,
+                )
+            case _:
+                return LatentTargets()
 
     def _make_queue(self) -> FeatureQueue:
         cfg, optim = self.cfg, self.cfg.optim
@@ -473,8 +525,15 @@ class CapiState(TrainState[CapiConfig]):
 
 def with_head(backbone: EncoderDecoder, cfg: CapiConfig) -> nn.ModuleDict:
     """A student: its backbone and a fresh head."""
-    head = HEADS[cfg.capi.student_head](backbone.pred_dim, cfg.capi.num_clusters)
-    return nn.ModuleDict({"backbone": backbone, "head": head})
+    return nn.ModuleDict({"backbone": backbone, "head": make_head(cfg, cfg.capi.num_clusters)})
+
+
+def make_head(cfg: CapiConfig, num_clusters: int) -> nn.Module:
+    """A student's head, of width `num_clusters` unless it predicts latents."""
+    width = cfg.model.transformers_kwargs.embed_dim
+    if cfg.capi.targets == "latents":
+        return LatentHead(width, width)
+    return HEADS[cfg.capi.student_head](width, num_clusters)
 
 
 def start_from(student: nn.ModuleDict, path_or_url: str) -> None:
@@ -519,7 +578,8 @@ def train_step(
     cfg = state.cfg
     random = torch.Generator().manual_seed(derive_seed(cfg.train.seed, "drop-path", state.step, rank()))
     set_rates_(state.student_optimizer, hyper.lr, cfg.optim.weight_decay)
-    set_rates_(state.clustering_optimizer, hyper.clustering_lr, cfg.capi.clustering_optimizer.weight_decay)
+    if hyper.clustering_lr is not None:
+        set_rates_(state.clustering_optimizer, hyper.clustering_lr, cfg.capi.clustering_optimizer.weight_decay)
     state.zero_grad()
 
     # Targets are balanced over the images of all accumulation steps: the same problem as one large batch.
@@ -530,7 +590,7 @@ def train_step(
         [b.host_masks["predict_indices"] + i * features.shape[1] for b, i in zip(batches, images_before, strict=True)]
     )
     with torch.autocast(state.device.type, state.dtype, enabled=state.dtype != torch.float32):
-        clustering = state.clustering.step(
+        made = state.targets.step(
             features.transpose(0, 1),
             predict_indices,
             with_usage=with_usage,
@@ -541,7 +601,7 @@ def train_step(
 
     student: Any = state.student["backbone"]
     capi_loss = torch.zeros((), device=state.device)
-    for batch, targets in zip(batches, clustering.targets.chunk(len(batches)), strict=True):
+    for batch, targets in zip(batches, made.targets.chunk(len(batches)), strict=True):
         drop_path = student.draw_drop_path(len(batch.images), random)
         summed = state.do_student(
             state.student,
@@ -550,23 +610,22 @@ def train_step(
             batch.masks["predict_indices"],
             targets,
             None if drop_path is None else sent_to(state.device, drop_path),
-            cfg.capi.student_temp,
+            None if cfg.capi.targets == "latents" else cfg.capi.student_temp,
             state.dtype,
         )
         loss = summed / len(predict_indices)
         state.backward(loss)
         capi_loss = capi_loss + loss.detach()
 
-    target_entropy = entropy(clustering.targets).mean()
-    scalars = {
-        "capi_loss": capi_loss,
-        "clustering_loss": clustering.loss,
-        "loss": capi_loss + clustering.loss,
-        "target_entropy": target_entropy,
-        "target_entropy_rel": normalized_entropy(target_entropy, cfg.capi.num_clusters),
-    }
-    if clustering.counts is not None and clustering.mass is not None:
-        scalars |= prototype_usage(all_reduce_sum_(clustering.counts), all_reduce_sum_(clustering.mass))
+    scalars = {"capi_loss": capi_loss, "loss": capi_loss}
+    if made.loss is not None:
+        scalars = {"capi_loss": capi_loss, "clustering_loss": made.loss, "loss": capi_loss + made.loss}
+    if cfg.capi.targets != "latents":
+        target_entropy = entropy(made.targets).mean()
+        scalars["target_entropy"] = target_entropy
+        scalars["target_entropy_rel"] = normalized_entropy(target_entropy, cfg.capi.num_clusters)
+    if made.counts is not None and made.mass is not None:
+        scalars |= prototype_usage(all_reduce_sum_(made.counts), all_reduce_sum_(made.mass))
     if with_health:
         scalars |= feature_health(features)
 
@@ -576,19 +635,26 @@ def train_step(
     return mean_over_ranks(scalars) | norms
 
 
-def panels(num_clusters: int) -> list[Panel]:
+def panels(num_clusters: int, targets: str = "clustering") -> list[Panel]:
     """The curves of a training's metrics that its reports show."""
     log_k = math.log(num_clusters)
+    rank_and_norm = [
+        Panel("Effective rank of the teacher's features", "dimensions", {"teacher_rank": ""}),
+        Panel("Norm of the student's gradient", "norm", {"grad_norm": ""}),
+    ]
+    losses, rates = {"capi_loss": "student"}, {"lr": "learning rate, student"}
+    if targets == "clustering":
+        losses["clustering_loss"], rates["clustering_lr"] = "clustering head", "learning rate, clustering head"
+    schedules = Panel("Schedules", "learning rate", rates, right={"momentum": "EMA momentum (right axis)"})
+    if targets == "latents":
+        return [Panel("Smooth L1 loss", "loss", losses), *rank_and_norm, schedules]
     usage = {"prototypes_used": "largest for some token", "prototype_perplexity": "perplexity"}
-    rates = {"lr": "learning rate, student", "clustering_lr": "learning rate, clustering head"}
-    losses = {"capi_loss": "student", "clustering_loss": "clustering head"}
     return [
         Panel("Cross-entropy losses", "nats", losses, mark=("log K: knows nothing", log_k)),
         Panel("Entropy of the targets", "nats", {"target_entropy": ""}, whole=("fraction of log K", log_k)),
         Panel("Prototypes in use", "number", usage, mark=(f"all {num_clusters}", num_clusters)),
-        Panel("Effective rank of the teacher's features", "dimensions", {"teacher_rank": ""}),
-        Panel("Norm of the student's gradient", "norm", {"grad_norm": ""}),
-        Panel("Schedules", "learning rate", rates, right={"momentum": "EMA momentum (right axis)"}),
+        *rank_and_norm,
+        schedules,
     ]
 
 
@@ -605,8 +671,8 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
         make_loader=functools.partial(make_loader, cfg),
         encode=state.encode,
         log_line=functools.partial(log_line, cfg),
-        finite=FINITE,
-        panels=panels(cfg.capi.num_clusters),
+        finite=FINITE + (FINITE_OF_CLUSTERING if cfg.capi.clusters else ()),
+        panels=panels(cfg.capi.num_clusters, cfg.capi.targets),
         flops_per_image=training_flops_per_image(step_shape(cfg)),
         opening=opening(cfg, state),
         warnings=warnings(cfg),
@@ -616,7 +682,7 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
             hyper = hyper_at(state.step, cfg)
             scalars = train_step(state, run.next_batches(), hyper, with_usage=run.logs, with_health=run.looks_at_health)
             state.step += 1  # finished updates: checkpoint 3750 holds 3750
-            run.count(scalars, asdict(hyper))
+            run.count(scalars, {name: value for name, value in asdict(hyper).items() if value is not None})
             run.log()
             run.save()
             run.evaluate()
@@ -647,11 +713,8 @@ def warn_if_changed(saved: SavedState, cfg: CapiConfig) -> None:
 
     def values(step: int, cfg: CapiConfig) -> dict[str, float]:
         hyper = hyper_at(step, cfg)
-        return {
-            "learning rate": hyper.lr,
-            "that of the clustering head": hyper.clustering_lr,
-            "EMA momentum": hyper.momentum,
-        }
+        head = {} if hyper.clustering_lr is None else {"that of the clustering head": hyper.clustering_lr}
+        return {"learning rate": hyper.lr, **head, "EMA momentum": hyper.momentum}
 
     warn_of_another_course(saved, cfg, COURSE_KEYS, values)
 
@@ -682,6 +745,7 @@ def step_shape(cfg: CapiConfig) -> StepShape:
         drop_path_rate=towers.drop_path_rate if towers.block_kwargs.drop_path_type == "efficient" else 0.0,
         predictor=cfg.model.predictor,
         student_head_dims=HEADS[cfg.capi.student_head].hidden_dims,
+        targets=cfg.capi.targets,
         queue=cfg.capi.queue,
     )
 
@@ -698,17 +762,21 @@ def opening(cfg: CapiConfig, state: CapiState) -> str:
 
 def warnings(cfg: CapiConfig) -> list[str]:
     """What is not going to go well."""
+    if cfg.capi.targets == "latents":
+        return []
     warning = batch_warning(global_batch_size(cfg.optim), cfg.capi.num_clusters, cfg.capi.queue)
     return [] if warning is None else [warning]
 
 
 def log_line(cfg: CapiConfig, values: Mapping[str, float]) -> str:
     """How it goes, in a line of the log."""
-    return (
-        f"capi {values['capi_loss']:.3f}  clustering {values['clustering_loss']:.3f}  "
-        f"entropy {values['target_entropy']:.2f} nats ({values['target_entropy_rel']:.2f} of log K)  "
-        f"prototypes {int(values['prototypes_used'])}/{cfg.capi.num_clusters}"
-    )
+    parts = [f"capi {values['capi_loss']:.3f}"]
+    if cfg.capi.clusters:
+        parts.append(f"clustering {values['clustering_loss']:.3f}")
+    if cfg.capi.targets != "latents":
+        parts.append(f"entropy {values['target_entropy']:.2f} nats ({values['target_entropy_rel']:.2f} of log K)")
+        parts.append(f"prototypes {int(values['prototypes_used'])}/{cfg.capi.num_clusters}")
+    return "  ".join(parts)
 
 
 def dry_run(cfg: CapiConfig) -> str:
@@ -725,10 +793,16 @@ def dry_run(cfg: CapiConfig) -> str:
         world_size=world_size(),
         num_earlier=cfg.capi.queue * cfg.optim.batch_size_per_gpu * cfg.optim.accumulation_steps,
     )
-    schedule = ["schedule     step         lr         momentum   clustering lr"]
+    schedule = ["schedule     step         lr         momentum" + ("   clustering lr" if cfg.capi.clusters else "")]
     for step in milestones(cfg.optim):
         hyper = hyper_at(step, cfg)
-        schedule.append(f"             {step:<12} {hyper.lr:<10.3g} {hyper.momentum:<10.6g} {hyper.clustering_lr:.3g}")
+        of_head = "" if hyper.clustering_lr is None else f"{hyper.clustering_lr:.3g}"
+        schedule.append(f"             {step:<12} {hyper.lr:<10.3g} {hyper.momentum:<10.6g} {of_head}".rstrip())
+    heads = {
+        "clustering": f"{cfg.capi.num_clusters:,} prototypes in each head",
+        "ema_head": f"{cfg.capi.num_clusters:,} prototypes in the head",
+        "latents": f"{cfg.model.transformers_kwargs.embed_dim} channels to predict",
+    }
     return describe(
         cfg,
         functools.partial(make_loader, cfg),
@@ -737,12 +811,12 @@ def dry_run(cfg: CapiConfig) -> str:
             f"of {cfg.model.patch_size} px",
             f"tokens       {plan.num_visible} visible, {plan.num_masked} masked, {plan.num_predict} of them predicted; "
             f"{cfg.model.n_registers} registers",
-            f"parameters   {parameters:,} in the backbone; {cfg.capi.num_clusters:,} prototypes in each head",
+            f"parameters   {parameters:,} in the backbone; {heads[cfg.capi.targets]}",
         ],
         costs=[
             f"memory       about {memory['total']:.1f} GiB per device, an estimate: {memory['state']:.1f} for weights, "
             f"gradients, optimizer and average; {memory['activations']:.1f} for the student's activations; "
-            f"{memory['clustering']:.1f} for teacher and clustering",
+            f"{memory['clustering']:.1f} for teacher and {'clustering' if cfg.capi.clusters else 'targets'}",
             f"compute      {training_flops_per_image(shape) / 1e12:.4f} TFLOP per image",
         ],
         schedule=schedule,
@@ -753,22 +827,15 @@ def dry_run(cfg: CapiConfig) -> str:
 # --- For pictures ----------------------------------------------------------------------------------------------------
 
 
-class PrototypePredictor(PatchPredictor):
-    """A student's distribution over prototypes at hidden patches: the most likely one of each patch, then draws.
+class HiddenPatchPredictor(PatchPredictor):
+    """What a student says of hidden patches, all of which are predicted; by itself, of the latents there."""
 
-    A prototype is represented by its row of the teacher's clustering head: the patch with the nearest feature is the
-    one that the teacher is most certain to be of it.
-    """
-
-    prototypes: Tensor
-
-    def __init__(self, cfg: CapiConfig, student: nn.ModuleDict, prototypes: Float[Tensor, "k d"]) -> None:
+    def __init__(self, cfg: CapiConfig, student: nn.ModuleDict) -> None:
         super().__init__()
         self.cfg, self.student = cfg, student
-        self.register_buffer("prototypes", prototypes)
 
     def forward(self, image: Float[Tensor, "3 h w"], seed: int, num_draws: int) -> Prediction:
-        """See `PatchPredictor.forward`; all hidden patches are predicted."""
+        """See `PatchPredictor.forward`."""
         data, patch_size = self.cfg.data, self.cfg.model.patch_size
         plan = MaskPlan(image.shape[1] // patch_size, image.shape[2] // patch_size, data.mask_ratio, 1.0)
         masking = make_masking_generator(data.masking_generator, **data.masking_generator_kwargs)
@@ -776,26 +843,82 @@ class PrototypePredictor(PatchPredictor):
         seen, hidden = draw_positions(plan, masking, random)
         backbone: Any = self.student["backbone"]
         indices = (seen.to(image.device), hidden.to(image.device))
-        _, predicted = backbone.forward_pretrain(image.unsqueeze(0), *indices, do_prediction=True)
-        logits = self.student["head"](predicted).float()
-        probabilities = (logits / self.cfg.capi.student_temp).softmax(dim=-1).cpu()
+        _, predictions = backbone.forward_pretrain(image.unsqueeze(0), *indices, do_prediction=True)
+        visible = torch.zeros(plan.num_patches, dtype=torch.bool).index_fill(0, seen, True)
+        draws = self.draw(self.student["head"](predictions).float(), random, num_draws)
+        return Prediction(visible, hidden, draws)
+
+    def draw(
+        self, predicted: Float[Tensor, "m k"], random: torch.Generator, num_draws: int
+    ) -> dict[str, Float[Tensor, "m d"]]:
+        """`Prediction.draws`, of what the head gave."""
+        return {"predicted": predicted}
+
+    def targets(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Teacher's features, normalised over their channels."""
+        return normalized_latents(features)
+
+
+class PrototypePredictor(HiddenPatchPredictor):
+    """A student's distribution over prototypes at hidden patches: the most likely one of each patch, then draws.
+
+    A prototype is represented by its row of the head that made the targets: the patch with the nearest feature is the
+    one that this head is most certain to be of it.
+
+    Args:
+        cfg: of the training.
+        student: backbone and head.
+        prototypes: rows of the head that made the targets.
+        target_head: that head, if it does something to features before it compares them to its rows.
+    """
+
+    prototypes: Tensor
+
+    def __init__(
+        self,
+        cfg: CapiConfig,
+        student: nn.ModuleDict,
+        prototypes: Float[Tensor, "k d"],
+        target_head: L2NormLinear | None = None,
+    ) -> None:
+        super().__init__(cfg, student)
+        self.register_buffer("prototypes", prototypes)
+        self.target_head = target_head
+
+    def draw(
+        self, predicted: Float[Tensor, "m k"], random: torch.Generator, num_draws: int
+    ) -> dict[str, Float[Tensor, "m d"]]:
+        """Rows of the chosen prototypes."""
+        probabilities = (predicted / self.cfg.capi.student_temp).softmax(dim=-1).cpu()
         chosen = {"most likely": probabilities.argmax(dim=-1)}
         for number in range(1, num_draws + 1):
             chosen[f"draw {number}"] = torch.multinomial(probabilities, 1, generator=random).squeeze(1)
-        visible = torch.zeros(plan.num_patches, dtype=torch.bool).index_fill(0, seen, True)
-        return Prediction(visible, hidden, {title: self.prototypes[k.to(image.device)] for title, k in chosen.items()})
+        return {title: self.prototypes[k.to(predicted.device)] for title, k in chosen.items()}
+
+    def targets(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """What is compared to the prototypes."""
+        return features if self.target_head is None else self.target_head.embed(features)
 
 
-def load_predictor(checkpoint: Path, resolution: int) -> PrototypePredictor:  # which takes images of any size
+def load_predictor(checkpoint: Path, resolution: int) -> HiddenPatchPredictor:  # which takes images of any size
     """Student and prototypes of a training checkpoint; see `PatchPredictor`.
 
     Raises: UserError if it is damaged, or of another method.
     """
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [str(checkpoint / "config.yaml")])
-    student = with_head(EncoderDecoder(**cfg.model.kwargs()), cfg)
-    remedy = "Give a checkpoint as it was saved"
+    student, remedy = with_head(EncoderDecoder(**cfg.model.kwargs()), cfg), "Give a checkpoint as it was saved"
     load_strictly(student, read_weights(checkpoint, "student"), str(checkpoint), remedy=remedy)
-    return PrototypePredictor(cfg, student, read_weights(checkpoint, "clustering")["layer.weight"].float())
+    match cfg.capi.targets:
+        case "clustering":
+            rows = read_weights(checkpoint, "clustering")["layer.weight"].float()
+            return PrototypePredictor(cfg, student, rows)
+        case "ema_head":
+            average: Any = with_head(EncoderDecoder(**cfg.model.kwargs()), cfg)
+            load_strictly(average, read_weights(checkpoint, "student_ema"), str(checkpoint), remedy=remedy)
+            head = average["head"]
+            return PrototypePredictor(cfg, student, head.last_layer.weight_v.detach(), head)
+        case _:
+            return HiddenPatchPredictor(cfg, student)
 
 
 __predictor_loader__ = load_predictor  # the name that pictures of predictions look for

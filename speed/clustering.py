@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clustering import SHIFT, SINKHORN_EPS, ClusteringStep, OnlineClustering, normalize_features
+from clustering import SHIFT, SINKHORN_EPS, OnlineClustering, TargetStep, normalize_features
 from distributed import all_reduce_max_, all_reduce_sum_, is_distributed
 from utils import UserError
 
@@ -104,7 +104,7 @@ def _learn(
     *,
     with_usage: bool,
     earlier: Tensor | None = None,
-) -> ClusteringStep:
+) -> TargetStep:
     """In the place of `head.learn`, for the images of one batch."""
     assert earlier is None, "a head that balances with earlier batches learns plainly"
     options = HeadOptions(
@@ -117,7 +117,7 @@ def _learn(
         with_usage=with_usage,
     )
     weight, bias = head.layer.weight, head.layer.bias  # read once: where they are divided, that gathers them
-    return ClusteringStep(*_ClusteringLoss.apply(weight, bias, x.detach(), predict_indices, options))
+    return TargetStep(*_ClusteringLoss.apply(weight, bias, x.detach(), predict_indices, options))
 
 
 class _ClusteringLoss(torch.autograd.Function):
@@ -257,7 +257,7 @@ def _times(matrix: Tensor, vector: Tensor) -> Tensor:
 class HeadPass:
     """One pass over all positions. After `run` its attributes are the results of the step.
 
-    `targets`, `mass` and `counts` are those of `clustering.ClusteringStep`, `loss` likewise in float64 where there is
+    `targets`, `mass` and `counts` are those of `clustering.TargetStep`, `loss` likewise in float64 where there is
     such; `weight_grad` and `bias_grad` are the gradients of the loss, in float32.
 
     Args:

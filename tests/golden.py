@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import train_capi
-from clustering import ClusteringStep, OnlineClustering
+from clustering import OnlineClustering, TargetStep
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from data import Batch
 from model import EncoderDecoder
@@ -121,7 +121,7 @@ def golden_step(
     chunk: int | None = None,
     *,
     with_usage: bool = False,
-) -> ClusteringStep:
+) -> TargetStep:
     """A step on the golden features, whose targets, loss and gradients must be golden."""
     p, b, _ = golden["x"].shape
     predict_indices = torch.randperm(p * b, generator=seeded(0))[:25]

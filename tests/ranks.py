@@ -50,8 +50,8 @@ class RankError(AssertionError):
 class _Rank:
     def __init__(self) -> None:
         self.connection, theirs = multiprocessing.get_context("forkserver").Pipe()
-        self.stacks = Path(tempfile.mkstemp(prefix="rank-stacks-")[1])
-        self.process = forked(_serve, theirs, str(self.stacks), daemon=True)
+        self.stacks = tempfile.NamedTemporaryFile("r+", prefix="rank-stacks-", delete=False)  # the rank deletes it
+        self.process = forked(_serve, theirs, self.stacks.name, daemon=True)
         self.process.start()
         theirs.close()
 
@@ -61,13 +61,14 @@ class _Rank:
             assert self.process.pid is not None
             os.kill(self.process.pid, signal.SIGUSR1)
             time.sleep(0.3)
-        return "did not answer; it was at\n" + (self.stacks.read_text() or "(no Python code)")
+        self.stacks.seek(0)
+        return "did not answer; it was at\n" + (self.stacks.read() or "(no Python code)")
 
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
         self.connection.close()
-        self.stacks.unlink(missing_ok=True)
+        self.stacks.close()
 
 
 _pool: list[_Rank] = []
@@ -121,6 +122,7 @@ def _collect(ranks: list[_Rank], deadline: float) -> list[tuple[bool, Any]]:
 
 def _serve(connection: Connection, stacks: str) -> None:
     with open(stacks, "w") as file, contextlib.suppress(EOFError, KeyboardInterrupt):  # noqa: PTH123  # stays open
+        Path(stacks).unlink()  # both have it open, and none is left behind when both are gone
         faulthandler.register(signal.SIGUSR1, file=file)
         while True:
             function, args, rank, num_ranks, store = pickle.loads(connection.recv_bytes())

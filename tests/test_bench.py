@@ -176,6 +176,7 @@ def test_what_is_measured_is_recorded_before_the_next_thing_begins(tmp_path, mon
     assert [[row["first step s"] for row in line["numbers"]] for line in starts] == [[0.25, None], [0.25, 0.125]]
 
 
+@pytest.mark.long
 def test_methods_are_measured_beside_each_other_as_typed(tmp_path):
     results = tmp_path / "results.jsonl"
     small = ["--batch", "2", "--px", "128", "--steps", "1"]

@@ -14,11 +14,11 @@ from torch import Tensor
 
 import speed.clustering
 from clustering import (
-    ClusteringStep,
     FeatureQueue,
     L2NormLinear,
     MlpHead,
     OnlineClustering,
+    TargetStep,
     entropy,
     sinkhorn_knopp,
     soft_cross_entropy,
@@ -189,7 +189,7 @@ def test_two_chunks_side_by_side_are_chunks_one_by_one(positionwise, chunk):
     run_on_ranks(golden_step_on_ranks, 1, positionwise, chunk)
 
 
-def my_images_step(x: Tensor, kernel: str, positionwise: bool) -> tuple[ClusteringStep, list[Tensor | None]]:
+def my_images_step(x: Tensor, kernel: str, positionwise: bool) -> tuple[TargetStep, list[Tensor | None]]:
     torch.manual_seed(1)
     head = OnlineClustering(
         12, 40, bias=True, n_sk_iter=3, target_temp=0.06, pred_temp=0.12, positionwise_sk=positionwise

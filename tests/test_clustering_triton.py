@@ -123,6 +123,7 @@ for kernel, sizes, num_warps in (
 """
 
 
+@pytest.mark.long
 def test_kernels_compile_to_machine_code_of_gpus(tmp_path):
     """The interpreter takes what the compiler refuses. No GPU is needed for compiling."""
     done = subprocess.run(

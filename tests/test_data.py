@@ -974,6 +974,7 @@ JOB = """
 """
 
 
+@pytest.mark.long
 def test_what_workers_come_from_outlives_the_signals_of_a_launcher(folder, tmp_path):
     """Slurm signals every process of a job step: the fork server and what tracks its resources too."""
     (tmp_path / "job.py").write_text(textwrap.dedent(JOB))

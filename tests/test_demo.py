@@ -184,6 +184,7 @@ def ran(beds, tmp_path_factory):
     return folder, code, told.getvalue()
 
 
+@pytest.mark.long
 def test_the_demo_ends_with_the_numbers_of_the_results_the_times_and_the_files(ran):
     folder, code, told = ran
     assert code == 0
@@ -206,6 +207,7 @@ def test_the_demo_ends_with_the_numbers_of_the_results_the_times_and_the_files(r
         assert str(folder / name) in after
 
 
+@pytest.mark.long
 def test_the_report_leads_with_the_pictures_and_says_what_they_do_not_show(ran):
     folder, *_ = ran
     page = (folder / "evaluation" / "report.html").read_text()
@@ -215,6 +217,7 @@ def test_the_report_leads_with_the_pictures_and_says_what_they_do_not_show(ran):
     assert "configs/imagenette.yaml" in first
 
 
+@pytest.mark.long
 def test_the_pictures_are_small_and_legible(ran):
     folder, *_ = ran
     for name in ("ten_labels", "neighbours", "predictions"):
@@ -229,6 +232,7 @@ def test_the_figures_of_the_readme_are_there_and_small(name):
     assert (ROOT / "demo_data" / f"{name}.png").stat().st_size <= 300_000
 
 
+@pytest.mark.long
 def test_every_column_is_a_mix_and_truth_has_its_colour(ran, beds, tmp_path):
     folder, *_ = ran
     content = json.loads((folder / "evaluation" / "results.json").read_text())

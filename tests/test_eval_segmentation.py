@@ -259,7 +259,7 @@ def evaluate_on_rank(args):
     eval_segmentation.EVALUATION.run(cfg, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_the_number_of_ranks_does_not_change_the_scores(finished, data, tmp_path, num_ranks):
     args = arguments(data, tmp_path, "dump_features=true", "dump_predictions=true", "dump_classifier=true")
     run_on_ranks(evaluate_on_rank, num_ranks, args)

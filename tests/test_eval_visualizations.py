@@ -545,6 +545,14 @@ def test_best_patches_are_found_in_parts_as_at_once(monkeypatch):
 
 TRAININGS = {
     "CAPI": (train_capi, tiny, "model.py", 16, ["most likely", "draw 1", "draw 2", "draw 3"]),
+    "moving average": (
+        train_capi,
+        lambda *run: tiny(*run, "capi.targets=ema_head", "capi.student_head=mlp"),
+        "model.py",
+        16,
+        ["most likely", "draw 1", "draw 2", "draw 3"],
+    ),
+    "latents": (train_capi, lambda *run: tiny(*run, "capi.targets=latents"), "model.py", 16, ["predicted"]),
     "I-JEPA": (train_ijepa, tiny_run, "ijepa.py", 32, ["predicted"]),
     "CAE": (train_cae, lambda *run: cae_run(*run, NARROW), "cae.py", 32, ["predicted"]),
     "StoP": (train_ijepa, lambda *run: tiny_run(*run, STOP_NOISE), "ijepa.py", 32, ["draw 1", "draw 2", "draw 3"]),

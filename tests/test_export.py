@@ -75,12 +75,15 @@ def loaded_run(run: Path) -> EncoderDecoder:
     return load_model(pretrained_weights=run / "student_ema.pth")
 
 
-def test_the_head_is_the_one_that_was_trained(images, tmp_path):
+@pytest.mark.parametrize(
+    ("choice", "key"), [("capi.student_head=mlp", "head.mlp.2.bias"), ("capi.targets=latents", "head.bias")]
+)
+def test_the_head_is_the_one_that_was_trained(images, tmp_path, choice, key):
     run = tmp_path / "run"
-    assert run_main(tiny(images, run, "optim.total_iters=1", "capi.student_head=mlp")) == 0
+    assert run_main(tiny(images, run, "optim.total_iters=1", choice)) == 0
     assert export.main([str(run), str(tmp_path / "w.safetensors")]) == 0
     weights = load(run / "student_ema.pth")
-    assert "head.mlp.2.bias" in weights
+    assert key in weights
     assert_equal_weights(read_state_dict(tmp_path / "w.safetensors"), weights)
 
 

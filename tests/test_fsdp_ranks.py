@@ -550,7 +550,10 @@ def ordered_gradients(settings: list[tuple[float, int]], gathers_again: bool, im
 
 @pytest.mark.parametrize(
     ("bucket_mib", "prefetch", "gathers_again"),
-    [(0.004, 1, True), pytest.param(0.008, 2, False, marks=pytest.mark.slow)],
+    [
+        pytest.param(0.004, 1, True, marks=pytest.mark.long),
+        pytest.param(0.008, 2, False, marks=pytest.mark.slow),
+    ],
 )
 def test_ordered_graphs_compute_the_same_bits(bucket_mib, prefetch, gathers_again):
     settings = [(0.0, 0), (bucket_mib, prefetch)]

@@ -15,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from clustering import (
     HEADS,
+    EmaHeadTargets,
     L2NormLinear,
+    LatentHead,
     OnlineClustering,
     batch_warning,
     normalized_entropy,
@@ -586,34 +588,39 @@ def _student_loss(model: EncoderDecoder, head: nn.Module, shape: StepShape, b: i
     visible, hidden = order[:, :v].flatten(), order[:, v : v + m].flatten()
     _, predictions = model.forward_pretrain(_images(shape, b), visible, hidden, do_prediction=True)
     assert predictions is not None
-    return soft_cross_entropy(torch.rand(b * m, shape.num_clusters), head(predictions), 0.12).mean()
+    predicted = head(predictions)
+    return soft_cross_entropy(torch.rand_like(predicted), predicted, 0.12).mean()
 
 
 @pytest.mark.skipif("_for_cpu" not in str(list(flop_registry)), reason="this torch does not count attention on a CPU")
 @pytest.mark.parametrize(
-    ("drop_path_rate", "predictor", "kind", "queue"),
+    ("drop_path_rate", "predictor", "kind", "targets", "queue"),
     [
-        (0.0, "cross", "linear", 2),
-        (0.25, "cross", "mlp", 0),
-        (0.3, "cross", "linear", 0),
-        (0.3, "split", "linear", 0),
-        (0.3, "fused", "linear", 0),
+        (0.0, "cross", "linear", "clustering", 2),
+        (0.25, "cross", "mlp", "clustering", 0),
+        (0.25, "cross", "mlp", "ema_head", 0),
+        (0.0, "cross", "linear", "latents", 0),
+        (0.3, "cross", "linear", "clustering", 0),
+        (0.3, "split", "linear", "clustering", 0),
+        (0.3, "fused", "linear", "clustering", 0),
     ],
 )
-def test_training_flops_are_those_torch_counts_on_the_model(drop_path_rate, predictor, kind, queue):
-    dims = HEADS[kind].hidden_dims
-    shape, b = (
-        replace(SMALL, drop_path_rate=drop_path_rate, predictor=predictor, student_head_dims=dims, queue=queue),
-        8,
-    )
+def test_training_flops_are_those_torch_counts_on_the_model(drop_path_rate, predictor, kind, targets, queue):
+    dims, b = HEADS[kind].hidden_dims, 8
+    changes = {"drop_path_rate": drop_path_rate, "predictor": predictor, "targets": targets, "queue": queue}
+    shape = replace(SMALL, student_head_dims=dims, **changes)
     d, k = shape.embed_dim, shape.num_clusters
-    model, head = _model(shape), HEADS[kind](d, k)
+    model, head = _model(shape), LatentHead(d, d) if targets == "latents" else HEADS[kind](d, k)
     clustering = OnlineClustering(d, k, bias=True, n_sk_iter=3, target_temp=0.06, pred_temp=0.12)
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
             features, _ = model.eval().forward_pretrain(_images(shape, b))
         x = features.transpose(0, 1)
-        clustering(x, torch.cat([x] * queue, dim=1) if queue else None)[1].backward()
+        if targets == "clustering":
+            clustering(x, torch.cat([x] * queue, dim=1) if queue else None)[1].backward()
+        elif targets == "ema_head":
+            no_loss = {"target_temp": 0.06, "n_sk_iter": 3, "positionwise_sk": True}
+            EmaHeadTargets(head, **no_loss).step(x, torch.arange(3))
         _student_loss(model.train(), head, shape, b).backward()
     # Fused attention computes its scores again in the backward pass: 5 matmuls instead of 4, and is counted so.
     expected = training_flops_per_image(shape, b) + attention_recomputation_per_image(shape, b)
@@ -640,9 +647,12 @@ def test_parameters_are_those_of_the_model():
         shape = replace(SMALL, student_head_dims=head.hidden_dims)
         sizes = {"batch_size": 1, "param_bytes": 4, "recompute": False, "world_size": 1}
         own = sum(parameter.numel() for parameter in head(shape.embed_dim, shape.num_clusters).parameters())
-        assert device_memory_estimate(shape, **sizes)["parameters"] == (
-            num_backbone_parameters(shape) + own + shape.num_clusters * (shape.embed_dim + 1)
-        )
+        for targets, of_teacher in (("clustering", shape.num_clusters * (shape.embed_dim + 1)), ("ema_head", 0)):
+            estimate = device_memory_estimate(replace(shape, targets=targets), **sizes)
+            assert estimate["parameters"] == num_backbone_parameters(shape) + own + of_teacher
+    latents = device_memory_estimate(replace(SMALL, targets="latents"), **sizes)
+    own = sum(parameter.numel() for parameter in LatentHead(SMALL.embed_dim, SMALL.embed_dim).parameters())
+    assert latents["parameters"] == num_backbone_parameters(SMALL) + own
 
 
 @pytest.mark.parametrize("predictor", ["cross", "split", "fused"])

@@ -148,6 +148,7 @@ def test_the_python_examples_run_as_written(mine):
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_export_extraction_tokenizer_pictures_and_benchmark_run_as_written(mine):
     def run(command, *more, by=run_forked):
         words = [w.replace("/my/images", str(mine / "images")) for w in shlex.split(command)[1:]]

@@ -250,7 +250,12 @@ def assert_close_runs(actual: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize(
     ("num_ranks", "mode"),
-    [(2, "simple"), (3, "fully_shard"), (2, "none"), pytest.param(4, "simple", marks=pytest.mark.slow)],
+    [
+        (2, "simple"),
+        pytest.param(3, "fully_shard", marks=pytest.mark.long),
+        (2, "none"),
+        pytest.param(4, "simple", marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_are_accumulation_steps_of_one_drop_path_included(images, alone, tmp_path, num_ranks, mode):
     on_ranks(images, tmp_path, num_ranks, f"efficiency.fsdp={mode}")
@@ -259,7 +264,7 @@ def test_ranks_are_accumulation_steps_of_one_drop_path_included(images, alone, t
 
 @pytest.mark.parametrize(
     ("before", "after", "modes"),
-    [(2, 3, ("simple", "none")), pytest.param(3, 1, ("none", "simple"), marks=pytest.mark.slow)],
+    [pytest.param(2, 3, ("simple", "none"), marks=pytest.mark.long), pytest.param(3, 1, ("none", "simple"), marks=pytest.mark.slow)],
 )
 def test_a_run_continues_on_other_ranks(images, alone, tmp_path, before, after, modes):
     on_ranks(images, tmp_path, before, f"efficiency.fsdp={modes[0]}")

@@ -35,8 +35,10 @@ from checkpoint import SavedState
 from clustering import OnlineClustering
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from data import derive_seed
+from metrics import read_metrics
 from model import Residual
-from train_capi import CapiConfig, hyper_at, warn_if_changed
+from optim import ema_update_
+from train_capi import CapiConfig, hyper_at, panels, warn_if_changed
 
 FP8 = "efficiency.teacher_fp8=true"
 KERNEL = "capi.clustering_kernel"
@@ -319,7 +321,7 @@ def hub_source(images: Path, kind: str, tmp_path: Path) -> str:
     return f"hf://parquet?data_files={files!r}&split='train'&img_field='image'&streaming=True".replace(" ", "")
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["folder", "stream"])
 def test_a_run_killed_at_any_moment_ends_like_one_never_interrupted(images, tmp_path, kind, num_workers):
     extra = [
@@ -369,6 +371,8 @@ VARIANTS = {
     "fused": ["model.predictor=fused"],
     "mlp": ["capi.student_head=mlp"],
     "queue": ["capi.queue=3", "optim.accumulation_steps=2"],
+    "ema_head": ["capi.targets=ema_head", "optim.accumulation_steps=2"],
+    "latents": ["capi.targets=latents", "optim.accumulation_steps=2"],
 }
 """The paper's other choices, by their names here."""
 
@@ -438,8 +442,79 @@ def test_another_choice_of_the_paper_trains_in_each_precision_with_and_without_r
         for step in range(3):
             scalars = train_capi.train_step(state, golden_batches(step, 2), hyper_at(step, state.cfg))
             state.step += 1
-        losses.append([scalars[name].item() for name in ("capi_loss", "clustering_loss", "grad_norm")])
+        losses.append([scalars[name].item() for name in ("capi_loss", "loss", "grad_norm")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["ema_head", "latents"])
+def test_targets_without_a_clustering_head_follow_from_teacher_and_average(targets):
+    """One batch in two steps against the definition, written out: which feature belongs to which prediction too."""
+    state = golden_state(f"capi.targets={targets}", "optim.batch_size_per_gpu=3", "optim.accumulation_steps=2")
+    assert state.modules.keys() == {"student", "student_ema"} == {*state.optimizers, "student_ema"}
+    ema_update_(state.student_ema, state.student, 0.5)
+    batches = golden_batches(0, 2)
+    targets_of, expected = [], torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        features = torch.cat([state.encode(batch.images) for batch in batches]).double()
+        if targets == "latents":
+            channels = features - features.mean(-1, keepdim=True)
+            made = channels / (channels.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        else:
+            head = state.student_ema["head"].last_layer
+            rows = head.weight_v.double()
+            logits = torch.nn.functional.cosine_similarity(features[..., None, :], rows, dim=-1) * head.weight_g[:, 0]
+            made = (logits / state.cfg.capi.clustering_kwargs.target_temp).exp()
+            for _ in range(3):
+                made = made / made.sum(0, keepdim=True)  # over the images of each position
+                made = made / made.sum(-1, keepdim=True)
+        for batch, of_batch in zip(batches, made.split(3), strict=True):
+            masks = batch.masks
+            _, predictions = state.student["backbone"].forward_pretrain(
+                batch.images, masks["visible_indices"], masks["predict_indices"], do_prediction=True
+            )
+            predicted = state.student["head"](predictions).double()
+            wanted = of_batch.flatten(0, 1)[masks["predict_indices"]]
+            targets_of.append(wanted)
+            if targets == "latents":
+                error = (predicted - wanted).abs()
+                loss = torch.where(error < 1, error.square() / 2, error - 0.5).mean(-1)
+            else:
+                loss = -(wanted * (predicted / state.cfg.capi.student_temp).log_softmax(-1)).sum(-1)
+            expected += loss.sum()
+    scalars = train_capi.train_step(state, batches, hyper_at(1, state.cfg), with_usage=True)
+    wanted = torch.cat(targets_of)
+    assert scalars["capi_loss"].item() == scalars["loss"].item() == pytest.approx(float(expected) / len(wanted), 1e-5)
+    if targets == "ema_head":
+        entropy = -(wanted * wanted.log()).sum(-1).mean()
+        assert scalars["target_entropy"].item() == pytest.approx(float(entropy), rel=1e-4)
+        assert 1 <= scalars["prototypes_used"] <= state.cfg.capi.num_clusters
+    absent = {"clustering_loss", "clustering_grad_norm"}
+    absent |= {"target_entropy", "target_entropy_rel", "prototypes_used"} if targets == "latents" else set()
+    assert not absent & scalars.keys()
+
+
+@pytest.mark.parametrize(
+    ("targets", "line", "heads"),
+    [
+        ("ema_head", "  capi {:.3f}  entropy ", "64 prototypes in the head"),
+        ("latents", "  capi {:.3f}  lr", "32 channels to predict"),
+    ],
+)
+def test_log_metrics_and_dry_run_show_what_a_step_without_clustering_head_has(
+    images, tmp_path, capsys, targets, line, heads
+):
+    command = tiny(images, tmp_path, f"capi.targets={targets}", "train.log_loss_every=1")
+    assert run_main([*command, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert heads in said
+    assert "clustering lr" not in said
+    assert ("small for capi.num_clusters" in said) == (targets == "ema_head")
+    assert run_main(command) == 0
+    (*_, last) = read_metrics(tmp_path / "metrics.jsonl")
+    assert not [name for name in last if name.startswith("clustering")]
+    assert line.format(last["capi_loss"]) in (tmp_path / "log.txt").read_text()
+    shown = {key for panel in panels(64, targets) for key in panel.keys}
+    assert not {key for key in shown if key not in last} - {"teacher_rank"}
 
 
 def test_two_runs_cannot_share_an_output_directory(images, tmp_path, capsys):
@@ -467,7 +542,7 @@ def test_a_checkpoint_from_before_a_key_resumes_as_what_it_trained(images, finis
     for checkpoint in (run / "checkpoints").iterdir():
         config, manifest = checkpoint / "config.yaml", checkpoint / "manifest.json"
         earlier = config.read_text()
-        for line in ("  predictor: cross\n", "  queue: 0\n", "  student_head: linear\n"):
+        for line in ("  predictor: cross\n", "  targets: clustering\n", "  queue: 0\n", "  student_head: linear\n"):
             assert line in earlier
             earlier = earlier.replace(line, "")
         config.write_text(earlier)
@@ -861,6 +936,10 @@ BAD_INPUT: list[tuple[list[str], list[str]]] = [
     (["data.dataset=imagenet://x"], ["imagenet", "custom"]),
     (["data.masking_generator=Blocky"], ["data.masking_generator", "InverseBlock"]),
     (["capi.queue=1", f"{KERNEL}=torch"], [f"{KERNEL}='torch'", "capi.queue=0"]),
+    (["capi.targets=ema_head", f"{KERNEL}=torch"], [f"{KERNEL}='torch'", "targets=clustering", "auto or plain"]),
+    (["capi.targets=latents", "capi.queue=2"], ["capi.queue=2", "targets=clustering"]),
+    (["capi.targets=latents", "capi.student_head=mlp"], ["capi.student_head='mlp'", "use linear"]),
+    (["capi.targets=ibot"], ["capi.targets='ibot'", "clustering, ema_head, latents"]),
     (["capi.student_head=dino"], ["capi.student_head='dino'", "linear, mlp"]),
     (["model.predictor=mlp"], ["model.predictor='mlp'", "cross, split, fused"]),
     (["model.n_registers=6"], ["model.n_registers=6", "multiple of 4"]),

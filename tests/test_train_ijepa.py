@@ -290,7 +290,7 @@ compiles = [
     ("method", "num_ranks", "mode", "compiled"),
     [
         ("ijepa", 2, "simple", []),
-        ("ijepa", 3, "fully_shard", []),
+        pytest.param("ijepa", 3, "fully_shard", [], marks=pytest.mark.long),
         ("stop", 2, "none", []),
         pytest.param("stop", 4, "simple", [], marks=pytest.mark.slow),
         pytest.param("ijepa", 2, "simple", COMPILED, marks=compiles),
@@ -306,6 +306,7 @@ def test_ranks_are_accumulation_steps_of_one(images, alone, tmp_path, method, nu
     assert_close_runs(tmp_path, alone[method])
 
 
+@pytest.mark.long
 def test_a_run_continues_on_other_ranks(images, alone, tmp_path):
     own = ["optim.batch_size_per_gpu=2", STOP_NOISE]
     run_on_ranks(train_on_this_rank, 2, tiny_run(images, tmp_path, *own, "efficiency.fsdp=simple"))

@@ -64,11 +64,12 @@ def whole(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("num_ranks", "mode", "copies", "kernel"),
     [
-        *((n, "simple", 1, "auto") for n in (1, 2, 3)),
+        *((n, "simple", 1, "auto") for n in (1, 2)),
+        pytest.param(3, "simple", 1, "auto", marks=pytest.mark.long),
         pytest.param(4, "simple", 2, "auto", marks=pytest.mark.slow),
         (2, "fully_shard", 1, "auto"),
         *((n, "none", 1, "auto") for n in (2, 3)),
-        (4, "none", 2, "auto"),
+        pytest.param(4, "none", 2, "auto", marks=pytest.mark.long),
         *((2, mode, 1, "plain") for mode in ("simple", "fully_shard", "none")),
     ],
 )
@@ -125,7 +126,10 @@ def alone(images, tmp_path_factory) -> Path:
     return output_dir
 
 
-@pytest.mark.parametrize(("num_ranks", "mode"), [(2, "simple"), (3, "simple"), (4, "simple"), (2, "none")])
+@pytest.mark.parametrize(
+    ("num_ranks", "mode"),
+    [(2, "simple"), (3, "simple"), pytest.param(4, "simple", marks=pytest.mark.long), (2, "none")],
+)
 def test_a_run_on_ranks_equals_a_run_alone(images, alone, tmp_path, num_ranks, mode):
     run_on_ranks(train_on_this_rank, num_ranks, run_arguments(images, tmp_path, f"efficiency.fsdp={mode}"))
     assert_close_runs(tmp_path, alone)
@@ -156,6 +160,9 @@ def alone_with(images, tmp_path_factory):
         ("capi.queue=2", "simple"),
         ("capi.queue=2", "fully_shard"),
         ("capi.queue=2", "none"),
+        ("capi.targets=ema_head", "simple"),
+        ("capi.targets=ema_head", "fully_shard"),
+        ("capi.targets=latents", "simple"),
     ],
 )
 def test_a_run_with_another_choice_of_the_paper_on_ranks_equals_one_alone(alone_with, images, tmp_path, variant, mode):
@@ -164,6 +171,7 @@ def test_a_run_with_another_choice_of_the_paper_on_ranks_equals_one_alone(alone_
     assert_close_runs(tmp_path, alone_with(variant))
 
 
+@pytest.mark.long
 def test_a_queue_moves_to_other_ranks(images, tmp_path):
     """What each rank has seen is everybody's: the balance is over all ranks."""
     straight, moved = (run_arguments(images, tmp_path / name, "capi.queue=2") for name in ("straight", "moved"))
@@ -181,7 +189,7 @@ def test_a_queue_moves_to_other_ranks(images, tmp_path):
     [
         (2, 1, ("simple", "simple")),
         (2, 3, ("simple", "simple")),
-        (2, 4, ("simple", "none")),
+        pytest.param(2, 4, ("simple", "none"), marks=pytest.mark.long),
         (1, 2, ("none", "simple")),
         (2, 2, ("simple", "fully_shard")),
         (2, 3, ("fully_shard", "simple")),
