@@ -449,7 +449,9 @@ def test_another_choice_of_the_paper_trains_in_each_precision_with_and_without_r
 @pytest.mark.parametrize("targets", ["ema_head", "latents"])
 def test_targets_without_a_clustering_head_follow_from_teacher_and_average(targets):
     """One batch in two steps against the definition, written out: which feature belongs to which prediction too."""
-    state = golden_state(f"capi.targets={targets}", "optim.batch_size_per_gpu=3", "optim.accumulation_steps=2")
+    options = [f"capi.targets={targets}", "optim.batch_size_per_gpu=3", "optim.accumulation_steps=2"]
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*GOLDEN_CONFIG, *options])
+    state = train_capi.CapiState(cfg, torch.device("cpu"))
     assert state.modules.keys() == {"student", "student_ema"} == {*state.optimizers, "student_ema"}
     ema_update_(state.student_ema, state.student, 0.5)
     batches = golden_batches(0, 2)
@@ -503,7 +505,7 @@ def test_targets_without_a_clustering_head_follow_from_teacher_and_average(targe
 def test_log_metrics_and_dry_run_show_what_a_step_without_clustering_head_has(
     images, tmp_path, capsys, targets, line, heads
 ):
-    command = tiny(images, tmp_path, f"capi.targets={targets}", "train.log_loss_every=1")
+    command = tiny(images, tmp_path, f"capi.targets={targets}", "capi.num_clusters=64", "train.log_loss_every=1")
     assert run_main([*command, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert heads in said
