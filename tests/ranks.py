@@ -50,7 +50,7 @@ class RankError(AssertionError):
 class _Rank:
     def __init__(self) -> None:
         self.connection, theirs = multiprocessing.get_context("forkserver").Pipe()
-        self.stacks = tempfile.NamedTemporaryFile("r+", prefix="rank-stacks-", delete=False)  # the rank deletes it
+        self.stacks = tempfile.NamedTemporaryFile("r+", prefix="rank-stacks-", delete=False)  # noqa: SIM115  # the rank deletes it
         self.process = forked(_serve, theirs, self.stacks.name, daemon=True)
         self.process.start()
         theirs.close()

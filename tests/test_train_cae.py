@@ -264,7 +264,10 @@ def test_ranks_are_accumulation_steps_of_one_drop_path_included(images, alone, t
 
 @pytest.mark.parametrize(
     ("before", "after", "modes"),
-    [pytest.param(2, 3, ("simple", "none"), marks=pytest.mark.long), pytest.param(3, 1, ("none", "simple"), marks=pytest.mark.slow)],
+    [
+        pytest.param(2, 3, ("simple", "none"), marks=pytest.mark.long),
+        pytest.param(3, 1, ("none", "simple"), marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_continues_on_other_ranks(images, alone, tmp_path, before, after, modes):
     on_ranks(images, tmp_path, before, f"efficiency.fsdp={modes[0]}")
