@@ -99,6 +99,8 @@ def _dropped(branch: Float[Tensor, "b n d"], factors: Float[Tensor, " b"] | None
 class Attention(nn.Module):
     """Multi-head self-attention with one linear layer, in which queries and values have a bias and keys have none.
 
+    With `add_relative_positions` its scores have an offset for each relative position and head, as in BEiT.
+
     Heads have `dim // num_heads` channels each. Where that leaves a rest, as in 12 heads for 1024 channels, they have
     fewer channels together than the tokens. `attend` is as in `model.Attention`.
     """
@@ -112,13 +114,52 @@ class Attention(nn.Module):
         self.q_bias, self.v_bias = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
         self.qkv = nn.Linear(dim, 3 * width, bias=False)
         self.proj = nn.Linear(width, dim)
+        self.relative_position_bias_table: nn.Parameter | None = None
+        self.relative_position_index: Tensor | None = None
+
+    def add_relative_positions(self, grid_size: int) -> None:
+        """Learn an offset of the scores for each relative position, from 0 on, for images of this grid alone."""
+        index = relative_position_index(grid_size)
+        table = torch.zeros(int(index.max()) + 1, self.num_heads, device=self.qkv.weight.device)
+        self.relative_position_bias_table = nn.Parameter(table)
+        del self.relative_position_index
+        self.register_buffer("relative_position_index", index.to(table.device))
+
+    def _relative_position_bias(self, num_tokens: int) -> Float[Tensor, "heads n n"] | None:
+        table, index = self.relative_position_bias_table, self.relative_position_index
+        if table is None or index is None:
+            return None
+        if num_tokens != len(index):
+            raise UserError(
+                f"relative positions are those of {len(index) - 1} patches, and these images have {num_tokens - 1}; "
+                "use images of the size that was trained with"
+            )
+        return table[index].permute(2, 0, 1)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Attend among the tokens of each image."""
         q_bias, v_bias = self.q_bias, self.v_bias
         qkv = F.linear(x, self.qkv.weight, torch.cat([q_bias, torch.zeros_like(v_bias), v_bias]))
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        bias = self._relative_position_bias(x.shape[1])
+        attended = self.attend(q, k, v) if bias is None else self.attend(q, k, v, attn_mask=bias.to(q.dtype))
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+def relative_position_index(grid_size: int) -> Int[Tensor, "n1 n1"]:
+    """Which row of a table tells the relative position of two tokens, a class token and the patches of a square grid.
+
+    Of two patches it is (dr + s - 1) (2 s - 1) + dc + s - 1, where dr and dc are the rows and columns from the second
+    to the first, and s is the side of the grid. Three more rows are for class token to patch, patch to class token, and
+    the class token itself (BEiT, arXiv:2106.08254; CAE's fine-tuning).
+    """
+    side, width = grid_size, 2 * grid_size - 1
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    rows, columns = (places[:, None] - places[None, :] + side - 1).unbind(-1)
+    index = torch.full((side**2 + 1, side**2 + 1), width**2 + 2)
+    index[0, 1:], index[1:, 0] = width**2, width**2 + 1
+    index[1:, 1:] = rows * width + columns
+    return index
 
 
 class CrossAttention(nn.Module):
@@ -248,12 +289,13 @@ class Encoder(Backbone):
         mlp_dim: hidden channels of the MLPs; None for 4 x `embed_dim`.
         layer_scale: by what branches are multiplied at the beginning of a training.
         drop_path_rate: probability that a branch of the last block is dropped, see `linear_rates`.
+        relative_grid: see `add_relative_positions`.
 
     Raises: UserError if the sizes do not fit together.
     """
 
     kept_in_float32 = ("cls_token", "pos_embed", "norm")
-    forward_methods = ("encode",)
+    forward_methods = ("encode", "get_intermediate_layers")
     in_chans = 3
     n_registers = num_prefix_tokens = 1  # the class token
 
@@ -268,8 +310,19 @@ class Encoder(Backbone):
         mlp_dim: int | None = None,
         layer_scale: float = 0.1,
         drop_path_rate: float = 0.0,
+        relative_grid: int | None = None,
     ) -> None:
         super().__init__()
+        self.arguments = {
+            "grid_size": grid_size,
+            "patch_size": patch_size,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_dim": mlp_dim,
+            "layer_scale": layer_scale,
+            "drop_path_rate": drop_path_rate,
+        }
         self.grid_size, self.patch_size, self.embed_dim, self.n_blocks = grid_size, patch_size, embed_dim, depth
         self.layer_scale, self.drop_path_rates = layer_scale, linear_rates(drop_path_rate, depth)
         self.training_notes: dict[str, str] = {}  # what results of evaluations say about the training
@@ -279,6 +332,14 @@ class Encoder(Backbone):
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_dim) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.init_weights()
+        if relative_grid is not None:
+            self.add_relative_positions(relative_grid)
+
+    def add_relative_positions(self, grid_size: int) -> None:
+        """Let every block learn about relative positions, for images of this grid alone, as CAE's fine-tuning does."""
+        self.arguments["relative_grid"] = grid_size
+        for block in self.blocks:
+            block.attn.add_relative_positions(grid_size)  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
 
     @torch.no_grad()
     def init_weights(self) -> None:

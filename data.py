@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -69,17 +69,23 @@ MAX_WAIT_FRACTION = 0.1
 
 
 @functools.cache
-def _imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+def _statistics(statistics: tuple[float, ...], device: torch.device) -> Tensor:
     # Kept: copying them to a GPU in every step would make the host wait for it each time.
-    mean, std = torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
-    return mean.view(3, 1, 1), std.view(3, 1, 1)
+    return torch.tensor(statistics, device=device).view(3, 1, 1)
 
 
-def normalize(images: UInt8[Tensor, "b 3 h w"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "b 3 h w"]:
-    """Pixels minus the ImageNet mean, divided by the ImageNet standard deviation; computed in float32."""
-    mean, std = _imagenet_statistics(images.device)
+def normalize(
+    images: UInt8[Tensor, "b 3 h w"],
+    dtype: torch.dtype = torch.float32,
+    *,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> Float[Tensor, "b 3 h w"]:
+    """Pixels in [0, 1] minus the mean of their channel, divided by its standard deviation; computed in float32."""
+    mean_of, std_of = _statistics(mean, images.device), _statistics(std, images.device)
     # Batches have the channels innermost, as decoders and resizing do; the model gets them outermost.
-    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std).to(dtype)
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels.div_(255).sub_(mean_of).div_(std_of).to(dtype)
 
 
 # ------------------------------------------------------------------------------------- samples to batches
@@ -108,11 +114,13 @@ class Batch:
     """`masks` on the CPU, once `to` was called: what depends on them need not wait for the device."""
     second_images: UInt8[Tensor, "b 3 h2 w2"] | None = None
     """With a second view, the same crops in its size."""
+    labels: dict[str, Tensor] = field(default_factory=dict)
+    """What is known of these images, by the names that the task gives it."""
 
     def tensors(self) -> list[Tensor]:
         """The tensors that travel to the device."""
         second = [] if self.second_images is None else [self.second_images]
-        return [self.images, *second, *self.masks.values(), self.sample_ids]
+        return [self.images, *second, *self.masks.values(), *self.labels.values(), self.sample_ids]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The batch with its tensors on `device`."""
@@ -130,6 +138,7 @@ class Batch:
             masks={name: change(mask) for name, mask in self.masks.items()},
             sample_ids=change(self.sample_ids),
             second_images=None if self.second_images is None else change(self.second_images),
+            labels={name: change(label) for name, label in self.labels.items()},
         )
 
 
@@ -141,6 +150,29 @@ ChangeColours = Callable[..., Tensor]
 
 CropViews = Tensor | tuple[Tensor, Tensor]
 """A crop, or with a second view the crop and that."""
+
+
+class Maker(Protocol):
+    """Turns samples into what a batch is made of, each a function of (seed, key of the sample) alone, and into batches.
+
+    Workers call it, so it has to be picklable.
+    """
+
+    seed: int
+
+    def make(self, sample: Sample, *key: int) -> Any:
+        """What `batch` takes of one sample. Raises: BadImageError if it cannot be read, so that another replaces it."""
+        ...
+
+    def batch(
+        self, crops: Sequence[Any], keys: list[tuple[int, ...]], sample_ids: list[int], bad: list[tuple[str, str]]
+    ) -> Batch:
+        """A batch of them; the last two are its fields of these names."""
+        ...
+
+    def batch_bytes(self, batch_size: int) -> int:
+        """About the size of a batch in shared memory."""
+        ...
 
 
 class SampleMaker:
@@ -204,6 +236,13 @@ class SampleMaker:
     def _draw(self, width: int, height: int, key: tuple[int, ...]) -> Crop:
         return draw_crop(width, height, self.crop_scale, self.do_hflip, self.seed, *key)
 
+    def batch_bytes(self, batch_size: int) -> int:
+        """See `Maker`."""
+        masks = sum(mask.nbytes for mask in self.masks([(row,) for row in range(batch_size)]).values())
+        view = self.second_view
+        pixels = self.image_size**2 + (0 if view is None else view.size**2)
+        return batch_size * (3 * pixels + 8) + masks
+
     def batch(
         self,
         crops: Sequence[Any],
@@ -260,7 +299,7 @@ def seeded(seed: int) -> Iterator[None]:
 class MapBatches(Dataset[Any]):
     """Batches of an `ImageDataset`; an item is asked for by its (global position, index in the dataset) pairs."""
 
-    def __init__(self, dataset: ImageDataset, maker: SampleMaker) -> None:
+    def __init__(self, dataset: ImageDataset, maker: Maker) -> None:
         self.dataset = dataset
         self.maker = maker
 
@@ -402,7 +441,7 @@ class StreamBatches(IterableDataset[Any]):
     def __init__(
         self,
         stream: ImageStream,
-        maker: SampleMaker,
+        maker: Maker,
         *,
         batch_size: int,
         block_size: int,
@@ -632,7 +671,7 @@ class PretrainLoader:
 
     Args:
         images: the data, and how images are cropped.
-        masks: draws the masks of a batch; workers call it, so it has to be picklable.
+        masks: draws the masks of a batch; workers call it, so it has to be picklable. None with a `maker`.
         seed: of order and crops.
         batch_size: images per batch of one rank.
         num_workers: processes that read; None for as many as the rank has cores, up to `MOST_WORKERS`.
@@ -640,6 +679,7 @@ class PretrainLoader:
         interpolation: how crops are resized, bicubic or bilinear; with data.decode=gpu bicubic.
         change_colours: what is done to crops, such as `crops.Colours`; nothing with data.decode=gpu.
         second_view: a further size of the same crops, `Batch.second_images`; not with data.decode=gpu.
+        maker: makes batches in another way than by crops and masks; the keys of `images` that say how do not count.
         dataset: what `make_dataset` gave; by default that of data.dataset.
         rank: this process.
         world_size: number of processes.
@@ -655,7 +695,7 @@ class PretrainLoader:
     def __init__(
         self,
         images: ImagesConfig,
-        masks: Masks,
+        masks: Masks | None,
         *,
         seed: int,
         batch_size: int,
@@ -664,6 +704,7 @@ class PretrainLoader:
         interpolation: str = "bicubic",
         change_colours: ChangeColours | None = None,
         second_view: View | None = None,
+        maker: Maker | None = None,
         dataset: ImageDataset | ImageStream | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -674,17 +715,20 @@ class PretrainLoader:
         start_method: str = "forkserver",
     ) -> None:
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
-        self.maker = SampleMaker(
-            seed=seed,
-            image_size=images.images_size,
-            crop_scale=images.crop_scale,
-            do_hflip=images.do_hflip,
-            masks=masks,
-            encoded=images.decode == "gpu",
-            interpolation=interpolation,
-            change_colours=change_colours,
-            second_view=second_view,
-        )
+        if maker is None:
+            assert masks is not None
+            maker = SampleMaker(
+                seed=seed,
+                image_size=images.images_size,
+                crop_scale=images.crop_scale,
+                do_hflip=images.do_hflip,
+                masks=masks,
+                encoded=images.decode == "gpu",
+                interpolation=interpolation,
+                change_colours=change_colours,
+                second_view=second_view,
+            )
+        self.maker = maker
         if dataset is None:
             dataset = make_dataset(
                 images.dataset, listing_cache=cache_root() / "image_listings" if keep_listing else None
@@ -744,13 +788,10 @@ class PretrainLoader:
 
         Raises: UserError if they do not.
         """
-        masks = sum(mask.nbytes for mask in self.maker.masks([(row,) for row in range(self.batch_size)]).values())
-        view = self.maker.second_view
-        pixels = self.maker.image_size**2 + (0 if view is None else view.size**2)
         check_shared_memory(
             "efficiency.dataloader_num_workers",
             self.num_workers,
-            self.batch_size * (3 * pixels + 8) + masks,
+            self.maker.batch_bytes(self.batch_size),
             "optim.batch_size_per_gpu",
         )
 

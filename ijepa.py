@@ -173,7 +173,7 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
 }""",
     )
     kept_in_float32 = ("pos_embed", "norm")
-    forward_methods = ("encode",)
+    forward_methods = ("encode", "get_intermediate_layers")
     in_chans = 3
     n_registers = num_prefix_tokens = 0
 

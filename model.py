@@ -593,7 +593,7 @@ features, and a student predicts the clusters of hidden patches.""",
     )
     # For code that divides weights over ranks. The predictor's residual stream begins with the mask token.
     kept_in_float32 = ("mask_token",)
-    forward_methods = ("forward_pretrain",)
+    forward_methods = ("forward_pretrain", "get_intermediate_layers")
 
     def __init__(
         self,

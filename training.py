@@ -89,12 +89,13 @@ class TrainState(Generic[ConfigT]):
     """Everything a checkpoint holds, and how an update acts on it; a method's state inherits from it.
 
     Its constructor calls this one, which seeds the initial weights, builds its networks with `place`, and fills
-    `modules` and `optimizers`, under the names that checkpoints have. The one called `student` is the one whose
-    gradient `optim.clip_grad` limits.
+    `modules` and `optimizers`, under the names that checkpoints have. `optim.clip_grad` limits the gradient of `MAIN`.
     """
 
     MODEL_KEYS: ClassVar[tuple[str, ...]] = ("model",)
     """Keys and sections of the configuration that say which weights there are."""
+    MAIN: ClassVar[str] = "student"
+    """The module whose gradient is clipped, and whose norm is called `grad_norm`."""
     LATER_KEYS: ClassVar[dict[str, Any]] = {}
     """Keys that earlier checkpoints lack, as nested dicts, with the values that those were trained with."""
 
@@ -124,6 +125,7 @@ class TrainState(Generic[ConfigT]):
         compilation: CompileConfig | None = None,
         *,
         is_teacher: bool = False,
+        is_filled: bool = False,
         load: Callable[[M], None] | None = None,
     ) -> M:
         """Build a network and put it on the device as `efficiency` says: recomputed, compiled and divided over ranks.
@@ -136,9 +138,10 @@ class TrainState(Generic[ConfigT]):
                 `is_transformer_block`.
             compilation: how its blocks are compiled; None for not.
             is_teacher: whether it gets no gradient.
+            is_filled: whether `make` gives it its weights, on the CPU; they are rank 0's then.
             load: changes its weights before they are divided; called on rank 0 alone.
         """
-        module = _materialise(make, self.device)
+        module = make().to(self.device) if is_filled else _materialise(make, self.device)
         if load is not None and rank() == 0:
             load(module)
         blocks: list[nn.Module] = [p for p in module.modules() if hasattr(p, "is_transformer_block")]
@@ -206,8 +209,8 @@ class TrainState(Generic[ConfigT]):
     def apply_gradients(self) -> tuple[bool, dict[str, Tensor]]:
         """Average the gradients over the ranks and step all optimizers, or none of them if float16 ones overflowed.
 
-        Returns: whether they were stepped; and the norm of each module's gradients, before clipping: `grad_norm` of the
-            student, `<name>_grad_norm` of others. None if the update was skipped, which is no fault unless smaller and
+        Returns: whether they were stepped; and the norm of each module's gradients, before clipping: `grad_norm` of
+            `MAIN`, `<name>_grad_norm` of others. None if the update was skipped, which is no fault unless smaller and
             smaller scales do not help.
         """
         for module, _ in self.optimizers.values():
@@ -219,14 +222,14 @@ class TrainState(Generic[ConfigT]):
         local = {name: grad_norm(module) for name, (module, _) in self.optimizers.items()}
         norms = {}
         for name, norm in local.items():
-            key = "grad_norm" if name == "student" else f"{name}_grad_norm"
+            key = "grad_norm" if name == self.MAIN else f"{name}_grad_norm"
             norms[key] = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # Only float16 has to know on the host whether to skip; elsewhere nothing waits for the device.
         skip = scaled and not bool(sum(norms.values(), torch.zeros((), device=self.device)).isfinite())
         if not skip:
             limit = self.cfg.optim.clip_grad
             if limit is not None:
-                nn.utils.clip_grads_with_norm_(list(self.modules["student"].parameters()), limit, local["student"])
+                nn.utils.clip_grads_with_norm_(list(self.modules[self.MAIN].parameters()), limit, local[self.MAIN])
             for _, optimizer in self.optimizers.values():
                 optimizer.step()
         if scaled:
@@ -241,6 +244,10 @@ class TrainState(Generic[ConfigT]):
             "extra": {name: part.state_dict() for name, part in self.parts.items()},
             "rank_extra": {"data": self.position},
         }
+
+    def network(self, name: str) -> Any:
+        """The network, a module of named parts, that is exported under one of the configuration's `EXPORTS`."""
+        return self.modules[name]
 
     def check(self, saved: SavedState) -> None:
         """Raise UserError for a checkpoint that cannot be continued, for a reason that no single key tells."""
@@ -449,11 +456,10 @@ def export(state: TrainState[Any], name: str, path: Path) -> None:
 
     Args:
         state: of the training.
-        name: one of the configuration's `EXPORTS`, a module of named parts.
+        name: one of the configuration's `EXPORTS`.
         path: of the file.
     """
-    parts: Any = state.modules[name]
-    export_weights(path, dict(parts.items()), to_yaml(state.cfg))
+    export_weights(path, dict(state.network(name).items()), to_yaml(state.cfg))
 
 
 def export_all(state: TrainState[Any], output_dir: Path) -> list[Path]:
@@ -511,6 +517,7 @@ class Run:
         opening: what is trained, for the log.
         warnings: what is not going to go well, for the log.
         on_resume: told of the checkpoint that the training continues from.
+        normalize: from 8-bit images to what the networks get.
 
     Raises: UserError for what cannot be read, written or restored.
     """
@@ -530,7 +537,9 @@ class Run:
         opening: str,
         warnings: Sequence[str] = (),
         on_resume: Callable[[SavedState], None] = lambda _: None,
+        normalize: Callable[[Tensor], Tensor] = normalize,
     ) -> None:
+        self._normalize = normalize
         self.cfg, self.state, self.output_dir, self.device = cfg, state, output_dir, state.device
         self.total = cfg.optim.total_iters
         self._make_loader, self._encode, self._log_line, self._finite = make_loader, encode, log_line, finite
@@ -742,7 +751,7 @@ class Run:
 
         def read() -> list[Batch]:
             batches = [next(self.batches) for _ in range(self.cfg.optim.accumulation_steps)]
-            return [dataclasses.replace(batch, images=normalize(batch.images)) for batch in batches]
+            return [dataclasses.replace(batch, images=self._normalize(batch.images)) for batch in batches]
 
         with self._writes():  # bad files are listed
             return self.stop.wait_for(read) or []
