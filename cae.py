@@ -23,6 +23,7 @@ from model import (
     PatchEmbed,
     configuration_with_heads,
     encoder_sizes,
+    linear_rates,
     patch_grid,
     resize_positions,
     sincos_table,
@@ -64,32 +65,6 @@ def alignment_loss(predicted: Float[Tensor, "b m d"], targets: Float[Tensor, "b 
 
 
 # --- Blocks ----------------------------------------------------------------------------------------------------------
-
-
-def draw_drop_path(
-    rates: Sequence[float], num_images: int, generator: torch.Generator
-) -> Float[Tensor, "layers 2 b"] | None:
-    """By what both branches of each block are multiplied for each image: 0, or 1 / probability to be kept.
-
-    Stochastic depth (arXiv:1603.09382), to be drawn outside of what is compiled: there, random numbers need not come
-    from the generator that is seeded.
-
-    Args:
-        rates: probability, for each block, that a branch of an image is dropped.
-        num_images: b.
-        generator: of the CPU.
-
-    Returns: the factors, or None if no branch is ever dropped.
-    """
-    if not any(rates):
-        return None
-    kept = 1 - torch.tensor(rates).view(-1, 1, 1)
-    return (torch.rand(len(rates), 2, num_images, generator=generator) < kept) / kept
-
-
-def linear_rates(highest: float, depth: int) -> list[float]:
-    """Drop-path rates that rise linearly from 0 at the first block to `highest` at the last one."""
-    return [highest * block / max(depth - 1, 1) for block in range(depth)]
 
 
 def _dropped(branch: Float[Tensor, "b n d"], factors: Float[Tensor, " b"] | None) -> Float[Tensor, "b n d"]:

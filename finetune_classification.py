@@ -1,4 +1,4 @@
-"""Train a backbone and a linear head to classify images: fine-tuning as in BEiT, MAE and CAE.
+"""Train a backbone and a linear head to classify images: fine-tuning as in BEiT and MAE.
 
     python finetune_classification.py config.yaml [more.yaml ...] [a.b=c ...]      train, or continue
     python finetune_classification.py config.yaml a.b=c --dry-run                  say what would be trained, and stop
@@ -343,7 +343,7 @@ class CentreCropped:
         self.size, self.num_labels = size, num_labels
 
     def __call__(self, image: Image.Image, target: Any) -> tuple[UInt8[Tensor, "3 h w"], Int64[Tensor, " l"]]:
-        """As MAE and CAE test: for 224 pixels, bicubic to 256 and the centre of that."""
+        """As MAE tests: for 224 pixels, bicubic to 256 and the centre of that."""
         shorter = round(self.size * 256 / 224)
         scale = shorter / min(image.size)
         width, height = (max(shorter, round(side * scale)) for side in image.size)
@@ -412,13 +412,14 @@ def draw(cfg: Any, data: Labelled, classes: Sequence[str], guesses: Tensor, labe
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
     figure = Figure(figsize=(2.2 * columns, 2.5 * rows), dpi=110, layout="constrained")
-    for ax, place in zip(figure.subplots(rows, columns, squeeze=False).flat, chosen, strict=False):
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax, place in zip(axes[: len(chosen)], chosen, strict=True):
         image = data.dataset[int(data.labelled[place])].image()
         image.thumbnail((224, 224))
         guess, truth = int(guesses[place]), int(labels[place])
         show(ax, np.array(image), classes[guess] if guess == truth else f"{classes[guess]}\nnot {classes[truth]}")
         ax.title.set_color("#1a7f37" if guess == truth else "#cf222e")
-    for ax in figure.axes[len(chosen) :]:
+    for ax in axes[len(chosen) :]:
         ax.set_axis_off()
     figure.savefig(results.artifacts() / "predictions.png")
 

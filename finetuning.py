@@ -41,7 +41,7 @@ from config import (
 from data import Batch, PretrainLoader, normalize
 from distributed import mean_over_ranks
 from evaluation import FrozenModel, Results, find_loader, load_model_file
-from model import Backbone, Features, Residual, RotaryEmbedding
+from model import Backbone, Features, Residual, RotaryEmbedding, draw_drop_path, linear_rates
 from optim import Multipliers, ema_update_, make_adamw, scheduled, set_rates_
 from report import Panel
 from training import (
@@ -51,6 +51,7 @@ from training import (
     global_batch_size,
     milestones,
     run_command,
+    sent_to,
     warn_of_another_course,
     with_length,
 )
@@ -78,8 +79,8 @@ class BackboneConfig:
     drop_path_rate: float = field(metadata=within(at_least=0, below=1))
     """Probability that a branch of the last block is skipped for an image; it rises linearly from 0 at the first."""
     relative_position_bias: bool
-    """Let CAE's encoder learn an offset of its attention for each relative position and head, from 0 on, as CAE's own
-    recipe does."""
+    """Let attention learn an offset for each relative position and head, from 0 on, with a backbone that has
+    `add_relative_positions`. Images then have the size of training, also for predictions."""
     freeze: bool
     """Train the head alone."""
     architecture: str | None
@@ -150,7 +151,7 @@ def build_backbone(cfg: BackboneConfig, image_size: int, *, with_weights: bool) 
         backbone = load_model_file(cfg.model_path, kwargs)
         if cfg.relative_position_bias:
             add = getattr(backbone, "add_relative_positions", None)
-            remedy = "only CAE's encoder has it (backbone.model_path=cae.py); set it to false"
+            remedy = f"{type(backbone).__name__} of {cfg.model_path} has no add_relative_positions; set it to false"
             require(add is not None, "backbone.relative_position_bias", True, remedy)
             patch_size: Any = backbone.patch_size
             add(image_size // patch_size)  # pyright: ignore[reportOptionalCall]
@@ -207,8 +208,7 @@ class Trunk:
         self.name, self.blocks = self._find_blocks()
         for block in self.blocks:  # by which weights are divided and recomputed
             block.__dict__.setdefault("is_transformer_block", True)
-        depth = len(self.blocks)
-        self.rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.rates = linear_rates(drop_path_rate, len(self.blocks))
         self._factors: Tensor | None = None
         if drop_path_rate:
             for i, block in enumerate(self.blocks):
@@ -235,10 +235,8 @@ class Trunk:
 
     def draw_drop_path(self, num_images: int, generator: torch.Generator, device: torch.device) -> None:
         """Decide which images skip which branches until the next draw, forward and backward pass alike."""
-        if any(self.rates):
-            kept = 1 - torch.tensor(self.rates).view(-1, 1, 1)
-            drawn = torch.rand(len(self.rates), 2, num_images, generator=generator) < kept
-            self._factors = (drawn / kept).to(device)
+        factors = draw_drop_path(self.rates, num_images, generator)
+        self._factors = None if factors is None else sent_to(device, factors)
 
     @contextmanager
     def keeping_all(self) -> Iterator[None]:
@@ -284,7 +282,7 @@ class Trunk:
     def layer_of(self, name: str) -> int:
         """How deep a parameter of the backbone is: 0 for the embedding, i + 1 for block i, then for what follows.
 
-        CAE's and BEiT's rule; with a decay the embedding learns slowest.
+        The rule of BEiT (arXiv:2106.08254); with a decay the embedding learns slowest.
         """
         prefix = f"{self.name}."
         if name.startswith(prefix):

@@ -808,6 +808,32 @@ features, and a student predicts the clusters of hidden patches.""",
         return torch.cat([registers, patches], dim=1), torch.cat([register_coords, coords], dim=1)
 
 
+def draw_drop_path(
+    rates: Sequence[float], num_images: int, generator: torch.Generator
+) -> Float[Tensor, "layers 2 b"] | None:
+    """By what both branches of each block are multiplied for each image: 0, or 1 / probability to be kept.
+
+    Stochastic depth (arXiv:1603.09382), to be drawn outside of what is compiled: there, random numbers need not come
+    from the generator that is seeded.
+
+    Args:
+        rates: probability, for each block, that a branch of an image is dropped.
+        num_images: b.
+        generator: of the CPU.
+
+    Returns: the factors, or None if no branch is ever dropped.
+    """
+    if not any(rates):
+        return None
+    kept = 1 - torch.tensor(rates).view(-1, 1, 1)
+    return (torch.rand(len(rates), 2, num_images, generator=generator) < kept) / kept
+
+
+def linear_rates(highest: float, depth: int) -> list[float]:
+    """Drop-path rates that rise linearly from 0 at the first block to `highest` at the last one."""
+    return [highest * block / max(depth - 1, 1) for block in range(depth)]
+
+
 def patch_grid(images: Float[Tensor, "b c h w"], patch_size: int) -> tuple[int, int]:
     """Rows and columns of patches.
 

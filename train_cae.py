@@ -32,7 +32,6 @@ from cae import (
     Encoder,
     Predictor,
     alignment_loss,
-    draw_drop_path,
     read_encoder,
     read_file,
     read_predictor,
@@ -60,7 +59,7 @@ from distributed import mean_over_ranks, world_size
 from flops import block_flops, embedding_flops
 from masking import MaskPlan, PatchMasks, ScatteredBlocks, Uniform
 from metrics import feature_health
-from model import load_resized
+from model import draw_drop_path, load_resized
 from optim import decay_of_matrices, make_adamw, scheduled, set_rates_
 from pictures import PatchPredictor, Prediction
 from report import Panel
@@ -246,7 +245,7 @@ def lr_at(step: int, cfg: CaeConfig) -> float:
 
 
 class DropPaths(NamedTuple):
-    """What `cae.draw_drop_path` drew for a forward pass; None where nothing is dropped."""
+    """What `model.draw_drop_path` drew for a forward pass; None where nothing is dropped."""
 
     targets: Float[Tensor, "layers 2 b"] | None
     """Of the encoder on the hidden patches, which drops branches where it makes targets too, as published."""

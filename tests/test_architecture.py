@@ -24,6 +24,8 @@ LAYERS = [
     {"cae_tokenizer", "labels"},
     {"training_evals"},
     {"training"},
+    {"finetuning"},
+    {"finetune_classification", "eval_finetuned"},
     {"train_capi", "train_ijepa", "train_cae"},
     {"train_distributed", "benchmark", "demo", "export", "extract_features",
      "eval_segmentation", "eval_classification", "eval_visualizations"},

@@ -25,14 +25,12 @@ from cae import (
     Encoder,
     Predictor,
     alignment_loss,
-    draw_drop_path,
-    linear_rates,
     load_model,
     patches_at,
     read_encoder,
     token_loss,
 )
-from model import sincos_table
+from model import draw_drop_path, linear_rates, sincos_table
 from utils import UserError
 
 KEYS = load_golden_json("keys_cae_base")

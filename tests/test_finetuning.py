@@ -1,0 +1,194 @@
+"""finetuning.py: blocks and layers of any backbone, stochastic depth, and the vectors of CAE's recipe."""
+
+import pytest
+import torch
+from conftest import seeded
+from golden_cae import CAE, IMAGES, fill
+from torch import nn
+
+import ijepa
+from cae import Encoder, relative_position_index
+from config import ScheduleConfig
+from finetune_classification import LinearHead
+from finetuning import Trunk, decayed_multipliers, freeze_unused_, layer_scales
+from model import EncoderDecoder, Features, draw_drop_path, linear_rates
+from optim import scheduled
+from utils import UserError
+
+TRANSFORMERS = {"embed_dim": 32, "drop_path_rate": 0.0, "block_kwargs": {"attn_kwargs": {"num_heads": 2}}}
+
+
+def capi(depth: int = 3) -> EncoderDecoder:
+    return EncoderDecoder(
+        patch_size=4,
+        n_registers=4,
+        transformers_kwargs=TRANSFORMERS,
+        encoder_kwargs={"depth": depth},
+        decoder_kwargs={"depth": 2},
+    )
+
+
+def timm_vit() -> nn.Module:
+    timm = pytest.importorskip("timm")
+
+    class Wrapped(nn.Module):
+        patch_size = 4
+
+        def __init__(self):
+            super().__init__()
+            self.network = timm.models.VisionTransformer(
+                img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=0, dynamic_img_size=True
+            )
+
+        def forward(self, images):
+            tokens = self.network.forward_features(images)
+            return Features(
+                tokens[:, 0], None, tokens[:, 1:].unflatten(1, (images.shape[2] // 4, images.shape[3] // 4))
+            )
+
+    return Wrapped()
+
+
+BACKBONES = {
+    "CAPI": capi,
+    "I-JEPA": lambda: ijepa.Encoder(grid_size=4, patch_size=4, embed_dim=32, depth=3, num_heads=2),
+    "CAE": lambda: Encoder(grid_size=4, patch_size=4, embed_dim=32, depth=3, num_heads=2),
+    "timm": timm_vit,
+}
+
+
+@pytest.fixture(params=BACKBONES)
+def backbone(request):
+    module = BACKBONES[request.param]()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=seeded(0)))
+    return module
+
+
+def test_the_last_map_is_the_feature_map_and_earlier_ones_are_the_blocks(backbone):
+    trunk, images = Trunk(backbone), torch.randn(2, 3, 16, 24, generator=seeded(1))
+    assert len(trunk.blocks) == 3
+    seen = []
+    hooks = [block.register_forward_hook(lambda _, __, out: seen.append(out)) for block in trunk.blocks]
+    expected = backbone(images)[2].movedim(-1, 1)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(trunk.maps(images, [-1], norm=True)[0], expected)
+    maps = trunk.maps(images, [0, 2])
+    assert [x.shape for x in maps] == [(2, 32, 4, 6)] * 2
+    for x, block in zip(maps, (0, 2), strict=True):
+        torch.testing.assert_close(x.flatten(2).transpose(1, 2), seen[block][:, -24:])
+    with pytest.raises(UserError, match="the backbone has 3 blocks, 0 to 2"):
+        trunk.maps(images, [3])
+
+
+def test_layers_are_counted_from_the_embedding_to_what_follows_the_blocks(backbone):
+    trunk = Trunk(backbone)
+    layers = {name: trunk.layer_of(name) for name, _ in backbone.named_parameters()}
+    assert {layer for name, layer in layers.items() if trunk.name not in name} <= {0, 4}
+    for name, layer in layers.items():
+        if "patch_embed" in name or "pos_embed" in name or "token" in name.rpartition(".")[2]:
+            assert layer == 0, name
+        elif name.startswith(trunk.name):
+            assert layer == 1 + int(name.removeprefix(f"{trunk.name}.").partition(".")[0]), name
+        elif "norm" in name:
+            assert layer == 4, name
+
+
+def test_rates_fall_with_depth_and_what_has_one_axis_does_not_decay():
+    backbone = BACKBONES["CAE"]()
+    model = nn.ModuleDict({"backbone": backbone, "head": LinearHead(32, 5, 1.0)})
+    found = decayed_multipliers(model, Trunk(backbone), 0.5)
+    by_layer = {"backbone.patch_embed.proj.weight": 1 / 16, "backbone.blocks.0.attn.qkv.weight": 1 / 8,
+                "backbone.blocks.2.mlp.fc1.bias": 1 / 2, "backbone.norm.weight": 1, "head.linear.weight": 1}  # fmt: skip
+    assert {name: found[name].lr for name in by_layer} == by_layer
+    undecayed = {name for name, value in found.items() if value.weight_decay == 0}
+    assert {"backbone.cls_token", "backbone.pos_embed", "head.norm.weight", "head.linear.bias"} <= undecayed
+    assert not {"head.linear.weight", "backbone.blocks.0.mlp.fc2.weight"} & undecayed
+
+
+def test_layer_scales_are_published_ones():
+    assert layer_scales(12, 0.65) == pytest.approx(CAE["layer_decay_0.65_base_scales"])
+
+
+def test_learning_rates_of_the_published_recipe():
+    schedule = ScheduleConfig(
+        start_warmup_value=0.0,
+        base_value=8e-3,
+        final_value=1e-6,
+        warmup_iters=5 * 312,
+        freeze_iters=0,
+        truncate_cos=1.0,
+    )
+    expected = dict(CAE["finetune_base_lr_ipe312"])
+    total = expected.pop("n")
+    for step, lr in expected.items():
+        assert scheduled(schedule, int(step), total) == pytest.approx(lr, rel=1e-9), step
+
+
+def test_branches_are_skipped_for_the_drawn_images_and_scaled_for_others(backbone):
+    """An image whose branches are all skipped keeps its embedding; with nothing to skip a draw changes nothing."""
+    trunk, images = Trunk(backbone, 0.9), torch.randn(4, 3, 16, 16, generator=seeded(1))
+    kept = trunk.maps(images, [2])[0]
+    trunk.draw_drop_path(4, seeded(0), torch.device("cpu"))
+    dropped = trunk.maps(images, [2])[0]
+    assert not torch.allclose(kept, dropped)
+    with trunk.keeping_all():
+        torch.testing.assert_close(trunk.maps(images, [2])[0], kept)
+    torch.testing.assert_close(trunk.maps(images, [2])[0], dropped)
+    trunk.draw_drop_path(4, seeded(0), torch.device("cpu"))
+    torch.testing.assert_close(trunk.maps(images, [2])[0], dropped, msg="the same draw gives something else")
+
+
+def test_stochastic_depth_is_that_of_an_encoder_that_has_it():
+    encoder, images = BACKBONES["CAE"](), torch.randn(6, 3, 16, 16, generator=seeded(1))
+    trunk = Trunk(encoder, 0.6)
+    trunk.draw_drop_path(6, seeded(0), torch.device("cpu"))
+    found = trunk.maps(images, [2], norm=True)[0].flatten(2).transpose(1, 2)
+    factors = draw_drop_path(linear_rates(0.6, 3), 6, seeded(0))
+    assert (factors == 0).any(), "nothing is dropped"
+    with trunk.keeping_all():
+        expected = encoder.encode(images, drop_path=factors)[:, 1:]
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_the_head_does_not_depend_on_is_frozen():
+    backbone = capi()
+    trunk = Trunk(backbone)
+    freeze_unused_(backbone, lambda x: trunk.maps(x, [-1]), 16)
+    learned = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+    assert not [name for name in learned if name.startswith(("decoder", "mask_token"))]
+    assert {"patch_embed.weight", "registers", "encoder.blocks.2.residual2.fn.fc2.weight"} <= learned
+
+
+def test_relative_positions_are_numbered_as_published():
+    assert relative_position_index(2).tolist() == CAE["rel_pos_index_2x2"]
+    for grid, heads in ((14, 12), (32, 12)):
+        rows = int(relative_position_index(grid).max()) + 1
+        assert [rows, heads] == CAE[f"rel_pos_table_shape_{grid}x{grid}_12heads"]
+
+
+def test_the_fine_tuning_forward_pass_is_the_published_one():
+    """Published keys are those of the encoder, with fc_norm in the place of its last norm."""
+    encoder = Encoder(grid_size=4, patch_size=8, embed_dim=32, depth=2, num_heads=4)
+    encoder.add_relative_positions(4)
+    head = LinearHead(32, 10, 1.0)
+    published = {key: x for key, x in encoder.state_dict().items() if not key.startswith("norm.")}
+    published |= {f"fc_norm.{key}": x for key, x in head.norm.state_dict().items()}
+    published |= {f"head.{key}": x for key, x in head.linear.state_dict().items()}
+    expected = CAE["finetune_forward_tiny"]
+    assert {key: list(published[key].shape) for key in expected["keys"]} == expected["keys"]
+    fill(published)
+    out = head(Trunk(encoder).maps(IMAGES, [-1])[0].mean((2, 3)))
+    torch.testing.assert_close(out[:, :4], torch.tensor(expected["out"]), atol=2e-6, rtol=1e-5)
+    with pytest.raises(UserError, match="relative positions are those of 16 patches, and these images have 9"):
+        encoder(torch.zeros(1, 3, 24, 24))
+
+
+def test_a_model_without_blocks_is_named():
+    class Pixels(nn.Module):
+        patch_size = 4
+
+    with pytest.raises(UserError, match="Pixels has no list of transformer blocks"):
+        Trunk(Pixels())
