@@ -636,27 +636,34 @@ class Finetuned(nn.Module):
 
 
 def load_model(
-    pretrained_weights: str | Path, config_path: str | Path | None = None, device: str | torch.device = "cpu"
+    pretrained_weights: str | Path | None = None,
+    config_path: str | Path | None = None,
+    device: str | torch.device = "cpu",
 ) -> Finetuned:
     """Build an exported model and load its weights: the model loader that evaluations call.
 
     Args:
-        pretrained_weights: path or URL of an export of a fine-tuning.
+        pretrained_weights: path or URL of an export of a fine-tuning. None gives random weights to what `config_path`
+            describes.
         config_path: its configuration. None: the file of the same name beside the weights, as exports have it.
         device: where to put the model.
 
     Returns: the model in eval mode.
     Raises: UserError for a missing file, one that is no such export, or weights that do not fit.
     """
-    source = str(pretrained_weights)
-    path = Path(source).with_suffix(".yaml") if config_path is None else Path(config_path)
-    if not path.is_file():
+    if config_path is None:
+        if pretrained_weights is None:
+            raise UserError("pretrained_weights=None: give an export of a fine-tuning, such as runs/mine/model.pth")
+        config_path = Path(str(pretrained_weights)).with_suffix(".yaml")
+    if not Path(config_path).is_file():
         raise UserError(
-            f"pretrained_weights={source}: there is no configuration {str(path)!r} beside it; give config_path"
+            f"pretrained_weights={pretrained_weights}: its configuration {str(config_path)!r} is not there; a training "
+            "writes both"
         )
-    task, cfg = task_of(path)
-    model = Finetuned(task, cfg)
-    load_strictly(model.model, read_state_dict(source), source, remedy="Give an export of a fine-tuning")
+    model = Finetuned(*task_of(Path(config_path)))
+    if pretrained_weights is not None:
+        source = str(pretrained_weights)
+        load_strictly(model.model, read_state_dict(source), source, remedy="Give an export of a fine-tuning")
     return model.to(device).eval()
 
 

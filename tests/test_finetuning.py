@@ -100,8 +100,13 @@ def test_rates_fall_with_depth_and_what_has_one_axis_does_not_decay():
     backbone = BACKBONES["CAE"]()
     model = nn.ModuleDict({"backbone": backbone, "head": LinearHead(32, 5, 1.0)})
     found = decayed_multipliers(model, Trunk(backbone), 0.5)
-    by_layer = {"backbone.patch_embed.proj.weight": 1 / 16, "backbone.blocks.0.attn.qkv.weight": 1 / 8,
-                "backbone.blocks.2.mlp.fc1.bias": 1 / 2, "backbone.norm.weight": 1, "head.linear.weight": 1}  # fmt: skip
+    by_layer = {
+        "backbone.patch_embed.proj.weight": 1 / 16,
+        "backbone.blocks.0.attn.qkv.weight": 1 / 8,
+        "backbone.blocks.2.mlp.fc1.bias": 1 / 2,
+        "backbone.norm.weight": 1,
+        "head.linear.weight": 1,
+    }
     assert {name: found[name].lr for name in by_layer} == by_layer
     undecayed = {name for name, value in found.items() if value.weight_decay == 0}
     assert {"backbone.cls_token", "backbone.pos_embed", "head.norm.weight", "head.linear.bias"} <= undecayed

@@ -1,0 +1,357 @@
+"""finetune_classification.py and the scores of its models: exact resume, ranks, labels, what is done to images."""
+
+import json
+import math
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import yaml
+from conftest import ROOT, seeded
+from PIL import Image
+from ranks import run_on_ranks
+from runs import KillableRun, assert_same_run, logged_steps, make_images, metrics_of, run_forked, run_main, tiny
+
+import eval_finetuned
+import finetune_classification as script
+import finetuning
+from data import Batch, normalize
+from utils import UserError
+
+COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
+
+TINY = [
+    "train.device=cpu",
+    "train.log_loss_every=1",
+    "train.checkpointing.period=2",
+    "optim.epochs=null",
+    "optim.total_iters=6",
+    "optim.batch_size_per_gpu=4",
+    "data.images_size=16",
+    "efficiency.param_dtype=float32",
+    "efficiency.dataloader_num_workers=0",
+]
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory) -> Path:
+    """Folders train and test with images of three classes, each of a colour with noise."""
+    root, rng = tmp_path_factory.mktemp("classes"), np.random.default_rng(0)
+    for part, number in (("train", 6), ("test", 4)):
+        for name, colour in COLOURS.items():
+            (root / part / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = (np.array(colour) + rng.normal(0, 25, (24, 20, 3))).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    """What a few steps of pretraining export."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    images = make_images(folder / "images")
+    assert run_main(tiny(images, folder / "run", "optim.total_iters=1", "model.decoder_kwargs.depth=1")) == 0
+    return folder / "run" / "student_ema.pth"
+
+
+@pytest.fixture
+def arguments(classes, pretrained, tmp_path):
+    """Arguments of a tiny training in a folder of this test."""
+
+    def make(name: str, *more: str) -> list[str]:
+        weights = f"backbone.model_loader_kwargs.pretrained_weights={pretrained}"
+        return [*TINY, weights, f"data.dataset={classes / 'train'}", f"train.output_dir={tmp_path / name}", *more]
+
+    return make
+
+
+EVALS = {"test": {
+    "period": 0, "final": True, "model_to_eval": "model", "model_setup_script": "finetuning.py", "where": "inline",
+    "download": False, "eval_config": {"test": {"file": "eval_finetuned.py", "num_pictures": 5, "num_workers": 0}},
+}}  # fmt: skip
+
+
+@pytest.mark.long
+def test_a_model_learns_as_typed_and_the_report_has_its_scores_and_pictures(classes, pretrained, tmp_path):
+    EVALS["test"]["eval_config"]["test"]["test_dataset_name"] = str(classes / "test")
+    (tmp_path / "evals.yaml").write_text(yaml.safe_dump({"evals": EVALS}))
+    done = run_forked(
+        "finetune_classification.py", tmp_path / "evals.yaml", *TINY, "optim.total_iters=30",
+        f"backbone.model_loader_kwargs.pretrained_weights={pretrained}", f"data.dataset={classes / 'train'}",
+        f"train.output_dir={tmp_path / 'run'}", "classification.mixup=0", "classification.cutmix=0",
+        "classification.rand_augment=null", "optim.batch_size_per_gpu=9", "optim.layer_decay=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "run" / "evals" / "test").iterdir()
+    page = (folder / "results" / "report.html").read_text()
+    assert "accuracy" in page and "Learning rate of the head" in page
+    assert (folder / "results" / "test" / "artifacts" / "predictions.png").is_file()
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["eval/test/test/finetuned/top1"] > 0.9, "three colours are not told apart"
+    assert "top5" not in (folder / "results" / "results.json").read_text().split('"scores"')[0]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_run_killed_at_any_moment_ends_like_one_never_interrupted(arguments, tmp_path, num_workers):
+    more = ["optim.ema_momentum=0.9", "backbone.drop_path_rate=0.5", f"efficiency.dataloader_num_workers={num_workers}"]
+    assert script.main(arguments("straight", *more)) == 0
+    killed = arguments("killed", *more)
+    for at_step in (1, 3, 5):
+        run = KillableRun(killed, tmp_path / "killed", "finetune_classification")
+        run.wait_for(lambda at_step=at_step: logged_steps(tmp_path / "killed") >= at_step)
+        run.signal(signal.SIGKILL)
+        assert run.join() == -signal.SIGKILL
+    assert script.main(killed) == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "straight", ["model"])
+
+
+def test_a_run_goes_on_and_is_exported_without_the_weights_that_it_began_with(arguments, pretrained, tmp_path):
+    moved = tmp_path / "gone"
+    moved.mkdir()
+    for path in (pretrained, pretrained.with_suffix(".yaml")):
+        shutil.copy(path, moved)
+    own = ["optim.ema_momentum=0.9", "backbone.drop_path_rate=0.5"]
+    assert script.main(arguments("straight", *own)) == 0
+    run = arguments("run", *own, f"backbone.model_loader_kwargs.pretrained_weights={moved / pretrained.name}")
+    assert script.main(run) == 0
+    shutil.rmtree(moved)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000000006")  # as if it had been killed after step 4
+    assert script.main(run) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "straight", ["model"])
+    before = torch.load(tmp_path / "run" / "model.pth", weights_only=True)
+    (tmp_path / "run" / "model.pth").unlink()
+    assert script.main([*run, "--export"]) == 0
+    after = torch.load(tmp_path / "run" / "model.pth", weights_only=True)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    model = finetuning.load_model(tmp_path / "run" / "model.pth")
+    assert model.cfg.classes == list(COLOURS)
+    assert model(torch.zeros(1, 3, 16, 24)).feature_map.shape == (1, 4, 6, 32)
+
+
+FORWARD_PASSES = 2
+
+
+def train_on_this_rank(arguments: list[str]) -> None:
+    share = f"optim.accumulation_steps={FORWARD_PASSES // dist.get_world_size()}"
+    cfg, _ = script.open_training_images(finetuning.load(script.CONFIG, script.DEFAULTS, [*arguments, share]))
+    Path(cfg.train.output_dir).mkdir(exist_ok=True)
+    finetuning.train(script.TASK, cfg, Path(cfg.train.output_dir), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("mode", ["simple", "fully_shard", "none"])
+def test_ranks_are_accumulation_steps_of_one(arguments, tmp_path, mode):
+    more = ["optim.ema_momentum=0.5", "backbone.drop_path_rate=0.3", "optim.total_iters=3", f"efficiency.fsdp={mode}"]
+    run_on_ranks(train_on_this_rank, 1, arguments("alone", *more))
+    run_on_ranks(train_on_this_rank, 2, arguments("ranks", *more))
+    for a, b in zip(metrics_of(tmp_path / "ranks"), metrics_of(tmp_path / "alone"), strict=True):
+        for key in ("loss", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=2e-5), f"{key} at step {a['step']}"
+    a, b = (torch.load(tmp_path / name / "model.pth", weights_only=True) for name in ("ranks", "alone"))
+    assert a.keys() == b.keys()
+    for key in b:
+        torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=0, msg=key)
+
+
+def test_the_average_is_what_is_exported_and_the_head_alone_learns_if_the_backbone_is_frozen(arguments, tmp_path):
+    frozen = "backbone.freeze=true"
+    assert script.main(arguments("own", frozen)) == 0
+    assert script.main(arguments("average", frozen, "optim.ema_momentum=0.5")) == 0
+    own, average = (torch.load(tmp_path / name / "model.pth", weights_only=True) for name in ("own", "average"))
+    assert not torch.equal(own["head.linear.weight"], average["head.linear.weight"])
+    start = torch.load(tmp_path / "own" / "model.pth", weights_only=True)
+    for key in own:
+        same = torch.equal(own[key], average[key])
+        assert same == (not key.startswith("head.")), key
+    assert start.keys() == own.keys()
+
+
+def loss_of(arguments: list[str], seed: int = 0, labels: tuple[int, ...] = (0, 1, 2, 1)) -> torch.Tensor:
+    """Of made-up images, in evaluation mode, by the loss of a training with these arguments."""
+    cfg, _ = script.open_training_images(finetuning.load(script.CONFIG, script.DEFAULTS, arguments))
+    cfg = finetuning.prepared(cfg)
+    state = finetuning.make_state(script.TASK, cfg, torch.device("cpu"), with_weights=True)
+    with torch.no_grad():
+        state.model["head"].linear.weight.normal_(generator=seeded(3))
+    images = normalize(torch.randint(256, (4, 3, 16, 16), generator=seeded(1), dtype=torch.uint8))
+    batch = Batch(images, {}, torch.arange(4), labels={"label": torch.tensor(labels)})
+    before = images.clone()
+    parts = script.make_loss(cfg)(state.model, state.trunk, batch, seeded(seed))
+    assert torch.equal(images, before), "the images of the batch were changed"
+    return parts["cross_entropy"].detach()
+
+
+NOTHING = ["classification.mixup=0", "classification.cutmix=0", "classification.random_erasing=0"]
+
+
+def test_without_mixing_the_loss_is_smoothed_cross_entropy(arguments):
+    cfg, _ = script.open_training_images(finetuning.load(script.CONFIG, script.DEFAULTS, arguments("x", *NOTHING)))
+    state = finetuning.make_state(script.TASK, finetuning.prepared(cfg), torch.device("cpu"), with_weights=True)
+    with torch.no_grad():
+        state.model["head"].linear.weight.normal_(generator=seeded(3))
+    images = normalize(torch.randint(256, (4, 3, 16, 16), generator=seeded(1), dtype=torch.uint8))
+    logits = script.predict(cfg, state.model, state.trunk, images)
+    expected = F.cross_entropy(logits, torch.tensor([0, 1, 2, 1]), label_smoothing=0.1)
+    torch.testing.assert_close(loss_of(arguments("x", *NOTHING)), expected.detach())
+
+
+@pytest.mark.parametrize("kept", ["mixup", "cutmix", "random_erasing"])
+def test_what_is_done_to_a_batch_follows_from_its_seed(arguments, kept):
+    pytest.importorskip("timm")
+    value = {"mixup": 0.8, "cutmix": 1.0, "random_erasing": 1.0}[kept]
+    own = arguments("x", *NOTHING, f"classification.{kept}={value}")
+    first, again, other = loss_of(own, 0), loss_of(own, 0), loss_of(own, 1)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not torch.equal(first, loss_of(arguments("x", *NOTHING)))
+
+
+def test_rand_augment_follows_from_seed_and_position(classes, arguments):
+    pytest.importorskip("timm")
+    cfg, images = script.open_training_images(finetuning.load(script.CONFIG, script.DEFAULTS, arguments("x")))
+    maker = script.LabelledCrops(cfg)
+    first, again, other = (maker.make(images[7], position)[0] for position in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    image, label = maker.make(images[7], 3)
+    assert image.dtype == torch.uint8 and image.shape == (3, 16, 16)
+    assert label == 1, "the eighth of six images per class is green"
+
+
+def test_labels_per_class_choose_by_the_seed(arguments):
+    def chosen(*more: str) -> list[int]:
+        cfg, images = script.open_training_images(
+            finetuning.load(script.CONFIG, script.DEFAULTS, arguments("x", *more))
+        )
+        assert cfg.data.images_per_epoch == len(images)
+        return images.rows.tolist()
+
+    two = chosen("classification.labels_per_class=2")
+    assert [row // 6 for row in two] == [0, 0, 1, 1, 2, 2]
+    assert (
+        two
+        == chosen("classification.labels_per_class=2")
+        != chosen("classification.labels_per_class=2", "train.seed=1")
+    )
+    assert len(chosen("classification.labels_per_class=0.5")) == 9
+    assert len(chosen()) == 18
+
+
+def evaluated(weights: Path, dataset: Path | str, output_dir: Path, *more: str) -> int:
+    return eval_finetuned.main(
+        [f"model_loader_kwargs.pretrained_weights={weights}", f"test_dataset_name={dataset}",
+         f"output_dir={output_dir}", "device=cpu", "num_workers=0", *more]
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(classes, pretrained, tmp_path_factory) -> Path:
+    """An export whose head has been set so that it predicts different classes."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    weights = f"backbone.model_loader_kwargs.pretrained_weights={pretrained}"
+    own = [*TINY, weights, f"data.dataset={classes / 'train'}", f"train.output_dir={run}", "optim.total_iters=1"]
+    assert script.main(own) == 0
+    state = torch.load(run / "model.pth", weights_only=True)
+    state["head.linear.weight"] = torch.randn(3, 32, generator=seeded(0))
+    torch.save(state, run / "model.pth")
+    return run / "model.pth"
+
+
+def test_scores_are_those_of_the_predictions_one_by_one(finished, classes, tmp_path):
+    assert evaluated(finished, classes / "test", tmp_path, "batch_size=5") == 0
+    scores = json.loads((tmp_path / "results_finetuned.json").read_text())["results"]["finetuned"]
+    model, right = finetuning.load_model(finished), {name: [] for name in COLOURS}
+    for number, name in enumerate(COLOURS):
+        for path in sorted((classes / "test" / name).iterdir()):
+            image = Image.open(path).resize((18, 22), Image.Resampling.BICUBIC).crop((1, 3, 17, 19))
+            pixels = torch.from_numpy(np.array(image)).movedim(-1, 0)[None]
+            with torch.no_grad():
+                right[name].append(int(model.predict(normalize(pixels)).argmax()) == number)
+    assert 0 < sum(map(sum, right.values())) < 12, "all right or all wrong tells nothing"
+    assert scores["top1"] == pytest.approx(np.mean([hit for hits in right.values() for hit in hits]))
+    assert scores["mean_acc"] == pytest.approx(np.mean([np.mean(hits) for hits in right.values()]))
+    assert scores["num_images"] == 12
+
+
+def test_classes_of_a_test_set_are_matched_by_name(finished, classes, tmp_path):
+    for name in ("green", "red"):  # numbers 0 and 1 there, 1 and 2 in training
+        shutil.copytree(classes / "test" / name, tmp_path / "two" / name)
+    assert evaluated(finished, tmp_path / "two", tmp_path / "part") == 0
+    assert evaluated(finished, classes / "test", tmp_path / "all") == 0
+    part, whole = (json.loads((tmp_path / name / "results_finetuned.json").read_text())["results"]["finetuned"]
+                   for name in ("part", "all"))  # fmt: skip
+    blue = 12 * whole["top1"] - 8 * part["top1"]
+    assert math.isclose(blue, round(blue), abs_tol=1e-6) and 0 <= round(blue) <= 4
+
+
+def test_evaluations_of_frozen_features_take_a_fine_tuned_model(finished):
+    model = finetuning.load_model(finished).eval()
+    backbone = model.model["backbone"]
+    images = torch.randn(1, 3, 16, 16, generator=seeded(0))
+    torch.testing.assert_close(model(images).feature_map, backbone(images).feature_map)
+    untrained = finetuning.load_model(config_path=finished.with_suffix(".yaml"))
+    assert untrained.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_dry_run_says_what_would_be_trained(arguments, capsys):
+    assert script.main([*arguments("never"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "18 images" in said and "blue, green, red" in said and "lr of the head" in said
+    assert script.main([*arguments("never"), "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["classification"]["pooling"] == "avg_patch"
+
+
+BAD_INPUT = [
+    (["classification.labels_per_class=7"], ["labels_per_class=7", "has 6 images"]),
+    (["classification.labels_per_class=1.5"], ["classification.labels_per_class=1.5", "fraction up to 1.0"]),
+    (["classification.rand_augment=rund-m9"], ["classification.rand_augment=rund-m9"]),
+    (["optim.batch_size_per_gpu=3"], ["optim.batch_size_per_gpu=3", "even"]),
+    (["data.images_size=18"], ["data.images_size=18", "patches of 4 pixels"]),
+    (["backbone.relative_position_bias=true"], ["EncoderDecoder", "relative_position_bias"]),
+    (["backbone.model_path=nothere.py"], ["model_path=nothere.py"]),
+    (["train.init_from=x.pth"], ["train.init_from", "backbone.model_path"]),
+    (["data.decode=gpu"], ["data.decode='gpu'", "use cpu"]),
+    (["classification.pooling=mean"], ["classification.pooling='mean'", "avg_patch"]),
+]
+
+
+@pytest.mark.parametrize(("wrong", "named"), BAD_INPUT, ids=lambda value: value[0][:40])
+def test_bad_input_names_the_key_and_leaves_no_traceback(arguments, capsys, wrong, named):
+    assert script.main([*arguments("wrong"), *wrong]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    for words in named:
+        assert words in error
+
+
+def test_folders_that_tell_no_classes_apart_are_named(arguments, classes, tmp_path, capsys):
+    shutil.copytree(classes / "train" / "red", tmp_path / "one" / "red")
+    assert script.main([*arguments("wrong"), f"data.dataset={tmp_path / 'one'}"]) == 2
+    assert "all images are of class 0 (red)" in capsys.readouterr().err
+
+
+def test_a_damaged_image_is_replaced_and_counted_in_training_and_refused_in_scores(
+    arguments, classes, finished, tmp_path, capsys
+):
+    shutil.copytree(classes / "train", tmp_path / "images")
+    (tmp_path / "images" / "red" / "0.png").write_bytes(b"no image")
+    own = [f"data.dataset={tmp_path / 'images'}", "data.max_bad_fraction=0.5", "optim.total_iters=5"]
+    assert script.main([*arguments("run"), *own]) == 0
+    (line,) = (tmp_path / "run" / "bad_files.jsonl").read_text().splitlines()
+    assert json.loads(line)["file"].endswith("0.png")
+    assert evaluated(finished, tmp_path / "images", tmp_path / "scores") == 2
+    assert "0.png" in capsys.readouterr().err
+
+
+def test_models_of_other_things_predict_nothing(finished, pretrained, classes, tmp_path, capsys):
+    assert evaluated(pretrained, classes / "test", tmp_path / "a", "model_path=model.py") == 2
+    assert "its models predict nothing; use finetuning.py" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is no configuration of a fine-tuning"):
+        finetuning.load_model(pretrained)
+    assert evaluated(finished, ROOT / "nothere", tmp_path / "b") == 2
+    assert evaluated(finished, classes / "test", tmp_path / "c", "resolution=18") == 2
+    assert "resolution=18" in capsys.readouterr().err
