@@ -242,19 +242,28 @@ def prepare_pair(
         resolution: see above.
         numbers: what each label becomes, if not itself.
 
-    Raises: UserError if the label image is none, or of another size than the image.
+    Raises: UserError as `check_label_image`.
+    """
+    target = check_label_image(target, image.width, image.height)
+    labels = torch.from_numpy(np.array(target.resize((resolution, resolution), Image.Resampling.NEAREST)))
+    return square(image, resolution), labels if numbers is None else numbers[labels.long()]
+
+
+def check_label_image(target: Any, width: int, height: int) -> Image.Image:
+    """The label image of an image of `width` x `height` pixels.
+
+    Raises: UserError if it is none, or of another size than the image.
     """
     if not isinstance(target, Image.Image):
         raise UserError(f"the label is {type(target).__name__}, not a label image; give a data set for segmentation")
-    if target.size != image.size:
-        turned = target.size == image.size[::-1]
+    if target.size != (width, height):
+        turned = target.size == (height, width)
         remedy = "the image is turned by its EXIF orientation, perhaps; turn its label image too" if turned else ""
         raise UserError(
-            f"the image has {image.width}x{image.height} pixels and its label image {target.width}x{target.height}; "
+            f"the image has {width}x{height} pixels and its label image {target.width}x{target.height}; "
             f"{remedy or 'make them the same size'}"
         )
-    labels = torch.from_numpy(np.array(target.resize((resolution, resolution), Image.Resampling.NEAREST)))
-    return square(image, resolution), labels if numbers is None else numbers[labels.long()]
+    return target
 
 
 def to_patches(labels: UInt8[Tensor, "b h w"], patch_size: int) -> UInt8[Tensor, "patches pixels"]:
@@ -873,7 +882,7 @@ def draw_predictions(
             ax.set_xticks([])
             ax.set_yticks([])
             if row == 0:
-                ax.set_title(titles[key], fontsize=10)
+                ax.set_title(titles.get(key, key), fontsize=10)
     handles = [
         Patch(
             facecolor=colors[label],

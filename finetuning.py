@@ -473,7 +473,10 @@ class Task(Generic[FinetuneT]):
     evaluate: Callable[[Any, FrozenModel, Results], None]
     """Scores an exported model, a `Finetuned` in a `FrozenModel`, by the keys of eval_finetuned.py."""
     losses: Mapping[str, str] = field(default_factory=dict)
-    """Names of the parts of the loss, and what they are called in curves and in the log; none if it has one part."""
+    """Names of the parts of the loss, and what they are called in curves and in the log; none if it has one part. A
+    training may lack some."""
+    lr_at: Callable[[int, FinetuneT], float] = lr_at
+    """Learning rate of the head in the update after so many finished ones."""
 
 
 def train(task: Task[FinetuneT], cfg: FinetuneT, output_dir: Path, device: torch.device) -> None:
@@ -500,11 +503,11 @@ def train(task: Task[FinetuneT], cfg: FinetuneT, output_dir: Path, device: torch
         panels=panels(task),
         flops_per_image=0.0,
         opening=opening(cfg, state),
-        on_resume=functools.partial(warn_if_changed, cfg=cfg),
+        on_resume=functools.partial(warn_if_changed, task, cfg=cfg),
         normalize=functools.partial(normalize, mean=cfg.backbone.image_mean, std=cfg.backbone.image_std),
     ) as run:
         while not run.is_over():
-            lr = lr_at(state.step, cfg)
+            lr = task.lr_at(state.step, cfg)
             scalars = train_step(state, run.next_batches(), lr, loss)
             state.step += 1
             run.count(scalars, {"lr": lr})
@@ -551,9 +554,9 @@ def make_state(
     )
 
 
-def warn_if_changed(saved: SavedState, cfg: FinetuneConfig) -> None:
+def warn_if_changed(task: Task[FinetuneT], saved: SavedState, cfg: FinetuneT) -> None:
     """Warn of keys that shape the rest of the training and are others than at the checkpoint."""
-    warn_of_another_course(saved, cfg, ("optim",), lambda step, c: {"learning rate": lr_at(step, c)})
+    warn_of_another_course(saved, cfg, ("optim",), lambda step, c: {"learning rate": task.lr_at(step, c)})
 
 
 def panels(task: Task[Any]) -> list[Panel]:
@@ -567,7 +570,7 @@ def panels(task: Task[Any]) -> list[Panel]:
 
 def log_line(task: Task[Any], values: Mapping[str, float]) -> str:
     """How it goes, in a line of the log."""
-    parts = [f"{words} {values[name]:.3f}" for name, words in task.losses.items()]
+    parts = [f"{words} {values[name]:.3f}" for name, words in task.losses.items() if name in values]
     return "  ".join([f"loss {values['loss']:.3f}", *parts])
 
 
@@ -591,7 +594,7 @@ def dry_run(task: Task[FinetuneT], cfg: FinetuneT) -> str:
     scales = layer_scales(depth, cfg.optim.layer_decay)
     schedule = ["schedule     step         lr of the head   of the first block"]
     for step in milestones(cfg.optim):
-        lr = lr_at(step, cfg)
+        lr = task.lr_at(step, cfg)
         schedule.append(f"             {step:<12} {lr:<16.3g} {lr * scales[1]:.3g}")
     return describe(
         cfg,

@@ -1,9 +1,69 @@
-"""The simple pyramid: four resolutions from a vision transformer, which has one (CAE, arXiv:2202.03026)."""
+"""The simple pyramid, four resolutions from a vision transformer, which has one, and its norm (arXiv:2202.03026)."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from distributed import all_reduce_sum_, world_size
+
+
+class SyncedBatchNorm(nn.SyncBatchNorm):
+    """Batch norm over the images of all ranks: torch's, which is for GPUs alone, and the same formula on CPU ranks.
+
+    One rank is a plain batch norm, and its state dict is that of one.
+    """
+
+    kept_in_float32 = ("weight", "bias")
+
+    def forward(self, input: Float[Tensor, "b d rows columns"]) -> Float[Tensor, "b d rows columns"]:  # noqa: A002  # torch's name
+        """The maps with mean 0 and variance 1 in each channel while training, times `weight`, plus `bias`."""
+        if not self.training or world_size() == 1 or input.device.type != "cpu":
+            return super().forward(input)
+        with torch.autocast("cpu", enabled=False):
+            return self._on_cpu(input.float()).to(input.dtype)
+
+    def _on_cpu(self, x: Tensor) -> Tensor:
+        count = x[:, 0].numel() * world_size()  # ranks have equally many images
+        mean = _sum_over_ranks(x.sum((0, 2, 3))) / count
+        centred = x - mean.view(1, -1, 1, 1)
+        variance = _sum_over_ranks(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / max(1, count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, own: Tensor) -> Tensor:
+        return all_reduce_sum_(own.clone())
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return all_reduce_sum_(grad.clone())  # each rank's loss depends on what all ranks added
+
+
+def _sum_over_ranks(own: Tensor) -> Any:
+    return _SumOverRanks.apply(own)
+
+
+def synchronise_(module: nn.Module) -> None:
+    """Put a `SyncedBatchNorm` in the place of each batch norm of maps, with its weights and statistics."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.BatchNorm2d:
+                synced = SyncedBatchNorm(child.num_features, eps=child.eps, momentum=child.momentum)
+                synced.load_state_dict(child.state_dict())
+                setattr(parent, name, synced)
 
 
 class SimplePyramid(nn.Module):
@@ -21,7 +81,7 @@ class SimplePyramid(nn.Module):
     SCALES = (4, 2, 1, 0.5)
     """Rows and columns of each map that is given, in those of the patch grid."""
 
-    def __init__(self, dim: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
+    def __init__(self, dim: int, norm: Callable[[int], nn.Module] = SyncedBatchNorm) -> None:
         super().__init__()
 
         def up() -> nn.Module:
