@@ -419,7 +419,8 @@ def probe_size(cfg: FinetuneConfig, trunk: Trunk) -> int:
         f"must be a multiple of the backbone's patches of {trunk.patch_size} pixels; the nearest is "
         f"{max(1, round(size / trunk.patch_size)) * trunk.patch_size}",
     )
-    return min(size, 4 * trunk.patch_size) if isinstance(trunk.backbone, Backbone) else size
+    takes_any = isinstance(trunk.backbone, Backbone) and not cfg.backbone.relative_position_bias
+    return min(size, 4 * trunk.patch_size) if takes_any else size
 
 
 def train_step(state: FinetuneState, batches: Sequence[Batch], lr: float, loss: Loss) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distributed import all_reduce_sum_, world_size
+from distributed import all_reduce_sum_, is_distributed, world_size
 
 
 class SyncedBatchNorm(nn.SyncBatchNorm):
@@ -20,7 +20,7 @@ class SyncedBatchNorm(nn.SyncBatchNorm):
 
     def forward(self, input: Float[Tensor, "b d rows columns"]) -> Float[Tensor, "b d rows columns"]:  # noqa: A002  # torch's name
         """The maps with mean 0 and variance 1 in each channel while training, times `weight`, plus `bias`."""
-        if not self.training or world_size() == 1 or input.device.type != "cpu":
+        if not self.training or not is_distributed() or input.device.type != "cpu":
             return super().forward(input)
         with torch.autocast("cpu", enabled=False):
             return self._on_cpu(input.float()).to(input.dtype)
