@@ -655,9 +655,8 @@ def test_relative_positions_learn_and_predict_in_windows_of_their_size(arguments
     (tmp_path / "loader.py").unlink()
     weights = tmp_path / "run" / "model.pth"
     model = finetuning.load_model(weights)
-    backbone: Any = model.model["backbone"]
-    assert type(backbone) is cae.Encoder
-    moved = backbone.blocks[0].attn.relative_position_bias_table
+    assert isinstance(model.model["backbone"], cae.Encoder)
+    moved = model.state_dict()["model.backbone.blocks.0.attn.relative_position_bias_table"]
     assert moved.shape == (15 * 15 + 3, 2) and (moved != 0).any()
     assert evaluated(weights, url(folders / "test"), tmp_path / "results", "num_pictures=0") == 0
 
