@@ -1,4 +1,4 @@
-"""Train a backbone and a head to segment images: UperNet on a simple pyramid as in BEiT and CAE, or a linear layer.
+"""Train a backbone and a head to segment images: UperNet on a simple pyramid as in BEiT, or a linear layer.
 
     python finetune_segmentation.py config.yaml [more.yaml ...] [a.b=c ...]      train, or continue
     python finetune_segmentation.py config.yaml a.b=c --dry-run                  say what would be trained, and stop
@@ -534,11 +534,8 @@ def make_loss(cfg: FinetuneSegmentationConfig) -> finetuning.Loss:
 
     def loss(model: nn.ModuleDict, trunk: Trunk, batch: Batch, _: torch.Generator) -> dict[str, Tensor]:
         given = predict(cfg, model, trunk, batch.images)
-        labels = batch.labels["label"]
-        return {
-            name: weight * pixel_cross_entropy(logits, labels)
-            for (name, weight), logits in zip(weights.items(), given, strict=False)
-        }
+        named = zip(list(weights)[: len(given)], given, strict=True)
+        return {name: weights[name] * pixel_cross_entropy(x, batch.labels["label"]) for name, x in named}
 
     return loss
 

@@ -1,4 +1,4 @@
-"""The simple pyramid, four resolutions from a vision transformer, which has one, and its norm (arXiv:2202.03026)."""
+"""The simple pyramid, four resolutions from a vision transformer, which has one, and its norm (arXiv:2106.08254)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,7 +69,7 @@ def synchronise_(module: nn.Module) -> None:
 class SimplePyramid(nn.Module):
     """Feature maps at 4, 2, 1 and 1/2 times the patch grid, each from one map of the grid's size.
 
-    CAE's adapter, which BEiT's and iBOT's is too: two transposed convolutions of 2x2 with a norm and a GELU between
+    BEiT's adapter, and others' after it: two transposed convolutions of 2x2 with a norm and a GELU between
     them; one of them; nothing; and the maximum of each 2x2. With patches of 16 pixels the strides are 4, 8, 16 and 32.
     All keep the number of channels.
 

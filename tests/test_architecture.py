@@ -18,7 +18,8 @@ LAYERS = [
     {"config", "distributed", "masking", "model", "sources", "speed.attention", "speed.clustering_triton", "speed.fp8"},
     {"crops", "pixels", "speed.recomputing"},
     {"speed.device_decode"},
-    {"cae", "checkpoint", "clustering", "data", "flops", "fsdp", "hubconf", "ijepa", "launch", "metrics", "optim"},
+    {"cae", "checkpoint", "clustering", "data", "flops", "fsdp", "hubconf", "ijepa", "launch", "metrics", "optim",
+     "pyramid"},
     {"baselines", "pictures", "readouts", "report", "speed.clustering", "speed.compiling"},
     {"evaluation", "probe"},
     {"cae_tokenizer", "labels"},
@@ -29,6 +30,7 @@ LAYERS = [
     {"train_capi", "train_ijepa", "train_cae"},
     {"train_distributed", "benchmark", "demo", "export", "extract_features",
      "eval_segmentation", "eval_classification", "eval_visualizations"},
+    {"finetune_segmentation"},
     {"bench", "experiments"},
 ]  # fmt: skip
 LAYER = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
