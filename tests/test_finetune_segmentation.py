@@ -185,7 +185,10 @@ def train_on_this_rank(arguments: list[str]) -> None:
     finetuning.train(script.TASK, cfg, Path(cfg.train.output_dir), torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("head", "mode"), [("uper", "simple"), ("uper", "none"), ("linear", "fully_shard")])
+@pytest.mark.parametrize(
+    ("head", "mode"),
+    [("uper", "simple"), pytest.param("uper", "none", marks=pytest.mark.long), ("linear", "fully_shard")],
+)
 def test_images_on_two_ranks_are_a_larger_batch_of_one(arguments, tmp_path, head, mode):
     more = [f"segmentation.head={head}", f"efficiency.fsdp={mode}", "backbone.drop_path_rate=0", "optim.total_iters=3",
             "segmentation.dropout=0", "optim.weight_decay=0"]  # fmt: skip
@@ -200,6 +203,22 @@ def test_images_on_two_ranks_are_a_larger_batch_of_one(arguments, tmp_path, head
         if key == "head.pyramid.levels.0.0.bias":  # a norm undoes it: its gradient is rounding, which AdamW scales up
             continue
         torch.testing.assert_close(a[key], b[key], atol=2e-4, rtol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("head", [pytest.param("uper", marks=pytest.mark.long), "linear"])
+def test_bfloat16_is_close_to_float32_on_one_rank_and_on_two(arguments, tmp_path, head):
+    more = [f"segmentation.head={head}", "backbone.drop_path_rate=0", "segmentation.dropout=0", "optim.total_iters=2"]
+    half = [*more, "efficiency.param_dtype=bfloat16"]
+    assert script.main(arguments("float32", *more)) == 0
+    assert script.main(arguments("one", *half)) == 0
+    run_on_ranks(train_on_this_rank, 2, arguments("two", *half, "efficiency.fsdp=simple"))
+    plain = metrics_of(tmp_path / "float32")
+    for name in ("one", "two"):
+        for a, b in zip(metrics_of(tmp_path / name), plain, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=2e-2), f"{name}, step {a['step']}"
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.2), f"{name}, step {a['step']}"
+    weights = torch.load(tmp_path / "two" / "model.pth", weights_only=True)
+    assert {x.dtype for x in weights.values() if x.is_floating_point()} == {torch.float32}
 
 
 # --- Labels ----------------------------------------------------------------------------------------------------------
@@ -461,6 +480,21 @@ def test_uper_gives_logits_on_the_finest_map_and_while_training_those_of_the_aux
     lone = state_of(arguments("x", "segmentation.auxiliary_weight=0"))
     assert lone.model["head"].auxiliary is None
     assert len(script.predict(lone.cfg, lone.model, lone.trunk, images)) == 1
+
+
+def test_the_classic_recipe_has_as_many_parameters_as_its_layers_say():
+    with torch.device("meta"):
+        head = script.UperHead(768, 150, load([]).segmentation)
+
+    def conv(channels: int, outputs: int, kernel: int) -> int:
+        """Without a bias, and a batch norm."""
+        return channels * outputs * kernel**2 + 2 * outputs
+
+    pooled, laterals, smoothed = 4 * conv(768, 768, 1), 3 * conv(768, 768, 1), 3 * conv(768, 768, 3)
+    main = pooled + conv(5 * 768, 768, 3) + laterals + smoothed + conv(4 * 768, 768, 3) + 769 * 150
+    auxiliary = conv(768, 256, 3) + 257 * 150
+    pyramid = 3 * (4 * 768 * 768 + 768) + 2 * 768
+    assert sum(p.numel() for p in head.parameters()) == main + auxiliary + pyramid == 76_853_804
 
 
 def test_pixels_that_do_not_count_have_no_part_in_the_loss():
