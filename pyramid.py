@@ -26,7 +26,7 @@ class SyncedBatchNorm(nn.SyncBatchNorm):
             return self._on_cpu(input.float()).to(input.dtype)
 
     def _on_cpu(self, x: Tensor) -> Tensor:
-        count = x[:, 0].numel() * world_size()  # ranks have equally many images
+        count = all_reduce_sum_(torch.tensor(float(x[:, 0].numel())))  # images may differ in size, and boxes in number
         mean = _sum_over_ranks(x.sum((0, 2, 3))) / count
         centred = x - mean.view(1, -1, 1, 1)
         variance = _sum_over_ranks(centred.square().sum((0, 2, 3))) / count
@@ -37,7 +37,7 @@ class SyncedBatchNorm(nn.SyncBatchNorm):
             assert self.momentum is not None
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / max(1, count - 1), self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1).clamp_min(1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
         return centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
 
