@@ -23,7 +23,16 @@ import torch
 from jaxtyping import Bool, Float64, Int64, UInt8
 from torch import Tensor
 
-from sources import DataUrl, ImageDataset, PathList, Sample, files_fingerprint, parse_data_url, read_file
+from sources import (
+    DataUrl,
+    ImageDataset,
+    PathList,
+    Sample,
+    files_fingerprint,
+    parse_data_url,
+    read_file,
+    silent_decoders,
+)
 from utils import UserError
 
 logger = logging.getLogger("coco")
@@ -198,12 +207,12 @@ class _Reader:
         for number, entry in enumerate(annotations):
             what = f"annotation id={entry['id']!r}" if "id" in entry else f"annotation number {number}"
             image_id, category = self.get(entry, "image_id", what), self.get(entry, "category_id", what)
-            if image_id not in place_of_image:
+            if not isinstance(image_id, int | str) or image_id not in place_of_image:
                 raise self.error(
                     f"{what} has image_id={image_id!r}, which no entry of images has; add the image, or remove its "
                     "annotations"
                 )
-            if category not in class_of:
+            if not isinstance(category, int) or category not in class_of:
                 raise self.error(
                     f"{what} has category_id={category!r}, which no entry of categories has; add the category, or "
                     "correct the id"
@@ -320,7 +329,9 @@ class _Reader:
 
 def decode_mask(segmentation: Any, height: int, width: int) -> UInt8[np.ndarray, "height width"]:
     """The mask of polygons or run lengths, 0 and 1."""
-    return optional("pycocotools.mask").decode(run_lengths(segmentation, height, width))
+    lengths = run_lengths(segmentation, height, width)
+    with silent_decoders():  # numpy warns of what pycocotools does
+        return optional("pycocotools.mask").decode(lengths)
 
 
 def run_lengths(segmentation: Any, height: int, width: int) -> Any:

@@ -135,6 +135,12 @@ class FinetuneDetectionConfig(FinetuneConfig):
 
     detection: DetectionConfig
 
+    def __post_init__(self) -> None:
+        """Check rules that span sections."""
+        super().__post_init__()
+        wanted, remedy = self.backbone.relative_position_bias, "images differ in their sizes here; set it to false"
+        require(not wanted, "backbone.relative_position_bias", wanted, remedy)
+
 
 def lr_at(step: int, cfg: FinetuneDetectionConfig) -> float:
     """Learning rate of the head in the update after `step` finished ones."""
@@ -324,7 +330,7 @@ class ChangedImages:
         if own.masks:
             found = [change_mask(known.segmentations[i], height, width, place) for i in numbers.tolist()]
             masks = torch.from_numpy(np.stack(found)) if found else torch.zeros(0, place.height, place.width).byte()
-            seen = masks.flatten(1).any(dim=1)
+            seen = masks.flatten(1).bool().any(dim=1)
             numbers, masks = numbers[seen], masks[seen].contiguous()
         boxes = boxes[numbers]
         if masks is not None and own.augmentation == "jitter":  # as ViTDet: crops leave boxes wider than what is seen
@@ -362,7 +368,7 @@ def boxes_around(masks: UInt8[Tensor, "n h w"]) -> Float[Tensor, "n 4"]:
     """The smallest box around each mask, of which none is empty."""
     boxes = []
     for mask in masks:
-        rows, columns = torch.where(mask.any(dim=1))[0], torch.where(mask.any(dim=0))[0]
+        rows, columns = (torch.where(mask.bool().any(dim=axis))[0] for axis in (1, 0))
         boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
     return torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
 
@@ -696,7 +702,7 @@ def draw_objects(
     pixels = pixels.astype(np.float32) / 255
     for label, mask in zip(labels, masks, strict=True):
         if mask is not None:
-            inside = optional("pycocotools.mask").decode(mask)[..., None] * 0.45
+            inside = decode_mask(mask, *pixels.shape[:2])[..., None] * 0.45
             pixels = pixels * (1 - inside) + np.array(colours[label % len(colours)]) * inside
     show(ax, pixels)
     for box, label, name in zip(boxes, labels, names, strict=True):

@@ -33,6 +33,7 @@ from config import (
     EpochsConfig,
     EpochsImagesConfig,
     EpochsOptimConfig,
+    TrainingConfig,
     load_config,
     read_yaml,
     require,
@@ -115,6 +116,10 @@ class FinetuneConfig(EpochsConfig):
     backbone: BackboneConfig
     classes: list[str]
     """Written by the training: what the outputs of the head are, in their order."""
+
+    def __post_init__(self) -> None:
+        """Check what all trainings do; images of an epoch are counted once the data are open, if they are not given."""
+        TrainingConfig.__post_init__(self)
 
 
 FinetuneT = TypeVar("FinetuneT", bound=FinetuneConfig)

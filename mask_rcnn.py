@@ -326,6 +326,8 @@ class MaskRCNN(nn.Module):
         box_loss, box_loss_weight: see `Heads`.
     """
 
+    forward_methods = ()  # its parts are called several times in a forward pass: weights are gathered for all of it
+
     def __init__(
         self,
         dim: int,
