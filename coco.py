@@ -1,8 +1,9 @@
 """Images with boxes, classes and masks of objects in COCO's format, and the average precision of detections.
 
 A data set is a folder of images and one JSON file, `custom://COCO?images='/data/train'&annotations='/data/train.json'`,
-or the path of a folder that holds both. The format: https://cocodataset.org/#format-data. The file is read and checked
-once; what cannot be right is an error, and boxes that are of no use are left out, counted and told.
+or the path of a folder that holds both. The format: https://cocodataset.org/#format-data. Places are those of the
+upright image, as its EXIF orientation has it. The file is read and checked once; what cannot be right is an error, and
+boxes that are of no use are left out, counted and told.
 """
 
 import functools
@@ -12,9 +13,10 @@ import json
 import logging
 import math
 import os
-from collections import Counter, defaultdict
+from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +77,7 @@ class Objects(NamedTuple):
     """Polygons or run lengths of each object, as the file has them; None where masks are not asked for."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Annotations:
     """The content of a file, packed into tensors, which worker processes share instead of each holding a copy."""
 
@@ -96,19 +98,15 @@ class Annotations:
     areas: Float64[Tensor, " n"]
     """As the file has them, NaN where it does not: those by which objects count as small, medium or large."""
     segmentations: UInt8[Tensor, " bytes"]
-    """JSON of each object, end to end."""
-    ends: Int64[Tensor, " n"]
+    """JSON of each object."""
+    spans: Int64[Tensor, "n 2"]
+    """Where in these it begins and ends."""
     digest: str
     """SHA-256 of the file."""
-    has_masks: bool
-    faults: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str]
     """What was done to annotations that are wrong -> how many."""
-    examples: dict[str, str] = field(default_factory=dict)
-
-    def fault(self, what: str, example: str) -> None:
-        """Count an annotation that is wrong."""
-        self.faults[what] += 1
-        self.examples.setdefault(what, example)
+    examples: dict[str, str]
+    """The same -> the first of them."""
 
 
 def read_annotations(path: Path, where: str, *, masks: bool) -> Annotations:
@@ -133,6 +131,7 @@ def read_annotations(path: Path, where: str, *, masks: bool) -> Annotations:
 @functools.lru_cache(maxsize=2)  # a training asks for its data several times
 def _read(path: Path, where: str, masks: bool, _time: int, _size: int) -> Annotations:
     data = read_file(path)
+    digest = hashlib.sha256(data).hexdigest()
     try:
         content = json.loads(data)
     except ValueError as error:
@@ -145,10 +144,20 @@ def _read(path: Path, where: str, masks: bool, _time: int, _size: int) -> Annota
                 f"{where}: {path} is not in COCO's format: it has {found} and needs a list of entries under each of "
                 f"{', '.join(_KEYS)}"
             )
-    return _Reader(path, where, masks).read(lists, hashlib.sha256(data).hexdigest())
+    del data
+    return _Reader(path, where, masks).read(lists, digest)
 
 
 _KEYS = ("images", "annotations", "categories")
+
+
+class _Rows:
+    """Annotations in the order of the file, in a few bytes each: there may be millions."""
+
+    def __init__(self) -> None:
+        self.places, self.boxes, self.classes = array("q"), array("d"), array("q")
+        self.crowd, self.areas = array("b"), array("d")
+        self.text, self.ends = bytearray(), array("q")
 
 
 class _Reader:
@@ -156,6 +165,13 @@ class _Reader:
 
     def __init__(self, path: Path, where: str, masks: bool) -> None:
         self.path, self.where, self.masks = path, where, masks
+        self.faults: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def fault(self, what: str, example: str) -> None:
+        """Count an annotation that is wrong."""
+        self.faults[what] += 1
+        self.examples.setdefault(what, example)
 
     def error(self, problem: str) -> UserError:
         return UserError(f"{self.where}: {self.path}: {problem}")
@@ -186,60 +202,72 @@ class _Reader:
         category_ids, class_names = self.categories(categories)
         class_of = {identity: number for number, identity in enumerate(category_ids)}
 
-        result = Annotations(
+        rows = _Rows()
+        annotations.reverse()
+        for number in range(len(annotations)):
+            self.read_entry(annotations.pop(), number, place_of_image, class_of, names, sizes, rows)  # and free it
+        places = torch.tensor(rows.places, dtype=torch.int64)
+        order = places.argsort(stable=True)
+        counts = torch.bincount(places, minlength=len(images))
+        ends = torch.tensor(rows.ends, dtype=torch.int64)
+        text = torch.frombuffer(rows.text, dtype=torch.uint8) if rows.text else torch.empty(0, dtype=torch.uint8)
+        return Annotations(
             path=self.path,
             names=PathList.pack([os.fsencode(name) for name in names]),
             image_ids=list(place_of_image),
             sizes=torch.tensor(sizes, dtype=torch.int64),
             class_names=class_names,
             category_ids=category_ids,
-            starts=torch.zeros(len(images) + 1, dtype=torch.int64),
-            boxes=torch.empty(0, 4, dtype=torch.float64),
-            classes=torch.empty(0, dtype=torch.int64),
-            crowd=torch.empty(0, dtype=torch.bool),
-            areas=torch.empty(0, dtype=torch.float64),
-            segmentations=torch.empty(0, dtype=torch.uint8),
-            ends=torch.empty(0, dtype=torch.int64),
+            starts=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
+            boxes=torch.tensor(rows.boxes, dtype=torch.float64).view(-1, 4)[order],
+            classes=torch.tensor(rows.classes, dtype=torch.int64)[order],
+            crowd=torch.tensor(rows.crowd, dtype=torch.bool)[order],
+            areas=torch.tensor(rows.areas, dtype=torch.float64)[order],
+            segmentations=text,
+            spans=torch.stack([torch.cat([torch.zeros(1, dtype=torch.int64), ends])[:-1], ends], dim=1)[order],
             digest=digest,
-            has_masks=self.masks,
+            faults=self.faults,
+            examples=self.examples,
         )
-        of_image: defaultdict[int, list[tuple[list[float], int, bool, float, bytes]]] = defaultdict(list)
-        for number, entry in enumerate(annotations):
-            what = f"annotation id={entry['id']!r}" if "id" in entry else f"annotation number {number}"
-            image_id, category = self.get(entry, "image_id", what), self.get(entry, "category_id", what)
-            if not isinstance(image_id, int | str) or image_id not in place_of_image:
-                raise self.error(
-                    f"{what} has image_id={image_id!r}, which no entry of images has; add the image, or remove its "
-                    "annotations"
-                )
-            if not isinstance(category, int) or category not in class_of:
-                raise self.error(
-                    f"{what} has category_id={category!r}, which no entry of categories has; add the category, or "
-                    "correct the id"
-                )
-            place = place_of_image[image_id]
-            box = self.box(entry, what, names[place], sizes[place], result)
-            if box is None:
-                continue
-            segmentation = self.segmentation(entry, what, names[place], sizes[place], result) if self.masks else None
-            if self.masks and segmentation is None:
-                continue
-            area = entry.get("area")
-            area = float(area) if isinstance(area, int | float) and not isinstance(area, bool) else math.nan
-            crowd = bool(entry.get("iscrowd", 0))
-            of_image[place].append((box, class_of[category], crowd, area, json.dumps(segmentation).encode()))
-        ordered = [item for place in range(len(images)) for item in of_image[place]]
-        counts = torch.tensor([len(of_image[place]) for place in range(len(images))])
-        result.starts[1:] = counts.cumsum(0)
-        if ordered:
-            boxes, classes, crowd, areas, segmentations = zip(*ordered, strict=True)
-            result.boxes = torch.tensor(boxes, dtype=torch.float64)
-            result.classes = torch.tensor(classes)
-            result.crowd = torch.tensor(crowd)
-            result.areas = torch.tensor(areas, dtype=torch.float64)
-            result.segmentations = torch.frombuffer(bytearray(b"".join(segmentations)), dtype=torch.uint8)
-            result.ends = torch.tensor([len(text) for text in segmentations]).cumsum(0)
-        return result
+
+    def read_entry(
+        self,
+        entry: Mapping[str, Any],
+        number: int,
+        place_of_image: Mapping[Any, int],
+        class_of: Mapping[int, int],
+        names: Sequence[str],
+        sizes: Sequence[tuple[int, int]],
+        rows: "_Rows",
+    ) -> None:
+        """Check an annotation and add it to the rows, unless it is of no use."""
+        what = f"annotation id={entry['id']!r}" if "id" in entry else f"annotation number {number}"
+        image_id, category = self.get(entry, "image_id", what), self.get(entry, "category_id", what)
+        if not isinstance(image_id, int | str) or image_id not in place_of_image:
+            raise self.error(
+                f"{what} has image_id={image_id!r}, which no entry of images has; add the image, or remove its "
+                "annotations"
+            )
+        if not isinstance(category, int) or category not in class_of:
+            raise self.error(
+                f"{what} has category_id={category!r}, which no entry of categories has; add the category, or "
+                "correct the id"
+            )
+        place = place_of_image[image_id]
+        box = self.box(entry, what, names[place], sizes[place])
+        if box is None:
+            return
+        segmentation = self.segmentation(entry, what, names[place], sizes[place]) if self.masks else None
+        if self.masks and segmentation is None:
+            return
+        area = entry.get("area")
+        rows.places.append(place)
+        rows.boxes.extend(box)
+        rows.classes.append(class_of[category])
+        rows.crowd.append(bool(entry.get("iscrowd", 0)))
+        rows.areas.append(area if isinstance(area, int | float) and not isinstance(area, bool) else math.nan)
+        rows.text += json.dumps(segmentation, separators=(",", ":")).encode()
+        rows.ends.append(len(rows.text))
 
     def images(self, images: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[tuple[int, int]]]:
         """Name, and width and height of each."""
@@ -271,9 +299,7 @@ class _Reader:
         ids = sorted(entries)
         return ids, [entries[identity] for identity in ids]
 
-    def box(
-        self, entry: Mapping[str, Any], what: str, name: str, size: tuple[int, int], result: Annotations
-    ) -> list[float] | None:
+    def box(self, entry: Mapping[str, Any], what: str, name: str, size: tuple[int, int]) -> list[float] | None:
         """Left, top, right and bottom; None for a box that is left out."""
         box = self.get(entry, "bbox", what)
         is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) for x in box)
@@ -283,20 +309,18 @@ class _Reader:
         corners = [left, top, left + width, top + height]
         told = f"{what} of {name}: bbox={box} in an image of {size[0]}x{size[1]}"
         if width <= 0 or height <= 0:
-            result.fault("have a box of no area and are left out", told)
+            self.fault("have a box of no area and are left out", told)
             return None
         inside = [min(max(x, 0.0), float(side)) for x, side in zip(corners, (*size, *size), strict=True)]
         if inside[0] >= inside[2] or inside[1] >= inside[3]:
-            result.fault("have a box outside of their image and are left out", told)
+            self.fault("have a box outside of their image and are left out", told)
             return None
         if max(abs(a - b) for a, b in zip(corners, inside, strict=True)) > OVERHANG:
-            result.fault("have a box that reaches beyond its image and is clipped to it", told)
+            self.fault("have a box that reaches beyond its image and is clipped to it", told)
             return inside
         return corners
 
-    def segmentation(
-        self, entry: Mapping[str, Any], what: str, name: str, size: tuple[int, int], result: Annotations
-    ) -> Any:
+    def segmentation(self, entry: Mapping[str, Any], what: str, name: str, size: tuple[int, int]) -> Any:
         """Polygons or run lengths; None for an object that is left out because its mask has no area."""
         found = entry.get("segmentation")
         if found is None or found == []:
@@ -317,12 +341,12 @@ class _Reader:
         if not isinstance(found, list) or not all(isinstance(polygon, list) for polygon in found):
             raise self.error(f"{what} has segmentation={str(found)[:40]}; give a list of polygons, or run lengths")
         for polygon in found:
-            if len(polygon) % 2 or not all(isinstance(x, int | float) and math.isfinite(x) for x in polygon):
+            if len(polygon) % 2 or not {*map(type, polygon)} <= {int, float} or not math.isfinite(sum(polygon)):
                 raise self.error(f"{what} has a polygon {str(polygon)[:40]}; give x1, y1, x2, y2, ...")
         # pycocotools would take one of four numbers for a box.
         polygons = [polygon for polygon in found if len(polygon) >= POLYGON_NUMBERS]
         if not polygons:
-            result.fault("have a mask of fewer than three corners and are left out", f"{what} of {name}")
+            self.fault("have a mask of fewer than three corners and are left out", f"{what} of {name}")
             return None
         return polygons
 
@@ -394,9 +418,8 @@ class CocoImages(ImageDataset):
         first, last = int(a.starts[row]), int(a.starts[row + 1])
         width, height = a.sizes[row].tolist()
         segmentations = []
-        for number in range(first, last):
-            start = int(a.ends[number - 1]) if number else 0
-            segmentations.append(json.loads(a.segmentations[start : int(a.ends[number])].numpy().tobytes()))
+        for start, end in a.spans[first:last].tolist():
+            segmentations.append(json.loads(a.segmentations[start:end].numpy().tobytes()))
         own = slice(first, last)
         return Objects(width, height, a.boxes[own], a.classes[own], a.crowd[own], segmentations)
 

@@ -57,7 +57,7 @@ logger = logging.getLogger("detection")
 
 SMALLEST_SIDE = 1.0
 """Pixels of a box, in the changed image, below which it is not learned."""
-SHOWN_SCORE = 0.5
+SHOWN_SCORE = 0.3
 """Above it, predictions are drawn."""
 
 # --- Knobs -----------------------------------------------------------------------------------------------------------
@@ -292,8 +292,9 @@ class Learned(NamedTuple):
 def check_size(name: str, height: int, width: int, known: Objects) -> None:
     """Raise BadImageError if the image in a file has another size than its annotations say."""
     if (height, width) != (known.height, known.width):
+        turned = ", turned by its EXIF orientation perhaps" * ((width, height) == (known.height, known.width))
         raise BadImageError(
-            name, f"has {width}x{height} pixels, and its annotations are of {known.width}x{known.height}"
+            name, f"has {width}x{height} pixels{turned}, and its annotations are of {known.width}x{known.height}"
         )
 
 
@@ -378,6 +379,8 @@ def open_training_images(cfg: FinetuneDetectionConfig) -> tuple[FinetuneDetectio
 
     Raises: UserError if there are no objects.
     """
+    if cfg.detection.masks:
+        optional("pycocotools.mask")  # now, not in the workers
     images = open_coco(cfg.data.dataset, "data.dataset", masks=cfg.detection.masks)
     with_objects = images.with_objects()
     chosen = with_objects if cfg.detection.skip_empty else images
@@ -594,6 +597,7 @@ def evaluate(cfg: Any, model: FrozenModel, results: Results) -> None:
     network: Any = model.module
     trained: FinetuneDetectionConfig = network.cfg
     own = trained.detection
+    optional("faster_coco_eval")  # now, not after all images are done
     data = open_coco(cfg.test_dataset_name, "test_dataset_name", masks=own.masks)
     results.note_data(test_dataset_name=data)
     results.declare_scores(*declared_scores())
@@ -710,7 +714,7 @@ def draw_objects(
         corner, sides = box[:2] - 0.5, box[2:] - box[:2]  # pictures have the middle of the first pixel at 0
         ax.add_patch(Rectangle(tuple(corner), *sides, fill=False, edgecolor=colour, linewidth=1.4))
         style = {"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
-        ax.text(*corner, name, fontsize=6, color="white", va="bottom", bbox=style, clip_on=True)
+        ax.text(*corner, name, fontsize=6, color="white", va="top", bbox=style, clip_on=True)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import eval_finetuned
 import finetune_detection as script
 import finetuning
 from config import load_config, to_yaml
+from data import normalize
 from demo_data import coco_from_masks
 from mask_rcnn import (
     MASK_POOL,
@@ -265,10 +267,10 @@ def test_boxes_alone_need_no_masks(arguments, opened, tmp_path):
     assert "masks" not in json.loads((results / "results_finetuned.json").read_text())["results"]["finetuned"]
 
 
-def scored(model: Path, data: Path | str, results: Path) -> int:
+def scored(model: Path, data: Path | str, results: Path, *more: str) -> int:
     return eval_finetuned.main([
         f"model_loader_kwargs.pretrained_weights={model}", f"test_dataset_name={data}", f"output_dir={results}",
-        "num_workers=0", "device=cpu", "num_pictures=0",
+        "num_workers=0", "device=cpu", "num_pictures=0", *more,
     ])  # fmt: skip
 
 
@@ -280,6 +282,30 @@ def finished(boxes, model_config, tmp_path_factory) -> Path:
     own = ["optim.total_iters=1", f"data.dataset={boxes}", f"train.output_dir={folder}"]
     assert script.main([*TINY, model, *own]) == 0
     return folder / "model.pth"
+
+
+def test_losses_in_bfloat16_are_those_in_float32_but_for_rounding(opened):
+    """Boxes of hundreds of pixels would be off by several if they were computed in bfloat16."""
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        cfg, images = opened(f"efficiency.param_dtype={dtype}")
+        state = finetuning.make_state(script.TASK, cfg, torch.device("cpu"), with_weights=True, compiled=False)
+        maker = script.ChangedImages(cfg, 2.0)
+        batch = maker.batch([maker.make(images[i], i) for i in range(2)], [], [0, 1], [])
+        batch = replace(batch, images=normalize(batch.images))
+        losses.append(finetuning.train_step(state, [batch], 1e-3, script.make_loss(cfg)))
+    for name, expected in losses[0].items():
+        torch.testing.assert_close(losses[1][name], expected, rtol=0.03, atol=1e-3, msg=name)
+
+
+def test_test_images_have_the_resolution_that_is_asked_for(finished, boxes, tmp_path):
+    assert scored(finished, boxes, tmp_path / "own") == 0
+    assert scored(finished, boxes, tmp_path / "large", "resolution=64") == 0
+    sides = [
+        json.loads((tmp_path / name / "results_finetuned.json").read_text())["results"]["finetuned"]["test_sides"]
+        for name in ("own", "large")
+    ]
+    assert sides == [[32, 40], [64, 64]]
 
 
 # --- Learning rate and configurations --------------------------------------------------------------------------------
@@ -404,7 +430,7 @@ def test_an_image_of_another_size_than_its_annotations_say_counts_as_unreadable(
     cfg, images = opened()
     sample = images[0]
     turned = Sample("a.png", lambda: Image.new("RGB", (SIZE, SIZE + 8)), sample.read_target)
-    with pytest.raises(BadImageError, match="has 40x48 pixels, and its annotations are of 48x40"):
+    with pytest.raises(BadImageError, match=r"has 40x48 pixels, turned by .*, and its annotations are of 48x40"):
         script.ChangedImages(cfg, 2.0).make(turned, 0)
 
 
@@ -639,6 +665,20 @@ def test_categories_are_numbered_without_gaps_in_the_order_of_their_ids(boxes):
     assert known.segmentations == [entry["segmentation"] for entry in own]
     assert data.image_id(2) == 102
     assert data[2].image().size == (known.width, known.height)
+
+
+def test_annotations_belong_to_their_images_in_whatever_order_they_are(boxes, tmp_path):
+    def mix(known: dict[str, Any]) -> None:
+        known["annotations"] = known["annotations"][::2] + known["annotations"][1::2]
+        known["images"].reverse()
+
+    expected = coco.open_coco(str(boxes), "x", masks=True)
+    mixed = coco.open_coco(str(write_coco(tmp_path / "mixed", mix)), "x", masks=True)
+    for index in range(len(expected)):
+        a, b = expected.objects(index), mixed.objects(len(expected) - 1 - index)
+        assert torch.equal(a.boxes, b.boxes)
+        assert torch.equal(a.classes, b.classes)
+        assert a.segmentations == b.segmentations
 
 
 def test_boxes_outside_of_their_images_and_without_area_are_counted_and_told(tmp_path, caplog):
