@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distributed import all_reduce_sum_, is_distributed, world_size
+from distributed import all_reduce_sum_, is_distributed
 
 
 class SyncedBatchNorm(nn.SyncBatchNorm):
