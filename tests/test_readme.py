@@ -16,6 +16,10 @@ from conftest import ROOT, run_cli
 from PIL import Image
 from runs import TINY, make_images, run_forked, run_main
 
+import finetune_classification
+import finetune_detection
+import finetune_segmentation
+import finetuning
 import train_cae
 import train_ijepa
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
@@ -37,6 +41,7 @@ EXPORT, EXTRACT, BENCHMARK, TOKENIZER = (
 )
 PICTURES = next(command for command in COMMANDS if command.startswith("python eval_visualizations.py"))
 EVALUATIONS = [command for command in COMMANDS if command.startswith("python eval_") and command != PICTURES]
+FINETUNING = [command for command in COMMANDS if command.startswith(("python finetune_", "python demo_data/"))]
 TORCHRUN = [command for command in COMMANDS if command.startswith("torchrun ")]
 
 
@@ -52,6 +57,7 @@ def test_the_commands_are_all_of_a_kind_that_is_tested():
                 *TRAINING,
                 *TRAINING_IJEPA,
                 *TRAINING_CAE,
+                *FINETUNING,
                 *TORCHRUN,
                 *SLURM,
                 *EVALUATIONS,
@@ -135,8 +141,12 @@ def mine(tmp_path_factory):
     return root
 
 
+FINETUNERS = [finetune_classification, finetune_segmentation, finetune_detection]
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
 def test_the_python_examples_run_as_written(mine):
-    own, released, here = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    own, released, here, _ = EXAMPLES
     own = own.replace("/path/to/this/folder", str(ROOT)) + "\nassert feature_map.shape == (1, 16, 16, 32)\n"
     line = 'torch.hub.load("/path/to/this/folder", "capi_vitl14_lvd", source="local")'
     assert line in released
@@ -146,6 +156,33 @@ def test_the_python_examples_run_as_written(mine):
         (mine / f"{name}.py").write_text(example)
         done = run_forked(mine / f"{name}.py", cwd=mine, PYTHONPATH=path)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.long
+def test_fine_tuning_commands_and_their_example_run_after_the_demo(tmp_path, monkeypatch):
+    """In the order of the README, with fewer images and steps than it takes to learn something."""
+    for name in ("configs", "demo_data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    drawn = run_forked(
+        ROOT / "demo_data" / "flower_beds.py", "data/flower_beds", "--train", "20", "--val", "10", cwd=tmp_path
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    monkeypatch.chdir(tmp_path)
+    assert run_main(["configs/demo.yaml", "optim.total_iters=1", "optim.batch_size_per_gpu=4"]) == 0
+    assert len(FINETUNING) == 4
+    for command in FINETUNING:
+        _, script, *rest = shlex.split(command)
+        short = ["optim.total_iters=2", "optim.batch_size_per_gpu=4"] if script.startswith("finetune_") else []
+        done = run_forked(ROOT / script, *rest, *short, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for task in ("classification", "segmentation", "detection"):
+        (step,) = (tmp_path / "runs" / f"flower_beds_{task}" / "evals" / "test").iterdir()
+        assert (step / "results" / "report.html").is_file()
+        assert (step / "results" / "beds" / "artifacts" / "predictions.png").is_file()
+    example = "import torch\nimages = torch.zeros(2, 3, 96, 96)\n" + EXAMPLES[-1] + "\nassert logits.shape == (2, 10)\n"
+    (tmp_path / "example.py").write_text(example)
+    done = run_forked(tmp_path / "example.py", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.long
@@ -312,9 +349,13 @@ def test_keys_that_are_named_exist():
         load_config(train_ijepa.IjepaConfig, train_ijepa.DEFAULT_CONFIG, []),
         load_config(train_cae.CaeConfig, train_cae.DEFAULT_CONFIG, []),
     ]
-    sections = "train|capi|optim|data|model|efficiency|predictor|masks|regressor|decoder|tokenizer|cae"
+    cfgs += [finetuning.load(script.CONFIG, script.DEFAULTS, []) for script in FINETUNERS]
+    sections = "train|capi|optim|data|model|efficiency|predictor|masks|regressor|decoder|tokenizer|cae|backbone"
+    sections += "|classification|segmentation|detection"
     # Not file names, and not methods of the examples' `model`, which have a parenthesis.
-    named = {key for key in re.findall(rf"`((?:{sections})\.[a-z_.]+)(?!\()\b", README) if not key.endswith(".py")}
+    named = {
+        key for key in re.findall(rf"`((?:{sections})\.[a-z_.]+)(?!\()\b", README) if not key.endswith((".py", ".pth"))
+    }
     assert len(named) > 10
     for key in named:
         assert any(has_key(cfg, key) for cfg in cfgs), f"README names {key}, which is no configuration key"
