@@ -672,20 +672,24 @@ def evaluate(cfg: Any, model: FrozenModel, results: Results) -> None:
 
     drawn = set(torch.linspace(0, len(dataset) - 1, min(cfg.num_pictures, len(dataset))).round().long().tolist())
     confusion = torch.zeros(NUM_LABELS, NUM_LABELS, dtype=torch.int64)
+    num_pixels = torch.zeros((), dtype=torch.int64)
     pictures: list[dict[str, np.ndarray]] = []
     for position, (images, truth) in enumerate(batches, batches.share.start):
         with torch.no_grad():
             logits = sliding_logits(logits_of, images[0], size, batch_size=cfg.batch_size, colour=colour)
             predicted = most_likely(logits, truth.shape[1], truth.shape[2]).cpu()
         confusion += confusion_matrix(truth[0], predicted, [UNLABELLED])
+        num_pixels += truth.numel()
         if position in drawn:
             pictures.append(small_picture(images[0], truth[0], predicted))
-    all_reduce_sum_(confusion)
-    if not confusion.any():
+    counted = int(all_reduce_sum_(confusion).sum()) / int(all_reduce_sum_(num_pixels))
+    if not counted:
         raise UserError(f"test_dataset_name={url}: no pixel has a label that counts")
+    if counted < 0.5:
+        logger.warning("test_dataset_name=%s: only %.0f%% of the pixels have a label that counts", url, 100 * counted)
     scores = segmentation_metrics(confusion, [UNLABELLED], trained.classes)
     about = {"num_images": len(dataset), "window": size, "resize": [round(longer), round(shorter)]}
-    results.add("finetuned", scores | about)
+    results.add("finetuned", scores | about | {"counted_pixels": counted})
     logger.info("mIoU %.4f, pixel accuracy %.4f, mean accuracy %.4f", *(scores[k] for k in ("mIoU", "acc", "mean_acc")))
     gathered = [picture for part in gather_objects(pictures) for picture in part]
     if gathered and rank() == 0:

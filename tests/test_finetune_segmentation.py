@@ -641,6 +641,7 @@ def test_scores_are_those_of_the_evaluation_of_frozen_features(folders, finished
     assert found["mIoU"] == found["mIoU_valid"], "what does not count is never predicted"
     assert [score["label"] for score in results["scores"]] == ["mIoU", "mIoU_valid", "acc", "mean_acc"]
     assert found["num_images"] == 4 and found["window"] == 16
+    assert found["counted_pixels"] == int(confusion.sum()) / sum(map(len, truths)) < 1
     assert (tmp_path / "results" / "artifacts" / "predictions.png").is_file()
 
 
