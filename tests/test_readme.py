@@ -353,9 +353,8 @@ def test_keys_that_are_named_exist():
     sections = "train|capi|optim|data|model|efficiency|predictor|masks|regressor|decoder|tokenizer|cae|backbone"
     sections += "|classification|segmentation|detection"
     # Not file names, and not methods of the examples' `model`, which have a parenthesis.
-    named = {
-        key for key in re.findall(rf"`((?:{sections})\.[a-z_.]+)(?!\()\b", README) if not key.endswith((".py", ".pth"))
-    }
+    found = re.findall(rf"`((?:{sections})\.[a-z_.]+)(?!\()\b", README)
+    named = {key for key in found if not key.endswith((".py", ".pth", ".tar"))}
     assert len(named) > 10
     for key in named:
         assert any(has_key(cfg, key) for cfg in cfgs), f"README names {key}, which is no configuration key"
