@@ -30,7 +30,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 import finetuning
-from coco import (
+from config import BETWEEN_0_AND_1, COUNT, NOT_NEGATIVE, POSITIVE, one_of, require, within
+from crops import derive_uniforms
+from data import Batch, PretrainLoader
+from distributed import gather_objects, on_rank_0, rank
+from evaluation import FrozenModel, ImageBatches, Results
+from finetuning import FinetuneConfig, Task, Trunk
+from optim import scheduled, stepped
+from pictures import show
+from report import Score
+from sources import BadImageError, Sample, match_classes
+from tasks.coco import (
     CocoImages,
     Objects,
     average_precision,
@@ -40,17 +50,7 @@ from coco import (
     optional,
     run_lengths,
 )
-from config import BETWEEN_0_AND_1, COUNT, NOT_NEGATIVE, POSITIVE, one_of, require, within
-from crops import derive_uniforms
-from data import Batch, PretrainLoader
-from distributed import gather_objects, on_rank_0, rank
-from evaluation import FrozenModel, ImageBatches, Results
-from finetuning import FinetuneConfig, Task, Trunk
-from mask_rcnn import NORMS, Detections, MaskRCNN, Targets, paste_masks
-from optim import scheduled, stepped
-from pictures import show
-from report import Score
-from sources import BadImageError, Sample, match_classes
+from tasks.mask_rcnn import NORMS, Detections, MaskRCNN, Targets, paste_masks
 from utils import UserError, ending_in_words, setup_logging, write_text_atomically
 
 logger = logging.getLogger("detection")

@@ -44,8 +44,8 @@ from eval_segmentation import (
 from evaluation import FrozenModel, ImageBatches, Results, open_dataset
 from finetuning import FinetuneConfig, Task, Trunk
 from optim import scheduled
-from pyramid import SimplePyramid, SyncedBatchNorm, synchronise_
 from sources import UNLABELLED, ImageDataset, Sample, SegmentationDataset, match_classes, parse_data_url
+from tasks.pyramid import SimplePyramid, SyncedBatchNorm, synchronise_
 from utils import UserError, derive_seed, ending_in_words, setup_logging
 
 logger = logging.getLogger("segmentation")

@@ -18,15 +18,15 @@ LAYERS = [
     {"config", "distributed", "masking", "model", "sources", "speed.attention", "speed.clustering_triton", "speed.fp8"},
     {"crops", "pixels", "speed.recomputing"},
     {"speed.device_decode"},
-    {"cae", "checkpoint", "clustering", "data", "flops", "fsdp", "hubconf", "ijepa", "launch", "metrics", "optim",
-     "pyramid"},
+    {"cae", "checkpoint", "clustering", "data", "flops", "fsdp", "hubconf", "ijepa", "launch", "metrics", "optim"},
+    {"tasks"},
     {"baselines", "pictures", "readouts", "report", "speed.clustering", "speed.compiling"},
     {"evaluation", "probe"},
     {"cae_tokenizer", "labels"},
     {"training_evals"},
     {"training"},
     {"finetuning"},
-    {"finetune_classification", "eval_finetuned"},
+    {"finetune_classification", "finetune_detection", "eval_finetuned"},
     {"train_capi", "train_ijepa", "train_cae"},
     {"train_distributed", "benchmark", "demo", "export", "extract_features",
      "eval_segmentation", "eval_classification", "eval_visualizations"},
@@ -35,10 +35,11 @@ LAYERS = [
 ]  # fmt: skip
 LAYER = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
 MODULES = sorted([*ROOT.glob("*.py"), *ROOT.glob("speed/[!_]*.py")])
-FOLDERS = ("baselines", "bench", "demo_data", "experiments")
+FOLDERS = ("baselines", "bench", "demo_data", "experiments", "tasks")
 """Folders that are placed as a whole: their files may import each other."""
 SOURCES = [*MODULES, *sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))]
-HEAVY = {"datasets", "submitit", "matplotlib", "sklearn", "scipy", "timm", "xformers", "huggingface_hub", "pandas"}
+HEAVY = {"datasets", "submitit", "matplotlib", "sklearn", "scipy", "timm", "xformers", "huggingface_hub", "pandas",
+         "transformers", "faster_coco_eval", "pycocotools"}  # fmt: skip
 
 
 parse = functools.cache(ast.parse)  # every test here reads the same files

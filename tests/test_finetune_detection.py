@@ -1,4 +1,4 @@
-"""finetune_detection.py, what it reads (coco.py), its head (mask_rcnn.py), and the scores of its models."""
+"""finetune_detection.py, what it reads (tasks/coco.py), its head (tasks/mask_rcnn.py), and the scores of its models."""
 
 import functools
 import json
@@ -23,14 +23,15 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import generalized_box_iou
 
-import coco
 import eval_finetuned
 import finetune_detection as script
 import finetuning
 from config import load_config, to_yaml
 from data import normalize
 from demo_data import coco_from_masks
-from mask_rcnn import (
+from sources import BadImageError, Sample
+from tasks import coco
+from tasks.mask_rcnn import (
     MASK_POOL,
     NORMS,
     Anchors,
@@ -41,7 +42,6 @@ from mask_rcnn import (
     mask_targets,
     paste_masks,
 )
-from sources import BadImageError, Sample
 from train_capi import DEFAULT_PRETRAIN_CONFIG, CapiConfig
 from utils import UserError
 

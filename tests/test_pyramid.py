@@ -1,4 +1,4 @@
-"""pyramid.py: sizes and places of the four maps, and batch norm over the images of all ranks."""
+"""tasks/pyramid.py: sizes and places of the four maps, and batch norm over the images of all ranks."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from conftest import seeded
 from ranks import run_on_ranks
 from torch import Tensor, nn
 
-from pyramid import SimplePyramid, SyncedBatchNorm, synchronise_
+from tasks.pyramid import SimplePyramid, SyncedBatchNorm, synchronise_
 
 
 @pytest.mark.parametrize("rows", [2, 5])

@@ -369,7 +369,7 @@ def test_files_that_are_named_exist():
 def test_every_file_has_one_line_in_the_map_of_the_code():
     lines = re.findall(r"^\| `([a-z_0-9/]+(?:\.py|/))` \| .+ \|$", README.split("## The code")[1], flags=re.MULTILINE)
     files = [*ROOT.glob("*.py"), *ROOT.glob("speed/[!_]*.py")]
-    expected = {str(path.relative_to(ROOT)) for path in files} | {"baselines/", "bench/"}
+    expected = {str(path.relative_to(ROOT)) for path in files} | {"baselines/", "bench/", "tasks/"}
     assert sorted(lines) == sorted(expected)
 
 

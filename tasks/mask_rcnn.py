@@ -23,7 +23,7 @@ from torchvision.ops import FeaturePyramidNetwork, box_area, generalized_box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.misc import Conv2dNormActivation
 
-from pyramid import SimplePyramid, SyncedBatchNorm
+from tasks.pyramid import SimplePyramid, SyncedBatchNorm
 
 ANCHOR_STRIDES = 8.0
 """Side of the anchors of a map, in its strides: with patches of 16 pixels 32 to 512 pixels."""
