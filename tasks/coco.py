@@ -560,7 +560,7 @@ def average_precision(truth: Mapping[str, Any], detections: Sequence[Mapping[str
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    return {name: float(x) for name, x in zip(SCORES, evaluation.stats, strict=False) if x >= 0}
+    return {name: float(x) for name, x in zip(SCORES, evaluation.stats[: len(SCORES)], strict=True) if x >= 0}
 
 
 def _say_nothing(*_: Any) -> None:

@@ -192,7 +192,7 @@ class Pool(nn.Module):
         levels = self.level(placed[:, 1:])
         order = torch.argsort(levels, stable=True)
         pooled = []
-        for level, (stride, features) in enumerate(zip(self.strides, maps, strict=False)):
+        for level, (stride, features) in enumerate(zip(self.strides, maps[: len(self.strides)], strict=True)):
             own = placed[levels == level]
             pooled.append(roi_align(features.float(), own, self.size, 1 / stride, sampling_ratio=0, aligned=True))
         return torch.cat(pooled)[torch.argsort(order)]
@@ -217,7 +217,7 @@ class Heads(RoIHeads):
         """Losses of classes, boxes and masks."""
         known = [{"boxes": t.boxes, "labels": t.classes + 1, "masks": t.masks} for t in targets]  # 0: no object
         proposals, matched, labels, regression_targets = self.select_training_samples(proposals, known)
-        logits, regressed = self._boxes(maps, proposals)
+        logits, regressed = self.predict_boxes(maps, proposals)
         label, wanted = torch.cat(labels), torch.cat([*regression_targets])
         positive = torch.where(label > 0)[0]
         regressed = regressed.view(len(label), -1, 4)[positive, label[positive]]
@@ -248,7 +248,7 @@ class Heads(RoIHeads):
 
     def detect(self, maps: Sequence[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]) -> list[Detections]:
         """What is found in each image, of which `sizes` has height and width."""
-        logits, regressed = self._boxes(maps, proposals)
+        logits, regressed = self.predict_boxes(maps, proposals)
         boxes, scores, labels = self.postprocess_detections(logits, regressed, proposals, sizes)
         masks: Sequence[Tensor | None] = [None] * len(boxes)
         if self.has_mask():
@@ -258,7 +258,8 @@ class Heads(RoIHeads):
             for box, label, score, mask in zip(boxes, labels, scores, masks, strict=True)
         ]
 
-    def _boxes(self, maps: Sequence[Tensor], proposals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def predict_boxes(self, maps: Sequence[Tensor], proposals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits of the classes, and what is regressed of the box for each, of all proposals."""
         logits, regressed = self.box_predictor(self.box_head(self.box_roi_pool(maps, proposals)))
         return logits.float(), regressed.float()
 

@@ -391,6 +391,13 @@ def test_masks_that_are_only_cut_are_cut_exactly():
     np.testing.assert_array_equal(script.change_mask(lengths, 32, 30, place), whole[6:26, 5:23])
 
 
+def test_run_lengths_of_a_third_of_the_size_are_the_middle_pixels():
+    mask = torch.rand(30, 36, generator=seeded(0)).numpy() > 0.5
+    place = script.Change((script.Resize(10, 12),), flip=True).affine(30, 36)
+    found = script.change_mask(coco_from_masks.run_lengths(mask), 30, 36, place)
+    np.testing.assert_array_equal(found, mask[1::3, 1::3][:, ::-1])
+
+
 @pytest.mark.parametrize("augmentation", ["multi_scale", "jitter"])
 def test_a_batch_follows_from_seed_and_position_and_holds_what_the_images_hold(opened, augmentation):
     cfg, images = opened(f"detection.augmentation={augmentation}", "detection.jitter_range=[0.5,2.0]")
@@ -456,9 +463,9 @@ def test_pooling_reads_the_places_of_a_box_from_the_map_that_suits_it():
         n = int(1024 / stride)
         x = ((torch.arange(n) + 0.5) * stride).expand(n, n)
         maps.append(torch.stack([x, torch.full((n, n), float(number))])[None])
-    boxes = torch.tensor([[100.0, 300.0, 210.0, 410.0], [64.0, 64.0, 304.0, 304.0], [80.0, 90.0, 680.0, 790.0]])
+    boxes = torch.tensor([[80.0, 90.0, 680.0, 790.0], [100.0, 300.0, 210.0, 410.0], [64.0, 64.0, 304.0, 304.0]])
     pooled = Pool(7, strides, patch_size=16)(maps, [boxes])
-    assert pooled[:, 1, 3, 3].tolist() == [0.0, 2.0, 3.0]  # below 112, from 224, from 448 pixels
+    assert pooled[:, 1, 3, 3].tolist() == [3.0, 0.0, 2.0]  # from 448, below 112, from 224 pixels
     for box, found in zip(boxes.tolist(), pooled[:, 0], strict=True):
         expected = box[0] + (torch.arange(7) + 0.5) * (box[2] - box[0]) / 7
         torch.testing.assert_close(found, expected.expand(7, 7), atol=1e-2, rtol=0)
@@ -473,6 +480,16 @@ def test_masks_come_back_to_where_they_were():
     back = paste_masks(target, boxes, 60, 80)
     overlap = (back & mask.bool()).sum() / (back | mask.bool()).sum()
     assert overlap > 0.95, f"overlap {overlap:.3f}"
+
+
+def test_masks_of_as_many_pixels_as_are_predicted_are_kept_exactly():
+    mask = (torch.rand(1, 40, 50, generator=seeded(0)) > 0.5).byte()
+    box = torch.tensor([[11.0, 5.0, 39.0, 33.0]])
+    target = mask_targets(mask, box, torch.tensor([0]), 28)
+    assert torch.equal(target[0], mask[0, 5:33, 11:39].float())
+    back = paste_masks(target, box, 40, 50)
+    assert torch.equal(back[0, 5:33, 11:39], mask[0, 5:33, 11:39].bool())
+    assert back.sum() == target.sum()
 
 
 def test_masks_at_the_border_and_beyond_it_are_cut_off():
@@ -499,11 +516,15 @@ def test_the_loss_of_boxes_is_the_overlap_of_decoded_ones_over_all_samples(monke
     true = torch.tensor([[11.0, 9.0, 31.0, 32.0]])
     labels = [torch.tensor([2, 2, 0])]
     targets = heads.box_coder.encode([true.expand(3, 4)], proposals)
-    monkeypatch.setattr(
-        heads, "select_training_samples", lambda *_: (proposals, [torch.zeros(3, dtype=torch.int64)], labels, targets)
-    )
+    matched = [torch.zeros(3, dtype=torch.int64)]
+
+    def select(_: Any, known: Any) -> Any:
+        assert known[0]["labels"].tolist() == [2], "0 is for no object"
+        return proposals, matched, labels, targets
+
+    monkeypatch.setattr(heads, "select_training_samples", select)
     regressed = 0.3 * torch.randn(3, 16, generator=seeded(1))
-    monkeypatch.setattr(heads, "_boxes", lambda *_: (torch.zeros(3, 4), regressed))
+    monkeypatch.setattr(heads, "predict_boxes", lambda *_: (torch.zeros(3, 4), regressed))
     maps = [torch.randn(1, 8, n, n) for n in (32, 16, 8, 4)]
     known = [Targets(true, torch.tensor([1]), torch.ones(1, 64, 64).byte())]
     losses = heads.losses(maps, proposals, known)
@@ -514,6 +535,27 @@ def test_the_loss_of_boxes_is_the_overlap_of_decoded_ones_over_all_samples(monke
     heads.box_loss, heads.box_loss_weight = "l1", 1.0
     off = (regressed.view(3, 4, 4)[:2, 2] - targets[0][:2]).abs().sum() / 3
     torch.testing.assert_close(heads.losses(maps, proposals, known)["box"], off)
+
+
+def normed_on_this_rank(x: torch.Tensor, weights: torch.Tensor, share: list[int]) -> list[torch.Tensor]:
+    start = sum(share[: dist.get_rank()])
+    own = x[start : start + share[dist.get_rank()]].requires_grad_()
+    norm = NORMS["batch"](3)
+    out = norm(own)
+    (out * weights[start : start + len(own)]).sum().backward()
+    assert own.grad is not None
+    return [out.detach(), own.grad, norm.running_mean, norm.running_var]
+
+
+def test_batch_norm_counts_the_boxes_of_all_ranks_however_many_each_has():
+    x, weights = torch.randn(9, 3, 4, 4, generator=seeded(0)), torch.randn(9, 3, 4, 4, generator=seeded(1))
+    ranks = run_on_ranks(normed_on_this_rank, 2, x, weights, [2, 7])
+    (alone,) = run_on_ranks(normed_on_this_rank, 1, x, weights, [9])
+    for number in (0, 1):
+        together = torch.cat([own[number] for own in ranks])
+        torch.testing.assert_close(together, alone[number], atol=1e-5, rtol=1e-5)
+    for own in ranks:
+        torch.testing.assert_close(own[2:], alone[2:])
 
 
 @pytest.mark.parametrize("changes", [{}, {"top_down": False, "norm_masks": True}, {"mask_convs": None}], ids=str)
