@@ -200,7 +200,7 @@ def train_on_this_rank(arguments: list[str]) -> None:
     finetuning.train(script.TASK, cfg, Path(cfg.train.output_dir), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("mode", ["simple", "fully_shard", "none"])
+@pytest.mark.parametrize("mode", ["simple", pytest.param("fully_shard", marks=pytest.mark.long), "none"])
 def test_ranks_are_accumulation_steps_of_one(arguments, tmp_path, mode):
     """With LayerNorm: what BatchNorm computes depends on all boxes of a forward pass, which ranks share and
     accumulation steps do not."""

@@ -187,7 +187,11 @@ def train_on_this_rank(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("head", "mode"),
-    [("uper", "simple"), pytest.param("uper", "none", marks=pytest.mark.long), ("linear", "fully_shard")],
+    [
+        pytest.param("uper", "simple", marks=pytest.mark.long),
+        pytest.param("uper", "none", marks=pytest.mark.long),
+        ("linear", "fully_shard"),
+    ],
 )
 def test_images_on_two_ranks_are_a_larger_batch_of_one(arguments, tmp_path, head, mode):
     more = [f"segmentation.head={head}", f"efficiency.fsdp={mode}", "backbone.drop_path_rate=0", "optim.total_iters=3",
