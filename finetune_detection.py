@@ -1,4 +1,4 @@
-"""Train a backbone and Mask R-CNN on it to find objects: boxes, classes and masks, as in ViTDet.
+"""Train a backbone and Mask R-CNN on it to find objects: their boxes, classes and masks.
 
     python finetune_detection.py config.yaml [more.yaml ...] [a.b=c ...]      train, or continue
     python finetune_detection.py config.yaml a.b=c --dry-run                  say what would be trained, and stop
@@ -94,7 +94,7 @@ class DetectionConfig:
     """Backbone blocks whose maps are read: four that ascend, the first for small objects, or one for all. Empty for
     four, evenly spaced, of a backbone that has them, else the last."""
     pyramid: str = field(metadata=one_of("top_down", "separate"))
-    """Whether the finer maps are told what the coarser ones say, or not, as in ViTDet."""
+    """Whether finer maps are told what the coarser ones say (arXiv:1612.03144), or not (ViTDet, arXiv:2203.16527)."""
     norm: str = field(metadata=one_of(*NORMS))
     """Norm of the pyramid and of the head of boxes: LayerNorm of each place, or BatchNorm over all ranks."""
     channels: int = field(metadata=COUNT)
@@ -115,7 +115,7 @@ class DetectionConfig:
     box_loss: str = field(metadata=one_of("giou", "l1"))
     """What boxes are compared by: generalised intersection over union, or what is regressed."""
     box_loss_weight: float = field(metadata=POSITIVE)
-    """What that part of the loss is multiplied by, 10 for giou in published recipes."""
+    """What that part of the loss is multiplied by; 10 for giou in the recipe of arXiv:2202.03026."""
     lr_steps: list[float] = field(metadata=BETWEEN_0_AND_1)
     """Parts of the training after which the learning rate is a tenth of what it was; empty for the cosine."""
 

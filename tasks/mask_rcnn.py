@@ -2,7 +2,7 @@
 
 A pyramid of five maps, a network that proposes boxes, and heads that give each proposal a class, a better box and a
 mask. Beside torchvision's it has anchors and pooling for any patch size, pooling that is aligned to pixels, and the box
-losses of CAE (IoU of decoded boxes) and ViTDet (L1), with weights to begin with as in mmdetection and Detectron2.
+losses of decoded boxes (their overlap) and of regressions (L1), with first weights as in mmdetection and Detectron2.
 """
 
 from collections import OrderedDict
@@ -68,7 +68,7 @@ class ChannelNorm(nn.LayerNorm):
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
 
-    def forward(self, input: Float[Tensor, "b d rows columns"]) -> Float[Tensor, "b d rows columns"]:  # noqa: A002
+    def forward(self, input: Float[Tensor, "b d _ _"]) -> Float[Tensor, "b d _ _"]:  # noqa: A002
         """Each place by itself."""
         return super().forward(input.movedim(1, -1)).movedim(-1, 1)
 
@@ -84,8 +84,8 @@ class Pyramid(nn.Module):
         dim: channels of the backbone's maps.
         channels: of what is given.
         norm: makes a norm for so many channels.
-        top_down: add to each map what the coarser ones say (arXiv:1612.03144), as CAE does; else each is by itself, as
-            in ViTDet, and normed.
+        top_down: add to each map what the coarser ones say (arXiv:1612.03144); else each is by itself, as in ViTDet,
+            and normed.
     """
 
     def __init__(self, dim: int, channels: int, norm: Callable[[int], nn.Module], *, top_down: bool) -> None:
@@ -100,7 +100,7 @@ class Pyramid(nn.Module):
                 for _ in range(num_maps)
             )
 
-    def forward(self, maps: Sequence[Float[Tensor, "b d rows columns"]]) -> list[Float[Tensor, "b c r2 c2"]]:
+    def forward(self, maps: Sequence[Float[Tensor, "b d _ _"]]) -> list[Float[Tensor, "b c _ _"]]:
         """The finest map first."""
         scaled = self.scales(maps)
         if isinstance(self.joined, FeaturePyramidNetwork):
@@ -153,12 +153,12 @@ class Proposals(RegionProposalNetwork):
     """torchvision's, with an L1 loss of boxes, as mmdetection and Detectron2 have it."""
 
     def compute_loss(
-        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Losses of the sampled anchors: whether they are objects, and the boxes of those that are."""
         chosen_positive, chosen_negative = (torch.cat(x) > 0 for x in self.fg_bg_sampler(labels))
         chosen = chosen_positive | chosen_negative
-        targets = torch.cat(regression_targets)
+        targets = torch.cat([*regression_targets])
         off = (pred_bbox_deltas[chosen_positive] - targets[chosen_positive]).abs().sum()
         wanted = torch.cat(labels)[chosen]
         return F.binary_cross_entropy_with_logits(objectness.flatten()[chosen], wanted), off / chosen.sum()
@@ -184,8 +184,8 @@ class Pool(nn.Module):
         return level.clamp(0, len(self.strides) - 1).long()
 
     def forward(
-        self, maps: Sequence[Float[Tensor, "b c rows columns"]], boxes: Sequence[Float[Tensor, "_ 4"]]
-    ) -> Float[Tensor, "n c size size"]:
+        self, maps: Sequence[Float[Tensor, "b c _ _"]], boxes: Sequence[Float[Tensor, "_ 4"]]
+    ) -> Float[Tensor, "n c _ _"]:
         """Of all boxes of all images, image by image."""
         numbers = [torch.full((len(own), 1), float(i), device=own.device) for i, own in enumerate(boxes)]
         placed = torch.cat([torch.cat(numbers), torch.cat([*boxes])], dim=1)
@@ -217,7 +217,7 @@ class Heads(RoIHeads):
         """Losses of classes, boxes and masks."""
         known = [{"boxes": t.boxes, "labels": t.classes + 1, "masks": t.masks} for t in targets]  # 0: no object
         proposals, matched, labels, regression_targets = self.select_training_samples(proposals, known)
-        logits, regressed = self.predict_boxes(maps, proposals)
+        logits, regressed = self.box_outputs(maps, proposals)
         label, wanted = torch.cat(labels), torch.cat([*regression_targets])
         positive = torch.where(label > 0)[0]
         regressed = regressed.view(len(label), -1, 4)[positive, label[positive]]
@@ -240,7 +240,7 @@ class Heads(RoIHeads):
                 for t, place, number in zip(targets, places, of_image, strict=True)
                 if t.masks is not None
             ])  # fmt: skip
-            found_masks = self._masks(maps, places)[torch.arange(len(positive)), label[positive]]
+            found_masks = self.mask_outputs(maps, places)[torch.arange(len(positive)), label[positive]]
             # A mean over nothing is not a number.
             total = F.binary_cross_entropy_with_logits(found_masks, wanted_masks, reduction="sum")
             losses["mask"] = total / max(1, wanted_masks.numel())
@@ -248,29 +248,30 @@ class Heads(RoIHeads):
 
     def detect(self, maps: Sequence[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]) -> list[Detections]:
         """What is found in each image, of which `sizes` has height and width."""
-        logits, regressed = self.predict_boxes(maps, proposals)
+        logits, regressed = self.box_outputs(maps, proposals)
         boxes, scores, labels = self.postprocess_detections(logits, regressed, proposals, sizes)
         masks: Sequence[Tensor | None] = [None] * len(boxes)
         if self.has_mask():
-            masks = [own[:, 0] for own in maskrcnn_inference(self._masks(maps, boxes), labels)]
+            masks = [own[:, 0] for own in maskrcnn_inference(self.mask_outputs(maps, boxes), labels)]
         return [
             Detections(box, label - 1, score, mask)
             for box, label, score, mask in zip(boxes, labels, scores, masks, strict=True)
         ]
 
-    def predict_boxes(self, maps: Sequence[Tensor], proposals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits of the classes, and what is regressed of the box for each, of all proposals."""
+    def box_outputs(self, maps: Sequence[Tensor], proposals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits of classes and what is regressed for each of them, of all proposals, in float32."""
         logits, regressed = self.box_predictor(self.box_head(self.box_roi_pool(maps, proposals)))
         return logits.float(), regressed.float()
 
-    def _masks(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+    def mask_outputs(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """Logits of masks of all classes, of all boxes, in float32."""
         assert self.mask_roi_pool is not None and self.mask_head is not None and self.mask_predictor is not None
         return self.mask_predictor(self.mask_head(self.mask_roi_pool(maps, boxes))).float()
 
 
 def mask_targets(
     masks: UInt8[Tensor, "n h w"], boxes: Float[Tensor, "m 4"], numbers: Int64[Tensor, " m"], size: int
-) -> Float[Tensor, "m size size"]:
+) -> Float[Tensor, "m _ _"]:
     """What is to be learned of the masks with these numbers within boxes: 1 where most of a part is inside."""
     if len(masks) == 0:  # then there is no box either
         return boxes.new_zeros(0, size, size)
@@ -398,7 +399,7 @@ class MaskRCNN(nn.Module):
 
     def forward(
         self,
-        maps: Sequence[Float[Tensor, "b d rows columns"]],
+        maps: Sequence[Float[Tensor, "b d _ _"]],
         sizes: Sequence[tuple[int, int]],
         targets: Sequence[Targets] | None = None,
     ) -> dict[str, Float[Tensor, ""]] | list[Detections]:

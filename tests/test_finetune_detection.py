@@ -524,7 +524,7 @@ def test_the_loss_of_boxes_is_the_overlap_of_decoded_ones_over_all_samples(monke
 
     monkeypatch.setattr(heads, "select_training_samples", select)
     regressed = 0.3 * torch.randn(3, 16, generator=seeded(1))
-    monkeypatch.setattr(heads, "predict_boxes", lambda *_: (torch.zeros(3, 4), regressed))
+    monkeypatch.setattr(heads, "box_outputs", lambda *_: (torch.zeros(3, 4), regressed))
     maps = [torch.randn(1, 8, n, n) for n in (32, 16, 8, 4)]
     known = [Targets(true, torch.tensor([1]), torch.ones(1, 64, 64).byte())]
     losses = heads.losses(maps, proposals, known)
