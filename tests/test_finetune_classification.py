@@ -355,3 +355,11 @@ def test_models_of_other_things_predict_nothing(finished, pretrained, classes, t
     assert evaluated(finished, ROOT / "nothere", tmp_path / "b") == 2
     assert evaluated(finished, classes / "test", tmp_path / "c", "resolution=18") == 2
     assert "resolution=18" in capsys.readouterr().err
+
+
+def test_epochs_are_counted_in_the_images_that_are_there(arguments, tmp_path):
+    own = ["optim.epochs=2", "optim.batch_size_per_gpu=6", "classification.labels_per_class=4"]
+    assert script.main(arguments("run", *own)) == 0
+    assert logged_steps(tmp_path / "run") == 4, "two passes over twelve images in batches of six"
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (resolved["data"]["images_per_epoch"], resolved["optim"]["total_iters"]) == (12, 4)

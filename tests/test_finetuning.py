@@ -2,10 +2,14 @@
 
 import pytest
 import torch
-from conftest import seeded
+from conftest import ROOT, seeded
 from golden_cae import CAE, IMAGES, fill
 from torch import nn
 
+import finetune_classification
+import finetune_detection
+import finetune_segmentation
+import finetuning
 import ijepa
 from cae import Encoder, relative_position_index
 from config import ScheduleConfig
@@ -197,3 +201,18 @@ def test_a_model_without_blocks_is_named():
 
     with pytest.raises(UserError, match="Pixels has no list of transformer blocks"):
         Trunk(Pixels())
+
+
+RECIPES = [path for path in sorted((ROOT / "configs" / "finetune").glob("*.yaml")) if path.stem != "default"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_one_of_a_task(path):
+    """By its name, or of classification; on top of the task's own defaults it says where the head's rate is highest."""
+    task = path.stem.rpartition("_")[2]
+    script = {"segmentation": finetune_segmentation, "detection": finetune_detection}.get(task, finetune_classification)
+    cfg = finetuning.load(script.CONFIG, script.DEFAULTS, [str(path)])
+    total = cfg.optim.total_iters
+    rates = [script.TASK.lr_at(step, cfg) for step in range(0, total, max(1, total // 200))]
+    assert max(rates) == pytest.approx(cfg.optim.lr_schedule.base_value, rel=0.1)
+    assert rates[-1] < 0.1 * max(rates)
