@@ -25,7 +25,7 @@ test: .venv/.test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 long: .venv/.test
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m long -n $(WORKERS) --dist worksteal
 
 lint: .venv/.check
 	$(BIN)/ruff format --check .
