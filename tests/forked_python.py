@@ -35,7 +35,7 @@ from typing import NoReturn, TextIO
 
 ROOT = Path(__file__).parent.parent
 OWN_FOLDERS = {
-    str(ROOT / folder) for folder in (".", "baselines", "bench", "demo_data", "experiments", "speed", "tests")
+    str(ROOT / folder) for folder in (".", "baselines", "bench", "demo_data", "experiments", "speed", "tasks", "tests")
 }
 """Where modules of the repository are."""
 PRELOADED = (
@@ -62,7 +62,7 @@ script = next((word for word in arguments if word != "-u"), "")
 if not script.endswith(".py") and arguments[:1] != ["-c"] and arguments[:1] != ["-m"] or script.startswith({prefix!r}):
     os.execv({python!r}, [{python!r}, *arguments])
 
-import fcntl, json, signal, socket, struct, time
+import fcntl, json, select, signal, socket, struct, time
 
 def connect():
     connection = socket.socket(socket.AF_UNIX)
@@ -110,9 +110,15 @@ def forward(number, frame):
     except ProcessLookupError:
         pass
 
+# A signal that comes just before a call that waits would be handled after it: this pipe ends the waiting.
+came, comes = os.pipe()
+os.set_blocking(comes, False)
+signal.set_wakeup_fd(comes)
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, forward)
 signal.pthread_sigmask(signal.SIG_SETMASK, [])
+while connection not in select.select([connection, came], [], [])[0]:
+    os.read(came, 1024)
 answer = connection.recv(4)
 if not answer:
     sys.exit("the server is gone, see " + {folder!r} + "/log.txt")

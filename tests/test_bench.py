@@ -143,6 +143,7 @@ def test_the_step_is_measured_as_typed(tmp_path):
     assert "images/s" in done.stdout
 
 
+@pytest.mark.long
 def test_what_is_measured_is_recorded_before_the_next_thing_begins(tmp_path, monkeypatch):
     """Compiling a large model may take longer than there is time."""
     measured = step.Measured(dict.fromkeys([*step.PARTS, "rest", "step"], 0.5), 1.0, 0.25)
@@ -373,6 +374,7 @@ def run_gpu_benchmark(folder, cases, **environment):
     return done.stdout, {line.split("  ")[0]: line for line in table}, copy.parent / "runs" / "bench_gpu"
 
 
+@pytest.mark.long
 def test_the_gpu_benchmark_ends_in_time_and_says_what_was_left_out(tmp_path):
     _, outcomes, _ = run_gpu_benchmark(tmp_path, {"*clustering*": "exec sleep 300"}, BENCH_GPU_S="4")
     assert "timed out" in outcomes["clustering head"]

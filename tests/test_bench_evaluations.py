@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 from runs import run_forked
 
 
+@pytest.mark.long
 def test_ours_and_the_straightforward_way_agree(tmp_path):
     results = tmp_path / "results.jsonl"
     sizes = ["--scale", "0.0005", "--repeats", "1", "--results", str(results)]

@@ -262,6 +262,7 @@ def make_on_ranks(arguments):
     assert cae_tokenizer.main(arguments) == 0
 
 
+@pytest.mark.long
 def test_a_tokenizer_follows_from_the_seed_not_from_batches_or_ranks(images, tmp_path):
     options = ["num_images=20", "patches_per_image=5", "vocabulary_size=12"]
     descriptions = {

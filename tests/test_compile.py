@@ -170,6 +170,7 @@ GRAPHS = """
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_in_the_traced_graphs_of_a_step_nothing_is_random_and_rotary_tables_are_made_once():
     """Compiled code is free to draw random numbers from other generators than the one that is seeded."""

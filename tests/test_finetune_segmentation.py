@@ -654,6 +654,7 @@ def score_on_this_rank(arguments: list[str]) -> None:
     eval_finetuned.EVALUATION.run(cfg, torch.device("cpu"))
 
 
+@pytest.mark.long
 def test_two_ranks_score_as_one(folders, finished, tmp_path):
     found = []
     for ranks in (1, 2):

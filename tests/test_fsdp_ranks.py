@@ -324,7 +324,14 @@ def assert_same_training(found: dict[str, Any], expected: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize(
     ("num_ranks", "mode"),
-    [*((n, "simple") for n in (1, 2, 3, 4)), (2, "fully_shard"), (3, "fully_shard"), (2, "none"), (3, "none")],
+    [
+        *((n, "simple") for n in (1, 2, 3)),
+        pytest.param(4, "simple", marks=pytest.mark.long),
+        (2, "fully_shard"),
+        pytest.param(3, "fully_shard", marks=pytest.mark.long),
+        (2, "none"),
+        (3, "none"),
+    ],
 )
 def test_training_on_ranks_is_training_on_one_process_with_the_whole_batch(num_ranks, mode, trained_alone):
     for found in run_on_ranks(train, num_ranks, sharding(mode, bucket_mib=0.01), NUM_STEPS):
@@ -496,7 +503,7 @@ def train_from(how: Sharding, folder: Path, resumes: bool, num_steps: int) -> di
     [
         ((2, "simple"), (1, "simple")),
         ((2, "simple"), (3, "fully_shard")),
-        ((3, "fully_shard"), (4, "simple")),
+        pytest.param((3, "fully_shard"), (4, "simple"), marks=pytest.mark.long),
         ((2, "none"), (2, "simple")),
     ],
 )

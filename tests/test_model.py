@@ -682,7 +682,9 @@ COMPILE_AND_EXPORT = """
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("aot_eager", marks=pytest.mark.long), pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_compiled_and_exported_models_take_any_size(backend):
     """In a process of its own: run-time shape checks do not go together with torch.compile and torch.export."""
     code = textwrap.dedent(COMPILE_AND_EXPORT).replace("BACKEND", repr(backend))

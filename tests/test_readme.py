@@ -109,6 +109,7 @@ def test_training_commands_of_other_methods_run(script, commands, tiny_of, expor
     assert (tmp_path / "runs" / exported).is_file()
 
 
+@pytest.mark.long
 def test_torchrun_commands_run_with_two_processes(tmp_path):
     images = make_images(tmp_path / "images")
     assert TORCHRUN
@@ -145,6 +146,7 @@ FINETUNERS = [finetune_classification, finetune_segmentation, finetune_detection
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
+@pytest.mark.long
 def test_the_python_examples_run_as_written(mine):
     own, released, here, _ = EXAMPLES
     own = own.replace("/path/to/this/folder", str(ROOT)) + "\nassert feature_map.shape == (1, 16, 16, 32)\n"

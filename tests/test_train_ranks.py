@@ -191,8 +191,8 @@ def test_a_queue_moves_to_other_ranks(images, tmp_path):
         (2, 3, ("simple", "simple")),
         pytest.param(2, 4, ("simple", "none"), marks=pytest.mark.long),
         (1, 2, ("none", "simple")),
-        (2, 2, ("simple", "fully_shard")),
-        (2, 3, ("fully_shard", "simple")),
+        pytest.param(2, 2, ("simple", "fully_shard"), marks=pytest.mark.long),
+        pytest.param(2, 3, ("fully_shard", "simple"), marks=pytest.mark.long),
     ],
 )
 def test_a_run_continues_on_other_ranks_and_divided_in_another_way(images, alone, tmp_path, before, after, modes):
