@@ -341,7 +341,17 @@ def test_the_commands_that_are_shown_start_as_typed(command, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tables", [["four_methods"], ["four_methods", "camvid"], ["paper_choices"], ["paper_choices", "camvid"]], ids=str
+    "tables",
+    [
+        ["four_methods"],
+        ["four_methods", "camvid"],
+        ["paper_choices"],
+        ["paper_choices", "camvid"],
+        ["finetuning"],
+        ["finetuning_camvid"],
+        ["finetuning_detection"],
+    ],
+    ids=str,
 )
 def test_the_scores_of_the_shipped_tables_are_of_their_evaluations(tables, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -349,7 +359,7 @@ def test_the_scores_of_the_shipped_tables_are_of_their_evaluations(tables, monke
     for name, entry in table.evaluations.items():
         check_evaluation(name, entry)
     methods = {"knn_avg_patch", "logreg_avg_patch", "few_label_avg_patch", "linear_avg_patch", "attentive_patch"}
-    methods |= {"knn", "logreg"}  # of segmentation
+    methods |= {"knn", "logreg", "finetuned"}  # of segmentation, and of what was trained on
     for place in table.scores.values():
         evaluation, method, _ = place.split("/")
         assert evaluation in table.evaluations and method in methods, place
