@@ -83,6 +83,8 @@ class ClassificationConfig:
 class FinetuneClassificationConfig(FinetuneConfig):
     """Everything `finetune_classification.py` reads."""
 
+    SECTION = "classification"
+
     classification: ClassificationConfig
 
     def __post_init__(self) -> None:

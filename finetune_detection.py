@@ -133,6 +133,8 @@ class DetectionConfig:
 class FinetuneDetectionConfig(FinetuneConfig):
     """Everything `finetune_detection.py` reads."""
 
+    SECTION = "detection"
+
     detection: DetectionConfig
 
     def __post_init__(self) -> None:

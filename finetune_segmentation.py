@@ -101,6 +101,8 @@ class SegmentationConfig:
 class FinetuneSegmentationConfig(FinetuneConfig):
     """Everything `finetune_segmentation.py` reads."""
 
+    SECTION = "segmentation"
+
     segmentation: SegmentationConfig
 
     def __post_init__(self) -> None:

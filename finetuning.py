@@ -108,8 +108,8 @@ class FinetuneConfig(EpochsConfig):
     """What every fine-tuning reads; a task adds its sections."""
 
     EXPORTS: ClassVar[tuple[str, ...]] = ("model",)
-    TASK: ClassVar[str] = ""
-    """Name of its script, without `.py`."""
+    SECTION: ClassVar[str]
+    """Name of the section that the task alone has."""
 
     optim: FinetuneOptimConfig
     data: EpochsImagesConfig
@@ -183,8 +183,8 @@ def _plain(tree: Any) -> Any:
     return [_plain(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
-BRANCHES = (("attn", "mlp"), ("attention", "mlp"), ("residual1", "residual2"))
-"""Names of the two residual branches of a transformer block."""
+BRANCHES = (("attn", "mlp"), ("attention", "mlp"), ("residual1", "residual2"), ("dropout1", "dropout2"))
+"""Names of the two residual branches of a transformer block, or of what is last in them."""
 
 
 def branches(block: nn.Module) -> list[nn.Module] | None:
@@ -507,7 +507,7 @@ def train(task: Task[FinetuneT], cfg: FinetuneT, output_dir: Path, device: torch
         log_line=functools.partial(log_line, task),
         finite=("loss", "grad_norm"),
         panels=panels(task),
-        flops_per_image=0.0,
+        flops_per_image=None,
         opening=opening(cfg, state),
         on_resume=functools.partial(warn_if_changed, task, cfg=cfg),
         normalize=functools.partial(normalize, mean=cfg.backbone.image_mean, std=cfg.backbone.image_std),
@@ -562,7 +562,8 @@ def make_state(
 
 def warn_if_changed(task: Task[FinetuneT], saved: SavedState, cfg: FinetuneT) -> None:
     """Warn of keys that shape the rest of the training and are others than at the checkpoint."""
-    warn_of_another_course(saved, cfg, ("optim",), lambda step, c: {"learning rate": task.lr_at(step, c)})
+    keys = ("optim", "backbone.drop_path_rate", "backbone.freeze", cfg.SECTION)
+    warn_of_another_course(saved, cfg, keys, lambda step, c: {"learning rate": task.lr_at(step, c)})
 
 
 def panels(task: Task[Any]) -> list[Panel]:
@@ -691,6 +692,12 @@ def load(schema: type[FinetuneT], defaults: str, sources: list[str]) -> Finetune
     Raises: UserError for what does not fit.
     """
     cfg = load_config(schema, DEFAULT_CONFIG, [str(Path(__file__).parent / defaults), *sources])
+    typed = {source.partition("=")[0]: source for source in sources}
+    if "optim.total_iters" in typed and "optim.epochs" not in typed and cfg.optim.epochs is not None:
+        raise UserError(
+            f"{typed['optim.total_iters']}: the length is that of optim.epochs={cfg.optim.epochs:g} in the "
+            "configuration; add optim.epochs=null"
+        )
     remedy = "is for pretraining; give backbone.model_path and backbone.model_loader_kwargs"
     require(cfg.train.init_from is None, "train.init_from", cfg.train.init_from, remedy)
     require(not cfg.efficiency.teacher_fp8, "efficiency.teacher_fp8", True, "there is no teacher; set it to false")

@@ -434,7 +434,7 @@ class Throughput:
 
     Args:
         images_per_step: images of one optimizer step, on all ranks together.
-        flops_per_image: model FLOPs of one step per image; see flops.py.
+        flops_per_image: model FLOPs of one step per image, see flops.py; None if nobody has counted them.
         device: this rank's device.
         world_size: ranks.
         param_dtype: precision of the matmuls; decides against which peak utilisation is measured.
@@ -444,7 +444,7 @@ class Throughput:
     def __init__(
         self,
         images_per_step: int,
-        flops_per_image: float,
+        flops_per_image: float | None,
         device: torch.device,
         world_size: int,
         *,
@@ -466,7 +466,7 @@ class Throughput:
         """Rates since the last reading; call it right before `Metrics.write`, for it waits for the device.
 
         Returns: `images_per_s` (all ranks), `step_ms`, `data_wait` (fraction of the time), `memory_gib` (peak so far),
-            `mfu` (model FLOPs utilisation, arXiv:2204.02311 appendix B) where the peak is known, and `eta_s` if
+            `mfu` (model FLOPs utilisation, arXiv:2204.02311 appendix B) where FLOPs and peak are known, and `eta_s` if
             `remaining_steps` is given. Empty before the first step.
         """
         if self._steps == 0:
@@ -484,7 +484,7 @@ class Throughput:
             "data_wait": self._wait_s / elapsed,
             "memory_gib": peak_memory_gib(self.device),
         }
-        if self.peak_flops is not None:
+        if self.peak_flops is not None and self.flops_per_image is not None:
             rates["mfu"] = images_per_s * self.flops_per_image / (self.world_size * self.peak_flops)
         if remaining_steps is not None:
             rates["eta_s"] = remaining_steps * elapsed / self._steps

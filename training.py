@@ -513,7 +513,7 @@ class Run:
         log_line: the part of a log line that says how the method does, from the averages.
         finite: names of those scalars of a step that have to be finite.
         panels: curves that reports of the training show.
-        flops_per_image: model FLOPs of a step per image.
+        flops_per_image: model FLOPs of a step per image; None if nobody has counted them.
         opening: what is trained, for the log.
         warnings: what is not going to go well, for the log.
         on_resume: told of the checkpoint that the training continues from.
@@ -533,7 +533,7 @@ class Run:
         log_line: Callable[[Mapping[str, float]], str],
         finite: Sequence[str],
         panels: Sequence[Panel] = (),
-        flops_per_image: float,
+        flops_per_image: float | None,
         opening: str,
         warnings: Sequence[str] = (),
         on_resume: Callable[[SavedState], None] = lambda _: None,

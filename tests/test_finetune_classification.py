@@ -305,6 +305,15 @@ def test_a_dry_run_says_what_would_be_trained(arguments, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["classification"]["pooling"] == "avg_patch"
 
 
+def test_what_changes_the_rest_of_a_training_is_warned_of_when_it_goes_on(arguments, tmp_path):
+    assert script.main(arguments("run", "optim.total_iters=3")) == 0
+    assert script.main(arguments("run", "classification.mixup=0.1", "backbone.drop_path_rate=0.2")) == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    (said,) = (line for line in log.splitlines() if "other than at the checkpoint" in line)
+    assert "classification.mixup 0.8 -> 0.1" in said and "backbone.drop_path_rate 0.1 -> 0.2" in said
+    assert "optim.total_iters 3 -> 6" in said and "learning rate" in said
+
+
 BAD_INPUT = [
     (["classification.labels_per_class=7"], ["labels_per_class=7", "has 6 images"]),
     (["classification.labels_per_class=1.5"], ["classification.labels_per_class=1.5", "fraction up to 1.0"]),
@@ -363,3 +372,9 @@ def test_epochs_are_counted_in_the_images_that_are_there(arguments, tmp_path):
     assert logged_steps(tmp_path / "run") == 4, "two passes over twelve images in batches of six"
     resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (resolved["data"]["images_per_epoch"], resolved["optim"]["total_iters"]) == (12, 4)
+
+
+def test_a_length_in_steps_is_not_overruled_by_epochs_in_silence(classes, capsys):
+    short = [word for word in TINY if not word.startswith("optim.epochs")]
+    assert script.main([*short, f"data.dataset={classes / 'train'}"]) == 2
+    assert "optim.total_iters=6: the length is that of optim.epochs=100" in capsys.readouterr().err

@@ -53,11 +53,30 @@ def timm_vit() -> nn.Module:
     return Wrapped()
 
 
+def torch_encoder() -> nn.Module:
+    class Wrapped(nn.Module):
+        patch_size = 4
+
+        def __init__(self):
+            super().__init__()
+            self.patch_embed = nn.Conv2d(3, 32, 4, 4)
+            layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True, norm_first=False)
+            self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+        def forward(self, images):
+            embedded = self.patch_embed(images)
+            tokens = self.encoder(embedded.flatten(2).transpose(1, 2))
+            return Features(tokens.mean(1), None, tokens.unflatten(1, embedded.shape[2:]))
+
+    return Wrapped()
+
+
 BACKBONES = {
     "CAPI": capi,
     "I-JEPA": lambda: ijepa.Encoder(grid_size=4, patch_size=4, embed_dim=32, depth=3, num_heads=2),
     "CAE": lambda: Encoder(grid_size=4, patch_size=4, embed_dim=32, depth=3, num_heads=2),
     "timm": timm_vit,
+    "torch": torch_encoder,
 }
 
 
