@@ -276,6 +276,7 @@ def test_submitting_a_job_needs_no_torch():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_model_needs_torch_alone():
     """A user of torch.hub has torch; importing model.py must not ask for more."""
     allowed = {"torch", "utils", "weights", "jaxtyping", "omegaconf", "yaml"} | sys.stdlib_module_names

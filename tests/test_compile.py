@@ -118,7 +118,8 @@ def run_code(code):
 @needs_compiler
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=[] if name == "capi" else [pytest.mark.slow]) for name in METHODS]
+    "method",
+    [pytest.param(name, marks=pytest.mark.long if name == "capi" else pytest.mark.slow) for name in METHODS],
 )
 def test_compiled_steps_equal_eager_steps(method):
     run_code(METHODS[method] + COMPARE)

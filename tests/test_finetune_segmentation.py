@@ -156,7 +156,7 @@ def test_a_run_killed_at_any_moment_ends_like_one_never_interrupted(arguments, t
     assert_same_run(tmp_path / "killed", tmp_path / "straight", ["model"])
 
 
-@BOTH
+@pytest.mark.parametrize("head", [pytest.param("uper", marks=pytest.mark.long), "linear"])
 def test_a_run_that_goes_on_ends_like_a_straight_one(arguments, tmp_path, head):
     own = [f"segmentation.head={head}", "backbone.drop_path_rate=0.5"]
     assert script.main(arguments("straight", *own)) == 0

@@ -347,6 +347,7 @@ def program(tmp_path, run):
     return start
 
 
+@pytest.mark.long
 def test_the_hub_leaves_no_name_behind_and_its_models_pickle(program, run):
     program("program.py", ROOT, run)
     program("fresh.py")

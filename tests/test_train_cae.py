@@ -251,7 +251,7 @@ def assert_close_runs(actual: Path, expected: Path) -> None:
 @pytest.mark.parametrize(
     ("num_ranks", "mode"),
     [
-        (2, "simple"),
+        pytest.param(2, "simple", marks=pytest.mark.long),
         pytest.param(3, "fully_shard", marks=pytest.mark.long),
         (2, "none"),
         pytest.param(4, "simple", marks=pytest.mark.slow),

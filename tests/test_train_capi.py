@@ -56,7 +56,7 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
         (1, [f"{KERNEL}=plain"]),
         (3, [f"{KERNEL}=plain"]),
         (1, [f"{KERNEL}=torch"]),
-        pytest.param(1, [f"{KERNEL}=triton"], marks=interpreted),
+        pytest.param(1, [f"{KERNEL}=triton"], marks=[interpreted, pytest.mark.long]),
     ],
 )
 def test_eight_steps_reproduce_the_golden_trajectory(accumulation_steps, overrides):
