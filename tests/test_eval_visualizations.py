@@ -559,7 +559,13 @@ TRAININGS = {
 }
 
 
-@pytest.fixture(scope="module", params=TRAININGS)
+LESS_USED = ("moving average", "latents")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.long if name in LESS_USED else ()) for name in TRAININGS],
+)
 def trained(request, place, tmp_path_factory):
     """What a few steps of a method left, and how its predictions are drawn."""
     script, command, model_path, size, titles = TRAININGS[request.param]

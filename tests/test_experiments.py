@@ -156,6 +156,7 @@ def starts(name: str, seed: int = 0) -> int:
     return len(Path(f"out/{name}/seed_{seed}/run/starts").read_text())
 
 
+@pytest.mark.long
 def test_a_table_has_means_and_deviations_over_seeds_and_is_not_made_twice(here, capsys):
     assert compare.main(["table.yaml"]) == 0
     shown = capsys.readouterr().out
