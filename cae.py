@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from model import (
     Backbone,
+    CardText,
     Features,
     Float,
     Int,
@@ -269,6 +270,25 @@ class Encoder(Backbone):
     Raises: UserError if the sizes do not fit together.
     """
 
+    card_text = CardText(
+        method="CAE",
+        tag="cae",
+        files="`cae.py`, `model.py`, `weights.py` and `utils.py`",
+        module="cae",
+        about="""\
+A vision transformer of {parameters:.0f}M parameters, width {width}, {depth} blocks and patches of {patch} pixels,
+pretrained without labels by CAE, *Context Autoencoder for Self-Supervised Representation Learning*
+([arXiv:2202.03026](https://arxiv.org/abs/2202.03026)): from the visible patches of an image, a regressor makes the
+features of hidden ones, and a decoder names their visual tokens.""",
+        citation="""\
+@article{chen2023cae,
+  title   = {Context Autoencoder for Self-Supervised Representation Learning},
+  author  = {Chen, Xiaokang and Ding, Mingyu and Wang, Xiaodi and Xin, Ying and Mo, Shentong and Wang, Yunhao and
+             Han, Shumin and Luo, Ping and Zeng, Gang and Wang, Jingdong},
+  journal = {International Journal of Computer Vision},
+  year    = {2023}
+}""",
+    )
     kept_in_float32 = ("cls_token", "pos_embed", "norm")
     forward_methods = ("encode", "get_intermediate_layers")
     in_chans = 3
@@ -297,6 +317,7 @@ class Encoder(Backbone):
             "mlp_dim": mlp_dim,
             "layer_scale": layer_scale,
             "drop_path_rate": drop_path_rate,
+            "relative_grid": relative_grid,
         }
         self.grid_size, self.patch_size, self.embed_dim, self.n_blocks = grid_size, patch_size, embed_dim, depth
         self.layer_scale, self.drop_path_rates = layer_scale, linear_rates(drop_path_rate, depth)

@@ -12,6 +12,7 @@ from golden import tiny_model
 from golden_ijepa import tiny_networks
 from safetensors.torch import load_file
 
+import cae
 from ijepa import Encoder
 from model import Backbone, EncoderDecoder
 from utils import UserError
@@ -35,7 +36,11 @@ def tiny_encoder() -> Encoder:
     return tiny_networks()[0]
 
 
-EACH_CLASS = pytest.mark.parametrize("make", [lambda: tiny_model(out_layer=1, n_registers=8), tiny_encoder])
+def tiny_cae() -> cae.Encoder:
+    return cae.Encoder(grid_size=4, patch_size=12, embed_dim=32, depth=2, num_heads=4, layer_scale=0.5)
+
+
+EACH_CLASS = pytest.mark.parametrize("make", [lambda: tiny_model(out_layer=1, n_registers=8), tiny_encoder, tiny_cae])
 
 
 @EACH_CLASS
@@ -89,6 +94,7 @@ def test_arguments_win_over_the_config(tmp_path):
             ),
             (1, 16, 16, 32),
         ),
+        (tiny_cae, ("arXiv:2202.03026", "Chen, Xiaokang", "width 32, 2 blocks and patches of 12"), (1, 16, 16, 32)),
     ],
 )
 def test_the_model_card_says_what_it_is_and_its_example_runs(tmp_path, make, said, shape):
