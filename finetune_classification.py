@@ -204,14 +204,7 @@ class LabelledCrops:
         bad: list[tuple[str, str]],
     ) -> Batch:
         """See `data.Maker`."""
-        images, labels = zip(*crops, strict=True)
-        return Batch(
-            images=torch.stack(images),
-            masks={},
-            labels={"label": torch.tensor(labels)},
-            sample_ids=torch.tensor(sample_ids),
-            bad=bad,
-        )
+        return finetuning.stacked(crops, sample_ids, bad)
 
 
 def rand_augment(description: str, size: int, mean: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
@@ -230,9 +223,17 @@ def rand_augment(description: str, size: int, mean: tuple[float, ...]) -> Callab
         ) from error
 
 
-def make_loader(cfg: FinetuneClassificationConfig, **place: Any) -> PretrainLoader:
-    """The loader of a training; `place` says where it runs and where it continues, see `PretrainLoader`."""
-    _, images = open_training_images(cfg)
+def make_loader(
+    cfg: FinetuneClassificationConfig, images: LabelledImages | None = None, **place: Any
+) -> PretrainLoader:
+    """The loader of a training.
+
+    Args:
+        cfg: of the training.
+        images: what `open_training_images` gave; None opens them.
+        **place: where it runs and where it continues, see `PretrainLoader`.
+    """
+    images = images or open_training_images(cfg)[1]
     return PretrainLoader(
         cfg.data,
         None,
@@ -446,9 +447,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
     cfg = finetuning.load(CONFIG, DEFAULTS, args.sources)
-    if not args.print_config:
-        cfg, _ = open_training_images(cfg)
-    return finetuning.run(TASK, args, cfg)
+    if args.print_config:
+        return finetuning.run(TASK, args, cfg)
+    cfg, images = open_training_images(cfg)
+    return finetuning.run(replace(TASK, make_loader=functools.partial(make_loader, images=images)), args, cfg)
 
 
 if __name__ == "__main__":

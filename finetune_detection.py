@@ -14,6 +14,7 @@ from utils import add_training_options, command_line
 with command_line(__doc__, __name__) as parser:
     add_training_options(parser)
 
+import functools
 import json
 import logging
 import sys
@@ -390,9 +391,15 @@ def open_training_images(cfg: FinetuneDetectionConfig) -> tuple[FinetuneDetectio
     return replace(cfg, classes=images.class_names, data=replace(cfg.data, images_per_epoch=num_images)), chosen
 
 
-def make_loader(cfg: FinetuneDetectionConfig, **place: Any) -> PretrainLoader:
-    """The loader of a training; `place` says where it runs and where it continues, see `PretrainLoader`."""
-    _, images = open_training_images(cfg)
+def make_loader(cfg: FinetuneDetectionConfig, images: CocoImages | None = None, **place: Any) -> PretrainLoader:
+    """The loader of a training.
+
+    Args:
+        cfg: of the training.
+        images: what `open_training_images` gave; None opens them.
+        **place: where it runs and where it continues, see `PretrainLoader`.
+    """
+    images = images or open_training_images(cfg)[1]
     if place.get("rank", 0) == 0:
         images.log_faults()
     return PretrainLoader(
@@ -747,9 +754,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
     cfg = finetuning.load(CONFIG, DEFAULTS, args.sources)
-    if not args.print_config:
-        cfg, _ = open_training_images(cfg)
-    return finetuning.run(TASK, args, cfg)
+    if args.print_config:
+        return finetuning.run(TASK, args, cfg)
+    cfg, images = open_training_images(cfg)  # of COCO's size it takes most of a minute: once
+    return finetuning.run(replace(TASK, make_loader=functools.partial(make_loader, images=images)), args, cfg)
 
 
 if __name__ == "__main__":

@@ -360,14 +360,7 @@ class LabelledCrops:
         bad: list[tuple[str, str]],
     ) -> Batch:
         """See `data.Maker`."""
-        images, labels = zip(*crops, strict=True)
-        return Batch(
-            images=torch.stack(images),
-            masks={},
-            labels={"label": torch.stack(labels)},
-            sample_ids=torch.tensor(sample_ids),
-            bad=bad,
-        )
+        return finetuning.stacked(crops, sample_ids, bad)
 
 
 def make_loader(cfg: FinetuneSegmentationConfig, **place: Any) -> PretrainLoader:

@@ -145,8 +145,7 @@ def build_backbone(cfg: BackboneConfig, image_size: int, *, with_weights: bool) 
     Raises: UserError from the loader.
     """
     if not with_weights and cfg.architecture is not None:
-        module, _, name = cfg.architecture.rpartition(".")
-        backbone = getattr(importlib.import_module(module), name)(**cfg.arguments)
+        backbone = architecture_named(cfg.architecture)(**cfg.arguments)
     else:
         kwargs = dict(cfg.model_loader_kwargs)
         takes = inspect.signature(find_loader(cfg.model_path)).parameters
@@ -170,11 +169,31 @@ def build_backbone(cfg: BackboneConfig, image_size: int, *, with_weights: bool) 
 
 def with_architecture(cfg: FinetuneT, backbone: nn.Module) -> FinetuneT:
     """The configuration that says how to build the backbone again, for one of this repository."""
-    if not isinstance(backbone, Backbone):
-        return cfg
     kind = type(backbone)
+    if not isinstance(backbone, Backbone) or not _is_ours(kind.__module__):
+        return cfg
     built = {"architecture": f"{kind.__module__}.{kind.__qualname__}", "arguments": _plain(backbone.arguments)}
     return replace(cfg, backbone=replace(cfg.backbone, **built))
+
+
+def architecture_named(architecture: str) -> type[Backbone]:
+    """The class that `with_architecture` named.
+
+    A configuration may come from anyone, and what it names is called: nothing but a backbone of this repository.
+
+    Raises: UserError if it is something else.
+    """
+    module, _, name = architecture.rpartition(".")
+    kind = getattr(importlib.import_module(module), name, None) if _is_ours(module) else None
+    is_backbone = isinstance(kind, type) and issubclass(kind, Backbone)
+    remedy = "is no backbone of this repository; set it to null, and give the loader in backbone.model_path"
+    require(is_backbone, "backbone.architecture", architecture, remedy)
+    assert isinstance(kind, type)
+    return kind
+
+
+def _is_ours(module: str) -> bool:
+    return module.isidentifier() and Path(__file__).with_name(f"{module}.py").is_file()
 
 
 def _plain(tree: Any) -> Any:
@@ -334,6 +353,13 @@ def freeze_unused_(backbone: nn.Module, maps: Callable[[Tensor], Sequence[Tensor
     gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
+
+
+def stacked(crops: Sequence[tuple[Tensor, Any]], sample_ids: Sequence[int], bad: list[tuple[str, str]]) -> Batch:
+    """A batch of images of one size, with a label each: a number, or a tensor of one shape; see `data.Maker.batch`."""
+    images, labels = zip(*crops, strict=True)
+    label = torch.stack(labels) if isinstance(labels[0], Tensor) else torch.tensor(labels)
+    return Batch(torch.stack(images), {}, torch.tensor(sample_ids), bad=bad, labels={"label": label})
 
 
 # --- State and step --------------------------------------------------------------------------------------------------
@@ -531,7 +557,7 @@ def prepared(cfg: FinetuneT, checkpoint: Path | None = None) -> FinetuneT:
         checkpoint: what the training goes on from. It knows the architecture, so that the weights with which the
             training began need not be there any more.
     """
-    if checkpoint is not None:
+    if checkpoint is not None and (checkpoint / "config.yaml").is_file():  # `restore` tells what is not there
         saved = read_yaml(checkpoint / "config.yaml")["backbone"]
         known = {name: saved[name] for name in ("architecture", "arguments")}
         cfg = replace(cfg, backbone=replace(cfg.backbone, **known))

@@ -726,7 +726,7 @@ def test_annotations_belong_to_their_images_in_whatever_order_they_are(boxes, tm
 def test_boxes_outside_of_their_images_and_without_area_are_counted_and_told(tmp_path, caplog):
     def wrong(known: dict[str, Any]) -> None:
         boxes = [[30, 10, 40, 20], [60, 5, 10, 10], [5, 5, 0, 10], [5, 5, 10, -3], [-0.4, 0, 20, 20]]
-        for entry, box in zip(known["annotations"], boxes, strict=False):
+        for entry, box in zip(known["annotations"][: len(boxes)], boxes, strict=True):
             entry["bbox"] = box
 
     data = coco.open_coco(str(write_coco(tmp_path / "wrong", wrong)), "x", masks=True)
