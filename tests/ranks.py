@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks: one pool of processes per test session, kept alive between tests."""
+"""Run a function on several gloo ranks: a pool of processes, kept alive between tests that do not compile."""
 
 import contextlib
 import faulthandler
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -61,8 +61,12 @@ class _Rank:
             assert self.process.pid is not None
             os.kill(self.process.pid, signal.SIGUSR1)
             time.sleep(0.3)
+        return "did not answer; " + self.stacks_written()
+
+    def stacks_written(self) -> str:
+        """Where its threads were when it was asked, or when it crashed."""
         self.stacks.seek(0)
-        return "did not answer; it was at\n" + (self.stacks.read() or "(no Python code)")
+        return "it was at\n" + (self.stacks.read() or "(no Python code)")
 
     def kill(self) -> None:
         self.process.kill()
@@ -92,17 +96,26 @@ def run_on_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeo
         for number, rank in enumerate(ranks):
             rank.connection.send_bytes(pickle.dumps((function, args, number, num_ranks, f"{folder}/store")))
         outcomes = _collect(ranks, time.monotonic() + timeout_s)
-    if all(ok for ok, _ in outcomes):
-        return [result for _, result in outcomes]
-    for rank in _pool:
+    failed = not all(outcome.ok for outcome in outcomes)
+    spent = _pool if failed else [rank for rank, outcome in zip(ranks, outcomes, strict=True) if outcome.has_compiled]
+    for rank in list(spent):
         rank.kill()
-    _pool.clear()
-    reports = [f"---- rank {i}: {'returned' if ok else result}" for i, (ok, result) in enumerate(outcomes)]
+        _pool.remove(rank)
+    if not failed:
+        return [outcome.result for outcome in outcomes]
+    reports = [f"---- rank {i}: {'returned' if each.ok else each.result}" for i, each in enumerate(outcomes)]
     raise RankError("\n".join([f"{function.__name__} failed on {num_ranks} ranks", *reports]))
 
 
-def _collect(ranks: list[_Rank], deadline: float) -> list[tuple[bool, Any]]:
-    outcomes: dict[Connection, tuple[bool, Any]] = {}
+class _Outcome(NamedTuple):
+    ok: bool
+    result: Any
+    """What the function returned, or what went wrong in words."""
+    has_compiled: bool = False
+
+
+def _collect(ranks: list[_Rank], deadline: float) -> list[_Outcome]:
+    outcomes: dict[Connection, _Outcome] = {}
     waiting = {rank.connection: rank for rank in ranks}
     while waiting and (left := deadline - time.monotonic()) > 0:
         for connection in wait(list(waiting), left):
@@ -112,11 +125,12 @@ def _collect(ranks: list[_Rank], deadline: float) -> list[tuple[bool, Any]]:
                 outcomes[connection] = pickle.loads(connection.recv_bytes())
             except EOFError:
                 rank.process.join(1)
-                outcomes[connection] = False, f"died with exit code {rank.process.exitcode}"
-            if not outcomes[connection][0]:
+                died = f"died with exit code {rank.process.exitcode}; {rank.stacks_written()}"
+                outcomes[connection] = _Outcome(False, died)
+            if not outcomes[connection].ok:
                 deadline = min(deadline, time.monotonic() + GRACE_S)
     for connection, rank in waiting.items():
-        outcomes[connection] = False, rank.stack()
+        outcomes[connection] = _Outcome(False, rank.stack())
     return [outcomes[rank.connection] for rank in ranks]
 
 
@@ -124,6 +138,7 @@ def _serve(connection: Connection, stacks: str) -> None:
     with open(stacks, "w") as file, contextlib.suppress(EOFError, KeyboardInterrupt):  # noqa: PTH123  # stays open
         Path(stacks).unlink()  # both have it open, and none is left behind when both are gone
         faulthandler.register(signal.SIGUSR1, file=file)
+        faulthandler.enable(file)
         while True:
             function, args, rank, num_ranks, store = pickle.loads(connection.recv_bytes())
             connection.send_bytes(_answer(function, args, rank, num_ranks, store))
@@ -132,19 +147,28 @@ def _serve(connection: Connection, stacks: str) -> None:
 def _answer(function: Callable[..., Any], args: tuple[Any, ...], rank: int, num_ranks: int, store: str) -> bytes:
     try:
         torch.manual_seed(0)
-        torch._dynamo.reset()
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             # torch 2.11 does what it has deprecated when it compiles.
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
-            answer = pickle.dumps((True, function(*args)))
+            answer = pickle.dumps(_Outcome(True, function(*args), _has_compiled()))
         gc.collect()  # what is sharded has to be gone before the process group is, or gloo aborts now and then
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:  # noqa: BLE001  # the parent shows it, whatever it is
-        return pickle.dumps((False, "failed\n" + traceback.format_exc()))
+        return pickle.dumps(_Outcome(False, "failed\n" + traceback.format_exc()))
     return answer
+
+
+def _has_compiled() -> bool:
+    """Whether this process has traced a function.
+
+    It runs no other one then. Twice in two weeks a rank that had compiled, and cleared torch's cache of compiled code,
+    ended in the function after that with `malloc(): unaligned tcache chunk detected`.
+    """
+    tracer = sys.modules.get("torch._dynamo.convert_frame")
+    return tracer is not None and tracer.FRAME_COUNTER > 0
 
 
 @contextlib.contextmanager
