@@ -40,7 +40,7 @@ from labels import Labelled, choose_rows, first_labels, label_list, open_labelle
 from pictures import show
 from report import Score
 from sources import ImageDataset, Sample, match_classes, parse_data_url
-from utils import UserError, derive_seed, ending_in_words, setup_logging
+from utils import UserError, derive_seed
 
 NORM_EPS = 1e-6
 
@@ -223,17 +223,8 @@ def rand_augment(description: str, size: int, mean: tuple[float, ...]) -> Callab
         ) from error
 
 
-def make_loader(
-    cfg: FinetuneClassificationConfig, images: LabelledImages | None = None, **place: Any
-) -> PretrainLoader:
-    """The loader of a training.
-
-    Args:
-        cfg: of the training.
-        images: what `open_training_images` gave; None opens them.
-        **place: where it runs and where it continues, see `PretrainLoader`.
-    """
-    images = images or open_training_images(cfg)[1]
+def make_loader(cfg: FinetuneClassificationConfig, images: LabelledImages, **place: Any) -> PretrainLoader:
+    """The loader of a training; `place` says where it runs and where it continues, see `PretrainLoader`."""
     return PretrainLoader(
         cfg.data,
         None,
@@ -430,6 +421,9 @@ def draw(cfg: Any, data: Labelled, classes: Sequence[str], guesses: Tensor, labe
 # --- The command -----------------------------------------------------------------------------------------------------
 
 TASK = Task(
+    schema=FinetuneClassificationConfig,
+    defaults="configs/finetune/classification.yaml",
+    open_data=open_training_images,
     make_head=make_head,
     head_inputs=head_inputs,
     loss=make_loss,
@@ -437,20 +431,11 @@ TASK = Task(
     predict=predict,
     evaluate=evaluate,
 )
-CONFIG = FinetuneClassificationConfig
-DEFAULTS = "configs/finetune/classification.yaml"
 
 
-@ending_in_words
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains."""
-    args = parser.parse_intermixed_args(arguments)
-    setup_logging()
-    cfg = finetuning.load(CONFIG, DEFAULTS, args.sources)
-    if args.print_config:
-        return finetuning.run(TASK, args, cfg)
-    cfg, images = open_training_images(cfg)
-    return finetuning.run(replace(TASK, make_loader=functools.partial(make_loader, images=images)), args, cfg)
+    return finetuning.main(TASK, parser, arguments)
 
 
 if __name__ == "__main__":

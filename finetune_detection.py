@@ -14,7 +14,6 @@ from utils import add_training_options, command_line
 with command_line(__doc__, __name__) as parser:
     add_training_options(parser)
 
-import functools
 import json
 import logging
 import sys
@@ -52,7 +51,7 @@ from tasks.coco import (
     run_lengths,
 )
 from tasks.mask_rcnn import NORMS, Detections, MaskRCNN, Targets, paste_masks
-from utils import UserError, ending_in_words, setup_logging, write_text_atomically
+from utils import UserError, write_text_atomically
 
 logger = logging.getLogger("detection")
 
@@ -391,15 +390,8 @@ def open_training_images(cfg: FinetuneDetectionConfig) -> tuple[FinetuneDetectio
     return replace(cfg, classes=images.class_names, data=replace(cfg.data, images_per_epoch=num_images)), chosen
 
 
-def make_loader(cfg: FinetuneDetectionConfig, images: CocoImages | None = None, **place: Any) -> PretrainLoader:
-    """The loader of a training.
-
-    Args:
-        cfg: of the training.
-        images: what `open_training_images` gave; None opens them.
-        **place: where it runs and where it continues, see `PretrainLoader`.
-    """
-    images = images or open_training_images(cfg)[1]
+def make_loader(cfg: FinetuneDetectionConfig, images: CocoImages, **place: Any) -> PretrainLoader:
+    """The loader of a training; `place` says where it runs and where it continues, see `PretrainLoader`."""
     if place.get("rank", 0) == 0:
         images.log_faults()
     return PretrainLoader(
@@ -729,6 +721,9 @@ def draw_objects(
 # --- The command -----------------------------------------------------------------------------------------------------
 
 TASK = Task(
+    schema=FinetuneDetectionConfig,
+    defaults="configs/finetune/detection.yaml",
+    open_data=open_training_images,
     make_head=make_head,
     head_inputs=head_inputs,
     loss=make_loss,
@@ -744,20 +739,11 @@ TASK = Task(
     },
     lr_at=lr_at,
 )
-CONFIG = FinetuneDetectionConfig
-DEFAULTS = "configs/finetune/detection.yaml"
 
 
-@ending_in_words
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains."""
-    args = parser.parse_intermixed_args(arguments)
-    setup_logging()
-    cfg = finetuning.load(CONFIG, DEFAULTS, args.sources)
-    if args.print_config:
-        return finetuning.run(TASK, args, cfg)
-    cfg, images = open_training_images(cfg)  # of COCO's size it takes most of a minute: once
-    return finetuning.run(replace(TASK, make_loader=functools.partial(make_loader, images=images)), args, cfg)
+    return finetuning.main(TASK, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ from finetuning import FinetuneConfig, Task, Trunk
 from optim import scheduled
 from sources import UNLABELLED, ImageDataset, Sample, SegmentationDataset, match_classes, parse_data_url
 from tasks.pyramid import SimplePyramid, SyncedBatchNorm, synchronise_
-from utils import UserError, derive_seed, ending_in_words, setup_logging
+from utils import UserError, derive_seed
 
 logger = logging.getLogger("segmentation")
 
@@ -217,9 +217,14 @@ def number_labels(cfg: SegmentationConfig, dataset: ImageDataset, key: str, url:
     return LabelNumbers([names[label] if names else str(label) for label in counting], table)
 
 
-def open_training_images(
-    cfg: FinetuneSegmentationConfig,
-) -> tuple[FinetuneSegmentationConfig, ImageDataset, LabelNumbers]:
+class NumberedImages(NamedTuple):
+    """Images with masks, and what the numbers in these become."""
+
+    dataset: ImageDataset
+    numbers: LabelNumbers
+
+
+def open_training_images(cfg: FinetuneSegmentationConfig) -> tuple[FinetuneSegmentationConfig, NumberedImages]:
     """The images that are trained on, and the configuration with their classes and their number.
 
     Raises: UserError as `open_dataset` and `number_labels`.
@@ -227,7 +232,8 @@ def open_training_images(
     dataset = open_dataset(cfg.data.dataset, "data.dataset")
     numbers = number_labels(cfg.segmentation, dataset, "data.dataset", cfg.data.dataset)
     num_images = cfg.data.images_per_epoch or len(dataset)
-    return replace(cfg, classes=numbers.classes, data=replace(cfg.data, images_per_epoch=num_images)), dataset, numbers
+    data = replace(cfg.data, images_per_epoch=num_images)
+    return replace(cfg, classes=numbers.classes, data=data), NumberedImages(dataset, numbers)
 
 
 def fitted_size(width: int, height: int, longer: float, shorter: float) -> tuple[int, int]:
@@ -363,20 +369,19 @@ class LabelledCrops:
         return finetuning.stacked(crops, sample_ids, bad)
 
 
-def make_loader(cfg: FinetuneSegmentationConfig, **place: Any) -> PretrainLoader:
+def make_loader(cfg: FinetuneSegmentationConfig, data: NumberedImages, **place: Any) -> PretrainLoader:
     """The loader of a training; `place` says where it runs and where it continues, see `PretrainLoader`.
 
-    Raises: UserError as `open_training_images`, and if a batch is a single image, which uper cannot be trained with.
+    Raises: UserError if a batch is a single image, which uper cannot be trained with.
     """
-    _, dataset, numbers = open_training_images(cfg)
     size = cfg.optim.batch_size_per_gpu
     remedy = "batch norm after uper's pooling needs two or more images of all ranks together"
     require(cfg.segmentation.head != "uper" or size * world_size() > 1, "optim.batch_size_per_gpu", size, remedy)
     return PretrainLoader(
         cfg.data,
         None,
-        maker=LabelledCrops(cfg, numbers),
-        dataset=dataset,
+        maker=LabelledCrops(cfg, data.numbers),
+        dataset=data.dataset,
         seed=cfg.train.seed,
         batch_size=size,
         num_workers=cfg.efficiency.dataloader_num_workers,
@@ -709,6 +714,9 @@ def small_picture(
 # --- The command -----------------------------------------------------------------------------------------------------
 
 TASK = Task(
+    schema=FinetuneSegmentationConfig,
+    defaults="configs/finetune/segmentation.yaml",
+    open_data=open_training_images,
     make_head=make_head,
     head_inputs=head_inputs,
     loss=make_loss,
@@ -718,19 +726,11 @@ TASK = Task(
     losses={"cross_entropy": "head", "auxiliary": "auxiliary head"},
     lr_at=lr_at,
 )
-CONFIG = FinetuneSegmentationConfig
-DEFAULTS = "configs/finetune/segmentation.yaml"
 
 
-@ending_in_words
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains."""
-    args = parser.parse_intermixed_args(arguments)
-    setup_logging()
-    cfg = finetuning.load(CONFIG, DEFAULTS, args.sources)
-    if not args.print_config:
-        cfg, _, _ = open_training_images(cfg)
-    return finetuning.run(TASK, args, cfg)
+    return finetuning.main(TASK, parser, arguments)
 
 
 if __name__ == "__main__":

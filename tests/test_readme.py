@@ -351,7 +351,7 @@ def test_keys_that_are_named_exist():
         load_config(train_ijepa.IjepaConfig, train_ijepa.DEFAULT_CONFIG, []),
         load_config(train_cae.CaeConfig, train_cae.DEFAULT_CONFIG, []),
     ]
-    cfgs += [finetuning.load(script.CONFIG, script.DEFAULTS, []) for script in FINETUNERS]
+    cfgs += [finetuning.load(script.TASK, []) for script in FINETUNERS]
     sections = "train|capi|optim|data|model|efficiency|predictor|masks|regressor|decoder|tokenizer|cae|backbone"
     sections += "|classification|segmentation|detection"
     # Not file names, and not methods of the examples' `model`, which have a parenthesis.
