@@ -116,6 +116,8 @@ class Batch:
     """With a second view, the same crops in its size."""
     labels: dict[str, Tensor] = field(default_factory=dict)
     """What is known of these images, by the names that the task gives it."""
+    host_labels: dict[str, Tensor] = field(default_factory=dict)
+    """`labels` on the CPU, once `to` was called."""
 
     def tensors(self) -> list[Tensor]:
         """The tensors that travel to the device."""
@@ -125,7 +127,7 @@ class Batch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The batch with its tensors on `device`."""
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        return replace(moved, host_masks=self.host_masks or self.masks)
+        return replace(moved, host_masks=self.host_masks or self.masks, host_labels=self.host_labels or self.labels)
 
     def pin_memory(self) -> Self:
         """The batch in page-locked memory, from which a GPU copies without waiting."""

@@ -477,13 +477,12 @@ def make_loss(cfg: FinetuneDetectionConfig) -> finetuning.Loss:
     """The five losses of Mask R-CNN, of the sampled anchors and proposals."""
 
     def loss(model: nn.ModuleDict, trunk: Trunk, batch: Batch, _generator: torch.Generator) -> dict[str, Tensor]:
-        labels = batch.labels
-        masks = labels.get("masks")
-        targets = []
-        for number in range(len(batch.images)):
-            own = labels["image"] == number
-            targets.append(Targets(labels["boxes"][own], labels["class"][own], None if masks is None else masks[own]))
-        sizes = [(int(height), int(width)) for height, width in labels["size"].tolist()]
+        labels, known = batch.labels, batch.host_labels or batch.labels  # to read those, a GPU would be waited for
+        numbers = known["image"].bincount(minlength=len(batch.images)).tolist()
+        boxes, classes = labels["boxes"].split(numbers), labels["class"].split(numbers)
+        masks = labels["masks"].split(numbers) if "masks" in labels else [None] * len(numbers)
+        targets = [Targets(*each) for each in zip(boxes, classes, masks, strict=True)]
+        sizes = [(int(height), int(width)) for height, width in known["size"].tolist()]
         return model["head"](head_inputs(cfg, trunk, batch.images), sizes, targets)
 
     return loss

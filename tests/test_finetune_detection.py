@@ -180,6 +180,27 @@ def finished(boxes, model_config, tmp_path_factory) -> Path:
     return folder / "model.pth"
 
 
+def test_where_objects_belong_is_read_of_the_host_copy(opened):
+    """Which objects, and how large an image is without padding: a GPU that was asked would be waited for."""
+    losses = []
+    for on_device in (True, False):
+        cfg, images = opened("detection.short_sides=[24]")
+        state = finetuning.make_state(script.TASK, cfg, torch.device("cpu"), with_weights=True, compiled=False)
+        maker = script.ChangedImages(cfg, 2.0)
+        learned = [maker.make(images[i], i) for i in range(3)]
+        crops = [
+            learned[0]._replace(boxes=learned[0].boxes[:0], classes=learned[0].classes[:0], masks=learned[0].masks[:0])
+        ]
+        batch = maker.batch([*crops, *learned[1:]], [], [0, 1, 2], []).to("cpu")
+        assert batch.labels["image"].tolist() == [1, 1, 2, 2]
+        if not on_device:
+            unread = {name: torch.full_like(batch.labels[name], -9) for name in ("image", "size")}
+            batch = replace(batch, labels=batch.labels | unread)
+        batch = replace(batch, images=normalize(batch.images))
+        losses.append(finetuning.train_step(state, [batch], 1e-3, script.make_loss(cfg)))
+    assert losses[0] == losses[1]
+
+
 def test_losses_in_bfloat16_are_those_in_float32_but_for_rounding(opened):
     """Boxes of hundreds of pixels would be off by several if they were computed in bfloat16."""
     losses = []
