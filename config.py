@@ -355,6 +355,39 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    """How what comes from `train.init_from` learns beside what starts random; without it, 1, 1, 0 and 0."""
+
+    encoder_lr_mult: float = field(metadata=NOT_NEGATIVE)
+    """Learning-rate multiplier of the encoder."""
+    predictor_lr_mult: float = field(metadata=NOT_NEGATIVE)
+    """Learning-rate multiplier of the predictor."""
+    frozen_iters: int | float = field(metadata=NOT_NEGATIVE)
+    """Steps in which the encoder stays what it is while the rest learns to read it, or, with a decimal point, a
+    fraction of total_iters."""
+    ramp_iters: int | float = field(metadata=NOT_NEGATIVE)
+    """Steps after these in which its learning rate rises from 0 to what it is else; a fraction likewise."""
+
+    def steps(self, total_iters: int) -> tuple[int, int]:
+        """Steps at which the encoder begins to learn and has its own learning rate."""
+        frozen, ramp = (
+            round(number * total_iters) if isinstance(number, float) else number
+            for number in (self.frozen_iters, self.ramp_iters)
+        )
+        return frozen, frozen + ramp
+
+    def check(self, total_iters: int) -> None:
+        """Raise unless the encoder learns before `total_iters` steps are over."""
+        for name in ("frozen_iters", "ramp_iters"):
+            number = getattr(self, name)
+            remedy = "a number with a decimal point is a fraction of optim.total_iters and must lie in [0, 1]"
+            require(not isinstance(number, float) or number <= 1, f"optim.start.{name}", number, remedy)
+        end = self.steps(total_iters)[1]
+        remedy = f"the encoder would have its learning rate at step {end} of optim.total_iters={total_iters}"
+        require(end <= total_iters, "optim.start", f"{self.frozen_iters} + {self.ramp_iters} steps", remedy)
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Length of training, batch, and the student's optimizer; a method adds its own keys and schedules."""
 

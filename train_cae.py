@@ -46,6 +46,7 @@ from config import (
     EpochsConfig,
     EpochsImagesConfig,
     EpochsOptimConfig,
+    StartConfig,
     ViTConfig,
     load_config,
     one_of,
@@ -60,7 +61,7 @@ from flops import block_flops, embedding_flops
 from masking import MaskPlan, PatchMasks, ScatteredBlocks, Uniform
 from metrics import feature_health
 from model import draw_drop_path, load_resized
-from optim import decay_of_matrices, make_adamw, scheduled, set_rates_
+from optim import decay_of_matrices, in_parts, make_adamw, part_of, scheduled, set_rates_, started_rates
 from pictures import PatchPredictor, Prediction
 from report import Panel
 from training import (
@@ -163,8 +164,14 @@ class CaeMethodConfig:
 class CaeOptimConfig(EpochsOptimConfig):
     """Length, batch, and the optimizer."""
 
+    start: StartConfig
     weight_decay: float = field(metadata=NOT_NEGATIVE)
     """Of matrices, convolution, class token and mask token, 0.05. Biases, norms and layer scales have none."""
+
+    def __post_init__(self) -> None:
+        """Check that schedule and start fit."""
+        super().__post_init__()
+        self.start.check(self.total_iters)
 
 
 @dataclass(frozen=True)
@@ -311,7 +318,8 @@ class CaeState(TrainState[CaeConfig]):
         self.modules = {"student": self.student}
         self.do_teacher = self.compile(do_teacher, "do_teacher")
         self.do_student = self.compile(do_student, "do_student")
-        self.optimizer = make_adamw(self.student, cfg.optim.betas, decay_of_matrices(self.student))
+        by_name = in_parts(decay_of_matrices(self.student), part_of)
+        self.optimizer = make_adamw(self.student, cfg.optim.betas, by_name)
         self.optimizers = {"student": (self.student, self.optimizer)}
 
     def load_state_dict(self, saved: SavedState) -> None:
@@ -372,7 +380,8 @@ def train_step(
         with_health: also compute effective rank, norms and spread of the targets.
     """
     cfg = state.cfg
-    set_rates_(state.optimizer, lr, cfg.optim.weight_decay)
+    of_parts = started_rates(state.step, cfg.optim.start, cfg.optim.total_iters)
+    set_rates_(state.optimizer, lr, cfg.optim.weight_decay, of_parts)
     state.zero_grad()
     sums = {name: torch.zeros((), device=state.device) for name in ("loss", "token_loss", "alignment_loss")}
     targets: list[Tensor] = []

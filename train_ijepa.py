@@ -35,6 +35,7 @@ from config import (
     EpochsConfig,
     EpochsImagesConfig,
     EpochsOptimConfig,
+    StartConfig,
     TrainConfig,
     ViTConfig,
     load_config,
@@ -61,7 +62,17 @@ from ijepa import (
 from masking import MultiBlockMasks, MultiBlockPlan
 from metrics import feature_health
 from model import load_resized
-from optim import ema_update_, half_cosine, make_adamw, multipliers, scheduled_ahead, set_rates_
+from optim import (
+    ema_update_,
+    half_cosine,
+    in_parts,
+    make_adamw,
+    multipliers,
+    part_of,
+    scheduled_ahead,
+    set_rates_,
+    started_rates,
+)
 from pictures import PatchPredictor, Prediction
 from report import Panel
 from training import (
@@ -159,6 +170,7 @@ class IjepaOptimConfig(EpochsOptimConfig):
     """Length, batch, and the optimizer of student and predictor. `lr_schedule` is as I-JEPA counts: the first update
     has the value of step 1."""
 
+    start: StartConfig
     weight_decay: tuple[float, float] = field(metadata=within(at_least=0, size=2))
     """At the first and the last update, a half cosine between them. Biases and norms have none."""
     momentum: tuple[float, float] = field(metadata=within(at_least=0, at_most=1, size=2))
@@ -166,6 +178,11 @@ class IjepaOptimConfig(EpochsOptimConfig):
     hold_after: int | float | None = field(metadata=POSITIVE)
     """Step, or with a decimal point the fraction of total_iters, after which learning rate and weight decay stay what
     they are; StoP's ViT-H holds them after 250 of 300 epochs. null: never."""
+
+    def __post_init__(self) -> None:
+        """Check that schedule and start fit."""
+        super().__post_init__()
+        self.start.check(self.total_iters)
 
     @property
     def hold_step(self) -> int:
@@ -323,7 +340,7 @@ class IjepaState(TrainState[IjepaConfig]):
         self.do_teacher = self.compile(do_teacher, "do_teacher")
         self.do_student = self.compile(do_student, "do_student")
         by_name = multipliers(self.student, patch_embed_lr_mult=1, rope_lr_mult=1, layernorm_wd_mult=0)
-        self.optimizer = make_adamw(self.student, cfg.optim.betas, by_name)
+        self.optimizer = make_adamw(self.student, cfg.optim.betas, in_parts(by_name, part_of))
         self.optimizers = {"student": (self.student, self.optimizer)}
         if start is not None and cfg.train.init_optimizer:
             unused = {"predictor.mask_token"} if cfg.predictor.position_noise_std else ()
@@ -413,7 +430,8 @@ def train_step(
         hyper: learning rate, weight decay and momentum of this update.
         with_health: also compute effective rank, norms and spread of the teacher's features.
     """
-    set_rates_(state.optimizer, hyper.lr, hyper.weight_decay)
+    of_parts = started_rates(state.step, state.cfg.optim.start, state.cfg.optim.total_iters)
+    set_rates_(state.optimizer, hyper.lr, hyper.weight_decay, of_parts)
     state.zero_grad()
     teacher = state.student_ema["backbone"]
     total = torch.zeros((), device=state.device)

@@ -188,10 +188,9 @@ def test_where_objects_belong_is_read_of_the_host_copy(opened):
         state = finetuning.make_state(script.TASK, cfg, torch.device("cpu"), with_weights=True, compiled=False)
         maker = script.ChangedImages(cfg, 2.0)
         learned = [maker.make(images[i], i) for i in range(3)]
-        crops = [
-            learned[0]._replace(boxes=learned[0].boxes[:0], classes=learned[0].classes[:0], masks=learned[0].masks[:0])
-        ]
-        batch = maker.batch([*crops, *learned[1:]], [], [0, 1, 2], []).to("cpu")
+        first = learned[0]
+        empty = script.Learned(first.pixels, first.boxes[:0], first.classes[:0], first.masks[:0])
+        batch = maker.batch([empty, *learned[1:]], [], [0, 1, 2], []).to("cpu")
         assert batch.labels["image"].tolist() == [1, 1, 2, 2]
         if not on_device:
             unread = {name: torch.full_like(batch.labels[name], -9) for name in ("image", "size")}
