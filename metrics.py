@@ -17,8 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 
 from utils import UserError, replacing, write_text_atomically
@@ -116,11 +118,19 @@ class Metrics:
             finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
             with self.path.open("a") as file:
                 file.write(json.dumps(finite, allow_nan=False) + "\n")
-            for name, module in self._modules.items():
-                if name not in self._loggers:
-                    self._loggers[name] = self._open(name, module)
-                self._loggers[name].log(step, {key: value for key, value in record.items() if key != "step"})
+            for name in self._modules:
+                self._opened(name).log(step, {key: value for key, value in record.items() if key != "step"})
         return record
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Show the image of a file in the loggers; metrics.jsonl has numbers alone."""
+        for logger_name in self._modules:
+            self._opened(logger_name).picture(step, name, path)
+
+    def _opened(self, name: str) -> "Logger":
+        if name not in self._loggers:
+            self._loggers[name] = self._open(name, self._modules[name])
+        return self._loggers[name]
 
     def _open(self, name: str, module: Any) -> "Logger":
         run = RunInfo(self.path.parent, self._run_name, self._config, self._kept_step, self._run_ids.get(name))
@@ -189,7 +199,7 @@ class RunInfo:
 
 
 class Logger:
-    """A place that takes scalars. `run_id` is what it needs to continue the run, if anything."""
+    """A place that takes scalars and pictures. `run_id` is what it needs to continue the run, if anything."""
 
     run_id: str | None = None
 
@@ -199,6 +209,10 @@ class Logger:
 
     def log(self, step: int, values: dict[str, int | float]) -> None:
         """Send the scalars of one step."""
+        raise NotImplementedError
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Send the image of a file."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -218,12 +232,18 @@ class _TensorBoard(Logger):
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
+    def picture(self, step: int, name: str, path: Path) -> None:
+        with Image.open(path) as image:
+            self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        self.writer.flush()
+
     def close(self) -> None:
         self.writer.close()
 
 
 class _Wandb(Logger):
     def __init__(self, module: Any, run: RunInfo) -> None:
+        self.module = module
         self.run = module.init(
             project=os.environ.get("WANDB_PROJECT", "capi"),
             name=run.name,
@@ -237,18 +257,25 @@ class _Wandb(Logger):
     def log(self, step: int, values: dict[str, int | float]) -> None:
         self.run.log(values, step=step)
 
+    def picture(self, step: int, name: str, path: Path) -> None:
+        self.run.log({name: self.module.Image(str(path))}, step=step)
+
     def close(self) -> None:
         self.run.finish()
 
 
 class _Trackio(Logger):
     def __init__(self, module: Any, run: RunInfo) -> None:
+        self.module = module
         resume = "allow" if run.run_id else "never"
         self.run = module.init(project="capi", name=run.run_id or run.name, config=run.config, resume=resume)
         self.run_id = self.run.name  # a free one, if the name was taken
 
     def log(self, step: int, values: dict[str, int | float]) -> None:
         self.run.log(values, step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        self.run.log({name: self.module.Image(str(path))}, step=step)
 
     def close(self) -> None:
         self.run.finish()
@@ -265,6 +292,10 @@ class _Mlflow(Logger):
 
     def log(self, step: int, values: dict[str, int | float]) -> None:
         self.module.log_metrics(values, step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        with Image.open(path) as image:
+            self.module.log_image(np.asarray(image.convert("RGB")), key=name.replace("/", "_"), step=step)
 
     def close(self) -> None:
         self.module.end_run()

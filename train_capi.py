@@ -69,6 +69,7 @@ from model import PREDICTORS, EncoderDecoder, RotaryEmbedding
 from optim import ema_update_, make_adamw, multipliers, scheduled, set_rates_
 from pictures import PatchPredictor, Prediction
 from report import Panel
+from sheets import Column, mark, mask_column
 from training import (
     Run,
     TrainState,
@@ -672,6 +673,7 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
         encode=state.encode,
         log_line=functools.partial(log_line, cfg),
         finite=FINITE + (FINITE_OF_CLUSTERING if cfg.capi.clusters else ()),
+        look=functools.partial(look, cfg),
         panels=panels(cfg.capi.num_clusters, cfg.capi.targets),
         flops_per_image=training_flops_per_image(step_shape(cfg)),
         opening=opening(cfg, state),
@@ -706,6 +708,13 @@ def make_loader(cfg: CapiConfig, **place: Any) -> PretrainLoader:
         keep_listing=cfg.efficiency.cache_dataset,
         **place,
     )
+
+
+def look(cfg: CapiConfig, batch: Batch, num_images: int) -> list[Column]:
+    """What the contact sheet shows beside crops: their masks."""
+    grid = tuple(side // cfg.model.patch_size for side in batch.images.shape[-2:])
+    visible, predicted = (mark(num_images, grid, batch.masks[f"{name}_indices"]) for name in ("visible", "predict"))
+    return [mask_column(batch.images[:num_images], visible, predicted)]
 
 
 def warn_if_changed(saved: SavedState, cfg: CapiConfig) -> None:
@@ -806,6 +815,7 @@ def dry_run(cfg: CapiConfig) -> str:
     return describe(
         cfg,
         functools.partial(make_loader, cfg),
+        look=functools.partial(look, cfg),
         sizes=[
             f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {plan.num_patches} patches "
             f"of {cfg.model.patch_size} px",

@@ -64,6 +64,7 @@ from model import load_resized
 from optim import ema_update_, half_cosine, make_adamw, multipliers, scheduled_ahead, set_rates_
 from pictures import PatchPredictor, Prediction
 from report import Panel
+from sheets import Column, mark, mask_column
 from training import (
     Run,
     TrainState,
@@ -472,6 +473,7 @@ def train(cfg: IjepaConfig, output_dir: Path, device: torch.device) -> None:
         encode=state.encode,
         log_line=functools.partial(log_line, cfg),
         finite=FINITE,
+        look=functools.partial(look, cfg),
         panels=panels(cfg),
         flops_per_image=step_flops_per_image(cfg, sizes),
         opening=opening(cfg, state, sizes),
@@ -506,6 +508,16 @@ def make_loader(cfg: IjepaConfig, **place: Any) -> PretrainLoader:
         change_colours=colours if colours.change_anything else None,
         **place,
     )
+
+
+def look(cfg: IjepaConfig, batch: Batch, num_images: int) -> list[Column]:
+    """What the contact sheet shows beside crops: their masks."""
+    grid = tuple(side // cfg.model.patch_size for side in batch.images.shape[-2:])
+    of_image = grid[0] * grid[1] * torch.arange(num_images)[None, :, None]
+    # Of several contexts the first.
+    context, targets = batch.masks["context_indices"][:1, :num_images], batch.masks["target_indices"][:, :num_images]
+    visible, predicted = (mark(num_images, grid, (part + of_image).flatten()) for part in (context, targets))
+    return [mask_column(batch.images[:num_images], visible, predicted)]
 
 
 def warn_if_changed(saved: SavedState, cfg: IjepaConfig) -> None:
@@ -620,6 +632,7 @@ def dry_run(cfg: IjepaConfig) -> str:
     return describe(
         cfg,
         functools.partial(make_loader, cfg),
+        look=functools.partial(look, cfg),
         sizes=[
             f"length       {length_words(cfg)}",
             f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {cfg.grid_size**2} patches "

@@ -20,7 +20,7 @@ LAYERS = [
     {"speed.device_decode"},
     {"cae", "checkpoint", "clustering", "data", "flops", "fsdp", "hubconf", "ijepa", "launch", "metrics", "optim"},
     {"tasks"},
-    {"baselines", "pictures", "readouts", "report", "speed.clustering", "speed.compiling"},
+    {"baselines", "pictures", "readouts", "report", "sheets", "speed.clustering", "speed.compiling"},
     {"evaluation", "probe"},
     {"cae_tokenizer", "labels"},
     {"training_evals"},

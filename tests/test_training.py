@@ -110,7 +110,8 @@ def test_the_commands_of_a_toy_are_those_of_every_training(place, finished, tmp_
     shown = run_forked(script, *arguments(place, tmp_path), "--dry-run", PYTHONPATH=str(ROOT))
     assert shown.returncode == 0, shown.stderr
     assert "a toy" in shown.stdout and "10 images" in shown.stdout
-    assert not list(tmp_path.iterdir()), "a dry run writes nothing"
+    assert [path.name for path in tmp_path.iterdir()] == ["dry_run.png"], "a dry run writes nothing but its pictures"
+    assert f"pictures     {tmp_path / 'dry_run.png'}, 4 crops; normalised: mean" in shown.stdout
     before = (finished / "student.pth").read_bytes()
     (finished / "student.pth").unlink()
     exported = run_forked(script, *arguments(place, finished), "--export", PYTHONPATH=str(ROOT))
