@@ -738,8 +738,9 @@ def look(cfg: FinetuneDetectionConfig, batch: Batch, num_images: int) -> list[Co
         classes = labels["class"][own]
         colours = class_colours(classes, len(cfg.classes))
         drawn = pixels.astype(np.float32)
-        for mask, colour in zip(labels["masks"][own] if "masks" in labels else (), colours, strict=False):
-            drawn[mask.bool().numpy()] = drawn[mask.bool().numpy()] * 0.55 + colour.numpy() * 0.45
+        if "masks" in labels:
+            for mask, colour in zip(labels["masks"][own].bool().numpy(), colours.numpy(), strict=True):
+                drawn[mask] = 0.55 * drawn[mask] + 0.45 * colour
         pictures.append(draw_boxes(drawn.astype(np.uint8), labels["boxes"][own], colours))
         counts = torch.bincount(classes, minlength=len(cfg.classes)).tolist()
         captions.append(", ".join(f"{n} {cfg.classes[i]}" for i, n in enumerate(counts) if n) or "no objects")

@@ -30,7 +30,7 @@ PER_LINE = 8
 VALUE_RANGE = 2.7
 """Normalised values that are drawn black (minus this) and white. ImageNet's normalisation goes from -2.1 to 2.6."""
 
-INK, PAPER, SOFT = (27, 31, 36), (255, 255, 255), (87, 96, 106)
+INK, SOFT = (27, 31, 36), (87, 96, 106)
 ORANGE = (230, 159, 0)
 
 
@@ -86,11 +86,12 @@ def mask_column(
     return Column("visible; orange: predicted; dark: the rest", pictures)
 
 
-def mark(num_images: int, grid: tuple[int, int], positions: Int64[Tensor, " n"]) -> Bool[Tensor, "b hp wp"]:
-    """True at patches of some images, given by image * patches + position; those of later images do not count."""
-    marked = torch.zeros(num_images * grid[0] * grid[1], dtype=torch.bool)
-    marked[positions[positions < len(marked)]] = True
-    return marked.view(num_images, *grid)
+def mark(images: Shaped[Tensor, "b c h w"], patch_size: int, positions: Int64[Tensor, " n"]) -> Bool[Tensor, "b hp wp"]:
+    """True at patches of images, given by image * patches + position; those of later images do not count."""
+    b, _, h, w = images.shape
+    marked = torch.zeros(b, h // patch_size, w // patch_size, dtype=torch.bool)
+    marked.view(-1)[positions[positions < marked.numel()]] = True
+    return marked
 
 
 def class_colours(labels: Int[Tensor, "*grid"], num_classes: int) -> UInt8[Tensor, "*grid 3"]:
@@ -139,7 +140,7 @@ def write_sheet(path: Path, columns: Sequence[Column], heading: Sequence[str]) -
     head = [line for text in heading for line in _wrapped(text, font, width - 2 * GAP)]
     top = GAP + 18 * len(head) + GAP
     row_height = TILE + caption_height + GAP
-    sheet = Image.new("RGB", (width, top + title_height + rows * row_height), PAPER)
+    sheet = Image.new("RGB", (width, top + title_height + rows * row_height), "white")
     draw = ImageDraw.Draw(sheet)
     for number, line in enumerate(head):
         draw.text((GAP, GAP + 18 * number), line, INK, font)

@@ -532,11 +532,11 @@ def make_masks(cfg: CaeConfig, seed: int | None = None) -> PatchMasks:
 
 def look(cfg: CaeConfig, batch: Batch, num_images: int) -> list[Column]:
     """What the contact sheet shows beside crops: their masks."""
-    grid = tuple(side // cfg.model.patch_size for side in batch.images.shape[-2:])
-    visible, predicted = (mark(num_images, grid, batch.masks[f"{name}_indices"]) for name in ("visible", "predict"))
+    images, patch_size = batch.images[:num_images], cfg.model.patch_size
+    visible, predicted = (mark(images, patch_size, batch.masks[f"{name}_indices"]) for name in ("visible", "predict"))
     assert batch.second_images is not None
     return [
-        mask_column(batch.images[:num_images], visible, predicted),
+        mask_column(images, visible, predicted),
         Column("for the tokenizer", as_rgb(batch.second_images[:num_images])),
     ]
 

@@ -712,9 +712,9 @@ def make_loader(cfg: CapiConfig, **place: Any) -> PretrainLoader:
 
 def look(cfg: CapiConfig, batch: Batch, num_images: int) -> list[Column]:
     """What the contact sheet shows beside crops: their masks."""
-    grid = tuple(side // cfg.model.patch_size for side in batch.images.shape[-2:])
-    visible, predicted = (mark(num_images, grid, batch.masks[f"{name}_indices"]) for name in ("visible", "predict"))
-    return [mask_column(batch.images[:num_images], visible, predicted)]
+    images, patch_size = batch.images[:num_images], cfg.model.patch_size
+    visible, predicted = (mark(images, patch_size, batch.masks[f"{name}_indices"]) for name in ("visible", "predict"))
+    return [mask_column(images, visible, predicted)]
 
 
 def warn_if_changed(saved: SavedState, cfg: CapiConfig) -> None:

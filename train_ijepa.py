@@ -512,12 +512,13 @@ def make_loader(cfg: IjepaConfig, **place: Any) -> PretrainLoader:
 
 def look(cfg: IjepaConfig, batch: Batch, num_images: int) -> list[Column]:
     """What the contact sheet shows beside crops: their masks."""
-    grid = tuple(side // cfg.model.patch_size for side in batch.images.shape[-2:])
-    of_image = grid[0] * grid[1] * torch.arange(num_images)[None, :, None]
+    images, patch_size = batch.images[:num_images], cfg.model.patch_size
+    num_patches = (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
+    first = num_patches * torch.arange(num_images)[None, :, None]
     # Of several contexts the first.
     context, targets = batch.masks["context_indices"][:1, :num_images], batch.masks["target_indices"][:, :num_images]
-    visible, predicted = (mark(num_images, grid, (part + of_image).flatten()) for part in (context, targets))
-    return [mask_column(batch.images[:num_images], visible, predicted)]
+    visible, predicted = (mark(images, patch_size, (part + first).flatten()) for part in (context, targets))
+    return [mask_column(images, visible, predicted)]
 
 
 def warn_if_changed(saved: SavedState, cfg: IjepaConfig) -> None:
