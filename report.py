@@ -5,13 +5,13 @@ it can be mailed, archived and opened without a network.
 """
 
 import base64
+import functools
 import io
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +21,7 @@ from metrics import read_metrics
 from utils import UserError, write_text_atomically
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -255,44 +256,25 @@ def summary(content: Mapping[str, Any]) -> str:
 
 # --------------------------------------------------------------------------------------------------------- HTML
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --paper: #ffffff; --tint: #f4f6f8;
-  --good: #00694d; --bad: #a33f00; --warn: #fff4dc; --warn-line: #c98a00; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #a3adb9; --line: #39414c; --paper: #14181d;
-  --tint: #1d232a; --good: #4fd1a5; --bad: #ff9d66; --warn: #33290f; --warn-line: #a87a1a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 70rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
-p, li, dd { max-width: 48rem; }
-.summary { font-size: 1.1rem; } .soft, caption, figcaption { color: var(--soft); }
-.wide { overflow-x: auto; margin: .75rem 0; }
-table { border-collapse: collapse; font-size: .95rem; }
-caption { text-align: left; padding-bottom: .4rem; }
-th, td { padding: .28rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
-th { font-weight: 500; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.number { white-space: nowrap; } th.model { min-width: 6rem; max-width: 14rem; overflow-wrap: anywhere; }
-th.model[colspan] { min-width: 10rem; } th.sub { white-space: nowrap; }
-td.best { font-weight: 700; } td.up { color: var(--good); } td.down { color: var(--bad); }
-tr.group th { padding-top: .9rem; font-weight: 650; background: var(--tint); }
-tr.group span { font-weight: 400; color: var(--soft); margin-left: .6rem; }
-td.text { overflow-wrap: anywhere; min-width: 9rem; max-width: 40rem; }
-.notice { border-left: 4px solid var(--warn-line); background: var(--warn); padding: .5rem .9rem; margin: .75rem 0; }
-.notice ul { margin: .25rem 0; padding-left: 1.2rem; }
-details { margin: .5rem 0; } summary { cursor: pointer; padding: .2rem 0; }
-code { font-size: .9em; overflow-wrap: anywhere; }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: .75rem; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 0 1.5rem; }
-.wide-figure { grid-column: 1 / -1; }
-figure { margin: 0 0 1rem; }
-img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
-dt { font-weight: 600; margin-top: .6rem; } dd { margin-left: 0; }
-"""
-
+TEMPLATES = Path(__file__).parent / "templates"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+@functools.cache
+def _templates() -> Any:
+    """The macros of report.html. They escape what they are given, except `Markup`, which is what they return."""
+    import jinja2
+    from markupsafe import Markup, escape
+
+    def breakable(name: str) -> Markup:
+        """With places where a narrow column may break it."""
+        return Markup(re.sub("([/_])", r"\1<wbr>", str(escape(name))))
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["breakable"] = breakable
+    return environment.get_template("report.html").module
 
 
 def write_report(
@@ -324,33 +306,30 @@ def write_report(
     write_page(path, f"Evaluation of {content['name']}", summary(content), sections)
 
 
-def write_page(path: Path, title: str, told: str, sections: Sequence[str]) -> None:
+def write_page(path: Path, title: str, told: str, sections: "Sequence[Markup | str]") -> None:
     """Write an HTML file that holds all it shows.
 
     Args:
         path: the file.
         title: its heading.
         told: a sentence below that.
-        sections: HTML, such as the functions below make it; empty ones are left out.
+        sections: what the functions below made; empty ones are left out, and other text is escaped.
     """
-    head = f'<h1>{escape(title)}</h1>\n<p class="summary">{escape(told)}</p>'
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in (head, *sections) if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    from markupsafe import Markup
+
+    page = _templates().page(title, told, Markup(POLICY), sections)
     path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
 
 
-def _lead(lead: Sequence[tuple[Path, str]]) -> str:
-    budget = _Budget(2**20)
-    return "".join(
-        f"<figure>{_picture(path, budget, told)[0] or ''}<figcaption>{escape(told)}</figcaption></figure>"
-        for path, told in lead
-    )
+def _lead(lead: Sequence[tuple[Path, str]]) -> "Markup":
+    budget, html = _Budget(2**20), _templates()
+    return _joined(html.lead(_picture(path, budget, told)[0], told) for path, told in lead)
+
+
+def _joined(parts: "Iterable[Markup]") -> "Markup":
+    from markupsafe import Markup
+
+    return Markup("").join(parts)
 
 
 def _notices(content: Mapping[str, Any]) -> list[str]:
@@ -364,75 +343,48 @@ def _notices(content: Mapping[str, Any]) -> list[str]:
     return [*lines, *content.get("notes", [])]
 
 
-def notice(lines: Sequence[str]) -> str:
+def notice(lines: Sequence[str]) -> "Markup | str":
     """A box with sentences that must not be missed; empty without any."""
-    if not lines:
-        return ""
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<div class="notice" role="note"><strong>Please note</strong><ul>{items}</ul></div>'
+    return _templates().notice(lines) if lines else ""
 
 
-def _scores_section(content: Mapping[str, Any]) -> str:
+def _scores_section(content: Mapping[str, Any]) -> "Markup":
     models, rows = list(columns(content)), score_rows(content)
-    others = models[1:]
-    first = '<th scope="col" rowspan="2">' if others else '<th scope="col">'
-    own = first.replace("<th", '<th class="number model"')
-    head = f"<tr>{first}method</th>{first}score</th>{own}{_breakable(models[0])}</th>"
-    head += "".join(f'<th scope="colgroup" colspan="2" class="number model">{_breakable(o)}</th>' for o in others)
-    head += "</tr>"
-    if others:
-        pair = '<th scope="col" class="number sub">score</th><th scope="col" class="number sub">gain over it</th>'
-        head += f"<tr>{len(others) * pair}</tr>"
-    body = ""
+    groups = []
     for evaluation, entry in content["evaluations"].items():
-        width = 3 + 2 * len(others)
-        what = escape(_setting(entry.get("config", {})))
-        heading = f'<th scope="rowgroup" colspan="{width}">{escape(evaluation)}<span>{what}</span></th>'
-        body += f'<tbody><tr class="group">{heading}</tr></tbody>'
-        own_rows = [row for row in rows if row.evaluation == evaluation]
-        for method in dict.fromkeys(row.method for row in own_rows):
-            group = [row for row in own_rows if row.method == method]
-            lines = [_score_line(row) for row in group]
-            named = f'<th scope="rowgroup" rowspan="{len(group)}">{escape(method)}</th>'
-            body += f"<tbody><tr>{named}{lines[0]}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines[1:])
-            body += "</tbody>"
-        if not own_rows:
-            text = "pictures only" if entry.get("status", "done") == "done" else f"{entry['status']}, no scores yet"
-            body += f'<tbody><tr><td colspan="{width}" class="soft">{escape(text)}</td></tr></tbody>'
+        methods: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            if row.evaluation == evaluation:
+                line = {"label": row.score.shown_label, "cells": _score_cells(row)}
+                methods.setdefault(row.method, []).append(line)
+        empty = "pictures only" if entry.get("status", "done") == "done" else f"{entry['status']}, no scores yet"
+        named = {"name": evaluation, "setting": _setting(entry.get("config", {}))}
+        groups.append(named | {"methods": methods, "empty": empty})
     usual = all(row.score.shown_label == (row.score.label or row.score.name) for row in rows)
-    caption = f"In percent; higher is better{'' if usual else ', where nothing else is said'}."
-    if others:
-        caption += f" The best of a row is bold. A gain is how far {content['name']} is above the model of that column."
-    # Not a caption: on a phone it would be as wide as the table.
-    told = f'<p class="soft" id="scores-note">{escape(caption)}</p>'
-    table = f'<table aria-describedby="scores-note"><thead>{head}</thead>{body}</table>'
-    return section("scores", "Scores", told + _wide(table, "Scores") + _classes(content))
+    note = f"In percent; higher is better{'' if usual else ', where nothing else is said'}."
+    if models[1:]:
+        note += f" The best of a row is bold. A gain is how far {content['name']} is above the model of that column."
+    return section("scores", "Scores", [_templates().scores(models, groups, note), *_classes(content)])
 
 
-def section(name: str, title: str, body: str) -> str:
-    """A part of a page with a heading; `name` is its anchor, `body` HTML."""
-    return f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(title)}</h2>{body}</section>'
+def section(name: str, title: str, parts: "Sequence[Markup | str]") -> "Markup":
+    """A part of a page with a heading; `name` is its anchor, `parts` what the functions here made."""
+    return _templates().section(name, title, _joined(parts))
 
 
-def _breakable(name: str) -> str:
-    """Escaped, with places where a narrow column may break it."""
-    return re.sub("([/_])", r"\1<wbr>", escape(name))
-
-
-def _score_line(row: Row) -> str:
+def _score_cells(row: Row) -> list["Cell"]:
     score = row.score
     shown = [score.number(value) for value in row.values]
     known = [value for value in row.values if value is not None and not math.isnan(value)]
     best = score.number(max(known, key=score.rank)) if len(known) > 1 else None
     cells = []
     for i, (value, text) in enumerate(zip(row.values, shown, strict=True)):
-        cells.append(f'<td class="number{" best" if text == best else ""}">{text}</td>')
+        cells.append(Cell(text, "best" if text == best else ""))
         if i > 0:
             gain = score.gain(row.values[0], value)
             is_better = gain.startswith("+") == score.higher_is_better
-            kind = "" if not gain or not float(gain[1:]) else " up" if is_better else " down"
-            cells.append(f'<td class="number{kind}">{gain}</td>')
-    return f'<th scope="row">{escape(score.shown_label)}</th>{"".join(cells)}'
+            cells.append(Cell(gain, "" if not gain or not float(gain[1:]) else "up" if is_better else "down"))
+    return cells
 
 
 def _setting(config: Mapping[str, Any]) -> str:
@@ -447,7 +399,7 @@ def _setting(config: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _classes(content: Mapping[str, Any]) -> str:
+def _classes(content: Mapping[str, Any]) -> "list[Markup]":
     """A folded table of the classes for each method that has them."""
     tables, models = [], columns(content)
     for evaluation, entry in content["evaluations"].items():
@@ -461,19 +413,16 @@ def _classes(content: Mapping[str, Any]) -> str:
                 theirs = model.get(evaluation, {}).get("results", {}).get(method, {})
                 others[label] = theirs.get("per_class", {}) if isinstance(theirs, dict) else {}
             heads = [*keys, *(f"{keys[0]}, {label}" for label in others)]
-            head = "".join(f'<th scope="col" class="number model">{_breakable(h)}</th>' for h in heads)
-            body = ""
+            body = {}
             for name, values in classes.items():
                 numbers = [values.get(key) for key in keys]
                 numbers += [theirs.get(name, {}).get(keys[0]) for theirs in others.values()]
-                cells = "".join(f'<td class="number">{_number(value)}</td>' for value in numbers)
-                body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
-            caption = "In percent, where it is a share."
-            table = f"<table><caption>{caption}</caption><thead><tr><th scope='col'>class</th>{head}</tr></thead>"
-            table += f"<tbody>{body}</tbody></table>"
+                body[name] = [Cell(_number(value)) for value in numbers]
             what = f"{evaluation}, {method}: each of the {len(classes)} classes"
-            tables.append(f"<details><summary>{escape(what)}</summary>{_wide(table, what)}</details>")
-    return "".join(tables)
+            html = _templates()
+            caption = "In percent, where it is a share."
+            tables.append(html.folded(what, html.numbers(["class", *heads], body, caption, what)))
+    return tables
 
 
 class Cell(NamedTuple):
@@ -484,32 +433,19 @@ class Cell(NamedTuple):
     """`best`, `up` or `down`, or none of these."""
 
 
-def numbers_table(columns: Sequence[str], rows: Mapping[str, Sequence[Cell]], caption: str) -> str:
+def numbers_table(columns: Sequence[str], rows: Mapping[str, Sequence[Cell]], caption: str) -> "Markup":
     """A table of numbers: a row for each name, under the names of the columns, of which the first is that of names."""
-    first, *others = columns
-    head = f'<th scope="col">{escape(first)}</th>'
-    head += "".join(f'<th scope="col" class="number model">{_breakable(name)}</th>' for name in others)
-    body = ""
-    for name, cells in rows.items():
-        shown = "".join(f'<td class="number {cell.kind}">{escape(cell.text)}</td>' for cell in cells)
-        body += f'<tr><th scope="row">{_breakable(name)}</th>{shown}</tr>'
-    told = f"<caption>{escape(caption)}</caption>"
-    return _wide(f"<table>{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", caption)
+    return _templates().numbers(columns, rows, caption, caption)
 
 
 def _number(value: Any) -> str:
     return percent(value) if value is None or isinstance(value, float) else f"{value:,}".replace(",", " ")
 
 
-def _wide(table: str, label: str) -> str:
-    # Focusable, so that the keyboard can scroll it.
-    return f'<div class="wide" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
-
-
 # What was evaluated.
 
 
-def _about_section(content: Mapping[str, Any]) -> str:
+def _about_section(content: Mapping[str, Any]) -> "Markup | str":
     entries = {
         (name if model is content["evaluations"] else f"{name}, {label}"): entry
         for label, model in columns(content).items()
@@ -530,18 +466,13 @@ def _about_section(content: Mapping[str, Any]) -> str:
             if path[1:2] != ("per_class",) and path not in scores
         }
         table = key_values({"script": entry.get("script")} | about | settings | entry.get("config", {}), None)
-        parts.append(f"<details><summary>{escape(name)}: all settings</summary>{table}</details>")
-    return section("about", "What was evaluated", "".join(parts))
+        parts.append(_templates().folded(f"{name}: all settings", table))
+    return section("about", "What was evaluated", parts)
 
 
-def key_values(values: Mapping[str, Any], caption: str | None) -> str:
+def key_values(values: Mapping[str, Any], caption: str | None) -> "Markup":
     """A table of names and values."""
-    rows = "".join(
-        f'<tr><th scope="row">{escape(key)}</th><td class="text">{escape(_plain(value))}</td></tr>'
-        for key, value in values.items()
-    )
-    told = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return _wide(f"<table>{told}<tbody>{rows}</tbody></table>", caption or "Settings")
+    return _templates().key_values({key: _plain(value) for key, value in values.items()}, caption)
 
 
 def _plain(value: Any) -> str:
@@ -552,7 +483,7 @@ def _plain(value: Any) -> str:
     return "none" if value is None else json.dumps(value)
 
 
-def _explanation_section(content: Mapping[str, Any]) -> str:
+def _explanation_section(content: Mapping[str, Any]) -> "Markup | str":
     told = {word: meaning for row in score_rows(content) for word, meaning in row.score.terms.items()}
     if content.get("random"):
         told["random initialisation"] = (
@@ -561,8 +492,7 @@ def _explanation_section(content: Mapping[str, Any]) -> str:
         )
     if not told:
         return ""
-    items = "".join(f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in told.items())
-    return section("terms", "What the numbers mean", f"<dl>{items}</dl>")
+    return section("terms", "What the numbers mean", [_templates().terms(told)])
 
 
 # Pictures.
@@ -574,18 +504,16 @@ class _Budget:
 
     left: int
 
-    def image(self, data: bytes, kind: str, size: tuple[int, int], alt: str) -> str | None:
+    def image(self, data: bytes, kind: str, size: tuple[int, int], alt: str) -> "Markup | None":
         """An `img` element; None if it does not fit any more."""
         if len(data) > self.left:
             return None
         self.left -= len(data)
-        encoded = base64.b64encode(data).decode()
-        return (
-            f'<img src="data:image/{kind};base64,{encoded}" width="{size[0]}" height="{size[1]}" alt="{escape(alt)}">'
-        )
+        source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        return _templates().image({"source": source, "width": size[0], "height": size[1], "alt": alt})
 
 
-def pictures_section(contents: Sequence[Mapping[str, Any]], base: Path) -> str:
+def pictures_section(contents: Sequence[Mapping[str, Any]], base: Path) -> "Markup | str":
     """The pictures that evaluations drew, one of each if there are several models; empty without any.
 
     Args:
@@ -605,11 +533,10 @@ def pictures_section(contents: Sequence[Mapping[str, Any]], base: Path) -> str:
             figures[1:1] = [_figure(path, budget, evaluation, "random initialisation") for path in same]
         if any(figures):
             left_out = max(0, len(found) - limit) + figures.count("")
-            where = escape(str(Path(entry.get("folder", evaluation), "artifacts")))
-            more = f'<p class="soft">{left_out} more in <code>{where}</code>.</p>' if left_out else ""
+            where = str(Path(entry.get("folder", evaluation), "artifacts"))
             heading = evaluation if len(contents) == 1 else f"{content['name']}, {evaluation}"
-            parts.append(f'<h3>{escape(heading)}</h3><div class="pictures">{"".join(figures)}</div>{more}')
-    return section("pictures", "Pictures", "".join(parts)) if parts else ""
+            parts.append(_templates().pictures(heading, figures, left_out, where))
+    return section("pictures", "Pictures", parts) if parts else ""
 
 
 def _pictures_of(entry: Mapping[str, Any], evaluation: str, base: Path) -> list[Path]:
@@ -618,18 +545,17 @@ def _pictures_of(entry: Mapping[str, Any], evaluation: str, base: Path) -> list[
     return sorted(folder.glob("*.png"), key=lambda path: (path.stem != "overview", path.name))
 
 
-def _figure(path: Path, budget: _Budget, evaluation: str, label: str) -> str:
+def _figure(path: Path, budget: _Budget, evaluation: str, label: str) -> "Markup | str":
     """A picture with its title; empty if it does not fit into the file any more."""
     image, is_wide = _picture(path, budget, f"{evaluation}, {label}: {_words(path)}")
-    caption = f"<figcaption>{escape(f'{_words(path)}, {label}')}</figcaption>"
-    return f"<figure{' class=wide-figure' if is_wide else ''}>{caption}{image}</figure>" if image else ""
+    return _templates().figure(image, f"{_words(path)}, {label}", is_wide) if image else ""
 
 
 def _words(path: Path) -> str:
     return path.stem.replace("_", " ").replace("-", " ")
 
 
-def _picture(path: Path, budget: _Budget, alt: str) -> tuple[str | None, bool]:
+def _picture(path: Path, budget: _Budget, alt: str) -> "tuple[Markup | None, bool]":
     """An `img` element if it fits, and whether it is broad."""
     with Image.open(path) as image:
         picture = image.convert("RGB")
@@ -709,13 +635,13 @@ def draw_curves(records: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -
     return figure
 
 
-def _curves_of_run(run_dir: Path) -> str:
+def _curves_of_run(run_dir: Path) -> "Markup":
     records = read_metrics(run_dir / "metrics.jsonl")
     told = f"{run_dir}: {_last_step(records):,} steps".replace(",", " ")
     return curves_section(told, [(records, panel) for panel in read_panels(run_dir, records)])
 
 
-def curves_section(told: str, drawings: Sequence[tuple[Sequence[Mapping[str, Any]], Panel]]) -> str:
+def curves_section(told: str, drawings: Sequence[tuple[Sequence[Mapping[str, Any]], Panel]]) -> "Markup":
     """Curves of trainings.
 
     Args:
@@ -724,7 +650,7 @@ def curves_section(told: str, drawings: Sequence[tuple[Sequence[Mapping[str, Any
     """
     from matplotlib.figure import Figure
 
-    budget, figures = _Budget(2**20), ""
+    budget, images = _Budget(2**20), []
     for records, panel in drawings:
         figure = Figure(figsize=(4.4, 2.9), dpi=150, layout="constrained")
         ax = figure.subplots()
@@ -732,8 +658,8 @@ def curves_section(told: str, drawings: Sequence[tuple[Sequence[Mapping[str, Any
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         size = (int(figure.bbox.width), int(figure.bbox.height))
-        figures += f"<figure>{budget.image(buffer.getvalue(), 'png', size, _described(ax, records))}</figure>"
-    return section("training", "Training", f'<p class="soft">{escape(told)}</p><div class="panels">{figures}</div>')
+        images.append(budget.image(buffer.getvalue(), "png", size, _described(ax, records)))
+    return section("training", "Training", [_templates().curves(told, [image for image in images if image])])
 
 
 def _last_step(records: Sequence[Mapping[str, Any]]) -> int:

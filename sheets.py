@@ -80,7 +80,7 @@ def mask_column(
         of_patch = np.arange(h) * hp // h, np.arange(w) * wp // w
         is_seen, is_aim = (mask.numpy()[np.ix_(*of_patch)][..., None] for mask in (seen, aim))
         dark = 0.22 * grey
-        orange = 0.35 * grey + 0.65 * np.float32(ORANGE)
+        orange = 0.35 * grey + 0.65 * np.array(ORANGE, np.float32)
         drawn = np.where(is_seen, colour, np.where(is_aim, orange, dark))
         pictures.append(drawn.round().astype(np.uint8))
     return Column("visible; orange: predicted; dark: the rest", pictures)
