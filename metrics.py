@@ -33,8 +33,12 @@ TIMING_KEYS = ("images_per_s", "step_ms", "data_wait", "memory_gib", "mfu", "eta
 """Keys of `Throughput.read`: the part of a metrics line that two runs of the same training do not share."""
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
     """Records of a metrics.jsonl, oldest first, without the half-written last line that a killed process may leave.
+
+    Args:
+        path: the file.
+        damaged: is given a sentence for each line that is left out, where that is better than an error.
 
     Raises: UserError if the file is missing, or if a line before the last one is damaged, or one is no record.
     """
@@ -46,19 +50,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} cannot be read: {error.strerror}; if it is no file, move it away") from error
     records = []
     for number, line in enumerate(lines, start=1):
+        problem = ""
         try:
             record = json.loads(line)
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(
-                    f"{path}, line {number} is not valid JSON; delete that line or move the file away"
-                ) from error
-            break
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise UserError(
-                f"{path}, line {number} is no JSON object with a step; delete that line or move the file away"
-            )
-        records.append(record)
+        except ValueError:
+            if number == len(lines):
+                break
+            problem = "is not valid JSON"
+        else:
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
+            else:
+                problem = "is no JSON object with a step"
+        if problem and damaged is None:
+            raise UserError(f"{path}, line {number} {problem}; delete that line or move the file away")
+        if problem and damaged is not None:
+            damaged.append(f"{path.name}, line {number} {problem}, and is left out")
     return records
 
 

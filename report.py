@@ -1,15 +1,28 @@
 """Reports: the curves of a training run, and the scores of evaluations as text and as one HTML file.
 
+    python report.py runs/mine                          a page of a training, at any time: runs/mine/report.html
+    python report.py runs/mine --output page.html
+
 The HTML file holds everything it shows, runs no script and loads nothing, which its content security policy enforces:
-it can be mailed, archived and opened without a network.
+it can be mailed, archived and opened without a network. That of a training has its curves, what it saw, the pictures of
+its evaluations, the end of its log and its configuration, as far as they are there yet.
 """
 
+from utils import command_line
+
+with command_line(__doc__, __name__) as parser:
+    parser.add_argument("run_dir", help="folder of a training, running or finished")
+    parser.add_argument("--output", help="the page (default: report.html in that folder)")
+
 import base64
+import collections
 import functools
 import io
 import json
 import math
 import re
+import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +30,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
+from config import read_yaml
 from metrics import read_metrics
-from utils import UserError, write_text_atomically
+from utils import UserError, ending_in_words, git_revision, setup_logging, write_text_atomically, writing_explained
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -33,6 +47,9 @@ STYLES = ("-", "--", "-.", ":")
 
 PANELS = "panels.json"
 """In the folder of a training: which curves its method wants seen, see `Panel`."""
+
+CONTACT_SHEET, DRY_RUN_SHEET = "contact_sheet.png", "dry_run.png"
+"""Likewise: what it sees since its last start, and what a `--dry-run` said that it would."""
 
 MINUS = "\N{MINUS SIGN}"
 PICTURES_EACH = 4
@@ -326,7 +343,7 @@ def _lead(lead: Sequence[tuple[Path, str]]) -> "Markup":
     return _joined(html.lead(_picture(path, budget, told)[0], told) for path, told in lead)
 
 
-def _joined(parts: "Iterable[Markup]") -> "Markup":
+def _joined(parts: "Iterable[Markup | str]") -> "Markup":
     from markupsafe import Markup
 
     return Markup("").join(parts)
@@ -524,12 +541,12 @@ def pictures_section(contents: Sequence[Mapping[str, Any]], base: Path) -> "Mark
     shown = [(content, name, entry) for content in contents for name, entry in content["evaluations"].items()]
     limit = PICTURES_EACH if len(contents) == 1 else 1
     for content, evaluation, entry in shown:
-        found = _pictures_of(entry, evaluation, base)
+        found = pictures_of(entry, evaluation, base)
         figures = [_figure(path, budget, evaluation, content["name"]) for path in found[:limit]]
         # Beside the model, one picture of random weights says enough.
         untrained = content.get("random", {}).get(evaluation)
         if untrained and found:
-            same = [path for path in _pictures_of(untrained, evaluation, base) if path.name == found[0].name]
+            same = [path for path in pictures_of(untrained, evaluation, base) if path.name == found[0].name]
             figures[1:1] = [_figure(path, budget, evaluation, "random initialisation") for path in same]
         if any(figures):
             left_out = max(0, len(found) - limit) + figures.count("")
@@ -539,7 +556,7 @@ def pictures_section(contents: Sequence[Mapping[str, Any]], base: Path) -> "Mark
     return section("pictures", "Pictures", parts) if parts else ""
 
 
-def _pictures_of(entry: Mapping[str, Any], evaluation: str, base: Path) -> list[Path]:
+def pictures_of(entry: Mapping[str, Any], evaluation: str, base: Path) -> list[Path]:
     """Its pictures, the most telling one first."""
     folder = base / entry.get("folder", evaluation) / "artifacts"
     return sorted(folder.glob("*.png"), key=lambda path: (path.stem != "overview", path.name))
@@ -556,9 +573,12 @@ def _words(path: Path) -> str:
 
 
 def _picture(path: Path, budget: _Budget, alt: str) -> "tuple[Markup | None, bool]":
-    """An `img` element if it fits, and whether it is broad."""
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
+    """An `img` element if it fits and can be read, and whether it is broad."""
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+    except (OSError, SyntaxError):  # an evaluation may be writing it just now; of a broken PNG, Pillow gives the latter
+        return None, False
     size = picture.size
     is_wide = size[0] > 1.3 * size[1]
     original = path.read_bytes()
@@ -595,7 +615,7 @@ def write_panels(run_dir: Path, panels: Sequence[Panel]) -> None:
 
 
 def read_panels(run_dir: Path, records: Iterable[Mapping[str, Any]]) -> list[Panel]:
-    """The panels of a training, or if it has not said which, its losses, gradient and learning rate.
+    """The panels of a training, or if it has not said which, those of `usual_panels`.
 
     Raises: UserError if the file that says so is damaged.
     """
@@ -603,14 +623,19 @@ def read_panels(run_dir: Path, records: Iterable[Mapping[str, Any]]) -> list[Pan
     try:
         return [Panel(**panel) for panel in json.loads(path.read_text())]
     except FileNotFoundError:
-        losses = dict.fromkeys(key for record in records for key in record if key.endswith("loss"))
-        return [
-            Panel("Losses", "loss", {key: key for key in losses}),
-            Panel("Norm of the gradient", "norm", {"grad_norm": ""}),
-            Panel("Learning rate", "learning rate", {"lr": ""}),
-        ]
+        return usual_panels(records)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"run_dir={run_dir}: {path} cannot be read: {error}") from error
+
+
+def usual_panels(records: Iterable[Mapping[str, Any]]) -> list[Panel]:
+    """Panels that suit any training: its losses, gradient and learning rate."""
+    losses = dict.fromkeys(key for record in records for key in record if key.endswith("loss"))
+    return [
+        Panel("Losses", "loss", {key: key for key in losses}),
+        Panel("Norm of the gradient", "norm", {"grad_norm": ""}),
+        Panel("Learning rate", "learning rate", {"lr": ""}),
+    ]
 
 
 def check_run(run_dir: Path) -> None:
@@ -637,16 +662,22 @@ def draw_curves(records: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -
 
 def _curves_of_run(run_dir: Path) -> "Markup":
     records = read_metrics(run_dir / "metrics.jsonl")
-    told = f"{run_dir}: {_last_step(records):,} steps".replace(",", " ")
+    told = f"{run_dir}: {_plain(_last_step(records))} steps"
     return curves_section(told, [(records, panel) for panel in read_panels(run_dir, records)])
 
 
-def curves_section(told: str, drawings: Sequence[tuple[Sequence[Mapping[str, Any]], Panel]]) -> "Markup":
+def curves_section(
+    told: str,
+    drawings: Sequence[tuple[Sequence[Mapping[str, Any]], Panel]],
+    name: str = "training",
+    title: str = "Training",
+) -> "Markup":
     """Curves of trainings.
 
     Args:
         told: what they are of.
         drawings: the records that a panel is drawn from, and the panel.
+        name, title: of the section.
     """
     from matplotlib.figure import Figure
 
@@ -659,7 +690,7 @@ def curves_section(told: str, drawings: Sequence[tuple[Sequence[Mapping[str, Any
         figure.savefig(buffer, format="png")
         size = (int(figure.bbox.width), int(figure.bbox.height))
         images.append(budget.image(buffer.getvalue(), "png", size, _described(ax, records)))
-    return section("training", "Training", [_templates().curves(told, [image for image in images if image])])
+    return section(name, title, [_templates().curves(told, [image for image in images if image])])
 
 
 def _last_step(records: Sequence[Mapping[str, Any]]) -> int:
@@ -679,10 +710,14 @@ def _described(ax: "Axes", records: Sequence[Mapping[str, Any]]) -> str:
     return f"{ax.get_title()} over {_last_step(records)} steps. {what}"
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _draw_panel(ax: "Axes", records: Sequence[Mapping[str, Any]], panel: Panel) -> None:
     right = ax.twinx() if panel.right else None
     for number, (key, label) in enumerate({**panel.keys, **panel.right}.items()):
-        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+        points = [(record["step"], record[key]) for record in records if _is_number(record.get(key))]
         if points:
             axis = right if right and key in panel.right else ax
             # Curves with an axis each may lie upon each other, so styles tell them apart too.
@@ -720,3 +755,243 @@ def _draw_panel(ax: "Axes", records: Sequence[Mapping[str, Any]], panel: Panel) 
         right.ticklabel_format(axis="y", useOffset=False)
     for axis in (ax, right) if right else (ax,):
         axis.set_xlim(0, 1.03 * (_last_step(records) or 1))
+
+
+# ---------------------------------------------------------------------------------------------- page of a training
+
+LOG_LINES = 30
+"""Last ones of a log that are shown."""
+NOTED = 8
+"""Warnings of a log that are shown, each once, the last ones."""
+SCORE_PANELS = 12
+"""Drawings of scores of evaluations; what is beyond is in metrics.jsonl."""
+
+
+def write_run_report(run_dir: Path, path: Path) -> None:
+    """Write a page of a training, running or finished. What is not there yet, or is damaged, is said in words on it.
+
+    Args:
+        run_dir: folder of the training.
+        path: the page.
+
+    Raises: UserError if the folder is not that of a training.
+    """
+    _require_run(run_dir)
+    notes: list[str] = []
+    metrics = run_dir / "metrics.jsonl"
+    records = read_metrics(metrics, damaged=notes) if metrics.is_file() else []
+    config = _config_of(run_dir, notes)
+    log = _lines_of(run_dir / "log.txt")
+    panels = _panels_of(run_dir, records, notes)
+    notes += [*_health_notes(records), *_notes_of_files(run_dir), *_warnings_of(log)]
+    drawings = [(records, panel) for panel in [*panels, *_own_panels(records)]]
+    name = run_dir.resolve().name
+    sections = [
+        notice(notes),
+        _sheet_section(run_dir),
+        curves_section(f"{_plain(_last_step(records))} steps", drawings) if records else "",
+        _evaluation_curves(records),
+        pictures_section([_evaluations_of(run_dir, name, notes)], run_dir),
+        section("log", "Log", [_templates().text(log[-LOG_LINES:])]) if log else "",
+        _about_run(run_dir, log, _lines_of(run_dir / "config.yaml")),
+    ]
+    write_page(path, f"Training {name}", _progress(run_dir, records, config, log), sections)
+
+
+def _require_run(run_dir: Path) -> None:
+    files = ("metrics.jsonl", "log.txt", "config.yaml", DRY_RUN_SHEET)
+    if any((run_dir / name).is_file() for name in files):
+        return
+    if not run_dir.is_dir():
+        raise UserError(f"run_dir={run_dir}: there is no such folder; give the output folder of a training")
+    below = [path.parent for path in sorted(run_dir.glob("*/metrics.jsonl"))]
+    hint = f", such as {below[0]}" if below else ""
+    raise UserError(f"run_dir={run_dir}: has none of {', '.join(files)}; give the output folder of a training{hint}")
+
+
+def _config_of(run_dir: Path, notes: list[str]) -> Mapping[str, Any]:
+    try:
+        config = read_yaml(run_dir / "config.yaml") if (run_dir / "config.yaml").is_file() else {}
+    except UserError as error:
+        notes.append(str(error))
+        config = {}
+    return config if isinstance(config, dict) else {}
+
+
+def _lines_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="backslashreplace").splitlines() if path.is_file() else []
+
+
+def _panels_of(run_dir: Path, records: Sequence[Mapping[str, Any]], notes: list[str]) -> list[Panel]:
+    try:
+        panels = read_panels(run_dir, records)
+        # One of another version may have the names right and the rest wrong.
+        for panel in panels:
+            _ = {**panel.keys, **panel.right}
+    except (UserError, TypeError) as error:
+        notes.append(f"{error}; another version of the program may have written it. The usual curves are drawn instead")
+        return usual_panels(records)
+    return panels
+
+
+def _own_panels(records: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """Curves that no method has to ask for, where they were logged."""
+    known = {key for record in records for key in record}
+    panels = []
+    if "images_per_s" in known:
+        panels.append(Panel("Speed", "images per second", {"images_per_s": ""}))
+        panels.append(Panel("Waiting for data", "part of the time", {"data_wait": ""}))
+    if {"probe_knn", "probe_linear"} & known:
+        panels.append(Panel("Probe", "top-1", {"probe_knn": "k-NN", "probe_linear": "linear"}))
+    return panels
+
+
+def _health_notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    first: dict[str, int] = {}
+    for record in records:
+        for key, value in record.items():
+            if value is None:
+                first.setdefault(key, record["step"])
+    return [f"{key} was not finite, first in the line of step {step} of metrics.jsonl" for key, step in first.items()]
+
+
+def _notes_of_files(run_dir: Path) -> list[str]:
+    notes = []
+    if bad := _lines_of(run_dir / "bad_files.jsonl"):
+        shown = f"{len(bad)} images could not be read" if len(bad) > 1 else "1 image could not be read"
+        notes.append(f"{shown}; bad_files.jsonl lists them, the last one as {bad[-1]}")
+    for path in sorted(run_dir.glob("evals/*/step_*/failed")):
+        words = " ".join(_lines_of(path))
+        notes.append(f"evaluation {path.parent.relative_to(run_dir / 'evals')} failed: {words}")
+    return notes
+
+
+def _warnings_of(log: Sequence[str]) -> list[str]:
+    found = [re.match(r"(\S+) [WEC] (.*)", line) for line in log]
+    last = {match[2]: match[1] for match in found if match}
+    told = [f"log, {when}: {words}" for words, when in last.items()]
+    left_out = [f"{len(told) - NOTED} earlier warnings are in log.txt"] if len(told) > NOTED else []
+    return [*told[-NOTED:], *left_out]
+
+
+def _progress(
+    run_dir: Path, records: Sequence[Mapping[str, Any]], config: Mapping[str, Any], log: Sequence[str]
+) -> str:
+    """How far it has come, in a few sentences."""
+    train, optim = (part if isinstance(part := config.get(key), dict) else {} for key in ("train", "optim"))
+    if not records:
+        if not log:
+            return "No training has started in this folder yet."
+        every = f"; the first line comes after train.log_loss_every={every} steps" if (
+            every := train.get("log_loss_every")
+        ) else ""  # fmt: skip
+        return f"No metrics yet{every}."
+    step, total = _last_step(records), optim.get("total_iters")
+    age = _age_words(time.time() - (run_dir / "metrics.jsonl").stat().st_mtime)
+    if not isinstance(total, int):
+        told = f"Step {_plain(step)}, written {age} ago."
+    elif step >= total:
+        told = f"All {_plain(total)} steps are done, the last one {age} ago."
+    else:
+        told = f"Step {_plain(step)} of {_plain(total)} ({step / total:.0%}), written {age} ago."
+        left = next((record["eta_s"] for record in reversed(records) if _is_number(record.get("eta_s"))), None)
+        told += f" At that speed another {_age_words(left)}." if left is not None else ""
+    last = {key: value for record in records for key, value in record.items() if key.endswith("loss")}
+    losses = ", ".join(f"{key} {value:.4g}" for key, value in last.items() if _is_number(value))
+    return told + (f" Last: {losses}." if losses else "")
+
+
+def _age_words(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0, seconds):.0f} seconds"
+
+
+def _sheet_section(run_dir: Path) -> "Markup | str":
+    told = {
+        CONTACT_SHEET: "The first crops since the last start of the training, and what the network gets of them.",
+        DRY_RUN_SHEET: "No training has drawn this yet: it is what a dry run said that it would see.",
+    }
+    for name, words in told.items():
+        if (run_dir / name).is_file():
+            image, _ = _picture(run_dir / name, _Budget(2 * 2**20), f"Contact sheet. {words}")
+            return section("sheet", "What it sees", [_templates().lead(image, words)])
+    return ""
+
+
+def _evaluation_curves(records: Sequence[Mapping[str, Any]]) -> "Markup | str":
+    """Scores of evaluations over the step that they are of: a drawing for each score, a curve for each method."""
+    scored = [{**record, "step": record["eval_step"]} for record in records if _is_number(record.get("eval_step"))]
+    keys = dict.fromkeys(key for record in scored for key in record if key.startswith("eval/") and key.count("/") >= 4)
+    groups: dict[tuple[str, ...], dict[str, str]] = collections.defaultdict(dict)
+    for key in keys:
+        _, name, evaluation, method, score = key.split("/", 4)
+        groups[name, evaluation, score][key] = method
+    panels = [
+        Panel(f"{name}, {evaluation}", score if len(keys) > 1 else f"{score}, {next(iter(keys.values()))}", keys)
+        for (name, evaluation, score), keys in groups.items()
+    ]
+    if not panels:
+        return ""
+    told = "Each over the step whose weights were evaluated."
+    if len(panels) > SCORE_PANELS:
+        told += f" {len(panels) - SCORE_PANELS} further scores are in metrics.jsonl."
+    drawings = [(scored, panel) for panel in panels[:SCORE_PANELS]]
+    return curves_section(told, drawings, "evaluations", "Evaluations while it trains")
+
+
+def _evaluations_of(run_dir: Path, name: str, notes: list[str]) -> dict[str, Any]:
+    """The newest results of each set of evaluations, as content of a report, for its pictures."""
+    entries: dict[str, Any] = {}
+    for results in sorted(run_dir.glob("evals/*/step_*/results/results.json")):
+        step_dir = results.parent.parent
+        try:
+            content = read_results(results)
+        except UserError as error:
+            notes.append(f"{results.relative_to(run_dir)} {error}")
+            continue
+        for evaluation, entry in content["evaluations"].items():
+            folder = results.parent.relative_to(run_dir) / str(entry.get("folder", evaluation))
+            step = step_dir.name.removeprefix("step_").lstrip("0") or "0"
+            shown = {**entry, "folder": str(folder), "step": step}
+            if pictures_of(shown, evaluation, run_dir):
+                entries[f"{step_dir.parent.name}, {evaluation}"] = shown  # later steps come later
+    return {
+        "name": name,
+        "evaluations": {f"{title}, step {entry['step']}": entry for title, entry in entries.items()},
+    }
+
+
+def _about_run(run_dir: Path, log: Sequence[str], config: Sequence[str]) -> "Markup":
+    codes = [match[1] for line in log if (match := re.search(r"process\(es\), code (\S+)$", line))]
+    values = {
+        "folder": str(run_dir.resolve()),
+        "code of the training": codes[-1] if codes else None,
+        "code of this page": git_revision(),
+        "drawn": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    checkpoints = sorted(path.name for path in run_dir.glob("checkpoints/step_*"))
+    exports = sorted(path.name for path in run_dir.glob("*.pth"))
+    values |= {"newest checkpoint": checkpoints[-1] if checkpoints else None, "exports": ", ".join(exports) or None}
+    parts = [key_values(values, None)]
+    if config:
+        parts.append(_templates().folded("config.yaml", _templates().text(config)))
+    return section("about", "About this training", parts)
+
+
+@ending_in_words
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0 done, 2 a mistake that the message explains."""
+    args = parser.parse_args(arguments)
+    setup_logging()
+    run_dir = Path(args.run_dir)
+    path = run_dir / "report.html" if args.output is None else Path(args.output)
+    with writing_explained(path.parent, "--output"):
+        write_run_report(run_dir, path)
+    sys.stdout.write(f"{path}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -60,7 +60,7 @@ from metrics import FiniteWatch, Metrics, Profile, Throughput
 from optim import grad_norm
 from pixels import log_pixels, sample_pixels
 from probe import Probe
-from report import Panel, write_panels
+from report import CONTACT_SHEET, DRY_RUN_SHEET, Panel, write_panels
 from sheets import NUM_IMAGES, VALUE_RANGE, Column, Look, as_rgb, normalised_column, write_sheet
 from training_evals import Evaluations, plan_evals
 from utils import (
@@ -495,9 +495,6 @@ def export_newest(state: TrainState[Any], output_dir: Path) -> list[Path]:
 
 
 # --- What is going to be seen ----------------------------------------------------------------------------------------
-
-CONTACT_SHEET, DRY_RUN_SHEET = "contact_sheet.png", "dry_run.png"
-"""In the folder of a training: what it sees since its last start, and what a `--dry-run` says that it would."""
 
 
 def _no_columns(_batch: Batch, _num_images: int) -> list[Column]:
