@@ -825,6 +825,8 @@ class PretrainLoader:
     def peek(self, num_images: int) -> Batch:
         """The next batch without taking it, made in this process: all of its masks, and no more than its first images.
 
+        The others are not decoded, and taken for readable.
+
         Raises: UserError if images cannot be read.
         """
         alone = copy.copy(self)

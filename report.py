@@ -777,21 +777,25 @@ def write_run_report(run_dir: Path, path: Path) -> None:
     Raises: UserError if the folder is not that of a training.
     """
     _require_run(run_dir)
+    name = run_dir.resolve().name
     notes: list[str] = []
     metrics = run_dir / "metrics.jsonl"
     records = read_metrics(metrics, damaged=notes) if metrics.is_file() else []
     config = _config_of(run_dir, notes)
     log = _lines_of(run_dir / "log.txt")
     panels = _panels_of(run_dir, records, notes)
+    if len(notes) > 2 * NOTED:  # a file that is damaged throughout
+        notes[NOTED:] = [f"{len(notes) - NOTED} further faults of this kind"]
+    sheet = _sheet_section(run_dir, notes)
+    pictures = pictures_section([_evaluations_of(run_dir, name, notes)], run_dir)
     notes += [*_health_notes(records), *_notes_of_files(run_dir), *_warnings_of(log)]
     drawings = [(records, panel) for panel in [*panels, *_own_panels(records)]]
-    name = run_dir.resolve().name
     sections = [
         notice(notes),
-        _sheet_section(run_dir),
+        sheet,
         curves_section(f"{_plain(_last_step(records))} steps", drawings) if records else "",
         _evaluation_curves(records),
-        pictures_section([_evaluations_of(run_dir, name, notes)], run_dir),
+        pictures,
         section("log", "Log", [_templates().text(log[-LOG_LINES:])]) if log else "",
         _about_run(run_dir, log, _lines_of(run_dir / "config.yaml")),
     ]
@@ -858,8 +862,7 @@ def _health_notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
 def _notes_of_files(run_dir: Path) -> list[str]:
     notes = []
     if bad := _lines_of(run_dir / "bad_files.jsonl"):
-        shown = f"{len(bad)} images could not be read" if len(bad) > 1 else "1 image could not be read"
-        notes.append(f"{shown}; bad_files.jsonl lists them, the last one as {bad[-1]}")
+        notes.append(f"{len(bad)} image(s) could not be read; the last line of bad_files.jsonl is {bad[-1]}")
     for path in sorted(run_dir.glob("evals/*/step_*/failed")):
         words = " ".join(_lines_of(path))
         notes.append(f"evaluation {path.parent.relative_to(run_dir / 'evals')} failed: {words}")
@@ -908,7 +911,7 @@ def _age_words(seconds: float) -> str:
     return f"{max(0, seconds):.0f} seconds"
 
 
-def _sheet_section(run_dir: Path) -> "Markup | str":
+def _sheet_section(run_dir: Path, notes: list[str]) -> "Markup | str":
     told = {
         CONTACT_SHEET: "The first crops since the last start of the training, and what the network gets of them.",
         DRY_RUN_SHEET: "No training has drawn this yet: it is what a dry run said that it would see.",
@@ -916,6 +919,9 @@ def _sheet_section(run_dir: Path) -> "Markup | str":
     for name, words in told.items():
         if (run_dir / name).is_file():
             image, _ = _picture(run_dir / name, _Budget(2 * 2**20), f"Contact sheet. {words}")
+            if image is None:
+                notes.append(f"{name} cannot be read as a picture, and is left out")
+                continue
             return section("sheet", "What it sees", [_templates().lead(image, words)])
     return ""
 

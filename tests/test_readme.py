@@ -35,9 +35,9 @@ TRAINING = [command for command in COMMANDS if command.startswith("python train_
 TRAINING_CAE = [command for command in COMMANDS if command.startswith("python train_cae.py")]
 TRAINING_IJEPA = [command for command in COMMANDS if command.startswith("python train_ijepa.py")]
 SLURM = [command for command in COMMANDS if command.startswith("python train_distributed.py")]
-EXPORT, EXTRACT, BENCHMARK, TOKENIZER = (
+EXPORT, EXTRACT, BENCHMARK, TOKENIZER, REPORT = (
     next(command for command in COMMANDS if command.startswith(f"python {script}"))
-    for script in ("export.py", "extract_features.py", "benchmark.py", "cae_tokenizer.py")
+    for script in ("export.py", "extract_features.py", "benchmark.py", "cae_tokenizer.py", "report.py")
 )
 PICTURES = next(command for command in COMMANDS if command.startswith("python eval_visualizations.py"))
 EVALUATIONS = [command for command in COMMANDS if command.startswith("python eval_") and command != PICTURES]
