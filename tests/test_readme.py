@@ -66,6 +66,7 @@ def test_the_commands_are_all_of_a_kind_that_is_tested():
                 PICTURES,
                 BENCHMARK,
                 TOKENIZER,
+                REPORT,
                 install,
             ], command
 
@@ -197,6 +198,8 @@ def test_export_extraction_tokenizer_pictures_and_benchmark_run_as_written(mine)
     done = run(EXPORT, by=run_cli)
     assert done.returncode == 0, done.stderr
     assert all((mine / f"backbone.{kind}").is_file() for kind in ("pth", "safetensors", "onnx"))
+    done = run(REPORT)
+    assert (done.returncode, done.stdout) == (0, "runs/mine/report.html\n"), done.stderr
     done = run(EXTRACT, "device=cpu", "num_workers=0", by=run_cli)
     assert done.returncode == 0, done.stderr
     assert list((mine / "features" / "shards").glob("*.safetensors"))
