@@ -6,6 +6,7 @@ and the position is all that a checkpoint has to keep: a resumed run sees what t
 """
 
 import atexit
+import copy
 import functools
 import itertools
 import json
@@ -270,6 +271,32 @@ class SampleMaker:
             encoded=encoded,
             second_images=None if self.second_view is None else _stack(second, self.second_view.size),
         )
+
+
+class _FirstImages:
+    """Makes batches of a maker, but of each only the first images, since the others would be decoded for nothing."""
+
+    def __init__(self, maker: Maker, num_images: int) -> None:
+        self.maker, self.seed, self.num_images = maker, maker.seed, num_images
+        self._num_made = 0
+
+    def make(self, sample: Sample, *key: int) -> Any:
+        """See `Maker`."""
+        if self._num_made >= self.num_images:
+            return None
+        made = self.maker.make(sample, *key)
+        self._num_made += 1
+        return made
+
+    def batch(
+        self, crops: Sequence[Any], keys: list[tuple[int, ...]], sample_ids: list[int], bad: list[tuple[str, str]]
+    ) -> Batch:
+        """See `Maker`."""
+        return self.maker.batch(crops[: self.num_images], keys, sample_ids, bad)
+
+    def batch_bytes(self, batch_size: int) -> int:
+        """See `Maker`."""
+        return self.maker.batch_bytes(batch_size)
 
 
 def check_decode(decode: str, device: torch.device) -> None:
@@ -796,6 +823,23 @@ class PretrainLoader:
             self.maker.batch_bytes(self.batch_size),
             "optim.batch_size_per_gpu",
         )
+
+    def peek(self, num_images: int) -> Batch:
+        """The next batch without taking it, made in this process: all of its masks, and no more than its first images.
+
+        The others are not decoded, and taken for readable.
+
+        Raises: UserError if images cannot be read.
+        """
+        alone = copy.copy(self)
+        alone.num_workers, alone.pin_memory, alone.maker = 0, False, _FirstImages(self.maker, num_images)
+        batch = next(iter(alone._make_loader()))
+        if isinstance(batch, UserError):
+            raise batch
+        if batch.encoded is not None:
+            images, _ = batch.encoded.decode(batch.images, self.decode_device)
+            batch = replace(batch, images=images, encoded=None)
+        return batch
 
     def describe(self) -> str:
         """What is read and how, for people."""

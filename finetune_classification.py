@@ -39,6 +39,7 @@ from finetuning import FinetuneConfig, Task, Trunk
 from labels import Labelled, choose_rows, first_labels, label_list, open_labelled, pad
 from pictures import show
 from report import Score
+from sheets import Column
 from sources import ImageDataset, Sample, match_classes, parse_data_url
 from utils import UserError, derive_seed
 
@@ -420,6 +421,12 @@ def draw(cfg: Any, data: Labelled, classes: Sequence[str], guesses: Tensor, labe
 
 # --- The command -----------------------------------------------------------------------------------------------------
 
+
+def look(cfg: FinetuneClassificationConfig, batch: Batch, num_images: int) -> list[Column]:
+    """What the contact sheet says of crops: their classes, before any are mixed."""
+    return [Column("class", [], [cfg.classes[number] for number in batch.labels["label"][:num_images].tolist()])]
+
+
 TASK = Task(
     schema=FinetuneClassificationConfig,
     defaults="configs/finetune/classification.yaml",
@@ -430,6 +437,7 @@ TASK = Task(
     make_loader=make_loader,
     predict=predict,
     evaluate=evaluate,
+    look=look,
 )
 
 

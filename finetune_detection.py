@@ -39,6 +39,7 @@ from finetuning import FinetuneConfig, Task, Trunk
 from optim import scheduled, stepped
 from pictures import show
 from report import Score
+from sheets import Column, as_rgb, class_colours, draw_boxes
 from sources import BadImageError, Sample, match_classes
 from tasks.coco import (
     CocoImages,
@@ -719,6 +720,24 @@ def draw_objects(
 
 # --- The command -----------------------------------------------------------------------------------------------------
 
+
+def look(cfg: FinetuneDetectionConfig, batch: Batch, num_images: int) -> list[Column]:
+    """What the contact sheet shows beside crops: boxes, masks if they are learned from, and what is in them."""
+    labels, pictures, captions = batch.labels, [], []
+    for number, pixels in enumerate(as_rgb(batch.images[:num_images])):
+        own = labels["image"] == number
+        classes = labels["class"][own]
+        colours = class_colours(classes, len(cfg.classes))
+        drawn = pixels.astype(np.float32)
+        if "masks" in labels:
+            for mask, colour in zip(labels["masks"][own].bool().numpy(), colours.numpy(), strict=True):
+                drawn[mask] = 0.55 * drawn[mask] + 0.45 * colour
+        pictures.append(draw_boxes(drawn.astype(np.uint8), labels["boxes"][own], colours))
+        counts = torch.bincount(classes, minlength=len(cfg.classes)).tolist()
+        captions.append(", ".join(f"{n} {cfg.classes[i]}" for i, n in enumerate(counts) if n) or "no objects")
+    return [Column("objects", pictures, captions)]
+
+
 TASK = Task(
     schema=FinetuneDetectionConfig,
     defaults="configs/finetune/detection.yaml",
@@ -729,6 +748,7 @@ TASK = Task(
     make_loader=make_loader,
     predict=predict,
     evaluate=evaluate,
+    look=look,
     losses={
         "proposal_object": "proposals",
         "proposal_box": "their boxes",

@@ -44,6 +44,7 @@ from eval_segmentation import (
 from evaluation import FrozenModel, ImageBatches, Results, open_dataset
 from finetuning import FinetuneConfig, Task, Trunk
 from optim import scheduled
+from sheets import Column, class_colours
 from sources import UNLABELLED, ImageDataset, Sample, SegmentationDataset, match_classes, parse_data_url
 from tasks.pyramid import SimplePyramid, SyncedBatchNorm, synchronise_
 from utils import UserError, derive_seed
@@ -713,6 +714,18 @@ def small_picture(
 
 # --- The command -----------------------------------------------------------------------------------------------------
 
+
+def look(cfg: FinetuneSegmentationConfig, batch: Batch, num_images: int) -> list[Column]:
+    """What the contact sheet shows beside crops: their labels, and the names of the largest; unlabelled is white."""
+    pictures, captions = [], []
+    for labels in batch.labels["label"][:num_images]:
+        pictures.append(class_colours(labels, len(cfg.classes)).numpy())
+        numbers = torch.bincount(labels.flatten().long(), minlength=len(cfg.classes))[: len(cfg.classes)]
+        largest = [int(number) for number in numbers.argsort(descending=True, stable=True) if numbers[number]]
+        captions.append(", ".join(cfg.classes[number] for number in largest[:4]) or "nothing labelled")
+    return [Column("labels; white: none", pictures, captions)]
+
+
 TASK = Task(
     schema=FinetuneSegmentationConfig,
     defaults="configs/finetune/segmentation.yaml",
@@ -723,6 +736,7 @@ TASK = Task(
     make_loader=make_loader,
     predict=predict,
     evaluate=evaluate,
+    look=look,
     losses={"cross_entropy": "head", "auxiliary": "auxiliary head"},
     lr_at=lr_at,
 )

@@ -45,6 +45,7 @@ from evaluation import FrozenModel, Results, find_loader, load_model_file
 from model import Backbone, Features, Residual, RotaryEmbedding, draw_drop_path, linear_rates
 from optim import Multipliers, ema_update_, make_adamw, scheduled, set_rates_
 from report import Panel
+from sheets import Column
 from training import (
     Run,
     TrainState,
@@ -510,6 +511,8 @@ class Task(Generic[FinetuneT]):
     """What the model says of normalised images."""
     evaluate: Callable[[Any, FrozenModel, Results], None]
     """Scores an exported model, a `Finetuned` in a `FrozenModel`, by the keys of eval_finetuned.py."""
+    look: Callable[[FinetuneT, Batch, int], Sequence[Column]]
+    """What the contact sheet shows beside crops: the labels of a batch's first so many images, see `sheets.Look`."""
     losses: Mapping[str, str] = field(default_factory=dict)
     """Names of the parts of the loss, and what they are called in curves and in the log; none if it has one part. A
     training may lack some."""
@@ -543,7 +546,8 @@ def train(task: Task[FinetuneT], cfg: FinetuneT, data: Any, output_dir: Path, de
         flops_per_image=None,
         opening=opening(cfg, state),
         on_resume=functools.partial(warn_if_changed, task, cfg=cfg),
-        normalize=functools.partial(normalize, mean=cfg.backbone.image_mean, std=cfg.backbone.image_std),
+        normalize=normalisation(cfg),
+        look=functools.partial(task.look, cfg),
     ) as run:
         while not run.is_over():
             lr = task.lr_at(state.step, cfg)
@@ -554,6 +558,11 @@ def train(task: Task[FinetuneT], cfg: FinetuneT, data: Any, output_dir: Path, de
             run.save()
             run.evaluate()
     run.export()
+
+
+def normalisation(cfg: FinetuneConfig) -> Callable[[Tensor], Tensor]:
+    """From 8-bit images to what the backbone gets."""
+    return functools.partial(normalize, mean=cfg.backbone.image_mean, std=cfg.backbone.image_std)
 
 
 def prepared(cfg: FinetuneT, checkpoint: Path | None = None) -> FinetuneT:
@@ -653,6 +662,8 @@ def dry_run(task: Task[FinetuneT], cfg: FinetuneT, data: Any) -> str:
         costs=[],
         schedule=schedule,
         warnings=[],
+        normalize=normalisation(cfg),
+        look=functools.partial(task.look, cfg),
     )
 
 

@@ -64,6 +64,7 @@ from model import draw_drop_path, load_resized
 from optim import decay_of_matrices, in_parts, make_adamw, part_of, scheduled, set_rates_, started_rates
 from pictures import PatchPredictor, Prediction
 from report import Panel
+from sheets import Column, as_rgb, mark, mask_column
 from training import (
     Run,
     TrainState,
@@ -443,6 +444,7 @@ def train(cfg: CaeConfig, output_dir: Path, device: torch.device) -> None:
         encode=state.encode,
         log_line=log_line,
         finite=FINITE,
+        look=functools.partial(look, cfg),
         panels=panels(cfg),
         flops_per_image=step_flops_per_image(cfg),
         opening=f"{opening(cfg, state)}; {tokenizer.description}",
@@ -537,6 +539,17 @@ def make_masks(cfg: CaeConfig, seed: int | None = None) -> PatchMasks:
     return masks
 
 
+def look(cfg: CaeConfig, batch: Batch, num_images: int) -> list[Column]:
+    """What the contact sheet shows beside crops: their masks."""
+    images, patch_size = batch.images[:num_images], cfg.model.patch_size
+    visible, predicted = (mark(images, patch_size, batch.masks[f"{name}_indices"]) for name in ("visible", "predict"))
+    assert batch.second_images is not None
+    return [
+        mask_column(images, visible, predicted),
+        Column("for the tokenizer", as_rgb(batch.second_images[:num_images])),
+    ]
+
+
 def warn_if_changed(saved: SavedState, cfg: CaeConfig) -> None:
     """Warn of keys that shape the rest of the training and are others than at the checkpoint."""
     warn_of_another_course(saved, cfg, COURSE_KEYS, lambda step, cfg: {"learning rate": lr_at(step, cfg)})
@@ -605,6 +618,7 @@ def dry_run(cfg: CaeConfig) -> str:
     return describe(
         cfg,
         functools.partial(make_loader, cfg),
+        look=functools.partial(look, cfg),
         sizes=[
             f"length       {length_words(cfg)}",
             f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {cfg.grid_size**2} patches "

@@ -70,6 +70,7 @@ from model import PREDICTORS, EncoderDecoder, RotaryEmbedding
 from optim import ema_update_, in_parts, make_adamw, multipliers, scheduled, set_rates_, started_rates
 from pictures import PatchPredictor, Prediction
 from report import Panel
+from sheets import Column, mark, mask_column
 from training import (
     Run,
     TrainState,
@@ -685,6 +686,7 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
         encode=state.encode,
         log_line=functools.partial(log_line, cfg),
         finite=FINITE + (FINITE_OF_CLUSTERING if cfg.capi.clusters else ()),
+        look=functools.partial(look, cfg),
         panels=panels(cfg.capi.num_clusters, cfg.capi.targets),
         flops_per_image=training_flops_per_image(step_shape(cfg)),
         opening=opening(cfg, state),
@@ -719,6 +721,13 @@ def make_loader(cfg: CapiConfig, **place: Any) -> PretrainLoader:
         keep_listing=cfg.efficiency.cache_dataset,
         **place,
     )
+
+
+def look(cfg: CapiConfig, batch: Batch, num_images: int) -> list[Column]:
+    """What the contact sheet shows beside crops: their masks."""
+    images, patch_size = batch.images[:num_images], cfg.model.patch_size
+    visible, predicted = (mark(images, patch_size, batch.masks[f"{name}_indices"]) for name in ("visible", "predict"))
+    return [mask_column(images, visible, predicted)]
 
 
 def warn_if_changed(saved: SavedState, cfg: CapiConfig) -> None:
@@ -819,6 +828,7 @@ def dry_run(cfg: CapiConfig) -> str:
     return describe(
         cfg,
         functools.partial(make_loader, cfg),
+        look=functools.partial(look, cfg),
         sizes=[
             f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {plan.num_patches} patches "
             f"of {cfg.model.patch_size} px",

@@ -75,6 +75,7 @@ from optim import (
 )
 from pictures import PatchPredictor, Prediction
 from report import Panel
+from sheets import Column, mark, mask_column
 from training import (
     Run,
     TrainState,
@@ -490,6 +491,7 @@ def train(cfg: IjepaConfig, output_dir: Path, device: torch.device) -> None:
         encode=state.encode,
         log_line=functools.partial(log_line, cfg),
         finite=FINITE,
+        look=functools.partial(look, cfg),
         panels=panels(cfg),
         flops_per_image=step_flops_per_image(cfg, sizes),
         opening=opening(cfg, state, sizes),
@@ -524,6 +526,17 @@ def make_loader(cfg: IjepaConfig, **place: Any) -> PretrainLoader:
         change_colours=colours if colours.change_anything else None,
         **place,
     )
+
+
+def look(cfg: IjepaConfig, batch: Batch, num_images: int) -> list[Column]:
+    """What the contact sheet shows beside crops: their masks."""
+    images, patch_size = batch.images[:num_images], cfg.model.patch_size
+    num_patches = (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
+    first = num_patches * torch.arange(num_images)[None, :, None]
+    # Of several contexts the first.
+    context, targets = batch.masks["context_indices"][:1, :num_images], batch.masks["target_indices"][:, :num_images]
+    visible, predicted = (mark(images, patch_size, (part + first).flatten()) for part in (context, targets))
+    return [mask_column(images, visible, predicted)]
 
 
 def warn_if_changed(saved: SavedState, cfg: IjepaConfig) -> None:
@@ -638,6 +651,7 @@ def dry_run(cfg: IjepaConfig) -> str:
     return describe(
         cfg,
         functools.partial(make_loader, cfg),
+        look=functools.partial(look, cfg),
         sizes=[
             f"length       {length_words(cfg)}",
             f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {cfg.grid_size**2} patches "

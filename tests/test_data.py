@@ -333,6 +333,25 @@ def test_in_chans_other_than_3_is_refused():
         make_loader(make_config("model.in_chans=4"), dataset=MemoryDataset(1))
 
 
+@pytest.mark.parametrize("dataset", [MemoryDataset(9, bad=(1, 4)), MemoryStream(5, 4, bad=(0,))])
+def test_peeking_shows_what_comes_next_and_takes_nothing(dataset):
+    config = make_config("data.stream_partitions=2", "data.max_bad_fraction=1.0", workers=2)
+    loader = make_loader(config, dataset=dataset)
+    peeked = loader.peek(2)
+    assert not loader.workers and loader.peek(3).images.shape[0] == 3
+    loader.num_workers = 0
+    with loader:
+        batch = next(loader)
+        assert torch.equal(peeked.images, batch.images[:2])
+        assert all(torch.equal(peeked.masks[name], mask) for name, mask in batch.masks.items())
+        assert fingerprint(loader.peek(4)) == fingerprint(next(loader)), "from where it has come to"
+
+
+def test_peeking_at_what_cannot_be_read_is_the_error_of_reading_it():
+    with pytest.raises(UserError, match="images in a row cannot be read"):
+        make_loader(make_config(), dataset=MemoryDataset(2, bad=(0, 1))).peek(2)
+
+
 def test_describe_says_what_is_read(folder):
     described = make_loader(make_config(f"data.dataset={folder}")).describe()
     assert described == f"{folder}: 10 images, 0 workers per rank"

@@ -35,9 +35,9 @@ TRAINING = [command for command in COMMANDS if command.startswith("python train_
 TRAINING_CAE = [command for command in COMMANDS if command.startswith("python train_cae.py")]
 TRAINING_IJEPA = [command for command in COMMANDS if command.startswith("python train_ijepa.py")]
 SLURM = [command for command in COMMANDS if command.startswith("python train_distributed.py")]
-EXPORT, EXTRACT, BENCHMARK, TOKENIZER = (
+EXPORT, EXTRACT, BENCHMARK, TOKENIZER, REPORT = (
     next(command for command in COMMANDS if command.startswith(f"python {script}"))
-    for script in ("export.py", "extract_features.py", "benchmark.py", "cae_tokenizer.py")
+    for script in ("export.py", "extract_features.py", "benchmark.py", "cae_tokenizer.py", "report.py")
 )
 PICTURES = next(command for command in COMMANDS if command.startswith("python eval_visualizations.py"))
 EVALUATIONS = [command for command in COMMANDS if command.startswith("python eval_") and command != PICTURES]
@@ -66,6 +66,7 @@ def test_the_commands_are_all_of_a_kind_that_is_tested():
                 PICTURES,
                 BENCHMARK,
                 TOKENIZER,
+                REPORT,
                 install,
             ], command
 
@@ -197,6 +198,8 @@ def test_export_extraction_tokenizer_pictures_and_benchmark_run_as_written(mine)
     done = run(EXPORT, by=run_cli)
     assert done.returncode == 0, done.stderr
     assert all((mine / f"backbone.{kind}").is_file() for kind in ("pth", "safetensors", "onnx"))
+    done = run(REPORT)
+    assert (done.returncode, done.stdout) == (0, "runs/mine/report.html\n"), done.stderr
     done = run(EXTRACT, "device=cpu", "num_workers=0", by=run_cli)
     assert done.returncode == 0, done.stderr
     assert list((mine / "features" / "shards").glob("*.safetensors"))
