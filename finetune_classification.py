@@ -36,6 +36,7 @@ from data import Batch, PretrainLoader, seeded
 from distributed import rank
 from evaluation import FrozenModel, ImageBatches, Results, extract
 from finetuning import FinetuneConfig, Task, Trunk
+from keys import answer
 from labels import Labelled, choose_rows, first_labels, label_list, open_labelled, pad
 from pictures import show
 from report import Score
@@ -446,6 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains."""
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
+    answer(args, CONFIG, [*finetuning.default_sources(DEFAULTS), *args.sources])
     cfg = finetuning.load(CONFIG, DEFAULTS, args.sources)
     if args.print_config:
         return finetuning.run(TASK, args, cfg)

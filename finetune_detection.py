@@ -37,6 +37,7 @@ from data import Batch, PretrainLoader
 from distributed import gather_objects, on_rank_0, rank
 from evaluation import FrozenModel, ImageBatches, Results
 from finetuning import FinetuneConfig, Task, Trunk
+from keys import answer
 from optim import scheduled, stepped
 from pictures import show
 from report import Score
@@ -105,6 +106,7 @@ class DetectionConfig:
     box_convs: int = field(metadata=NOT_NEGATIVE)
     """Convolutions of the head of boxes, before a hidden layer of `box_dim`."""
     box_dim: int = field(metadata=COUNT)
+    """Channels of that hidden layer."""
     mask_convs: int = field(metadata=NOT_NEGATIVE)
     """Convolutions of the head of masks."""
     norm_masks: bool
@@ -753,6 +755,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains."""
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
+    answer(args, CONFIG, [*finetuning.default_sources(DEFAULTS), *args.sources])
     cfg = finetuning.load(CONFIG, DEFAULTS, args.sources)
     if args.print_config:
         return finetuning.run(TASK, args, cfg)

@@ -43,6 +43,7 @@ from eval_segmentation import (
 )
 from evaluation import FrozenModel, ImageBatches, Results, open_dataset
 from finetuning import FinetuneConfig, Task, Trunk
+from keys import answer
 from optim import scheduled
 from sources import UNLABELLED, ImageDataset, Sample, SegmentationDataset, match_classes, parse_data_url
 from tasks.pyramid import SimplePyramid, SyncedBatchNorm, synchronise_
@@ -727,6 +728,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains."""
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
+    answer(args, CONFIG, [*finetuning.default_sources(DEFAULTS), *args.sources])
     cfg = finetuning.load(CONFIG, DEFAULTS, args.sources)
     if not args.print_config:
         cfg, _, _ = open_training_images(cfg)

@@ -75,8 +75,9 @@ class BackboneConfig:
     model_loader_kwargs: dict[str, Any] = field(metadata=LOADER_KWARGS)
     """Arguments of the loader, such as `pretrained_weights`."""
     image_mean: tuple[float, float, float] = field(metadata=IMAGE_MEAN)
-    """Mean and deviation of the RGB channels, in [0, 1], by which images are normalised."""
+    """Mean of the RGB channels, in [0, 1], which is subtracted."""
     image_std: tuple[float, float, float] = field(metadata=IMAGE_STD)
+    """Deviation of the RGB channels, in units of [0, 1], by which they are divided."""
     drop_path_rate: float = field(metadata=within(at_least=0, below=1))
     """Probability that a branch of the last block is skipped for an image; it rises linearly from 0 at the first."""
     relative_position_bias: bool
@@ -88,6 +89,7 @@ class BackboneConfig:
     """Written by the training: the class that builds the backbone again, and its arguments, without its first weights.
     null: only the loader can."""
     arguments: dict[str, Any]
+    """Written by the training: arguments of that class."""
 
 
 @dataclass(frozen=True)
@@ -707,6 +709,11 @@ TASKS = ("finetune_classification", "finetune_segmentation", "finetune_detection
 """Scripts of tasks, by the section of the configuration that each alone has: what follows on the first `_`."""
 
 
+def default_sources(defaults: str) -> list[str]:
+    """The files whose values come before those of a user: what all tasks have in common, and the task's own file."""
+    return [str(DEFAULT_CONFIG), str(Path(__file__).parent / defaults)]
+
+
 def load(schema: type[FinetuneT], defaults: str, sources: list[str]) -> FinetuneT:
     """The configuration of a task: what all have in common, its own defaults, and then what the user gives.
 
@@ -717,7 +724,7 @@ def load(schema: type[FinetuneT], defaults: str, sources: list[str]) -> Finetune
 
     Raises: UserError for what does not fit.
     """
-    cfg = load_config(schema, DEFAULT_CONFIG, [str(Path(__file__).parent / defaults), *sources])
+    cfg = load_config(schema, DEFAULT_CONFIG, [*default_sources(defaults)[1:], *sources])
     typed = {source.partition("=")[0]: source for source in sources}
     if "optim.total_iters" in typed and "optim.epochs" not in typed and cfg.optim.epochs is not None:
         raise UserError(
