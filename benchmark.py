@@ -45,10 +45,10 @@ from config import (
     find_file,
     load_config,
     merge,
+    one_of,
     read_yaml,
     require,
     require_name,
-    require_one_of,
 )
 from evaluation import SPEED_KEYS, check_same_data, choose_output_dir, find_loader, hash_loader, model_name
 from keys import answer
@@ -81,7 +81,7 @@ ALIASES = {
 class BenchmarkLauncher(LauncherConfig):
     """Where evaluations run: each in a process of its own here, or as a Slurm job of this size."""
 
-    where: str = "local"
+    where: str = field(default="local", metadata=one_of("local", "slurm"))
     """local, one after another; or slurm. `launcher=slurm` is short for `launcher.where=slurm`."""
     num_nodes: int = 1
     gpus_per_node: int = 1
@@ -97,11 +97,6 @@ class BenchmarkLauncher(LauncherConfig):
     signal_delay_s: int = 120
     setup: list[str] = field(default_factory=list)
     sbatch: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Check where evaluations run, beside what every launcher checks."""
-        super().__post_init__()
-        require_one_of("launcher", self.where, ("local", "slurm"))
 
 
 @dataclass(frozen=True, kw_only=True)
