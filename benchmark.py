@@ -45,12 +45,13 @@ from config import (
     find_file,
     load_config,
     merge,
+    one_of,
     read_yaml,
     require,
     require_name,
-    require_one_of,
 )
 from evaluation import SPEED_KEYS, check_same_data, choose_output_dir, find_loader, hash_loader, model_name
+from keys import answer
 from launch import ROOT, NotedRun, Status, SubmittedJob, claim_output_dir
 from report import check_entry, check_run, read_results, text_table, write_report
 from sources import is_folder, make_dataset
@@ -80,7 +81,7 @@ ALIASES = {
 class BenchmarkLauncher(LauncherConfig):
     """Where evaluations run: each in a process of its own here, or as a Slurm job of this size."""
 
-    where: str = "local"
+    where: str = field(default="local", metadata=one_of("local", "slurm"))
     """local, one after another; or slurm. `launcher=slurm` is short for `launcher.where=slurm`."""
     num_nodes: int = 1
     gpus_per_node: int = 1
@@ -96,11 +97,6 @@ class BenchmarkLauncher(LauncherConfig):
     signal_delay_s: int = 120
     setup: list[str] = field(default_factory=list)
     sbatch: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Check where evaluations run, beside what every launcher checks."""
-        super().__post_init__()
-        require_one_of("launcher", self.where, ("local", "slurm"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +132,17 @@ class BenchmarkConfig:
     device: str | None = field(default=None, metadata=DEVICE)
     """This and the following keys are passed on to all evaluations; null leaves the choice to them."""
     dtype: str | None = field(default=None, metadata=DTYPE)
+    """Precision of the forward pass, as for each evaluation."""
     batch_size: int | None = field(default=None, metadata=COUNT)
+    """Images per forward pass of one process."""
     num_workers: int | None = field(default=None, metadata=NOT_NEGATIVE)
+    """Processes that read images, per process that computes."""
     seed: int | None = field(default=None, metadata=SEED)
+    """What random weights, splits and initialisations follow from."""
     image_mean: list[float] | None = field(default=None, metadata=IMAGE_MEAN)
+    """Mean of the RGB channels, in [0, 1], which is subtracted."""
     image_std: list[float] | None = field(default=None, metadata=IMAGE_STD)
+    """Deviation of the RGB channels, in units of [0, 1], by which they are divided."""
 
     def __post_init__(self) -> None:
         """Check rules between keys."""
@@ -523,13 +525,14 @@ def benchmark(cfg: BenchmarkConfig) -> int:
 
 
 def read_config(sources: Sequence[str]) -> BenchmarkConfig:
-    """The configuration of a command line: files and overrides, among which `ALIASES` stand for longer keys."""
+    """The configuration of a command line."""
+    return load_config(BenchmarkConfig, None, written_out(sources))
 
-    def written_out(source: str) -> str:
-        key, equals, value = source.partition("=")
-        return f"{ALIASES[key]}={value}" if equals and key in ALIASES else source
 
-    return load_config(BenchmarkConfig, None, [written_out(source) for source in sources])
+def written_out(sources: Sequence[str]) -> list[str]:
+    """Files and overrides, with the keys for which `ALIASES` stand."""
+    parts = [(source, *source.partition("=")) for source in sources]
+    return [f"{ALIASES[key]}={value}" if equals and key in ALIASES else source for source, key, equals, value in parts]
 
 
 @ending_in_words
@@ -537,6 +540,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or submitted, 1 an evaluation failed, 2 a mistake of the user."""
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
+    answer(args, BenchmarkConfig, written_out(args.sources))
     try:
         return benchmark(read_config(args.sources))
     except KeyboardInterrupt as error:

@@ -52,6 +52,7 @@ from evaluation import (
     open_dataset,
     square,
 )
+from keys import answer
 from readouts import nearest
 from sources import ImageDataset
 from utils import UserError, derive_seed, ending_in_words, replacing, setup_logging, writing_explained
@@ -444,6 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done, 2 a mistake that the message explains."""
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
+    answer(args, TokenizerConfig, args.sources)
     cfg = load_config(TokenizerConfig, None, args.sources)
     with session(cfg.device, key="device") as device, dead_workers_explained("num_workers"):
         setup_logging(quiet=rank() != 0)

@@ -147,12 +147,17 @@ class Allowed:
         return self.at_least <= number <= self.at_most and self.above < number < self.below
 
     def _range(self, value: Any) -> str:
+        must = "must all" if isinstance(value, list) else "must"
+        return f"{must} {'lie' if self.range_words.startswith('in') else 'be'} {self.range_words}"
+
+    @property
+    def range_words(self) -> str:
+        """Where numbers lie, in words: `at least 1`, `above 0`, `in [0, 1)`; empty if they lie anywhere."""
         with_low, with_high = self.at_least > self.above, self.at_most < self.below
         low, high = max(self.at_least, self.above), min(self.at_most, self.below)
-        must = "must all" if isinstance(value, list) else "must"
-        if high == math.inf:
-            return f"{must} be {'at least' if with_low else 'above'} {low}"
-        return f"{must} lie in {'[' if with_low else '('}{low}, {high}{']' if with_high else ')'}"
+        if high < math.inf:
+            return f"in {'[' if with_low else '('}{low}, {high}{']' if with_high else ')'}"
+        return f"{'at least' if with_low else 'above'} {low}" if low > -math.inf else ""
 
 
 def within(**allowed: Any) -> dict[str, Any]:
@@ -215,9 +220,13 @@ class LauncherConfig:
     mem: str | None
     """Memory per node, such as 200G."""
     partition: str | None
+    """Queue of the cluster."""
     account: str | None
+    """Who is charged for the time."""
     qos: str | None
+    """Quality of service, by which the cluster ranks and limits jobs."""
     constraint: str | None
+    """Features that nodes must have, such as the kind of their GPUs."""
     exclude: str | None
     """Nodes to avoid."""
     signal_delay_s: int = field(metadata=COUNT)
@@ -400,8 +409,11 @@ class OptimConfig:
     clip_grad: float | None = field(metadata=POSITIVE)
     """Largest norm of the student's gradient, or null for no clipping (the paper's choice)."""
     optimizer: str = field(metadata=one_of("AdamW"))
+    """The only one so far."""
     betas: tuple[float, float] = field(metadata=BETA)
+    """How long it remembers gradients and their squares: decay per update of each average."""
     lr_schedule: ScheduleConfig
+    """Learning rate, of all weights that have no multiplier."""
 
     def __post_init__(self) -> None:
         """Check that the schedule fits."""
@@ -455,9 +467,13 @@ class ViTConfig:
     """Sizes of an encoder with a table of sines and cosines for positions; a method may add its own keys."""
 
     patch_size: int = field(metadata=COUNT)
+    """Side of a patch in pixels."""
     embed_dim: int = field(metadata=COUNT)
+    """Channels of a token."""
     depth: int = field(metadata=COUNT)
+    """Blocks."""
     num_heads: int = field(metadata=COUNT)
+    """Attention heads of a block, which share its channels."""
     mlp_dim: int | None = field(metadata=COUNT)
     """Hidden channels of the MLPs; null for 4 x embed_dim."""
 
@@ -515,6 +531,7 @@ class RematerializationConfig:
     """Which operators of a transformer block run again in the backward pass instead of keeping their results."""
 
     enabled: bool
+    """Recompute at all. false keeps every result: faster, for more memory."""
     default: bool
     """Whether an operator that `policy` does not name is recomputed."""
     policy: dict[str, bool]
@@ -712,18 +729,29 @@ def load_config(schema: type[ConfigT], default_path: Path | None, sources: list[
     merged: dict[str, Any] = {}
     typed: dict[str, Any] = {}  # the same without the default file, which may be given as a source as well
     for source in ([] if default_path is None else [str(default_path)]) + sources:
-        is_file = source.endswith((".yaml", ".yml")) and Path(source).is_file()
-        if "=" in source and not is_file:
-            reader, node = _Reader(schema, ""), _read_override(source, schema)
-        else:
-            reader, node = _Reader(schema, f"{source}: "), _read_yaml(Path(source))
-        values = {} if node is None else reader.read(node, schema, "")
+        values = read_source(schema, source)
         merged = merge(merged, values)
-        if default_path is None or not is_file or not Path(source).samefile(default_path):
+        if default_path is None or not _is_file(source) or not Path(source).samefile(default_path):
             typed = merge(typed, values)
     if issubclass(schema, TrainingConfig):
         _allow_downloads(merged, typed)
     return build(schema, merged)
+
+
+def read_source(schema: type, source: str) -> dict[str, Any]:
+    """What a YAML file or an override gives, as nested dicts of values that have the types of `schema`.
+
+    Raises: UserError for what cannot be read, a key that `schema` lacks, or a value of another type.
+    """
+    if "=" in source and not _is_file(source):
+        reader, node = _Reader(schema, ""), _read_override(source, schema)
+    else:
+        reader, node = _Reader(schema, f"{source}: "), _read_yaml(Path(source))
+    return {} if node is None else reader.read(node, schema, "")
+
+
+def _is_file(source: str) -> bool:
+    return source.endswith((".yaml", ".yml")) and Path(source).is_file()
 
 
 def merge(base: Any, top: Any) -> Any:
@@ -744,7 +772,7 @@ def build(kind: Any, value: Any, key: str = "", allowed: Allowed | None = None) 
 
     Raises: UserError for a key that is missing or holds what it may not.
     """
-    kinds = _members(kind)
+    kinds = members(kind)
     if isinstance(value, dict) and dataclasses.is_dataclass(kinds[0]):
         return _build_section(kinds[0], value, key)
     if isinstance(value, dict) and typing.get_origin(kinds[0]) is dict:
@@ -856,13 +884,14 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"(?=.*[0-9]){REAL.pattern}$"), [*"-+.0123456789"])
 
 
-def _members(kind: Any) -> list[Any]:
+def members(kind: Any) -> list[Any]:
     """The types of a union, except None."""
     is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     return [each for each in typing.get_args(kind) if each is not type(None)] if is_union else [kind]
 
 
-def _may_be_null(kind: Any) -> bool:
+def may_be_null(kind: Any) -> bool:
+    """Whether null is among the values of a type."""
     return kind is Any or type(None) in typing.get_args(kind)
 
 
@@ -889,11 +918,11 @@ class _Reader:
         Raises: UserError if the node is of another type, or an unknown key.
         """
         allowed = allowed or Allowed()
-        if _is_null(node) and _may_be_null(kind):
+        if _is_null(node) and may_be_null(kind):
             return None
         if kind is Any:
             return _plain(node)
-        kinds = _members(kind)
+        kinds = members(kind)
         if isinstance(node, yaml.ScalarNode):
             if not _is_null(node):
                 for scalar in (bool, int, float, str):
@@ -928,14 +957,14 @@ class _Reader:
 
     def _error(self, node: yaml.Node, kind: Any, key: str) -> UserError:
         shown = node.value if isinstance(node, yaml.ScalarNode) else _plain(node)
-        kinds = [each for each in _members(kind) if each is not int or float not in _members(kind)]
-        words = [_words(each) for each in kinds] + (["null"] if _may_be_null(kind) else [])
+        kinds = [each for each in members(kind) if each is not int or float not in members(kind)]
+        words = [kind_words(each) for each in kinds] + (["null"] if may_be_null(kind) else [])
         at = f"{key}={shown}" if key else str(shown)
         return UserError(f"{self.source}{at}: must be {' or '.join(words)}")
 
 
-def _words(kind: Any) -> str:
-    """What a type is called in messages."""
+def kind_words(kind: Any) -> str:
+    """What a type other than null is called, with an example after a comma."""
     elements = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
         return f"a list of {len(elements)} numbers, such as [0.9,0.95]"
@@ -1009,7 +1038,7 @@ def _read_override(source: str, schema: type) -> yaml.Node:
     if not all(parts):
         raise UserError(f"{source!r} is not an override; write key=value, for example optim.total_iters=1000")
     kind = _kind_at(schema, parts)
-    kinds = _members(kind)
+    kinds = members(kind)
     is_collection = text.startswith(("[", "{"))
     node: yaml.Node | None
     if str in kinds and not (len(kinds) > 1 and is_collection):
@@ -1018,7 +1047,7 @@ def _read_override(source: str, schema: type) -> yaml.Node:
                 f"{source}: a text on the command line is taken letter for letter, and these quotes would be part of "
                 f"it; leave them out: {key}={text[1:-1]}"
             )
-        is_null = _may_be_null(kind) and text in ("", "null")
+        is_null = may_be_null(kind) and text in ("", "null")
         node = yaml.ScalarNode(TEXT, text, style=None if is_null else "'")
     elif kind is Any and not is_collection and not text.startswith(("'", '"')):
         node = yaml.ScalarNode(TEXT, text)
@@ -1037,7 +1066,7 @@ def _kind_at(schema: type, parts: list[str]) -> Any:
     """The declared type of a dotted key, Any if there is none."""
     kind, allowed = schema, Allowed()
     for part in parts:
-        section = _members(kind)[0]
+        section = members(kind)[0]
         if dataclasses.is_dataclass(section):
             if part not in {each.name for each in dataclasses.fields(section)}:
                 return Any

@@ -16,7 +16,9 @@ with command_line(__doc__, __name__) as parser:
     parser.add_argument("--data-seed", type=int, default=0, help="of the images (default: %(default)s)")
     parser.add_argument("--train-images", type=int, default=2000, help="to train on (default: %(default)s)")
     parser.add_argument("--val-images", type=int, default=200, help="to evaluate on (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="as for train_capi.py")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="as for train_capi.py, whose --help-all shows them"
+    )
 
 import argparse
 import contextlib

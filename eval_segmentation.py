@@ -71,6 +71,7 @@ class SegmentationConfig(EvaluationConfig):
     train_dataset_name: str = "custom://ADE20K?split='training'"
     """Data URL of images with label images."""
     test_dataset_name: str = "custom://ADE20K?split='validation'"
+    """Data URL of the images that are scored."""
     val_dataset_name: str | None = None
     """Images on which hyper-parameters are chosen; null holds out a part of the training images."""
     val_proportion: float = field(default=0.1, metadata=BETWEEN_0_AND_1)
@@ -80,6 +81,7 @@ class SegmentationConfig(EvaluationConfig):
     classifiers: list[str] = field(
         default_factory=lambda: list(CLASSIFIERS), metadata=one_of(*CLASSIFIERS, not_empty=True)
     )
+    """Which of them run: knn, logreg."""
     standardization: str = field(default="StandardScaler", metadata=one_of(*STANDARDIZATIONS))
     """What is done to the features, as fitted on the training images: one of `STANDARDIZATIONS`."""
     resolution: int = field(default=224, metadata=COUNT)
@@ -88,9 +90,11 @@ class SegmentationConfig(EvaluationConfig):
     """Labels of pixels that do not count. null: those that the data sets leave out, which are 0 and 255 for ADE20K,
     what classes.txt says for custom://Segmentation, else 255; what one of the sets leaves out counts in none."""
     knn_ks: list[int] = field(default_factory=lambda: [1, 3, 10, 30], metadata=within(at_least=1, not_empty=True))
+    """Numbers of neighbours that vote; the best on validation images is taken."""
     knn_distances: list[str] = field(
         default_factory=lambda: ["cosine", "L2"], metadata=one_of(*DISTANCES, not_empty=True)
     )
+    """How neighbours are told, cosine or L2; the best on validation images is taken."""
     knn_chunk: int = field(default=TRAIN_CHUNK, metadata=COUNT)
     """Training patches that are compared at a time."""
     knn_dtype: str = field(default="float32", metadata=one_of("float32", "bfloat16"))
@@ -98,8 +102,11 @@ class SegmentationConfig(EvaluationConfig):
     logreg_cs: list[float] = field(
         default_factory=lambda: np.logspace(-6, 5, 8).tolist(), metadata=within(above=0, not_empty=True)
     )
+    """Inverse strengths of the L2 penalty; the best on validation images is taken."""
     logreg_max_iter: int = field(default=1000, metadata=COUNT)
+    """Iterations after which a fit ends at the latest."""
     logreg_tol: float = field(default=1e-12, metadata=NOT_NEGATIVE)
+    """A fit ends once no part of the gradient is larger."""
     labelled_images: list[int] = field(default_factory=list, metadata=within(at_least=1, distinct=True))
     """Also score classifiers that have so many labelled images, each number giving results of its own: `[10]` adds
     knn_10_images and logreg_10_images. The training images are chosen such that classes occur equally often."""

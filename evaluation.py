@@ -52,6 +52,7 @@ from data import (
     workers_that_fit,
 )
 from distributed import all_gather_rows, barrier, broadcast_object, gather_objects, on_rank_0, rank, session, world_size
+from keys import answer
 from launch import claim_output_dir
 from pixels import log_pixels
 from report import Score
@@ -90,8 +91,9 @@ class FrozenModelConfig:
     num_workers: int | None = field(default=None, metadata=NOT_NEGATIVE)
     """Processes per rank that read images; null for one per core, up to 8."""
     image_mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN), metadata=IMAGE_MEAN)
-    """Mean and deviation of the RGB channels, in [0, 1], by which images are normalised."""
+    """Mean of the RGB channels, in [0, 1], which is subtracted."""
     image_std: list[float] = field(default_factory=lambda: list(IMAGENET_STD), metadata=IMAGE_STD)
+    """Deviation of the RGB channels, in units of [0, 1], by which they are divided."""
     seed: int = field(default=0, metadata=SEED)
     """What random weights, splits and initialisations follow from."""
 
@@ -696,6 +698,7 @@ class Evaluation(Generic[ConfigT]):
         """The command line. Returns the exit code: 0 done, 2 a mistake that the message explains."""
         args = self.parser.parse_intermixed_args(arguments)
         setup_logging()
+        answer(args, self.schema, args.sources)
         cfg = load_config(self.schema, None, args.sources)
         with session(cfg.device, key="device") as device, dead_workers_explained("num_workers"):
             setup_logging(quiet=rank() != 0)

@@ -30,7 +30,9 @@ with command_line(__doc__, __name__) as parser:
         help="of a checkpoint or .pth.tar; default: student_ema, or student where there is no average",
     )
     parser.add_argument(
-        "--config", type=Path, help="of a file of weights; default: the .yaml beside it, if there is one"
+        "--config",
+        type=Path,
+        help="of a file of weights; default: the .yaml beside it. Its keys: `--help-all` of the training script",
     )
 
 import argparse

@@ -105,6 +105,7 @@ class DetectionConfig:
     box_convs: int = field(metadata=NOT_NEGATIVE)
     """Convolutions of the head of boxes, before a hidden layer of `box_dim`."""
     box_dim: int = field(metadata=COUNT)
+    """Channels of that hidden layer."""
     mask_convs: int = field(metadata=NOT_NEGATIVE)
     """Convolutions of the head of masks."""
     norm_masks: bool

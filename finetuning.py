@@ -42,6 +42,7 @@ from config import (
 from data import Batch, PretrainLoader, normalize
 from distributed import mean_over_ranks
 from evaluation import FrozenModel, Results, find_loader, load_model_file
+from keys import answer
 from model import Backbone, Features, Residual, RotaryEmbedding, draw_drop_path, linear_rates
 from optim import Multipliers, ema_update_, make_adamw, scheduled, set_rates_
 from report import Panel
@@ -76,8 +77,9 @@ class BackboneConfig:
     model_loader_kwargs: dict[str, Any] = field(metadata=LOADER_KWARGS)
     """Arguments of the loader, such as `pretrained_weights`."""
     image_mean: tuple[float, float, float] = field(metadata=IMAGE_MEAN)
-    """Mean and deviation of the RGB channels, in [0, 1], by which images are normalised."""
+    """Mean of the RGB channels, in [0, 1], which is subtracted."""
     image_std: tuple[float, float, float] = field(metadata=IMAGE_STD)
+    """Deviation of the RGB channels, in units of [0, 1], by which they are divided."""
     drop_path_rate: float = field(metadata=within(at_least=0, below=1))
     """Probability that a branch of the last block is skipped for an image; it rises linearly from 0 at the first."""
     relative_position_bias: bool
@@ -89,6 +91,7 @@ class BackboneConfig:
     """Written by the training: the class that builds the backbone again, and its arguments, without its first weights.
     null: only the loader can."""
     arguments: dict[str, Any]
+    """Written by the training: arguments of that class."""
 
 
 @dataclass(frozen=True)
@@ -731,6 +734,11 @@ TASKS = ("finetune_classification", "finetune_segmentation", "finetune_detection
 """Scripts of tasks, by the section of the configuration that each alone has: what follows on the first `_`."""
 
 
+def default_sources(task: Task[Any]) -> list[str]:
+    """The files whose values come before those of a user: what all tasks have in common, and the task's own file."""
+    return [str(DEFAULT_CONFIG), str(Path(__file__).parent / task.defaults)]
+
+
 def load(task: Task[FinetuneT], sources: Sequence[str]) -> FinetuneT:
     """The configuration of a task: what all have in common, its own defaults, and then what the user gives.
 
@@ -740,7 +748,7 @@ def load(task: Task[FinetuneT], sources: Sequence[str]) -> FinetuneT:
 
     Raises: UserError for what does not fit.
     """
-    cfg = load_config(task.schema, DEFAULT_CONFIG, [str(Path(__file__).parent / task.defaults), *sources])
+    cfg = load_config(task.schema, DEFAULT_CONFIG, [*default_sources(task)[1:], *sources])
     typed = {source.partition("=")[0]: source for source in sources}
     if "optim.total_iters" in typed and "optim.epochs" not in typed and cfg.optim.epochs is not None:
         raise UserError(
@@ -767,6 +775,7 @@ def main(task: Task[Any], parser: argparse.ArgumentParser, arguments: Sequence[s
     """
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
+    answer(args, task.schema, [*default_sources(task), *args.sources])
     cfg, data = load(task, args.sources), None
     if not (args.print_config or args.export):
         cfg, data = task.open_data(cfg)

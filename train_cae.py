@@ -58,6 +58,7 @@ from crops import View
 from data import Batch, PretrainLoader
 from distributed import mean_over_ranks, world_size
 from flops import block_flops, embedding_flops
+from keys import answer
 from masking import MaskPlan, PatchMasks, ScatteredBlocks, Uniform
 from metrics import feature_health
 from model import draw_drop_path, load_resized
@@ -118,6 +119,7 @@ class RegressorConfig:
     embed_dim: int = field(metadata=COUNT)
     """Channels. Other than the encoder's, a linear layer and a norm stand between."""
     depth: int = field(metadata=COUNT)
+    """Blocks."""
     num_heads: int = field(metadata=COUNT)
     """Attention heads, of embed_dim // num_heads channels each; a rest is left out, as published."""
     layer_scale: float = field(metadata=NOT_NEGATIVE)
@@ -136,6 +138,7 @@ class DecoderConfig:
     """From regressed latents to tokens."""
 
     depth: int = field(metadata=COUNT)
+    """Blocks."""
     vocabulary_size: int = field(metadata=within(at_least=2))
     """How many tokens the tokenizer tells apart; 8192 for DALL-E's."""
 
@@ -684,6 +687,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains."""
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
+    answer(args, CaeConfig, [DEFAULT_CONFIG, *args.sources])
     cfg = load_config(CaeConfig, DEFAULT_CONFIG, args.sources)
     make_masks(cfg)
     return run_command(

@@ -64,6 +64,7 @@ from data import Batch, PretrainLoader
 from distributed import all_reduce_sum_, mean_over_ranks, rank, world_size
 from flops import StepShape, device_memory_estimate, training_flops_per_image
 from fsdp import joined_along
+from keys import answer
 from masking import MaskPlan, PatchMasks, draw_positions, make_masking_generator
 from metrics import feature_health
 from model import PREDICTORS, EncoderDecoder, RotaryEmbedding
@@ -122,9 +123,13 @@ class ClusteringOptimizerConfig:
     """The clustering head's own optimizer."""
 
     optimizer: str = field(metadata=one_of("AdamW"))
+    """The only one so far."""
     betas: tuple[float, float] = field(metadata=BETA)
+    """Decay per update of the averages of gradients and of their squares."""
     weight_decay: float = field(metadata=NOT_NEGATIVE)
+    """Times the learning rate at each update."""
     lr_schedule: ScheduleConfig
+    """Learning rate of the head."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,7 @@ class CapiOptimConfig(OptimConfig):
 
     start: StartConfig
     weight_decay: float = field(metadata=NOT_NEGATIVE)
+    """Times the learning rate at each update; biases and layer scales have none."""
     patch_embed_lr_mult: float = field(metadata=NOT_NEGATIVE)
     """Learning-rate multiplier of the patch embedding, 0.2."""
     rope_lr_mult: float = field(metadata=NOT_NEGATIVE)
@@ -226,6 +232,7 @@ class RopeConfig:
     max_freq: float = field(metadata=POSITIVE)
     """Highest frequency, in turns over the image."""
     min_freq: float = field(metadata=POSITIVE)
+    """Lowest frequency, likewise."""
 
     def __post_init__(self) -> None:
         """Check the order."""
@@ -238,8 +245,11 @@ class AttentionConfig:
     """Arguments of `model.Attention`."""
 
     num_heads: int = field(metadata=COUNT)
+    """Heads, which share the channels."""
     qkv_bias: bool
+    """Whether queries, keys and values have a bias."""
     proj_bias: bool
+    """Whether the projection of the result has a bias."""
     rope_kwargs: RopeConfig
 
 
@@ -257,7 +267,9 @@ class TransformersConfig:
     """What encoder and predictor share."""
 
     embed_dim: int = field(metadata=COUNT)
+    """Channels of a token."""
     drop_path_rate: float = field(metadata=within(at_least=0, below=1))
+    """Probability that a branch of a block is skipped for an image, in training."""
     block_kwargs: BlockConfig
 
 
@@ -266,6 +278,7 @@ class DepthConfig:
     """Depth of one tower."""
 
     depth: int = field(metadata=COUNT)
+    """Blocks."""
 
 
 NORM_SWITCHES = {"RMSNorm": ("elementwise_affine",), "LayerNorm": ("elementwise_affine", "bias")}
@@ -277,7 +290,9 @@ class ModelConfig:
     """Arguments of `model.EncoderDecoder`."""
 
     patch_size: int = field(metadata=COUNT)
+    """Side of a patch in pixels."""
     in_chans: int = field(metadata=COUNT)
+    """Channels of the images."""
     norm_layer_type: str = field(metadata=one_of(*NORM_SWITCHES))
     """Norm of torch.nn: RMSNorm or LayerNorm."""
     norm_layer_kwargs: dict[str, Any]
@@ -285,16 +300,21 @@ class ModelConfig:
     final_norm_kwargs: dict[str, Any]
     """What is different for the norm after the last block."""
     n_registers: int = field(metadata=NOT_NEGATIVE)
+    """Learned tokens beside the patches, 16."""
     register_coordinates: str = field(metadata=one_of("edge", "zeros"))
     """edge (spread over the border of the image, so a multiple of 4) or zeros."""
     scale_reg_to_visible: bool
+    """Map the registers' coordinates into the bounding box of each image's visible patches."""
     out_layer: int = field(metadata=within())
+    """Layer whose output is the feature: 0 is the embedding, -1 the last layer."""
     predictor: str = field(metadata=one_of(*PREDICTORS))
     """cross: mask tokens attend to the encoder's output, as published. split: both attend to each other, as in MAE.
     fused: mask tokens are in the encoder's input, as in BEiT and iBOT; decoder_kwargs then say nothing."""
     transformers_kwargs: TransformersConfig
     encoder_kwargs: DepthConfig
+    """The encoder, which is kept."""
     decoder_kwargs: DepthConfig
+    """The predictor."""
 
     def __post_init__(self) -> None:
         """Check the norm, and rules between sizes."""
@@ -952,6 +972,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains."""
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
+    answer(args, CapiConfig, [DEFAULT_PRETRAIN_CONFIG, *args.sources])
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, args.sources)
     mask_plan(cfg)
     make_masking_generator(cfg.data.masking_generator, **cfg.data.masking_generator_kwargs)

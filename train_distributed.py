@@ -32,14 +32,23 @@ from utils import UserError, ending_in_words, setup_logging
 logger = logging.getLogger("launch")
 
 
+def find_script(name: str) -> Path:
+    """A script of this repository.
+
+    Raises: UserError if there is none of that name.
+    """
+    script = (ROOT / name).absolute()
+    if not script.is_file() or not script.is_relative_to(ROOT):
+        raise UserError(f"--script {name}: must be the name of a training script in {str(ROOT)!r}")
+    return script
+
+
 def read_job(script_name: str, sources: list[str]) -> Job | None:
     """Have the script check its configuration; None if it found a mistake, which it then has explained itself.
 
     Raises: UserError if there is no such script in this repository.
     """
-    script = (ROOT / script_name).absolute()
-    if not script.is_file() or not script.is_relative_to(ROOT):
-        raise UserError(f"--script {script_name}: must be the name of a training script in {str(ROOT)!r}")
+    script = find_script(script_name)
     done = subprocess.run(
         [sys.executable, str(script), *sources, "--print-config"], stdout=subprocess.PIPE, text=True, check=False
     )
@@ -67,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 submitted or shown, 2 a mistake that the message explains."""
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
+    if args.schema or args.help_all is not None:
+        asked = ["--schema"] if args.schema else [f"--help-all={args.help_all}"]
+        return subprocess.run([sys.executable, find_script(args.script), *args.sources, *asked], check=False).returncode
     job = read_job(args.script, args.sources)
     if job is None:
         return 2

@@ -59,6 +59,7 @@ from ijepa import (
     published_part,
     read_encoder,
 )
+from keys import answer
 from masking import MultiBlockMasks, MultiBlockPlan
 from metrics import feature_health
 from model import load_resized
@@ -131,6 +132,7 @@ class PredictorConfig:
     embed_dim: int = field(metadata=COUNT)
     """384 in the paper, for every encoder."""
     depth: int = field(metadata=COUNT)
+    """Blocks."""
     num_heads: int | None = field(metadata=COUNT)
     """null for as many as the encoder has."""
     position_noise_std: float = field(metadata=NOT_NEGATIVE)
@@ -144,7 +146,9 @@ class MasksConfig:
     """Arguments of `masking.MultiBlockPlan`, which says more about each."""
 
     num_contexts: int = field(metadata=COUNT)
+    """Context blocks per image, each encoded for itself; 1 in the paper."""
     num_targets: int = field(metadata=COUNT)
+    """Target blocks per image, each predicted for itself; 4."""
     context_scale: tuple[float, float] = field(metadata=within(above=0, at_most=1, ascending=True))
     """Area of the context block, as fractions of the image."""
     target_scale: tuple[float, float] = field(metadata=within(above=0, at_most=1, ascending=True))
@@ -727,6 +731,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains."""
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
+    answer(args, IjepaConfig, [DEFAULT_CONFIG, *args.sources])
     cfg = load_config(IjepaConfig, DEFAULT_CONFIG, args.sources)
     mask_plan(cfg)
     return run_command(

@@ -131,8 +131,16 @@ def _stdout_has_reader() -> bool:
 
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
-    """Add `sources`, what `config.load_config` merges."""
+    """Add `sources`, what `config.load_config` merges, and what `keys.answer` answers."""
     parser.add_argument("sources", nargs="*", metavar="config.yaml | a.b=c", help="in order; later ones win")
+    parser.add_argument(
+        "--help-all",
+        nargs="?",
+        const="",
+        metavar="WORD",
+        help="print every key with value, type and meaning, or those about a word, and stop",
+    )
+    parser.add_argument("--schema", action="store_true", help="print a JSON Schema of YAML files for editors and stop")
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:

@@ -28,6 +28,7 @@ from summary import summarise, text_table, write_report
 from table import TableConfig, Training, evaluate, plan, planned_steps, train
 
 from config import check_evaluation, dump_yaml, load_config
+from keys import answer
 from launch import Status, claim_output_dir
 from utils import UserError, ending_in_words, setup_logging, write_text_atomically
 
@@ -91,7 +92,9 @@ def main(arguments: Sequence[str] | None = None, own_parser: argparse.ArgumentPa
     """The command line. Returns the exit code: 0 done or submitted, 1 a part failed, 2 a mistake of the user."""
     args = own_parser.parse_intermixed_args(arguments)
     setup_logging()
-    cfg = load_config(TableConfig, None, [_written_out(source) for source in args.sources])
+    sources = [_written_out(source) for source in args.sources]
+    answer(args, TableConfig, sources)
+    cfg = load_config(TableConfig, None, sources)
     try:
         return show(cfg) if args.dry_run else make_table(cfg)
     except KeyboardInterrupt as error:

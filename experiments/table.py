@@ -123,8 +123,11 @@ class TableConfig:
     """Keys of a table."""
 
     output_dir: str
+    """Folder of the table: runs, results, page."""
     title: str
+    """Heading of the page."""
     budget: BudgetConfig
+    """What every training may use up."""
     seeds: list[int] = field(
         default_factory=lambda: [0], metadata=within(at_least=0, below=2**32, not_empty=True, distinct=True)
     )
@@ -152,6 +155,7 @@ class TableConfig:
     device: str | None = field(default=None, metadata=DEVICE)
     """Of the evaluations; null leaves it to them, as the next key."""
     num_workers: int | None = field(default=None, metadata=NOT_NEGATIVE)
+    """Processes of the evaluations that read images; null as above."""
 
     def __post_init__(self) -> None:
         """Check that there is something to do, in one way."""

@@ -185,7 +185,7 @@ def test_a_bad_list_of_evaluations_is_explained(tmp_path, monkeypatch, name, tex
         ("compare=[evals.yaml]", "compare=evals.yaml: cannot be read"),
         ("compare=[any.json]", "compare=any.json: is not a results.json that benchmark.py wrote"),
         ("run_dir=runs/a", "run_dir=runs/a: has no metrics.jsonl"),
-        ("launcher=cloud", "launcher='cloud': must be one of local, slurm"),
+        ("launcher=cloud", "launcher.where='cloud': must be one of local, slurm"),
         ("launcher.gpus_per_nod=1", "did you mean launcher.gpus_per_node?"),
         ("nproc_per_node=0", "nproc_per_node=0: must be at least 1"),
         ("output_dir=a=b", "output_dir='a=b': must not contain '='"),

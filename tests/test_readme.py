@@ -21,6 +21,7 @@ import finetune_detection
 import finetune_segmentation
 import finetuning
 import train_cae
+import train_capi
 import train_ijepa
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from model import EncoderDecoder
@@ -31,7 +32,8 @@ from utils import import_from_path
 README = (ROOT / "README.md").read_text()
 BLOCKS = dict(enumerate(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)))
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS.values() for line in block.splitlines() if line.strip()]
-TRAINING = [command for command in COMMANDS if command.startswith("python train_capi.py")]
+KEYS = [command for command in COMMANDS if "--help-all" in command or "--schema" in command]
+TRAINING = [command for command in COMMANDS if command.startswith("python train_capi.py") and command not in KEYS]
 TRAINING_CAE = [command for command in COMMANDS if command.startswith("python train_cae.py")]
 TRAINING_IJEPA = [command for command in COMMANDS if command.startswith("python train_ijepa.py")]
 SLURM = [command for command in COMMANDS if command.startswith("python train_distributed.py")]
@@ -54,6 +56,7 @@ def test_the_commands_are_all_of_a_kind_that_is_tested():
         else:
             install = "pip install -c constraints.txt -e '.[test]'"
             assert command in [
+                *KEYS,
                 *TRAINING,
                 *TRAINING_IJEPA,
                 *TRAINING_CAE,
@@ -69,6 +72,16 @@ def test_the_commands_are_all_of_a_kind_that_is_tested():
                 REPORT,
                 install,
             ], command
+
+
+def test_keys_are_found_as_written(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert len(KEYS) >= 3
+    for command in KEYS:
+        arguments, _, _file = command.partition(" > ")
+        with pytest.raises(SystemExit) as ended:
+            train_capi.main(shlex.split(arguments)[2:])
+        assert ended.value.code == 0 and "EMA momentum m" in capsys.readouterr().out
 
 
 def test_training_commands_run_one_after_the_other(tmp_path, monkeypatch):

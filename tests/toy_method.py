@@ -21,6 +21,7 @@ from torch import nn
 from config import DEFAULT_PRETRAIN_CONFIG, TrainingConfig, load_config
 from data import PretrainLoader
 from distributed import mean_over_ranks
+from keys import answer
 from masking import MaskPlan, PatchMasks, Uniform
 from model import Features
 from optim import make_adamw, scheduled, set_rates_
@@ -156,6 +157,7 @@ def __model_loader__(pretrained_weights):  # noqa: N807  # the name that evaluat
 def main(arguments=None):
     args = parser.parse_intermixed_args(arguments)
     setup_logging()
+    answer(args, ToyConfig, args.sources)
     cfg = load_config(ToyConfig, None, args.sources)
     loader = functools.partial(make_loader, cfg)
     return run_command(
