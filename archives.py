@@ -297,15 +297,20 @@ def asked(place: str, ask: Callable[[Any, str], T], *, waits_s: Sequence[float] 
         system, path = _file_system(place)
         try:
             return ask(system, path)
-        except FileNotFoundError:
-            raise
-        except _remote_errors() as error:
+        except _remote_errors() as raised:
+            error = raised
+            # fsspec says of any answer but the right one to a question over HTTP that the file is not there.
+            if isinstance(raised, FileNotFoundError):
+                cause = raised.__cause__
+                if not isinstance(cause, _remote_errors()) or getattr(cause, "status", None) in (404, 410):
+                    raise
+                error = cause
             if _is_refusal(error):
-                raise UserError(f"{place}: no access ({_words(error)}); {_how_to_get_access(place)}") from error
+                raise UserError(f"{place}: no access ({_words(error)}); {_how_to_get_access(place)}") from raised
             if wait_s is None or isinstance(error, ValueError):
                 raise UserError(
                     f"{place}: cannot be read ({_words(error)}); check the address and the network, then start again"
-                ) from error
+                ) from raised
             logger.warning("%s: %s; asking again in %.0f s", place, _words(error), wait_s)
             time.sleep(wait_s)
     raise AssertionError("the last attempt raises")

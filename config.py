@@ -388,8 +388,9 @@ class EpochsOptimConfig(OptimConfig):
 class ImagesConfig:
     """Images and crops; a method adds its masks."""
 
-    dataset: str
-    """Data URL (README lists the sources), or the path of a folder of images."""
+    dataset: str | list[str] | dict[str, float | None]
+    """Data URL (README lists the sources), or the path of a folder of images or of an archive. Pretraining also takes
+    several, as a list, or as a mapping with the weight of each; null as weight leaves one out."""
     crop_scale: tuple[float, float] = field(metadata=within(above=0, at_most=1, ascending=True))
     """Area range of the random crop, as fractions of the image."""
     images_size: int = field(metadata=COUNT)
@@ -407,6 +408,28 @@ class ImagesConfig:
     decode: str = field(metadata=one_of("cpu", "gpu"))
     """cpu: the loader's workers decode. gpu: JPEG files go to the CUDA device, which decodes and crops them. The crops
     are the same boxes; colours differ by a few grey levels, since the decoders do."""
+
+    def __post_init__(self) -> None:
+        """Check a mixture."""
+        if isinstance(self.dataset, str):
+            return
+        for url in self.dataset:
+            require(url.strip() != "" and is_one_line(url), "data.dataset", url, "must be a data URL or a path")
+        require(len(set(self.dataset)) == len(self.dataset), "data.dataset", self.dataset, "must not have one twice")
+        weights = list(self.dataset.values()) if isinstance(self.dataset, dict) else [1.0] * len(self.dataset)
+        given = [weight for weight in weights if weight is not None]
+        fits = all(0 < weight < math.inf for weight in given)
+        require(fits, "data.dataset", self.dataset, "weights must be above 0; null leaves a data set out")
+        require(bool(given), "data.dataset", self.dataset, "must have at least one data set")
+
+    @property
+    def only_dataset(self) -> str:
+        """The data URL, for what is trained on one data set. Raises: UserError if there are several."""
+        if isinstance(self.dataset, str):
+            return self.dataset
+        raise UserError(
+            f"data.dataset={self.dataset!r}: only pretraining mixes several data sets; give one folder or data URL"
+        )
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def open_training_images(cfg: FinetuneClassificationConfig) -> tuple[FinetuneCla
 
     Raises: UserError if there are no labels, or one class only.
     """
-    url, chosen = cfg.data.dataset, cfg.classification.labels_per_class
+    url, chosen = cfg.data.only_dataset, cfg.classification.labels_per_class
     data = open_labelled(class_folders(url), "data.dataset")
     rows = data.labelled
     if chosen is not None:

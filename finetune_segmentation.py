@@ -224,8 +224,8 @@ def open_training_images(
 
     Raises: UserError as `open_dataset` and `number_labels`.
     """
-    dataset = open_dataset(cfg.data.dataset, "data.dataset")
-    numbers = number_labels(cfg.segmentation, dataset, "data.dataset", cfg.data.dataset)
+    dataset = open_dataset(cfg.data.only_dataset, "data.dataset")
+    numbers = number_labels(cfg.segmentation, dataset, "data.dataset", cfg.data.only_dataset)
     num_images = cfg.data.images_per_epoch or len(dataset)
     return replace(cfg, classes=numbers.classes, data=replace(cfg.data, images_per_epoch=num_images)), dataset, numbers
 

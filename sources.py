@@ -12,6 +12,7 @@ an image that cannot be read is met where its name is known. In this order:
 """
 
 import ast
+import bisect
 import functools
 import glob
 import hashlib
@@ -37,6 +38,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 from unittest import mock
@@ -507,6 +509,10 @@ class ImageDataset(Dataset[Sample]):
     def fingerprint(self) -> str:
         """A hash that is the same as long as the data are, as far as can be seen without reading all of them."""
         return str(len(self))
+
+    def replacement(self, index: int, number: int) -> int:
+        """The index of an image in place of `index`, which cannot be read; `number` is a random one."""
+        return number % len(self)
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -1012,8 +1018,9 @@ def _open_archives(
         missing = [place for place, file in zip(places, files, strict=True) if isinstance(file, OSError)]
         if missing:
             first = next(file for file in files if isinstance(file, OSError))
-            what = f"{len(missing)} of {len(files)} archives cannot be opened, first {missing[0]}"
-            raise url.error(f"{what} ({first.strerror or first}); bring them, or name those that are there")
+            why = "there is no such file" if isinstance(first, FileNotFoundError) else first.strerror or str(first)
+            many = f"{len(missing)} of {len(files)} archives cannot be opened, first " if len(files) > 1 else ""
+            raise url.error(f"{many}{missing[0]}: {why}; check the path, or name archives that are there")
         found = [file for file in files if isinstance(file, StoredFile)]
         indices = index_all(found, Endings, " ".join(image_endings()), listing_cache)
     except ArchiveError as error:
@@ -1653,6 +1660,106 @@ SOURCES: dict[str, Callable[[DataUrl, Path | None], ImageDataset | ImageStream]]
     "hf": _make_hub,
     "torchvision": _make_torchvision,
 }
+
+
+# ------------------------------------------------------------------------------------------- several data sets as one
+
+MIXTURE_BLOCK = 10_000
+"""Images in which each data set of a mixture with weights has its share exactly; the smallest share is one of them."""
+
+
+class Mixture(ImageDataset):
+    """Several data sets one after the other, and how many of so many images come from each.
+
+    Args:
+        urls: of the data sets, for people.
+        parts: the data sets.
+        weights: of each, in any unit; None where each image counts once, as in one large data set.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], parts: Sequence[ImageDataset], weights: Sequence[float] | None = None
+    ) -> None:
+        self.urls, self.parts = list(urls), list(parts)
+        self.ends = list(itertools.accumulate(map(len, parts)))
+        self.counts = None if weights is None else share_out(MIXTURE_BLOCK, weights)
+        """With weights, images of each data set among `MIXTURE_BLOCK`."""
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def part_of(self, index: int) -> int:
+        """The number of the data set that image `index` is in."""
+        return bisect.bisect_right(self.ends, index)
+
+    def start_of(self, part: int) -> int:
+        """The index of the first image of a data set."""
+        return self.ends[part - 1] if part else 0
+
+    def __getitem__(self, index: int) -> Sample:
+        part = self.part_of(index)
+        return self.parts[part][index - self.start_of(part)]
+
+    def replacement(self, index: int, number: int) -> int:
+        """An image of the same data set, so that shares stay what they are."""
+        part = self.part_of(index)
+        return self.start_of(part) + number % len(self.parts[part])
+
+    def fingerprint(self) -> str:
+        """A hash of those of all, and of their shares."""
+        about = [[part.fingerprint() for part in self.parts], self.counts]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+    def shares(self) -> list[str]:
+        """Of each data set, which part of the images that training sees it gives: lines for people."""
+        lines = []
+        for number, (url, part) in enumerate(zip(self.urls, self.parts, strict=True)):
+            fraction = len(part) / len(self) if self.counts is None else self.counts[number] / MIXTURE_BLOCK
+            again = f", all of them every {len(part) / fraction:,.0f} images" if self.counts else ""
+            lines.append(f"{fraction:7.2%} {url}: {len(part):,} images{again}")
+        return lines
+
+
+def share_out(total: int, weights: Sequence[float]) -> list[int]:
+    """Whole numbers that add up to `total`, in the ratio of the weights as nearly as can be: largest remainders."""
+    whole = sum(map(Fraction, weights))
+    exact = [total * Fraction(weight) / whole for weight in weights]
+    counts = [int(each) for each in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def make_mixture(
+    datasets: str | Sequence[str] | Mapping[str, float | None], *, key: str, listing_cache: Path | None = None
+) -> ImageDataset | ImageStream:
+    """The data set of one URL, of a list of them, or of several with weights; null as weight leaves one out.
+
+    Raises: UserError as `make_dataset`, and if one cannot be part of a mixture or would have no share.
+    """
+    if isinstance(datasets, str):
+        return make_dataset(datasets, key=key, listing_cache=listing_cache)
+    weights = None
+    if isinstance(datasets, Mapping):
+        kept = {url: weight for url, weight in datasets.items() if weight is not None}
+        datasets, weights = list(kept), list(kept.values())
+    opened = [make_dataset(url, key=key, listing_cache=listing_cache) for url in datasets]
+    if len(opened) == 1:
+        return opened[0]
+    for url, each in zip(datasets, opened, strict=True):
+        if isinstance(each, ImageStream):
+            raise UserError(
+                f"{key}: {url} is a stream, and a mixture needs random access: leave streaming=True out, or name tar "
+                "files by their paths, which are read in any order"
+            )
+    mixture = Mixture(datasets, opened, weights)
+    if mixture.counts and 0 in mixture.counts:
+        url = datasets[mixture.counts.index(0)]
+        raise UserError(
+            f"{key}: {url} has a share below 1 in {MIXTURE_BLOCK:,}; give it a larger weight, or null to leave it out"
+        )
+    return mixture
 
 
 # --------------------------------------------------------------------------------------------- what is there already

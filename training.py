@@ -612,6 +612,8 @@ class Run:
             )
             loader.check_shared_memory()
             if rank() == 0:
+                for line in loader.shares():
+                    logger.info("data.dataset: %s", line)
                 log_pixels(loader.dataset, "data.dataset")
             self.batches = DevicePrefetcher(loader, self.device)
             self.advice = WorkerAdvice(self.batches, cores_of_this_rank())
@@ -873,9 +875,10 @@ def describe(
     check_decode(cfg.data.decode, device)
     with make_loader(rank=0, world_size=1, position=None, pin_memory=False, bad_files_path=None) as loader:
         loader.check_shared_memory()
-        images, pixels = loader.describe(), sample_pixels(loader.dataset)
+        images, shares, pixels = loader.describe(), loader.shares(), sample_pixels(loader.dataset)
     lines = [
         f"data         {images}",
+        *(f"             {line}" for line in shares),
         *(f"pixels       {line}" for line in pixels.lines()),
         f"batch        {global_batch_size(optim)} images = {optim.batch_size_per_gpu} per forward pass x "
         f"{optim.accumulation_steps} accumulation steps x {world_size()} process(es)",
