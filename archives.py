@@ -192,7 +192,10 @@ class StoredFile:
             return data
         path, version = (self.place, self.version) if self.copy is None else (self.copy, self.copy_version)
         # No position is shared between processes or threads: pread is told where to read.
-        descriptor = _opened(path, self.size, version, os.getpid())
+        descriptor = _opened(path, version, os.getpid())
+        status = os.fstat(descriptor.number)
+        if (status.st_size, str(status.st_mtime_ns)) != (self.size, version):
+            raise UserError(f"{path} has changed since it was opened; leave it alone while it is read, and start again")
         data = b""
         while len(data) < length:
             part = os.pread(descriptor.number, length - len(data), start + len(data))
@@ -342,7 +345,8 @@ def _remote_errors() -> tuple[type[Exception], ...]:
 def _is_refusal(error: Exception) -> bool:
     kinds = {kind.__name__ for kind in type(error).__mro__}
     without = {"PermissionError", "NoCredentialsError", "PartialCredentialsError", "GoogleAuthError"}
-    return bool(kinds & without) or getattr(error, "status", getattr(error, "code", None)) in (401, 403)
+    status = error.status if hasattr(error, "status") else getattr(error, "code", None)  # pyright: ignore[reportAttributeAccessIssue]
+    return bool(kinds & without) or str(status) in ("401", "403")
 
 
 def _how_to_get_access(place: str) -> str:

@@ -119,6 +119,9 @@ class Allowed:
     def check(self, key: str, value: Any) -> None:
         """Raise a UserError that names `key` unless this allows `value`."""
         elements = value if isinstance(value, list | tuple) else (value,)
+        if isinstance(value, dict):  # null leaves a name out
+            elements = [*value, *(each for each in value.values() if each is not None)]
+            require(not self.not_empty or len(elements) > len(value), key, value, "must not be empty")
         if elements is value:
             value = list(value)  # a tuple is written like a list
             if self.size is not None:
@@ -388,7 +391,7 @@ class EpochsOptimConfig(OptimConfig):
 class ImagesConfig:
     """Images and crops; a method adds its masks."""
 
-    dataset: str | list[str] | dict[str, float | None]
+    dataset: str | list[str] | dict[str, float | None] = field(metadata=within(above=0, not_empty=True, distinct=True))
     """Data URL (README lists the sources), or the path of a folder of images or of an archive. Pretraining also takes
     several, as a list, or as a mapping with the weight of each; null as weight leaves one out."""
     crop_scale: tuple[float, float] = field(metadata=within(above=0, at_most=1, ascending=True))
@@ -408,19 +411,6 @@ class ImagesConfig:
     decode: str = field(metadata=one_of("cpu", "gpu"))
     """cpu: the loader's workers decode. gpu: JPEG files go to the CUDA device, which decodes and crops them. The crops
     are the same boxes; colours differ by a few grey levels, since the decoders do."""
-
-    def __post_init__(self) -> None:
-        """Check a mixture."""
-        if isinstance(self.dataset, str):
-            return
-        for url in self.dataset:
-            require(url.strip() != "" and is_one_line(url), "data.dataset", url, "must be a data URL or a path")
-        require(len(set(self.dataset)) == len(self.dataset), "data.dataset", self.dataset, "must not have one twice")
-        weights = list(self.dataset.values()) if isinstance(self.dataset, dict) else [1.0] * len(self.dataset)
-        given = [weight for weight in weights if weight is not None]
-        fits = all(0 < weight < math.inf for weight in given)
-        require(fits, "data.dataset", self.dataset, "weights must be above 0; null leaves a data set out")
-        require(bool(given), "data.dataset", self.dataset, "must have at least one data set")
 
     @property
     def only_dataset(self) -> str:

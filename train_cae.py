@@ -182,7 +182,6 @@ class CaeDataConfig(EpochsImagesConfig):
 
     def __post_init__(self) -> None:
         """Check that the GPU is not asked for what it does not do."""
-        super().__post_init__()
         remedy = "the tokenizer's view of a crop is not made there; use data.decode=cpu"
         require(self.decode == "cpu", "data.decode", self.decode, remedy)
 

@@ -188,7 +188,6 @@ class IjepaDataConfig(EpochsImagesConfig):
 
     def __post_init__(self) -> None:
         """Check that the GPU is not asked for what it does not do."""
-        super().__post_init__()
         own = self.interpolation != "bicubic" or self.grayscale > 0 or self.blur > 0
         require(
             self.decode == "cpu" or not own,
