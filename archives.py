@@ -147,14 +147,8 @@ class _Descriptor:
 
 
 @functools.lru_cache(maxsize=256)  # well below the files that a process may have open
-def _opened(path: str, size: int, version: str, _process: int) -> _Descriptor:
-    opened = _Descriptor(path)
-    status = os.fstat(opened.number)
-    if not stat.S_ISREG(status.st_mode) or (status.st_size, str(status.st_mtime_ns)) != (size, version):
-        raise UserError(
-            f"{path} has changed since it was opened; leave data alone while they are read, and start again"
-        )
-    return opened
+def _opened(path: str, _version: str, _process: int) -> _Descriptor:
+    return _Descriptor(path)
 
 
 @dataclass(frozen=True)
@@ -297,7 +291,7 @@ def asked(place: str, ask: Callable[[Any, str], T], *, waits_s: Sequence[float] 
     Raises: FileNotFoundError; UserError if a package or credentials are missing, or there is no answer.
     """
     for wait_s in (*waits_s, None):
-        system, path = _file_system(place)
+        system, path = file_system(place)
         try:
             return ask(system, path)
         except _remote_errors() as raised:
@@ -319,7 +313,8 @@ def asked(place: str, ask: Callable[[Any, str], T], *, waits_s: Sequence[float] 
     raise AssertionError("the last attempt raises")
 
 
-def _file_system(place: str) -> tuple[Any, str]:
+def file_system(place: str) -> tuple[Any, str]:
+    """Fsspec's file system of a remote place, and the path in it. Raises: UserError if a package is missing."""
     import fsspec
 
     try:

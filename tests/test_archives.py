@@ -17,8 +17,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from samples import encode, folder_url, make_config, photo
-from test_data import MemoryDataset, MemoryStream, ids, take, through_json
+from samples import MemoryDataset, MemoryStream, encode, folder_url, ids, make_config, photo, take, through_json
 
 import archives
 import finetune_classification
@@ -502,7 +501,7 @@ def test_a_place_that_does_not_answer_is_asked_again_and_then_stops_the_run(remo
                 raise failures.pop()
             return fsspec.core.url_to_fs(url)[0].cat_file(*args, **kwargs)
 
-    monkeypatch.setattr(archives, "_file_system", lambda place: (Failing(), place))
+    monkeypatch.setattr(archives, "file_system", lambda place: (Failing(), place))
     waited = []
     monkeypatch.setattr(archives.time, "sleep", waited.append)
     assert torch.equal(dataset[0].pixels(), expected)
