@@ -117,10 +117,11 @@ class LabelledImages(ImageDataset):
 
 
 def class_folders(url: str) -> str:
-    """The data URL for a folder that is given as one: with one folder of images per class."""
+    """The data URL for a place that is given as one, a folder or archives: with one folder of images per class."""
     parsed = parse_data_url(url)
     is_plain = (parsed.source, parsed.name) == ("custom", "Images")
-    return f"torchvision://ImageFolder?root={parsed.kwargs['root']!r}" if is_plain else url
+    arguments = "&".join(f"{name}={value!r}" for name, value in parsed.kwargs.items())
+    return f"torchvision://ImageFolder?{arguments}" if is_plain else url
 
 
 def open_training_images(cfg: FinetuneClassificationConfig) -> tuple[FinetuneClassificationConfig, LabelledImages]:

@@ -1116,6 +1116,9 @@ def _make_segmentation_folder(url: DataUrl) -> SegmentationDataset:
     """
     url.take(("root", "images", "masks"))
     root = url.folder("root")
+    given = str(url.kwargs["root"])
+    if is_remote(given) or re.search(r"\.(tar|zip)(/|$)", given, re.IGNORECASE):
+        raise url.error("label images are read from folders of this machine; unpack or copy it, and give that folder")
     images = _by_stem(url, ImageFolder(url, root / url.folder("images", "images")))
     masks = _by_stem(url, ImageFolder(url, root / url.folder("masks", "masks")))
     alone = [path for stem, path in images.items() if stem not in masks]

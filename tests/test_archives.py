@@ -255,6 +255,8 @@ def test_what_cannot_be_read_in_place_is_refused_with_a_remedy(root, tmp_path, m
     assert "cache= is for remote places" in refusal(f"custom://Images?root='{archive}'&cache='/x'")
     assert "cache= is for remote places" in refusal(f"custom://Images?root='{root}'&cache='/x'")
     assert "several folders are a list" in refusal(f"{root}/{{a,b}}")
+    assert "unpack or copy it" in refusal(f"custom://Segmentation?root='{archive}'")
+    assert "unpack or copy it" in refusal("custom://Segmentation?root='s3://bucket/x'")
 
 
 def test_links_in_a_tar_file_are_counted_and_a_later_member_replaces_an_earlier_one(tmp_path, caplog):
@@ -352,6 +354,8 @@ def test_class_folders_in_archives_are_labelled_as_those_of_a_folder(root, tmp_p
     assert by_archive.class_names == ["a", "b"]
     url = finetune_classification.class_folders(str(archive))
     assert torch.equal(open_labelled(url, "test").labels, expected.labels)
+    url = finetune_classification.class_folders("custom://Images?root='s3://b/x.tar'&cache='/scratch'")
+    assert url == "torchvision://ImageFolder?root='s3://b/x.tar'&cache='/scratch'"
     fsspec.filesystem("memory").pipe("/flat/x.png", encode(photo(0)))
     with pytest.raises(UserError, match="no image is in a folder"):
         make_dataset(folder_url("memory://flat"))
