@@ -1020,13 +1020,14 @@ def _open_archives(
             first = next(file for file in files if isinstance(file, OSError))
             why = "there is no such file" if isinstance(first, FileNotFoundError) else first.strerror or str(first)
             many = f"{len(missing)} of {len(files)} archives cannot be opened, first " if len(files) > 1 else ""
-            raise url.error(f"{many}{missing[0]}: {why}; check the path, or name archives that are there")
+            where = "" if missing[0] == url.text else f"{missing[0]}: "
+            raise url.error(f"{many}{where}{why}; check the path, or name archives that are there")
         found = [file for file in files if isinstance(file, StoredFile)]
         indices = index_all(found, Endings, " ".join(image_endings()), listing_cache)
     except ArchiveError as error:
         raise url.error(str(error)) from error
     except UserError as error:
-        raise error if str(error).startswith(f"{url.key}=") else url.error(str(error)) from error
+        raise error if str(error).startswith(f"{url.key}=") else _about(url, error) from error
     endings = Endings()
     for index in indices:
         endings.left_out.update(index.left_out)
@@ -1036,6 +1037,11 @@ def _open_archives(
         raise _no_images(url, f"{below} in {where}" if below else where, endings)
     endings.log(url)
     return images
+
+
+def _about(url: DataUrl, error: UserError) -> UserError:
+    """What is wrong with a place, as the error of the URL, which does not say the same name twice."""
+    return url.error(str(error).removeprefix(f"{url.text}: "))
 
 
 def _look_at(place: str, copies: Path | None) -> StoredFile | OSError:
@@ -1053,7 +1059,7 @@ def _open_remote(
     except FileNotFoundError as error:
         raise url.error(f"there is nothing at {root}; check the address") from error
     except UserError as error:
-        raise url.error(str(error)) from error
+        raise _about(url, error) from error
     endings = Endings()
     images = [file for file in listed if endings.is_image(PurePosixPath(file.path).name, lambda: True)]
     if images:
