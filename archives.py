@@ -504,7 +504,11 @@ def index(file: StoredFile, names: Names) -> Index:
             if first.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!")):
                 raise ArchiveError(compressed(file.place))
             opened.seek(0)
-            listed = _zip_members(file, opened) if first.startswith(b"PK") else _tar_members(file, opened)
+            listed = (
+                _zip_members(file, opened)
+                if first.startswith((b"PK\x03\x04", b"PK\x05\x06"))
+                else _tar_members(file, opened)
+            )
             for name, is_file, member in listed:
                 path = name.removeprefix("./")
                 folder, _, last = path.rpartition("/")

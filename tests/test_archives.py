@@ -157,6 +157,12 @@ def test_wrong_braces_are_refused(text):
     assert text in refusal(f"/data/{text}.tar")
 
 
+def test_a_tar_file_whose_first_name_begins_as_a_zip_file_does_is_a_tar_file(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "PK.png").write_bytes(encode(photo(0)))
+    assert len(make_dataset(str(write_tar(tmp_path / "x.tar", tmp_path / "images")))) == 1
+
+
 def test_a_name_with_braces_that_is_there_is_taken_as_it_is(root, tmp_path):
     assert len(make_dataset(str(write_tar(tmp_path / "{0..3}.tar", root)))) == 10
 
@@ -265,7 +271,7 @@ def test_what_cannot_be_read_in_place_is_refused_with_a_remedy(root, tmp_path, m
 def test_links_in_a_tar_file_are_counted_and_a_later_member_replaces_an_earlier_one(tmp_path, caplog):
     first, second = encode(photo(0)), encode(photo(1))
     with tarfile.open(tmp_path / "x.tar", "w") as opened:
-        for name, content in (("./x.png", first), ("y.png", first), ("x.png", second)):
+        for name, content in (("./x.png", first), ("y.png", first), ("x.png", second), ("a/.cache/h.png", first)):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             opened.addfile(info, io.BytesIO(content))
