@@ -119,6 +119,9 @@ class Allowed:
     def check(self, key: str, value: Any) -> None:
         """Raise a UserError that names `key` unless this allows `value`."""
         elements = value if isinstance(value, list | tuple) else (value,)
+        if isinstance(value, dict):  # null leaves a name out
+            elements = [*value, *(each for each in value.values() if each is not None)]
+            require(not self.not_empty or len(elements) > len(value), key, value, "must not be empty")
         if elements is value:
             value = list(value)  # a tuple is written like a list
             if self.size is not None:
@@ -433,8 +436,9 @@ class EpochsOptimConfig(OptimConfig):
 class ImagesConfig:
     """Images and crops; a method adds its masks."""
 
-    dataset: str
-    """Data URL (README lists the sources), or the path of a folder of images."""
+    dataset: str | list[str] | dict[str, float | None] = field(metadata=within(above=0, not_empty=True, distinct=True))
+    """Data URL (README lists the sources), or the path of a folder of images or of an archive. Pretraining also takes
+    several, as a list, or as a mapping with the weight of each; null as weight leaves one out."""
     crop_scale: tuple[float, float] = field(metadata=within(above=0, at_most=1, ascending=True))
     """Area range of the random crop, as fractions of the image."""
     images_size: int = field(metadata=COUNT)
@@ -452,6 +456,15 @@ class ImagesConfig:
     decode: str = field(metadata=one_of("cpu", "gpu"))
     """cpu: the loader's workers decode. gpu: JPEG files go to the CUDA device, which decodes and crops them. The crops
     are the same boxes; colours differ by a few grey levels, since the decoders do."""
+
+    @property
+    def only_dataset(self) -> str:
+        """The data URL, for what is trained on one data set. Raises: UserError if there are several."""
+        if isinstance(self.dataset, str):
+            return self.dataset
+        raise UserError(
+            f"data.dataset={self.dataset!r}: only pretraining mixes several data sets; give one folder or data URL"
+        )
 
 
 @dataclass(frozen=True)

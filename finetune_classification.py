@@ -118,10 +118,11 @@ class LabelledImages(ImageDataset):
 
 
 def class_folders(url: str) -> str:
-    """The data URL for a folder that is given as one: with one folder of images per class."""
+    """The data URL for a place that is given as one, a folder or archives: with one folder of images per class."""
     parsed = parse_data_url(url)
     is_plain = (parsed.source, parsed.name) == ("custom", "Images")
-    return f"torchvision://ImageFolder?root={parsed.kwargs['root']!r}" if is_plain else url
+    arguments = "&".join(f"{name}={value!r}" for name, value in parsed.kwargs.items())
+    return f"torchvision://ImageFolder?{arguments}" if is_plain else url
 
 
 def open_training_images(cfg: FinetuneClassificationConfig) -> tuple[FinetuneClassificationConfig, LabelledImages]:
@@ -129,7 +130,7 @@ def open_training_images(cfg: FinetuneClassificationConfig) -> tuple[FinetuneCla
 
     Raises: UserError if there are no labels, or one class only.
     """
-    url, chosen = cfg.data.dataset, cfg.classification.labels_per_class
+    url, chosen = cfg.data.only_dataset, cfg.classification.labels_per_class
     data = open_labelled(class_folders(url), "data.dataset")
     rows = data.labelled
     if chosen is not None:

@@ -385,7 +385,7 @@ def open_training_images(cfg: FinetuneDetectionConfig) -> tuple[FinetuneDetectio
     """
     if cfg.detection.masks:
         optional("pycocotools.mask")  # now, not in the workers
-    images = open_coco(cfg.data.dataset, "data.dataset", masks=cfg.detection.masks)
+    images = open_coco(cfg.data.only_dataset, "data.dataset", masks=cfg.detection.masks)
     with_objects = images.with_objects()
     chosen = with_objects if cfg.detection.skip_empty else images
     num_images = cfg.data.images_per_epoch or len(chosen)

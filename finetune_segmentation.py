@@ -230,8 +230,8 @@ def open_training_images(cfg: FinetuneSegmentationConfig) -> tuple[FinetuneSegme
 
     Raises: UserError as `open_dataset` and `number_labels`.
     """
-    dataset = open_dataset(cfg.data.dataset, "data.dataset")
-    numbers = number_labels(cfg.segmentation, dataset, "data.dataset", cfg.data.dataset)
+    dataset = open_dataset(cfg.data.only_dataset, "data.dataset")
+    numbers = number_labels(cfg.segmentation, dataset, "data.dataset", cfg.data.only_dataset)
     num_images = cfg.data.images_per_epoch or len(dataset)
     data = replace(cfg.data, images_per_epoch=num_images)
     return replace(cfg, classes=numbers.classes, data=data), NumberedImages(dataset, numbers)

@@ -650,6 +650,8 @@ class Run:
             )
             loader.check_shared_memory()
             if rank() == 0:
+                for line in loader.shares():
+                    logger.info("data.dataset: %s", line)
                 log_pixels(loader.dataset, "data.dataset")
             self.batches = DevicePrefetcher(loader, self.device)
             self.advice = WorkerAdvice(self.batches, cores_of_this_rank())
@@ -925,10 +927,11 @@ def describe(
     place = {"rank": 0, "world_size": 1, "position": None, "pin_memory": False, "bad_files_path": None}
     with make_loader(**place, decode_device=device) as loader:
         loader.check_shared_memory()
-        images, pixels = loader.describe(), sample_pixels(loader.dataset)
+        images, shares, pixels = loader.describe(), loader.shares(), sample_pixels(loader.dataset)
         sheet = _sheet_of_dry_run(cfg, loader, look, normalize)
     lines = [
         f"data         {images}",
+        *(f"             {line}" for line in shares),
         *(f"pixels       {line}" for line in pixels.lines()),
         f"pictures     {sheet}",
         f"batch        {global_batch_size(optim)} images = {optim.batch_size_per_gpu} per forward pass x "

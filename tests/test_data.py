@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import hashlib
 import io
 import json
 import logging
@@ -31,7 +30,18 @@ from conftest import PYTHON, ROOT
 from PIL import Image
 from ranks import exit_codes
 from runs import TINY
-from samples import age, encode, make_config, photo
+from samples import (
+    MemoryDataset,
+    MemoryStream,
+    age,
+    encode,
+    fingerprint,
+    ids,
+    make_config,
+    photo,
+    take,
+    through_json,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -50,57 +60,6 @@ from data import (
 from sources import BadImageError, ImageDataset, ImageStream, Sample, decode_image, make_dataset
 from train_capi import make_loader
 from utils import UserError
-
-
-class MemoryDataset(ImageDataset):
-    def __init__(self, size, bad=()):
-        self.files = [b"not an image" if index in bad else encode(photo(index)) for index in range(size)]
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        return Sample(f"image {index}", lambda: self.files[index])
-
-
-class MemoryStream(ImageStream):
-    """Shards of samples; the name of a sample is its number over all shards."""
-
-    def __init__(self, *sizes, bad=()):
-        self.num_shards = len(sizes)
-        self.firsts = np.cumsum([0, *sizes]).tolist()
-        self.bad = bad
-        self.png = encode(photo(0))
-
-    def read_shard(self, shard, start=0):
-        for number in range(self.firsts[shard] + start, self.firsts[shard + 1]):
-            yield Sample(f"sample {number}", lambda number=number: b"bad" if number in self.bad else self.png)
-
-
-def fingerprint(batch):
-    """Everything that training sees of a batch."""
-    assert batch.images.dtype == torch.uint8
-    return (
-        batch.sample_ids.tolist(),
-        hashlib.sha256(batch.images.numpy().tobytes()).hexdigest(),
-        batch.masks["visible_indices"].tolist(),
-        batch.masks["predict_indices"].tolist(),
-    )
-
-
-def take(loader, count):
-    with loader:
-        return [fingerprint(next(loader)) for _ in range(count)]
-
-
-def ids(loader, count):
-    with loader:
-        return [index for _ in range(count) for index in next(loader).sample_ids.tolist()]
-
-
-def through_json(position):
-    return json.loads(json.dumps(position))
-
 
 # -------------------------------------------------------------------------------------- crops and batches
 
