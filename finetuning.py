@@ -734,15 +734,15 @@ def load(schema: type[FinetuneT], defaults: str, sources: list[str]) -> Finetune
 def run(task: Task[FinetuneT], args: argparse.Namespace, cfg: FinetuneT) -> int:
     """What the command line of a task asks for. Returns the exit code."""
 
-    def state_to_export(device: torch.device) -> FinetuneState:
+    def state_to_export(cfg: FinetuneT, device: torch.device) -> FinetuneState:
         checkpoint = newest_checkpoint(cfg, Path(cfg.train.output_dir))
         return make_state(task, prepared(cfg, checkpoint), device, with_weights=False, compiled=False)
 
     return run_command(
         args,
         cfg,
-        dry_run=lambda: dry_run(task, cfg),
-        train=functools.partial(train, task, cfg),
+        dry_run=functools.partial(dry_run, task),
+        train=functools.partial(train, task),
         make_state=state_to_export,
         has_kernels=False,
     )

@@ -918,11 +918,11 @@ def sincos_table(grid: tuple[int, int], dim: int, *, row_first: bool = False) ->
 class PatchEmbed(nn.Module):
     """Every patch a token, row-major."""
 
-    def __init__(self, patch_size: int, dim: int) -> None:
+    def __init__(self, patch_size: int, dim: int, in_chans: int = 3) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """Project the pixels of each patch."""
         return self.proj(images).flatten(2).transpose(1, 2)
 
@@ -1015,7 +1015,7 @@ def untrained_encoder(
 
 
 def encoder_sizes(weights: Mapping[str, Tensor], source: str) -> dict[str, int]:
-    """Grid, patch, width, depth and hidden width of a ViT with a table of positions, as the shapes of its weights say.
+    """Grid, patch, bands, width, depth and hidden width of a ViT with a table of positions, as the shapes of its weights say.
 
     Args:
         weights: by the names that timm has, with a row for each patch in the table and at most one for a class token.
@@ -1029,6 +1029,7 @@ def encoder_sizes(weights: Mapping[str, Tensor], source: str) -> dict[str, int]:
             "grid_size": math.isqrt(num_rows),
             "patch_size": weights["patch_embed.proj.weight"].shape[-1],
             "embed_dim": embed_dim,
+            "in_chans": weights["patch_embed.proj.weight"].shape[1],
             "depth": sum(key.endswith(".norm1.weight") for key in weights),
             "mlp_dim": len(weights["blocks.0.mlp.fc1.bias"]),
         }

@@ -45,6 +45,7 @@ from config import (
     NOT_NEGATIVE,
     EpochsConfig,
     EpochsImagesConfig,
+    PretrainingImagesConfig,
     EpochsOptimConfig,
     ViTConfig,
     load_config,
@@ -168,7 +169,7 @@ class CaeOptimConfig(EpochsOptimConfig):
 
 
 @dataclass(frozen=True)
-class CaeDataConfig(EpochsImagesConfig):
+class CaeDataConfig(PretrainingImagesConfig, EpochsImagesConfig):
     """Images, crops and masks."""
 
     mask_ratio: float = field(metadata=BETWEEN_0_AND_1)
@@ -182,6 +183,7 @@ class CaeDataConfig(EpochsImagesConfig):
 
     def __post_init__(self) -> None:
         """Check that the GPU is not asked for what it does not do."""
+        super().__post_init__()
         remedy = "the tokenizer's view of a crop is not made there; use data.decode=cpu"
         require(self.decode == "cpu", "data.decode", self.decode, remedy)
 
@@ -293,11 +295,12 @@ class CaeState(TrainState[CaeConfig]):
     """
 
     MODEL_KEYS = (
-        *(f"model.{name}" for name in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_dim")),
+        *(f"model.{name}" for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_dim")),
         *(f"regressor.{name}" for name in ("embed_dim", "depth", "num_heads")),
         "decoder",
         "data.images_size",
     )
+    LATER_KEYS: ClassVar[dict[str, Any]] = {"model": {"in_chans": 3}}
 
     def __init__(
         self, cfg: CaeConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
@@ -355,7 +358,9 @@ def start_from(student: nn.ModuleDict, path_or_url: str) -> None:
 def token_ids_at(tokenizer: Tokenizer, batch: Batch) -> Int[Tensor, " bm"]:
     """The tokens of the hidden patches of a batch, image-major."""
     assert batch.second_images is not None
-    images = batch.second_images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    images = batch.second_images.to(torch.float32, memory_format=torch.contiguous_format)
+    if not batch.second_images.is_floating_point():
+        images = images.div_(255)
     return tokenizer(images).flatten()[batch.masks["predict_indices"]]
 
 
@@ -540,7 +545,7 @@ def step_flops_per_image(cfg: CaeConfig) -> float:
     """
     model, width, masks = cfg.model, cfg.regressor.embed_dim, make_masks(cfg).plan
     visible, hidden = masks.num_visible, masks.num_masked
-    embedding = embedding_flops(masks.num_patches, model.patch_size, model.embed_dim)
+    embedding = embedding_flops(masks.num_patches, model.patch_size, model.embed_dim, model.in_chans)
     of_encoder, of_targets = (
         model.depth * block_flops(model.embed_dim, num + 1, num + 1, model.mlp_dim) for num in (visible, hidden)
     )
@@ -666,9 +671,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(
         args,
         cfg,
-        dry_run=lambda: dry_run(cfg),
-        train=functools.partial(train, cfg),
-        make_state=functools.partial(CaeState, cfg, compiled=False),
+        dry_run=dry_run,
+        train=train,
+        make_state=functools.partial(CaeState, compiled=False),
         has_kernels=False,
     )
 
