@@ -132,7 +132,7 @@ def read_stored(data: bytes | Image.Image, num: int = 3) -> Stored:
 
 
 def decode_bands(data: bytes | Image.Image, bands: Bands) -> Shaped[Tensor, "c h w"]:
-    """The values of an image as they are trained on, with the channels innermost in memory: uint8, or float32 in [0, 1].
+    """The values of an image as they are trained on, channels innermost in memory: uint8, or float32 in [0, 1].
 
     The rules, beside the one that a file with as many bands as are wanted is taken as it is:
 
@@ -232,11 +232,15 @@ def _read_npy(data: bytes, num: int) -> Stored:
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read_header(file)
     if dtype.hasobject or len(shape) not in (2, 3):
-        raise ValueError(f"it is an array {list(shape)} of {dtype}, not [h, w], [h, w, bands] or [bands, h, w] of numbers")
+        raise ValueError(
+            f"it is an array {list(shape)} of {dtype}, not [h, w], [h, w, bands] or [bands, h, w] of numbers"
+        )
     _check_size(shape)
     has = len(data) - file.tell()
     if math.prod(shape) * dtype.itemsize != has:
-        raise ValueError(f"its header says {list(shape)} of {dtype}, {math.prod(shape) * dtype.itemsize} bytes; it has {has}")
+        raise ValueError(
+            f"its header says {list(shape)} of {dtype}, {math.prod(shape) * dtype.itemsize} bytes; it has {has}"
+        )
     values = np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if is_fortran else "C")
     if values.ndim == 2:
         values = values[..., None]
@@ -253,7 +257,7 @@ def _read_dicom(data: bytes) -> Stored:
     try:
         import pydicom
         from pydicom.errors import InvalidDicomError
-        from pydicom.pixels import apply_color_lut, apply_modality_lut
+        from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
     except ImportError as error:
         raise missing_package("DICOM", error) from error
     try:

@@ -25,6 +25,7 @@ from model import (
     configuration_with_heads,
     encoder_sizes,
     linear_rates,
+    normalisation_beside,
     patch_grid,
     resize_positions,
     sincos_table,
@@ -264,6 +265,7 @@ class Encoder(Backbone):
         num_heads: attention heads.
         mlp_dim: hidden channels of the MLPs; None for 4 x `embed_dim`.
         in_chans: bands of the images.
+        normalisation: what they go through before; see `Backbone.use_normalisation`.
         layer_scale: by what branches are multiplied at the beginning of a training.
         drop_path_rate: probability that a branch of the last block is dropped, see `linear_rates`.
         relative_grid: see `add_relative_positions`.
@@ -307,6 +309,7 @@ features of hidden ones, and a decoder names their visual tokens.""",
         drop_path_rate: float = 0.0,
         relative_grid: int | None = None,
         in_chans: int = 3,
+        normalisation: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.arguments = {
@@ -323,6 +326,7 @@ features of hidden ones, and a decoder names their visual tokens.""",
         }
         self.grid_size, self.patch_size, self.embed_dim, self.n_blocks = grid_size, patch_size, embed_dim, depth
         self.in_chans = in_chans
+        self.use_normalisation(normalisation)
         self.layer_scale, self.drop_path_rates = layer_scale, linear_rates(drop_path_rate, depth)
         self.training_notes: dict[str, str] = {}  # what results of evaluations say about the training
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -581,7 +585,8 @@ def load_model(
         tokenizer = trained_with.get("tokenizer")
         if isinstance(tokenizer, dict) and tokenizer.get("description"):
             notes = {"tokenizer": str(tokenizer["description"])}
-    model = Encoder(**encoder_sizes(weights, source), num_heads=num_heads)
+    sizes: dict[str, Any] = {**encoder_sizes(weights, source), "num_heads": num_heads}
+    model = Encoder(**sizes, normalisation=normalisation_beside(config_path, source))
     model.training_notes = notes
     load_strictly(model, weights, source, remedy="Give weights of CAE")
     return model.to(device).eval()

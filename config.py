@@ -411,6 +411,11 @@ class ImagesConfig:
     are the same boxes; colours differ by a few grey levels, since the decoders do."""
 
     @property
+    def bands_are_known(self) -> bool:
+        """Whether range, mean and deviation are numbers; else they are to be measured."""
+        return True
+
+    @property
     def normalisation(self) -> Normalisation:
         """How images become what the network sees."""
         return Normalisation()
@@ -438,7 +443,7 @@ class PretrainingImagesConfig(ImagesConfig):
     def __post_init__(self) -> None:
         """Check the range, and that 8-bit RGB alone is decoded on a GPU."""
         given = self.value_range
-        if given is not None and given != "auto":
+        if given is not None and not isinstance(given, str):
             remedy = "must be [lowest, highest], the first below the second"
             require(given[0] < given[1], "data.value_range", list(given), remedy)
         if isinstance(self.mean, list | tuple) and isinstance(self.std, list | tuple):
@@ -448,14 +453,14 @@ class PretrainingImagesConfig(ImagesConfig):
         require(self.decode == "cpu" or is_rgb8, "data.decode", self.decode, "is for 8-bit RGB; use data.decode=cpu")
 
     @property
-    def is_measured(self) -> bool:
-        """Whether range, mean and deviation are numbers."""
+    def bands_are_known(self) -> bool:
+        """See `ImagesConfig.bands_are_known`."""
         return "auto" not in (self.value_range, self.mean, self.std)
 
     @property
     def normalisation(self) -> Normalisation:
         """How images become what the network sees, once that is measured."""
-        assert self.is_measured, "measure it first: training.with_normalisation"
+        assert self.bands_are_known, "they are to be measured first: training.with_normalisation"
         return Normalisation.of(dataclasses.asdict(self))
 
     @property
@@ -699,12 +704,13 @@ class TrainingConfig:
         """Check that what is evaluated is exported, and that all bands have a mean and a deviation."""
         for key in ("mean", "std") if isinstance(self.data, PretrainingImagesConfig) else ():
             given = getattr(self.data, key)
-            remedy = f"must be one number for each of model.in_chans={self.in_chans} bands; data.{key}=auto measures them"
+            remedy = (
+                f"must be one number for each of model.in_chans={self.in_chans} bands; data.{key}=auto measures them"
+            )
             require(given == "auto" or len(given) == self.in_chans, f"data.{key}", given, remedy)
         for name, entry in (self.evals or {}).items():
             if entry is not None:
                 require_one_of(f"evals.{name}.model_to_eval", entry.model_to_eval, self.EXPORTS)
-
 
     @property
     def in_chans(self) -> int:

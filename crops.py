@@ -83,8 +83,8 @@ def cut(pixels: Shaped[Tensor, "c h w"], crop: Crop, size: int, mode: str = "bic
         return (square.flip(-1) if crop.flip else square).permute(1, 2, 0).contiguous().permute(2, 0, 1)
     if mode == "lanczos":
         image = Image.fromarray(pixels.permute(1, 2, 0)[rows, columns].numpy())
-        resized = torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.LANCZOS))).permute(2, 0, 1)
-        return resized.flip(-1) if crop.flip else resized
+        square = torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.LANCZOS))).permute(2, 0, 1)
+        return square.flip(-1) if crop.flip else square
     # One axis more while the channels are innermost, so that its stride is that of a batch: else torch would take the
     # layout for that of a single channel, and transpose the result.
     box = pixels.permute(1, 2, 0)[None, rows, columns].permute(0, 3, 1, 2)

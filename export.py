@@ -9,7 +9,8 @@ The last is a file of several networks, as the authors of I-JEPA and StoP publis
 encoder, `student` its encoder with the predictor. Files of CAE's authors are taken likewise.
 `.pth` is a dict of tensors by their published names, `.safetensors` has the same keys; both get their config beside
 them, as `.yaml`, where the loader of the method (`load_model` of model.py, ijepa.py, cae.py) finds it. `.onnx` takes
-images of any number and size and gives the three outputs of the backbone's `forward`; it needs
+normalised images of any number and size and gives the three outputs of the backbone's `forward`; its metadata has
+`normalisation.value_range`, `mean` and `std`, as that of `.safetensors` has. It needs
 `pip install -c constraints.txt -e '.[onnx]'` in this folder. `.pth.tar`, of a run or checkpoint of I-JEPA, StoP or CAE,
 is what the authors' programs read: all networks in one file. The reverse, starting a run from weights, is the key
 `train.init_from`.
@@ -35,13 +36,14 @@ with command_line(__doc__, __name__) as parser:
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +195,7 @@ def write(exportable: Exportable, path: Path) -> None:
         elif path.suffix == ".safetensors":
             _write_safetensors(exportable, path)
         else:
-            _write_onnx(exportable.modules["backbone"], path)
+            _write_onnx(exportable.modules["backbone"], path, _normalisation_notes(exportable.cfg))
     except OSError as error:
         raise UserError(f"{str(path)!r} could not be written: {error}") from error
 
@@ -240,7 +242,12 @@ def _write_safetensors(exportable: Exportable, path: Path) -> None:
     }
     write_text_atomically(path.with_suffix(".yaml"), to_yaml(exportable.cfg))
     with replacing(path) as temporary:
-        save_safetensors(weights, temporary, {"format": "pt"})
+        save_safetensors(weights, temporary, {"format": "pt", **_normalisation_notes(exportable.cfg)})
+
+
+def _normalisation_notes(cfg: TrainingConfig) -> dict[str, str]:
+    """What images are normalised by, as texts for the metadata of a file."""
+    return {f"normalisation.{key}": json.dumps(value) for key, value in asdict(cfg.data.normalisation).items()}
 
 
 class _Named(nn.Module):
@@ -264,7 +271,9 @@ def _no_chatter() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _write_onnx(backbone: Any, path: Path) -> None:
+def _write_onnx(backbone: Any, path: Path, notes: Mapping[str, str]) -> None:
+    import onnx
+
     p = backbone.patch_size
     example = torch.zeros(2, backbone.in_chans, 4 * p, 6 * p)  # three numbers that differ: none is taken for another
     batch, rows, columns = torch.export.Dim("batch"), torch.export.Dim("rows"), torch.export.Dim("columns")
@@ -283,6 +292,9 @@ def _write_onnx(backbone: Any, path: Path) -> None:
                 dynamo=True,
                 verbose=False,
             )
+        graph: Any = onnx.load(str(Path(folder, path.name)), load_external_data=False)
+        onnx.helper.set_model_props(graph, dict(notes))
+        Path(folder, path.name).write_bytes(graph.SerializeToString())
         for written in sorted(Path(folder).iterdir(), reverse=True):  # the .onnx file after the .onnx.data it needs
             written.replace(path.parent / written.name)
 

@@ -22,6 +22,7 @@ from model import (
     PatchEmbed,
     configuration_with_heads,
     encoder_sizes,
+    normalisation_beside,
     patch_grid,
     resize_positions,
     sincos_table,
@@ -141,6 +142,7 @@ class Encoder(Backbone):
         num_heads: attention heads.
         mlp_dim: hidden channels of the MLPs; None for 4 x `embed_dim`.
         in_chans: bands of the images.
+        normalisation: what they go through before; see `Backbone.use_normalisation`.
 
     Raises: UserError if the sizes do not fit together.
     """
@@ -187,6 +189,7 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
         num_heads: int,
         mlp_dim: int | None = None,
         in_chans: int = 3,
+        normalisation: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.arguments = {
@@ -200,6 +203,7 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
         }
         self.grid_size, self.patch_size, self.embed_dim, self.n_blocks = grid_size, patch_size, embed_dim, depth
         self.in_chans = in_chans
+        self.use_normalisation(normalisation)
         self.pos_embed = nn.Parameter(torch.empty(1, grid_size**2, embed_dim), requires_grad=False)
         self.patch_embed = PatchEmbed(patch_size, embed_dim, in_chans)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_dim) for _ in range(depth))
@@ -350,7 +354,8 @@ def load_model(
     if num_heads is None:
         known = "16 for ViT-L, H and g, 12 for ViT-B"
         num_heads = int(configuration_with_heads(config_path, source, known)["model"]["num_heads"])
-    model = Encoder(**encoder_sizes(weights, source), num_heads=num_heads)
+    sizes: dict[str, Any] = {**encoder_sizes(weights, source), "num_heads": num_heads}
+    model = Encoder(**sizes, normalisation=normalisation_beside(config_path, source))
     load_strictly(model, weights, source, remedy="Give weights of I-JEPA or StoP")
     return model.to(device).eval()
 

@@ -6,6 +6,7 @@ This file is also a model file in the sense of the evaluations: `load_model` bui
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from utils import UserError
 from weights import (
     CardText,
+    Normalisation,
     load_backbone_weights,
     load_from_hub,
     load_strictly,
@@ -414,9 +416,31 @@ class Backbone(nn.Module):
     card_text: ClassVar[CardText]
     arguments: dict[str, Any]
     """What builds this model again; `save_pretrained` writes it."""
+    normalisation: Normalisation = Normalisation()
+    """What images go through before they get here; what builds it again is among the arguments unless it is the
+    default."""
     patch_size: int
+    in_chans: int
     n_blocks: int
     n_registers: int
+
+    def use_normalisation(self, normalisation: Normalisation | Mapping[str, Any] | None) -> None:
+        """Say what this model's images are normalised by; None leaves the default.
+
+        Raises: UserError if it is of another number of bands.
+        """
+        if normalisation is None:
+            return
+        if isinstance(normalisation, Mapping):
+            normalisation = Normalisation.of(normalisation)
+        if len(normalisation.mean) != self.in_chans or len(normalisation.std) != self.in_chans:
+            raise UserError(
+                f"data.mean={list(normalisation.mean)} and data.std={list(normalisation.std)}: must have a number for "
+                f"each of the {self.in_chans} bands of the model (in_chans)"
+            )
+        self.normalisation = normalisation
+        if normalisation != Normalisation():
+            self.arguments["normalisation"] = asdict(normalisation)
 
     def _run_encoder(
         self, x: Float[Tensor, "b c h w"], blocks: Sequence[int], *, stop_early: bool
@@ -550,7 +574,7 @@ class EncoderDecoder(Backbone):
 
     Args:
         patch_size: side of a patch, pixels.
-        in_chans: image channels.
+        in_chans: bands of the images.
         norm_layer_type: name of a norm in `torch.nn`; `norm_layer_kwargs` are its arguments, `final_norm_kwargs` come
             on top for the norm after the last block.
         n_registers: learned tokens beside the patches.
@@ -568,6 +592,7 @@ class EncoderDecoder(Backbone):
             the predicted ones is the prediction; registers are those of a whole image. There is no tower beside the
             encoder, whose depth stays: one as deep as both together would be another encoder to evaluate.
         out_layer: which layer's output is the feature, modulo depth + 1; 0 is the embedding, -1 the last layer.
+        normalisation: what images go through before; see `Backbone.use_normalisation`.
 
     Raises: UserError on an impossible combination.
     """
@@ -611,6 +636,7 @@ features, and a student predicts the clusters of hidden patches.""",
         final_norm_kwargs: Mapping[str, Any] | None = None,
         out_layer: int = -1,
         predictor: str = "cross",
+        normalisation: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.arguments = {
@@ -641,6 +667,7 @@ features, and a student predicts the clusters of hidden patches.""",
 
         embed_dim = transformers_kwargs["embed_dim"]
         self.patch_size, self.in_chans, self.embed_dim, self.pred_dim = patch_size, in_chans, embed_dim, embed_dim
+        self.use_normalisation(normalisation)
         self.n_registers = self.num_prefix_tokens = n_registers
         self.register_coordinates, self.scale_reg_to_visible = register_coordinates, scale_reg_to_visible
         edge_coordinates(n_registers, register_coordinates)  # raises early
@@ -1009,13 +1036,36 @@ def untrained_encoder(
     config = read_sections(default, config_path, {} if num_heads is None else {"model": {"num_heads": num_heads}})
     try:
         sizes = config["model"]
-        return make(grid_size=config["data"]["images_size"] // sizes["patch_size"], **sizes)
+        model = make(grid_size=config["data"]["images_size"] // sizes["patch_size"], **sizes)
     except (KeyError, TypeError) as error:
         raise UserError(f"The model section of {config_path} has a wrong key: {error}") from error
+    model.use_normalisation(config["data"])
+    return model
+
+
+def normalisation_beside(config_path: str | Path | None, source: str) -> dict[str, Any] | None:
+    """The section `data` of the configuration of weights, which says how their images are normalised; None without one.
+
+    Args:
+        config_path: of the configuration. None: the file of the same name beside the weights, as exports have it.
+        source: where the weights are from.
+
+    Raises: UserError if it cannot be read.
+    """
+    path = Path(source).with_suffix(".yaml") if config_path is None else Path(config_path)
+    if not path.is_file():
+        return None
+    import yaml  # here, so that those without a configuration need torch alone
+
+    try:
+        data = yaml.safe_load(path.read_text()).get("data")
+    except (OSError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"The configuration {str(path)!r} cannot be read: {error}") from error
+    return data if isinstance(data, dict) else None
 
 
 def encoder_sizes(weights: Mapping[str, Tensor], source: str) -> dict[str, int]:
-    """Grid, patch, bands, width, depth and hidden width of a ViT with a table of positions, as the shapes of its weights say.
+    """Grid, patch, bands, width, depth and hidden width of a ViT with a table of positions, by its weights' shapes.
 
     Args:
         weights: by the names that timm has, with a row for each patch in the table and at most one for a class token.
@@ -1081,7 +1131,8 @@ def load_model(
     if config_path is None and weights is not None:
         beside = Path(weights).parent / f"{Path(weights).stem}.yaml"
         config_path = beside if beside.is_file() else None
-    arguments = read_sections(DEFAULT_CONFIG, config_path, config_override)["model"]
+    sections = read_sections(DEFAULT_CONFIG, config_path, config_override)
+    arguments = sections["model"]
     state = None if weights is None else read_state_dict(weights)
     try:
         model = EncoderDecoder(**arguments)
@@ -1090,6 +1141,7 @@ def load_model(
             f"The model section of {config_path or 'config_override'} has a wrong key: {error}. Models that other "
             "methods trained have model files of their own, such as model_path=ijepa.py"
         ) from error
+    model.use_normalisation(sections["data"])
     if state is not None:
         load_backbone_weights(model, state, str(weights))
     return model.to(device).eval()

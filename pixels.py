@@ -346,7 +346,7 @@ def sample_pixels(dataset: ImageDataset | ImageStream, bands: Bands = RGB8) -> P
             if isinstance(each, BadImageError | UserError):
                 found.unreadable.append(str(each))
             else:
-                found.add(*each)  # pyright: ignore[reportArgumentType]  # of the kind that was asked for
+                found.add(*each)
     except queue.Empty:
         logger.warning("the images are read slowly: %d in %.0f s, not %d", found.num, TIME_LIMIT_S, NUM_IMAGES)
     stop.set()

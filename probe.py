@@ -100,7 +100,8 @@ class Probe:
         share = -(-len(images) // world_size())
         own = torch.arange(rank() * share, (rank() + 1) * share).clamp_max(len(images) - 1)
         parts = [
-            encode(self._normalize(images[rows].to(self.device))).float().mean(dim=1) for rows in own.split(self.batch_size)
+            encode(self._normalize(images[rows].to(self.device))).float().mean(dim=1)
+            for rows in own.split(self.batch_size)
         ]
         return all_gather_rows(torch.cat(parts))[: len(images)]
 

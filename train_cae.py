@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bands import Bands
 from cae import (
     DEFAULT_CONFIG,
     Encoder,
@@ -45,8 +46,8 @@ from config import (
     NOT_NEGATIVE,
     EpochsConfig,
     EpochsImagesConfig,
-    PretrainingImagesConfig,
     EpochsOptimConfig,
+    PretrainingImagesConfig,
     ViTConfig,
     load_config,
     one_of,
@@ -476,6 +477,12 @@ def open_tokenizer(cfg: CaeConfig, device: torch.device) -> Tokenizer:
         cfg.decoder.vocabulary_size,
         f"tokenizer.path={section.path!r} has {tokenizer.vocabulary_size} tokens; use that number",
     )
+    known = tokenizer.bands or Bands(3, cfg.data.bands.value_range)
+    if known != cfg.data.bands:
+        raise UserError(
+            f"tokenizer.path={section.path!r} is of images of {known}, and this training of {cfg.data.bands}: make one "
+            "with cae_tokenizer.py of a model of these bands, or set model.in_chans and data.value_range as there"
+        )
     return tokenizer
 
 

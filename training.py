@@ -323,13 +323,13 @@ def with_normalisation(cfg: ConfigT, output_dir: Path | None = None) -> ConfigT:
     Raises: UserError if the data cannot be opened or measured.
     """
     data = cfg.data
-    if not isinstance(data, PretrainingImagesConfig) or data.is_measured:
+    if not isinstance(data, PretrainingImagesConfig) or data.bands_are_known:
         return cfg
     if output_dir is not None:
         saved = Path(cfg.train.resume_from) if cfg.train.resume_from else Checkpoints(output_dir, keep=1).newest()
         if saved is not None and (saved / "config.yaml").is_file():
             cfg = _measured_as(cfg, read_yaml(saved / "config.yaml"))
-            if cfg.data.is_measured:
+            if cfg.data.bands_are_known:
                 return cfg
     measured = on_rank_0(functools.partial(_measure, cfg))
     values = {"value_range": measured.value_range, "mean": list(measured.mean), "std": list(measured.std)}
@@ -352,7 +352,8 @@ def _measured_as(cfg: ConfigT, saved: Mapping[str, Any]) -> ConfigT:
     before = saved.get("data", {})
     keys = ("value_range", "mean", "std") if isinstance(cfg.data, PretrainingImagesConfig) else ()
     return _with_values(
-        cfg, {key: before[key] for key in keys if getattr(cfg.data, key) == "auto" and before.get(key, "auto") != "auto"}
+        cfg,
+        {key: before[key] for key in keys if getattr(cfg.data, key) == "auto" and before.get(key, "auto") != "auto"},
     )
 
 
@@ -900,7 +901,9 @@ def run_command(
     with session(cfg.train.device) as device, claim_output_dir(cfg.train.output_dir) as output_dir:
         setup_logging(output_dir / "log.txt" if rank() == 0 else None, quiet=rank() != 0)
         if args.export:
-            sys.stdout.writelines(f"{path}\n" for path in export_newest(make_state(cfg, torch.device("cpu")), output_dir))
+            sys.stdout.writelines(
+                f"{path}\n" for path in export_newest(make_state(cfg, torch.device("cpu")), output_dir)
+            )
             return 0
         options = cfg.efficiency.compilation
         compiles = not (options.do_teacher.disable and options.do_student.disable)

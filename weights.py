@@ -31,10 +31,10 @@ from utils import UserError, hash_file, locked, replacing
 
 @dataclass(frozen=True)
 class Normalisation:
-    """How the values of an image become what a network sees: a part of what it learned, which travels with its weights.
+    """How the values of an image become what a network sees, which travels with its weights.
 
-    Values are scaled so that `value_range` becomes [0, 1], and clipped; then each band loses its mean, and is divided by
-    its deviation.
+    Values are scaled so that `value_range` becomes [0, 1], and clipped; then each band loses its mean, and is divided
+    by its deviation.
     """
 
     value_range: tuple[float, float] | None = None
@@ -61,7 +61,8 @@ class Normalisation:
             numbers = [value] if not isinstance(value, list | tuple) else list(value)
             if value is not None and not all(isinstance(x, int | float) for x in numbers):
                 raise UserError(f"data.{key}={value!r}: says no numbers; give the configuration beside the weights")
-        return cls(**{key: tuple(map(float, value)) for key, value in given.items() if value is not None})
+        said: dict[str, Any] = {key: tuple(map(float, value)) for key, value in given.items() if value is not None}
+        return cls(**said)
 
     def describe(self) -> str:
         """In words that a program can follow."""
@@ -566,6 +567,7 @@ def _hub_class(model_class: Any) -> Any:
                 library="capi",
                 model_class=model_class.__name__,
                 channels=self.in_chans,
+                normalisation=_normalisation_words(self.normalisation),
                 size=16 * self.patch_size,
                 **sizes,
                 **vars(said) | {"about": said.about.format(**sizes)},
@@ -573,6 +575,13 @@ def _hub_class(model_class: Any) -> Any:
             return ModelCard(re.sub(r"\n{3,}", "\n\n", text))
 
     return HubModel
+
+
+def _normalisation_words(normalisation: Normalisation) -> str:
+    if normalisation.value_range is None and len(normalisation.mean) == 3:
+        numbers = (", ".join(f"{x:g}" for x in each) for each in (normalisation.mean, normalisation.std))
+        return "RGB in [0, 1], minus ({}), divided by ({})".format(*numbers)
+    return f"What `model.normalisation(values)` makes of stored values: {normalisation.describe()}"
 
 
 def _hub_file(name_or_path: str, file: str, kwargs: Mapping[str, Any]) -> Path:
@@ -620,7 +629,7 @@ import torch
 from {module} import {model_class}
 
 model = {model_class}.from_pretrained("{name}")
-# RGB in [0, 1], minus (0.485, 0.456, 0.406), divided by (0.229, 0.224, 0.225)
+# {normalisation}
 images = torch.zeros(1, {channels}, {size}, {size})
 with torch.no_grad():
     global_repr, registers, feature_map = model(images)  # [b, d], [b, registers, d], [b, rows, columns, d]

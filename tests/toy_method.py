@@ -149,7 +149,11 @@ def train(cfg, output_dir, device):
 def __model_loader__(pretrained_weights):  # noqa: N807  # the name that evaluations look for
     """For the evaluations: the exported backbone."""
     weights = torch.load(pretrained_weights, weights_only=True)
-    model = Backbone(weights["backbone.patch_embed.weight"].shape[-1], len(weights["backbone.mask_token"]), weights["backbone.patch_embed.weight"].shape[1])
+    model = Backbone(
+        weights["backbone.patch_embed.weight"].shape[-1],
+        len(weights["backbone.mask_token"]),
+        weights["backbone.patch_embed.weight"].shape[1],
+    )
     model.load_state_dict({k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")})
     return model
 
