@@ -19,7 +19,7 @@ from jaxtyping import Shaped
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from utils import UserError
+from utils import Bands, UserError
 
 ARRAY_ENDINGS = (".btf", ".dcm", ".dicom", ".npy", ".tf8")
 """Of files that count as images in a folder without any of which Pillow knows the ending."""
@@ -31,28 +31,6 @@ ALPHA_ASSOCIATED, ALPHA_UNASSOCIATED = 1, 2
 """What a TIFF says of a further band: opacity by which colours are multiplied already, or not. 0 says nothing."""
 NO_DATA = 42113
 """The tag of GDAL that says which value stands for no data."""
-
-
-@dataclass(frozen=True)
-class Bands:
-    """What is made of the values of every image.
-
-    Args:
-        num: bands, those of the model.
-        value_range: the stored values that become 0 and 1; what lies outside is clipped. None: images have 8 bits,
-            which stay as they are.
-    """
-
-    num: int = 3
-    value_range: tuple[float, float] | None = None
-
-    @property
-    def are_rgb8(self) -> bool:
-        """Whether they are 8-bit RGB, of which Pillow alone knows all."""
-        return self.num == 3 and self.value_range is None
-
-
-RGB8 = Bands()
 
 
 @dataclass(frozen=True)

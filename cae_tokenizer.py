@@ -34,7 +34,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bands import Bands
 from config import COUNT, MISSING, build, changed_keys, load_config, require, within
 from data import dead_workers_explained
 from distributed import on_rank_0, rank, session
@@ -55,7 +54,7 @@ from evaluation import (
 )
 from readouts import nearest
 from sources import ImageDataset
-from utils import UserError, derive_seed, ending_in_words, replacing, setup_logging, writing_explained
+from utils import Bands, UserError, derive_seed, ending_in_words, replacing, setup_logging, writing_explained
 from weights import load_strictly, local_path, not_finite, read_state_dict, save_safetensors
 
 logger = logging.getLogger("tokenizer")

@@ -22,10 +22,8 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 
-from bands import RGB8, Bands
 from default_eval_config import EVALS
-from utils import UserError, closest
-from weights import Normalisation
+from utils import RGB8, Bands, Normalisation, UserError, closest
 
 ROOT = Path(__file__).parent
 MISSING = "???"
@@ -430,7 +428,7 @@ class ImagesConfig:
 class PretrainingImagesConfig(ImagesConfig):
     """The same for methods that learn from images of any bands and depth."""
 
-    value_range: tuple[float, float] | str | None = field(metadata=one_of("auto"))
+    value_range: tuple[float, float] | str | None = field(metadata=one_of("auto", at_least=-(2**52), at_most=2**52))
     """The stored values that become 0 and 1; others are clipped. null: 8-bit images as they are; deep grey by 16 bits,
     or, of floats, by 0 to 1. auto: null if a sample of the images has 8 bits, else what it shows, without the darkest
     and brightest thousandth; measured once, and written to the run's config.yaml."""

@@ -32,7 +32,6 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from bands import RGB8, Bands
 from config import ImagesConfig
 from crops import CROP_RATIO, Crop, View, cut, draw_crop
 from distributed import gather_objects, ranks_of_this_machine
@@ -45,8 +44,7 @@ from sources import (
     make_dataset,
     silent_decoders,
 )
-from utils import UserError, derive_seed, largest_divisor
-from weights import Normalisation
+from utils import RGB8, Bands, Normalisation, UserError, derive_seed, largest_divisor
 
 if TYPE_CHECKING:  # else imported by data.decode=gpu alone
     from speed.device_decode import EncodedCrop, EncodedCrops

@@ -43,7 +43,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from bands import RGB8, Bands
 from checkpoint import save_atomically
 from config import (
     BETWEEN_0_AND_1,
@@ -104,7 +103,7 @@ from readouts import (
 )
 from report import Score
 from sources import BadImageError
-from utils import UserError, derive_seed, due
+from utils import RGB8, Bands, UserError, derive_seed, due
 
 logger = logging.getLogger("eval_classification")
 

@@ -28,7 +28,6 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from bands import RGB8, Bands
 from config import BETWEEN_0_AND_1, COUNT, NOT_NEGATIVE, one_of, require, within
 from distributed import all_gather_rows, all_reduce_sum_, gather_objects, rank
 from evaluation import (
@@ -47,7 +46,7 @@ from labels import choose_images, split_off
 from readouts import DISTANCES, TRAIN_CHUNK, fit_logistic, majority_votes, nearest, spread
 from report import Score
 from sources import UNLABELLED, ImageDataset, SegmentationDataset, match_classes
-from utils import UserError, derive_seed
+from utils import RGB8, Bands, UserError, derive_seed
 from weights import save_safetensors
 
 if TYPE_CHECKING:

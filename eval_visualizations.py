@@ -48,7 +48,6 @@ from jaxtyping import Float, Float32, Float64, Int64, Shaped, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from bands import RGB8, Bands
 from checkpoint import Checkpoints, read_tensors
 from config import COUNT, POSITIVE, one_of, require, within
 from distributed import barrier, broadcast_object, on_rank_0, rank
@@ -79,7 +78,7 @@ from pictures import (
     to_bytes,
 )
 from sources import BadImageError, ImageDataset
-from utils import UserError, derive_seed, import_from_path
+from utils import RGB8, Bands, UserError, derive_seed, import_from_path
 from weights import check_values, read_state_dict
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bands import RGB8, Bands, resized
+from bands import resized
 from config import (
     COUNT,
     DEVICE,
@@ -57,8 +57,17 @@ from launch import claim_output_dir
 from pixels import log_pixels
 from report import Score
 from sources import BadImageError, ImageDataset, ImageStream, make_dataset
-from utils import UserError, ending_in_words, git_revision, import_from_path, setup_logging, write_text_atomically
-from weights import Normalisation
+from utils import (
+    RGB8,
+    Bands,
+    Normalisation,
+    UserError,
+    ending_in_words,
+    git_revision,
+    import_from_path,
+    setup_logging,
+    write_text_atomically,
+)
 
 logger = logging.getLogger("evaluation")
 

@@ -9,8 +9,8 @@ The last is a file of several networks, as the authors of I-JEPA and StoP publis
 encoder, `student` its encoder with the predictor. Files of CAE's authors are taken likewise.
 `.pth` is a dict of tensors by their published names, `.safetensors` has the same keys; both get their config beside
 them, as `.yaml`, where the loader of the method (`load_model` of model.py, ijepa.py, cae.py) finds it. `.onnx` takes
-normalised images of any number and size and gives the three outputs of the backbone's `forward`; its metadata has
-`normalisation.value_range`, `mean` and `std`, as that of `.safetensors` has. It needs
+normalised images of any number and size and gives the three outputs of the backbone's `forward`; its metadata
+says under `normalisation` by what, as that of `.safetensors` does if it is not ImageNet's of 8-bit RGB. It needs
 `pip install -c constraints.txt -e '.[onnx]'` in this folder. `.pth.tar`, of a run or checkpoint of I-JEPA, StoP or CAE,
 is what the authors' programs read: all networks in one file. The reverse, starting a run from weights, is the key
 `train.init_from`.
@@ -60,7 +60,7 @@ from model import EncoderDecoder
 from train_cae import CaeConfig
 from train_capi import CapiConfig, make_head
 from train_ijepa import IjepaConfig
-from utils import UserError, ending_in_words, replacing, setup_logging, write_text_atomically
+from utils import Normalisation, UserError, ending_in_words, replacing, setup_logging, write_text_atomically
 from weights import load_backbone_weights, load_strictly, read_state_dict, save_safetensors
 
 logger = logging.getLogger("export")
@@ -241,13 +241,15 @@ def _write_safetensors(exportable: Exportable, path: Path) -> None:
         for key, tensor in module.state_dict().items()
     }
     write_text_atomically(path.with_suffix(".yaml"), to_yaml(exportable.cfg))
+    is_default = exportable.cfg.data.normalisation == Normalisation()  # without a word, as released weights
+    notes = {} if is_default else _normalisation_notes(exportable.cfg)
     with replacing(path) as temporary:
-        save_safetensors(weights, temporary, {"format": "pt", **_normalisation_notes(exportable.cfg)})
+        save_safetensors(weights, temporary, {"format": "pt", **notes})
 
 
 def _normalisation_notes(cfg: TrainingConfig) -> dict[str, str]:
-    """What images are normalised by, as texts for the metadata of a file."""
-    return {f"normalisation.{key}": json.dumps(value) for key, value in asdict(cfg.data.normalisation).items()}
+    """What images are normalised by, for the metadata of a file: `value_range`, `mean` and `std` as JSON."""
+    return {"normalisation": json.dumps(asdict(cfg.data.normalisation))}
 
 
 class _Named(nn.Module):

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from bands import RGB8, Bands
 from distributed import gather_objects, rank
 from evaluation import my_share, open_dataset
 from sources import BadImageError, HubDataset, ImageDataset, TorchvisionDataset, match_classes
-from utils import UserError
+from utils import RGB8, Bands, UserError
 
 logger = logging.getLogger("labels")
 

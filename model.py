@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import UserError
+from utils import Normalisation, UserError
 from weights import (
     CardText,
-    Normalisation,
     load_backbone_weights,
     load_from_hub,
     load_strictly,

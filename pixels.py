@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bands import RGB8, Bands, Stored, combined
+from bands import Stored, combined
 from sources import BadImageError, ImageDataset, ImageStream, Sample, damage_named, full_range, has_transparency
-from utils import UserError, derive_seed
-from weights import Normalisation
+from utils import RGB8, Bands, Normalisation, UserError, derive_seed
 
 logger = logging.getLogger("pixels")
 

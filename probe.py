@@ -18,14 +18,13 @@ from jaxtyping import Float, Int64, Shaped
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bands import Bands, resized
+from bands import resized
 from config import ProbeConfig
 from data import normalizer
 from distributed import all_gather_rows, rank, world_size
 from readouts import nearest, weighted_vote
 from sources import BadImageError, ImageStream, make_dataset, match_classes
-from utils import UserError
-from weights import Normalisation
+from utils import Bands, Normalisation, UserError
 
 logger = logging.getLogger("probe")
 

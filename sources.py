@@ -46,8 +46,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bands import ARRAY_ENDINGS, RGB8, Bands, Stored, decode_bands, is_array_file, read_stored
-from utils import UserError, did_you_mean, hash_file, locked, replacing
+from bands import ARRAY_ENDINGS, Stored, decode_bands, is_array_file, read_stored
+from utils import RGB8, Bands, UserError, did_you_mean, hash_file, locked, replacing
 from weights import fetch
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bands import Bands
 from cae import (
     DEFAULT_CONFIG,
     Encoder,
@@ -77,7 +76,7 @@ from training import (
     weights_to_start_from,
     with_length,
 )
-from utils import UserError, ending_in_words, setup_logging
+from utils import Bands, UserError, ending_in_words, setup_logging
 from weights import is_downloaded, local_path
 
 logger = logging.getLogger("capi")

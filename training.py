@@ -67,6 +67,7 @@ from report import Panel, write_panels
 from sources import cache_root, make_dataset
 from training_evals import Evaluations, plan_evals
 from utils import (
+    Normalisation,
     UserError,
     derive_seed,
     due,
@@ -75,7 +76,7 @@ from utils import (
     write_text_atomically,
     writing_explained,
 )
-from weights import Normalisation, not_finite
+from weights import not_finite
 
 logger = logging.getLogger("capi")
 
