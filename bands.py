@@ -141,7 +141,9 @@ def combined(stored: Stored, bands: Bands) -> Shaped[Tensor, "c h w"]:
         values = np.repeat(values, 3, axis=2)
     if values.shape[2] != bands.num:
         raise ValueError(f"it has {stored.describe()}, which do not make model.in_chans={bands.num}")
-    return torch.from_numpy(np.ascontiguousarray(values)).permute(2, 0, 1)
+    values = np.ascontiguousarray(values)
+    # Of a file's own bytes, which are not to be written to, a copy.
+    return torch.from_numpy(values if values.flags.writeable else values.copy()).permute(2, 0, 1)
 
 
 def as_numbers(stored: Stored, bands: Bands) -> np.ndarray:
