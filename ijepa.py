@@ -217,7 +217,7 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
         _init_weights(self)
 
     def encode(
-        self, images: Float[Tensor, "b c h w"], context_indices: Int[Tensor, "c b v"] | None = None
+        self, images: Float[Tensor, "b ch h w"], context_indices: Int[Tensor, "c b v"] | None = None
     ) -> Float[Tensor, "cb v d"]:
         """Features of the patches that are given, or of all.
 
@@ -236,12 +236,12 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
             x = block(x)
         return self.norm(x)
 
-    def _embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+    def _embed(self, images: Float[Tensor, "b ch h w"]) -> Float[Tensor, "b n d"]:
         grid = patch_grid(images, self.patch_size)
         return self.patch_embed(images) + resize_positions(self.pos_embed, grid, antialias=False)
 
     def _run_encoder(
-        self, x: Float[Tensor, "b c h w"], blocks: Sequence[int], *, stop_early: bool
+        self, x: Float[Tensor, "b ch h w"], blocks: Sequence[int], *, stop_early: bool
     ) -> tuple[Float[Tensor, "b n d"], list[Float[Tensor, "b n d"]]]:
         tokens, chosen = self._embed(x), []
         for index, block in enumerate(self.blocks[: max(blocks) + 1 if stop_early else None]):
@@ -253,7 +253,7 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
     def _final_norm(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return self.norm(tokens)
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
+    def forward(self, images: Float[Tensor, "b ch h w"]) -> Features:
         """Features of whole images, for evaluation: `global_repr` is the mean over patches, there are no registers."""
         tokens = self.encode(images)
         feature_map = tokens.unflatten(1, patch_grid(images, self.patch_size))

@@ -11,10 +11,10 @@ import numpy as np
 import pydicom
 import pytest
 import tifffile
-import toy_method
 import torch
+import toy_method
 import yaml
-from conftest import seeded
+from conftest import ROOT
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
@@ -24,12 +24,9 @@ import bands
 import train_capi
 import train_ijepa
 from bands import decode_bands, read_stored, resized
-from config import load_config
 from crops import Crop, cut
 from data import PretrainLoader, normalize
-from evaluation import FrozenModel, FrozenModelConfig
-from ijepa import Encoder
-from model import load_model
+from evaluation import FrozenModel, FrozenModelConfig, load_model_file
 from pixels import measure, sample_pixels
 from sources import BadImageError, ImageDataset, ImageStream, Sample, make_dataset
 from utils import RGB8, Bands, Normalisation, UserError
@@ -168,7 +165,7 @@ def test_8_bit_rgb_is_the_same_by_either_way():
         encode(picture), encode(picture.convert("L")), encode(picture.convert("1")), encode(picture.convert("P")),
         encode(picture, "JPEG"), encode(picture, "JPEG", exif=turned), encode(picture.convert("CMYK"), "JPEG"),
         encode(picture.convert("LA")), encode(picture.quantize(8), "GIF", transparency=3), encode(picture, "TIFF"),
-        tiff(np.array(picture), photometric="rgb", planarconfig="separate"),
+        tiff(chw(np.array(picture)), photometric="rgb", planarconfig="separate"),
     ]  # fmt: skip
     for number, data in enumerate(files):
         ours, pillows = decode_bands(data, RGB8), Sample("x", lambda data=data: data).pixels()
@@ -326,3 +323,162 @@ def test_arrays_are_images_only_where_there_are_no_others(tmp_path):
     (tmp_path / "x.png").write_bytes(encode(photo(0)))
     dataset = make_dataset(str(tmp_path))
     assert [Path(dataset[i].name).name for i in range(len(dataset))] == ["x.png"]
+
+
+# ---------------------------------------------------------------------------------------- measuring, and what travels
+
+
+def write_folder(root, num=8, bands=4):
+    root.mkdir()
+    for number in range(num):
+        (root / f"{number}.tif").write_bytes(
+            tiff(chw(values(bands, number)), planarconfig="separate", compression="zlib")
+        )
+    return root
+
+
+def test_measured_statistics_are_those_of_the_pixels_and_follow_from_the_seed(tmp_path):
+    dataset = make_dataset(str(write_folder(tmp_path / "x")))
+    measured, _ = measure(dataset, 4, "auto", seed=0)
+    everything = np.stack([chw(values(4, number)) for number in range(8)]).astype(np.float64)
+    low, high = np.quantile(everything, [0.001, 0.999])
+    assert measured.value_range == (np.floor(low), np.ceil(high))
+    scaled = ((everything - measured.value_range[0]) / (measured.value_range[1] - measured.value_range[0])).clip(0, 1)
+    np.testing.assert_allclose(measured.mean, scaled.mean((0, 2, 3)), rtol=1e-3)
+    np.testing.assert_allclose(measured.std, scaled.std((0, 2, 3)), rtol=1e-3)
+    assert measure(dataset, 4, "auto", seed=0)[0] == measured
+    assert measure(MemoryBands([npy(EIGHT)] * 2), 4, "auto", seed=0)[0].value_range is None, "8 bits stay as they are"
+
+
+def test_a_sample_of_a_large_set_depends_on_the_seed_alone(monkeypatch):
+    monkeypatch.setattr("pixels.MEASURED_IMAGES", 4)
+    asked = []
+
+    class Watched(MemoryBands):
+        def __getitem__(self, index):
+            asked.append(index)
+            return super().__getitem__(index)
+
+    for seed in (0, 0, 1):
+        measure(Watched([npy(FOUR)] * 40), 4, "auto", seed)
+    assert asked[:4] == asked[4:8] != asked[8:] and len(set(asked[:4])) == 4
+
+
+def test_a_stream_is_measured_too():
+    class Stream(ImageStream):
+        num_shards = 2
+
+        def read_shard(self, shard, start=0):
+            return iter([Sample("x", lambda: npy(FOUR))] * 3)
+
+    measured, found = measure(Stream(), 4, DEEP, 0)
+    assert found.num == 3 and measured.value_range == DEEP and len(measured.mean) == 4
+    assert sample_pixels(Stream(), Bands(4, DEEP)).num == 3
+
+
+def test_the_log_says_range_mean_deviation_and_what_is_clipped():
+    found = sample_pixels(MemoryBands([npy(FOUR), npy(RGB)]), Bands(4, (1000.0, 3000.0)))
+    text = "\n".join(found.lines())
+    assert "1 uint16, 4 bands, values 0 to 4000" in text and "band 4 0.000 to 1.000, mean" in text
+    warnings = "\n".join(found.warnings())
+    assert "lie outside of data.value_range=[1000, 3000]" in warnings and "1 of 2 images cannot be read" in warnings
+
+
+def test_without_a_readable_image_measuring_says_why():
+    with pytest.raises(UserError, match=r"none of 2 images could be measured, first image 0: .*3 bands"):
+        measure(MemoryBands([npy(RGB)] * 2), 4, DEEP, 0)
+    with pytest.raises(UserError, match=r"data\.value_range=auto: the images have one value everywhere"):
+        measure(MemoryBands([npy(np.full((8, 8, 4), 7, np.uint16))]), 4, "auto", 0)
+
+
+AUTO = ("data.value_range=auto", "data.mean=auto", "data.std=auto", "model.in_chans=4")
+SMALL = (
+    "optim.batch_size_per_gpu=2", "optim.total_iters=2", "optim.lr_schedule.warmup_iters=0", "train.device=cpu",
+    "efficiency.param_dtype=float32", "efficiency.dataloader_num_workers=0", "train.probe.every=0",
+)  # fmt: skip
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Runs the toy method on a folder of four 16-bit bands; gives the arguments of its command line."""
+    folder = write_folder(tmp_path / "images")
+    toy_method.write_config(tmp_path / "toy.yaml", folder)
+    return [str(tmp_path / "toy.yaml"), *AUTO, *SMALL]
+
+
+def config_of(path):
+    return yaml.safe_load(Path(path).read_text())["data"]
+
+
+def test_what_was_measured_is_kept_resumed_and_exported(toy, tmp_path, capsys):
+    run = tmp_path / "run"
+    where = f"train.output_dir={run}"
+    assert toy_method.main([*toy, where, "--dry-run"]) == 0
+    assert "normalised   values from 1 to 3999 as 0 to 1" in capsys.readouterr().out
+    assert toy_method.main([*toy, where]) == 0
+    measured = {key: config_of(run / "config.yaml")[key] for key in ("value_range", "mean", "std")}
+    assert len(measured["mean"]) == len(measured["std"]) == 4 and measured["value_range"][1] <= 4000
+    assert "normalised: values from" in (run / "log.txt").read_text()
+    for path in (tmp_path / "images").iterdir():  # brighter images, which the rest of the run does not measure
+        path.write_bytes(tiff(chw(values(4, 3, high=9000)), planarconfig="separate"))
+    assert toy_method.main([*toy, where, "optim.total_iters=3"]) == 0
+    for file in (run / "config.yaml", run / "student.yaml", run / "checkpoints" / "step_000000003" / "config.yaml"):
+        assert {key: config_of(file)[key] for key in measured} == measured, file
+    (run / "student.yaml").unlink()
+    assert toy_method.main([*toy, where, "--export"]) == 0
+    assert {key: config_of(run / "student.yaml")[key] for key in measured} == measured
+    assert toy_method.main([*toy, where, "optim.total_iters=4", "data.mean=[0.1,0.1,0.1,0.1]"]) == 0
+
+
+METHODS = {
+    "capi": (train_capi, "configs/imagenette.yaml", "model.py", (
+        "capi.num_clusters=8", "model.transformers_kwargs.embed_dim=16", "model.encoder_kwargs.depth=1",
+        "model.decoder_kwargs.depth=1", "model.transformers_kwargs.block_kwargs.attn_kwargs.num_heads=2",
+    )),
+    "ijepa": (train_ijepa, "configs/ijepa/imagenette.yaml", "ijepa.py", (
+        "optim.epochs=null", "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "predictor.embed_dim=8",
+        "predictor.depth=1", "data.images_per_epoch=null", "predictor.num_heads=2",
+    )),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_use_of_an_export_normalises_as_its_training(method, tmp_path):
+    """Loader, evaluations, hub and torch.hub know range, mean and deviation; what is given to an evaluation wins."""
+    script, config, model_path, sizes = METHODS[method]
+    run, folder = tmp_path / "run", write_folder(tmp_path / "images")
+    args = [
+        str(ROOT / config),
+        *AUTO,
+        *SMALL,
+        *sizes,
+        f"data.dataset={folder}",
+        f"train.output_dir={run}",
+        "evals=null",
+    ]
+    assert script.main([*args, "data.images_size=32"]) == 0
+    weights = str(run / "student_ema.pth")
+    said = config_of(run / "student_ema.yaml")
+    model = load_model_file(str(ROOT / model_path), {"pretrained_weights": weights})
+    assert model.normalisation == Normalisation(*(tuple(said[key]) for key in ("value_range", "mean", "std")))
+    raw = torch.from_numpy(chw(values(4, 5)).astype(np.float32))[None, :, :16, :16]
+    expected = model(model.normalisation(raw)).feature_map
+    low, high = said["value_range"]
+    frozen = FrozenModel(model, FrozenModelConfig(), torch.device("cpu"), model_path)
+    assert frozen.bands == Bands(4, (low, high))
+    torch.testing.assert_close(frozen(((raw - low) / (high - low)).clamp(0, 1)).feature_map, expected)
+    other = FrozenModel(model, FrozenModelConfig(image_mean=[0.5] * 4), torch.device("cpu"), model_path)
+    assert other.normalisation.mean == (0.5,) * 4 and other.normalisation.std == model.normalisation.std
+    with pytest.raises(UserError, match=r"image_std=\[1.0\]: must have a number for each of the model's 4 bands"):
+        FrozenModel(model, FrozenModelConfig(image_std=[1.0]), torch.device("cpu"), model_path)
+    model.save_pretrained(tmp_path / "hub")
+    again = type(model).from_pretrained(str(tmp_path / "hub"))
+    assert again.normalisation == model.normalisation
+    torch.testing.assert_close(again(again.normalisation(raw)).feature_map, expected)
+    assert "model.normalisation(values)" in (tmp_path / "hub" / "README.md").read_text()
+    import hubconf
+
+    for source in (run, tmp_path / "hub"):
+        hub = getattr(hubconf, method)(source)
+        assert hub.normalisation.mean == model.normalisation.mean, source
+        torch.testing.assert_close(hub(hub.normalisation(raw)).feature_map, expected)
