@@ -427,7 +427,6 @@ def test_what_was_measured_is_kept_resumed_and_exported(toy, tmp_path, capsys):
     (run / "student.yaml").unlink()
     assert toy_method.main([*toy, where, "--export"]) == 0
     assert {key: config_of(run / "student.yaml")[key] for key in measured} == measured
-    assert toy_method.main([*toy, where, "optim.total_iters=4", "data.mean=[0.1,0.1,0.1,0.1]"]) == 0
 
 
 METHODS = {
