@@ -226,6 +226,8 @@ def _source_and_section(
     if config is None and beside.is_file():
         config = beside
     section = config if isinstance(config, dict) else {} if config is None else _model_section(_Path(config))
+    if config is not None and not isinstance(config, dict) and _Path(config).suffix != ".json":
+        section = section | {"normalisation": _normalisation(_Path(config)) or None}
     return (weights if "://" in str(weights) else file), section
 
 
@@ -278,16 +280,14 @@ def _model_section(path: _Path) -> dict[str, _Any]:
             raise too_much from error
         if named[2] is None:
             opened.append([indentation, mapping, named[1], None])
-    section = _checked(root.get("model"), path)
-    normalisation = _normalisation(lines)
-    return section | ({"normalisation": normalisation} if normalisation else {})
+    return _checked(root.get("model"), path)
 
 
-def _normalisation(lines: list[str]) -> dict[str, _Any]:
+def _normalisation(path: _Path) -> dict[str, _Any]:
     """What the section `data` of a configuration says of it: null, or lists of numbers, in brackets or a line each."""
     said: dict[str, _Any] = {}
     inside, key = False, ""
-    for line in lines:
+    for line in path.read_text(encoding="utf-8").splitlines():
         content = re.sub(r"(?:^|\s)#.*", "", line).rstrip()
         if content and not content.startswith((" ", "-")):
             inside = content.startswith("data:")

@@ -200,6 +200,7 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
             "num_heads": num_heads,
             "mlp_dim": mlp_dim,
             "in_chans": in_chans,
+            "normalisation": None,
         }
         self.grid_size, self.patch_size, self.embed_dim, self.n_blocks = grid_size, patch_size, embed_dim, depth
         self.in_chans = in_chans

@@ -652,6 +652,7 @@ features, and a student predicts the clusters of hidden patches.""",
             "final_norm_kwargs": final_norm_kwargs,
             "out_layer": out_layer,
             "predictor": predictor,
+            "normalisation": None,
         }
         if predictor not in PREDICTORS:
             raise UserError(f"predictor={predictor!r} must be one of {', '.join(PREDICTORS)}")
