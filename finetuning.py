@@ -56,7 +56,7 @@ from training import (
     warn_of_another_course,
     with_length,
 )
-from utils import UserError, import_from_path
+from utils import Normalisation, UserError, import_from_path
 from weights import load_strictly, read_state_dict
 
 logger = logging.getLogger("finetuning")
@@ -159,6 +159,12 @@ def build_backbone(cfg: BackboneConfig, image_size: int, *, with_weights: bool) 
             require(add is not None, "backbone.relative_position_bias", True, remedy)
             patch_size: Any = backbone.patch_size
             add(image_size // patch_size)  # pyright: ignore[reportOptionalCall]
+    bands = getattr(backbone, "in_chans", 3), getattr(backbone, "normalisation", Normalisation()).value_range
+    if bands != (3, None):
+        raise UserError(
+            f"backbone.model_loader_kwargs={cfg.model_loader_kwargs}: the model takes {bands[0]} bands with "
+            f"data.value_range={bands[1]}, and fine-tuning gives it 8-bit RGB; give a model that was trained on that"
+        )
     for part in backbone.modules():
         if isinstance(part, Residual):  # stochastic depth is that of `Trunk`, whose draws can be repeated
             part.keep_prob = 1.0
