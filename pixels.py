@@ -144,7 +144,8 @@ def _unused_range(kind: Kind, bits: int) -> str | None:
     stored = f" (stored as {kind.low:g} to {kind.high:g})" if kind.high >= kind.low else ""
     return (
         f"use {span} of 256 grey levels{stored}, so that the model sees next to no contrast; stretch the values to the "
-        "whole range of the files, for example 12-bit values in 16-bit files by a factor of 16"
+        "whole range of the files, for example 12-bit values in 16-bit files by a factor of 16, or pretrain with "
+        "data.value_range=auto"
     )
 
 
@@ -164,7 +165,10 @@ def lost_bands(image: Image.Image) -> str | None:
     if image.format == "TIFF" and tags is not None:
         bands, read = tags.get(SAMPLES_PER_PIXEL, 1), len(image.getbands())
         if bands > read:
-            return f"{bands} bands, {bands - read} of them left out; save the bands to train on as RGB"
+            return (
+                f"{bands} bands, {bands - read} of them left out; save the bands to train on as RGB, or pretrain on all "
+                "of them with model.in_chans and data.value_range"
+            )
         pages = getattr(image, "n_frames", 1)
         if pages > 1:
             return f"{pages} pages, of which the first is read; save the others as files of their own"

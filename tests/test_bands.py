@@ -24,6 +24,7 @@ import bands
 import train_capi
 import train_ijepa
 from bands import decode_bands, read_stored, resized
+from config import load_config
 from crops import Crop, cut
 from data import PretrainLoader, normalize
 from evaluation import FrozenModel, FrozenModelConfig, load_model_file
@@ -165,7 +166,10 @@ def test_8_bit_rgb_is_the_same_by_either_way():
         encode(picture), encode(picture.convert("L")), encode(picture.convert("1")), encode(picture.convert("P")),
         encode(picture, "JPEG"), encode(picture, "JPEG", exif=turned), encode(picture.convert("CMYK"), "JPEG"),
         encode(picture.convert("LA")), encode(picture.quantize(8), "GIF", transparency=3), encode(picture, "TIFF"),
-        tiff(chw(np.array(picture)), photometric="rgb", planarconfig="separate"),
+        tiff(chw(np.array(picture)), photometric="rgb", planarconfig="separate"), encode(picture.convert("P"), "TIFF"),
+        encode(picture, "TIFF", tiffinfo={274: 6}), encode(picture, "TIFF", tiffinfo={274: 5}),
+        encode(picture.convert("1"), "TIFF", compression="group4"), encode(picture, "TIFF", compression="jpeg"),
+        encode(picture.convert("RGBA"), "TIFF"), encode(picture, "WEBP", lossless=True),
     ]  # fmt: skip
     for number, data in enumerate(files):
         ours, pillows = decode_bands(data, RGB8), Sample("x", lambda data=data: data).pixels()
@@ -410,6 +414,7 @@ def config_of(path):
     return yaml.safe_load(Path(path).read_text())["data"]
 
 
+@pytest.mark.long
 def test_what_was_measured_is_kept_resumed_and_exported(toy, tmp_path, capsys):
     run = tmp_path / "run"
     where = f"train.output_dir={run}"
@@ -481,3 +486,30 @@ def test_every_use_of_an_export_normalises_as_its_training(method, tmp_path):
         hub = getattr(hubconf, method)(source)
         assert hub.normalisation.mean == model.normalisation.mean, source
         torch.testing.assert_close(hub(hub.normalisation(raw)).feature_map, expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.value_range=[5,5]"], r"data\.value_range=\[5.0, 5.0\]: must be \[lowest, highest\]"),
+        (["data.value_range=sixteen"], r"data\.value_range='sixteen': must be one of auto"),
+        (["data.mean=[0.5,0.5]"], r"data\.std=.*as many numbers as data\.mean has, 2"),
+        (["data.value_range=[0,1]", "data.decode=gpu"], r"data\.decode='gpu': is for 8-bit RGB"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        make_config(*overrides)
+
+
+def test_colours_of_stop_are_for_8_bit_rgb():
+    overrides = ["data.value_range=[0,1]", "data.blur=0.5", "data.dataset=x"]
+    with pytest.raises(UserError, match=r"data\.blur=0\.5: is for 8-bit RGB; use data\.blur=0"):
+        load_config(train_ijepa.IjepaConfig, train_ijepa.DEFAULT_CONFIG, overrides)
+
+
+def test_defaults_are_8_bit_rgb_and_imagenet():
+    data = make_config().data
+    assert data.bands == RGB8 and data.normalisation == Normalisation()
+    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    torch.testing.assert_close(data.normalisation(images), normalize(images), rtol=1e-5, atol=1e-6)
