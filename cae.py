@@ -25,6 +25,7 @@ from model import (
     configuration_with_heads,
     encoder_sizes,
     linear_rates,
+    normalisation_beside,
     patch_grid,
     resize_positions,
     sincos_table,
@@ -263,6 +264,8 @@ class Encoder(Backbone):
         depth: number of blocks.
         num_heads: attention heads.
         mlp_dim: hidden channels of the MLPs; None for 4 x `embed_dim`.
+        in_chans: bands of the images.
+        normalisation: what they go through before; see `Backbone.use_normalisation`.
         layer_scale: by what branches are multiplied at the beginning of a training.
         drop_path_rate: probability that a branch of the last block is dropped, see `linear_rates`.
         relative_grid: see `add_relative_positions`.
@@ -291,7 +294,6 @@ features of hidden ones, and a decoder names their visual tokens.""",
     )
     kept_in_float32 = ("cls_token", "pos_embed", "norm")
     forward_methods = ("encode", "get_intermediate_layers")
-    in_chans = 3
     n_registers = num_prefix_tokens = 1  # the class token
 
     def __init__(
@@ -306,6 +308,8 @@ features of hidden ones, and a decoder names their visual tokens.""",
         layer_scale: float = 0.1,
         drop_path_rate: float = 0.0,
         relative_grid: int | None = None,
+        in_chans: int = 3,
+        normalisation: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.arguments = {
@@ -315,16 +319,20 @@ features of hidden ones, and a decoder names their visual tokens.""",
             "depth": depth,
             "num_heads": num_heads,
             "mlp_dim": mlp_dim,
+            "in_chans": in_chans,
+            "normalisation": None,
             "layer_scale": layer_scale,
             "drop_path_rate": drop_path_rate,
             "relative_grid": relative_grid,
         }
         self.grid_size, self.patch_size, self.embed_dim, self.n_blocks = grid_size, patch_size, embed_dim, depth
+        self.in_chans = in_chans
+        self.use_normalisation(normalisation)
         self.layer_scale, self.drop_path_rates = layer_scale, linear_rates(drop_path_rate, depth)
         self.training_notes: dict[str, str] = {}  # what results of evaluations say about the training
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid_size**2, embed_dim), requires_grad=False)
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.patch_embed = PatchEmbed(patch_size, embed_dim, in_chans)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_dim) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.init_weights()
@@ -346,7 +354,7 @@ features of hidden ones, and a decoder names their visual tokens.""",
 
     def encode(
         self,
-        images: Float[Tensor, "b 3 h w"],
+        images: Float[Tensor, "b c h w"],
         indices: Int[Tensor, " bv"] | None = None,
         drop_path: Float[Tensor, "layers 2 b"] | None = None,
     ) -> Float[Tensor, "b v1 d"]:
@@ -367,7 +375,7 @@ features of hidden ones, and a decoder names their visual tokens.""",
         return self.norm(x)
 
     def _embed(
-        self, images: Float[Tensor, "b 3 h w"], indices: Int[Tensor, " bv"] | None = None
+        self, images: Float[Tensor, "b c h w"], indices: Int[Tensor, " bv"] | None = None
     ) -> Float[Tensor, "b v1 d"]:
         b, grid = images.shape[0], patch_grid(images, self.patch_size)
         class_row, positions = resize_positions(self.pos_embed, grid, antialias=False).split(
@@ -379,7 +387,7 @@ features of hidden ones, and a decoder names their visual tokens.""",
         return torch.cat([(self.cls_token + class_row).expand(b, -1, -1), patches + positions], dim=1)
 
     def _run_encoder(
-        self, x: Float[Tensor, "b 3 h w"], blocks: Sequence[int], *, stop_early: bool
+        self, x: Float[Tensor, "b c h w"], blocks: Sequence[int], *, stop_early: bool
     ) -> tuple[Float[Tensor, "b n d"], list[Float[Tensor, "b n d"]]]:
         tokens, chosen = self._embed(x), []
         for index, block in enumerate(self.blocks[: max(blocks) + 1 if stop_early else None]):
@@ -391,7 +399,7 @@ features of hidden ones, and a decoder names their visual tokens.""",
     def _final_norm(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return self.norm(tokens)
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Features:
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
         """Features of whole images, for evaluation: `global_repr` is the class token, there are no registers."""
         tokens = self.encode(images)
         feature_map = tokens[:, 1:].unflatten(1, patch_grid(images, self.patch_size))
@@ -578,7 +586,8 @@ def load_model(
         tokenizer = trained_with.get("tokenizer")
         if isinstance(tokenizer, dict) and tokenizer.get("description"):
             notes = {"tokenizer": str(tokenizer["description"])}
-    model = Encoder(**encoder_sizes(weights, source), num_heads=num_heads)
+    sizes: dict[str, Any] = {**encoder_sizes(weights, source), "num_heads": num_heads}
+    model = Encoder(**sizes, normalisation=normalisation_beside(config_path, source))
     model.training_notes = notes
     load_strictly(model, weights, source, remedy="Give weights of CAE")
     return model.to(device).eval()

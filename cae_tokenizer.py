@@ -55,7 +55,7 @@ from evaluation import (
 from keys import answer
 from readouts import nearest
 from sources import ImageDataset
-from utils import UserError, derive_seed, ending_in_words, replacing, setup_logging, writing_explained
+from utils import Bands, UserError, derive_seed, ending_in_words, replacing, setup_logging, writing_explained
 from weights import load_strictly, local_path, not_finite, read_state_dict, save_safetensors
 
 logger = logging.getLogger("tokenizer")
@@ -69,21 +69,24 @@ DALLE_PACKAGES = ("dall_e", "torch.nn")
 class Tokenizer(nn.Module):
     """A frozen network that gives every patch of an image an id from 0 to `vocabulary_size` - 1.
 
-    It is called with square images `[b, 3, image_size, image_size]` of values in [0, 1], not normalised, and returns
+    It is called with square images `[b, c, image_size, image_size]` of values in [0, 1], not normalised, and returns
     ids `[b, grid_size**2]`, row by row.
     """
 
     description: str
     """What it is, in a line for logs and results; tokenizers with the same description give the same ids."""
 
-    def __init__(self, *, vocabulary_size: int, image_size: int, patch_size: int) -> None:
+    def __init__(self, *, vocabulary_size: int, image_size: int, patch_size: int, bands: Bands | None = None) -> None:
         super().__init__()
+        self.bands = bands
+        """Of the images that it was made of; None for RGB of any depth."""
         self.vocabulary_size, self.image_size, self.grid_size = vocabulary_size, image_size, image_size // patch_size
 
     @torch.no_grad()
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Int64[Tensor, "b n"]:
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Int64[Tensor, "b n"]:
         """Ids of the patches, on the device of the images, which must be the tokenizer's."""
-        assert images.shape[1:] == (3, self.image_size, self.image_size), "it was loaded for another image size"
+        num = 3 if self.bands is None else self.bands.num
+        assert images.shape[1:] == (num, self.image_size, self.image_size), "it was loaded for another image size"
         with torch.autocast(images.device.type, enabled=False):  # its precision is its own, whatever is trained
             return self._ids(images)
 
@@ -239,13 +242,15 @@ NOTES = "tokenizer"
 class KMeansTokenizer(Tokenizer):
     """The centre of a cluster that is nearest to the features of a patch.
 
-    The model sees images as in the evaluations, 8-bit and with the normalisation of the configuration.
+    The model sees images as in the evaluations, of its bands and with the normalisation of the configuration.
     """
 
     centres: Tensor
 
     def __init__(self, model: FrozenModel, centres: Float[Tensor, "k d"], cfg: TokenizerConfig) -> None:
-        super().__init__(vocabulary_size=len(centres), image_size=cfg.image_size, patch_size=model.patch_size)
+        super().__init__(
+            vocabulary_size=len(centres), image_size=cfg.image_size, patch_size=model.patch_size, bands=model.bands
+        )
         self.model = model
         self.register_buffer(CENTRES, centres.to(model.device))
         name = model_name(cfg.model_path, cfg.model_loader_kwargs)
@@ -254,8 +259,8 @@ class KMeansTokenizer(Tokenizer):
             f"{hash_weights(self)[:12]}"
         )
 
-    def _ids(self, images: Float[Tensor, "b 3 h w"]) -> Int64[Tensor, "b n"]:
-        pixels = (255 * images).round().to(torch.uint8)
+    def _ids(self, images: Float[Tensor, "b c h w"]) -> Int64[Tensor, "b n"]:
+        pixels = images if self.model.bands.value_range is not None else (255 * images).round().to(torch.uint8)
         features = self.model(pixels, check_finite=False).feature_map
         return nearest(features.flatten(0, 2), self.centres, 1, "L2")[1].view(len(images), -1)
 
@@ -304,7 +309,7 @@ def _read_notes(path: Path, key: str) -> dict[str, Any]:
     return notes
 
 
-def _as_square(image: Image.Image, _target: Any, size: int) -> tuple[Tensor]:
+def _as_square(image: Image.Image | Tensor, _target: Any, size: int) -> tuple[Tensor]:
     return (square(image, size),)
 
 
@@ -319,6 +324,7 @@ def sample_patches(cfg: TokenizerConfig, model: FrozenModel, dataset: ImageDatas
         indices=order[: cfg.num_images].tolist(),
         pin=model.device.type == "cuda",
         title="images",
+        bands=model.bands,
     )
     numbers = itertools.count(batches.share.start)
 
@@ -364,7 +370,9 @@ def make_tokenizer(cfg: TokenizerConfig, device: torch.device) -> None:
     """
     model = _frozen_model(cfg, device)
     _check_image_size(cfg.image_size, model.patch_size, "model_path", cfg.model_path)
-    dataset = open_dataset(cfg.dataset, "dataset")
+    dataset = open_dataset(cfg.dataset, "dataset", model.bands)
+    used = model.normalisation
+    cfg = replace(cfg, image_mean=list(used.mean), image_std=list(used.std))
     path, movable = Path(cfg.output), _with_absolute_paths(cfg)
     notes = {
         "config": asdict(movable),

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 
 from default_eval_config import EVALS
-from utils import UserError, closest
+from utils import RGB8, Bands, Normalisation, UserError, closest
 
 ROOT = Path(__file__).parent
 MISSING = "???"
@@ -200,8 +200,8 @@ POSITIVE = within(above=0)
 COUNT = within(at_least=1)
 BETA = within(at_least=0, below=1)
 SEED = within(at_least=0, below=2**32)
-IMAGE_MEAN = within(at_least=0, at_most=1, size=3, remedy="must be three numbers in [0, 1]: red, green, blue")
-IMAGE_STD = within(above=0, size=3, remedy="must be three numbers above 0: red, green, blue")
+IMAGE_MEAN = within(at_least=0, at_most=1, remedy="must be numbers in [0, 1], one for each band")
+IMAGE_STD = within(above=0, remedy="must be numbers above 0, one for each band")
 DEVICE = one_of("auto", "cuda", "mps", "cpu")
 DTYPE = one_of("float32", "bfloat16", "float16")
 
@@ -466,6 +466,64 @@ class ImagesConfig:
             f"data.dataset={self.dataset!r}: only pretraining mixes several data sets; give one folder or data URL"
         )
 
+    @property
+    def bands_are_known(self) -> bool:
+        """Whether range, mean and deviation are numbers; else they are to be measured."""
+        return True
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """How images become what the network sees."""
+        return Normalisation()
+
+    @property
+    def bands(self) -> Bands:
+        """What is made of the images' values."""
+        return RGB8
+
+
+@dataclass(frozen=True)
+class PretrainingImagesConfig(ImagesConfig):
+    """The same for methods that learn from images of any bands and depth."""
+
+    value_range: tuple[float, float] | str | None = field(metadata=one_of("auto", at_least=-(2**52), at_most=2**52))
+    """The stored values that become 0 and 1; others are clipped. null: 8-bit images as they are; deep grey by 16 bits,
+    or, of floats, by 0 to 1. auto: null if a sample of the images has 8 bits, else what it shows, without the darkest
+    and brightest thousandth; measured once, and written to the run's config.yaml."""
+    mean: list[float] | str = field(metadata=one_of("auto", at_least=0, at_most=1))
+    """Of each band, in [0, 1], by which images are normalised: as many numbers as model.in_chans. auto: measured once
+    on a sample that follows from train.seed, and written to the run's config.yaml."""
+    std: list[float] | str = field(metadata=one_of("auto", above=0))
+    """The deviation of each band, likewise."""
+
+    def __post_init__(self) -> None:
+        """Check the range, and that 8-bit RGB alone is decoded on a GPU."""
+        given = self.value_range
+        if given is not None and not isinstance(given, str):
+            remedy = "must be [lowest, highest], the first below the second"
+            require(given[0] < given[1], "data.value_range", list(given), remedy)
+        if isinstance(self.mean, list | tuple) and isinstance(self.std, list | tuple):
+            remedy = f"must be as many numbers as data.mean has, {len(self.mean)}"
+            require(len(self.mean) == len(self.std), "data.std", list(self.std), remedy)
+        is_rgb8 = given is None and (self.mean == "auto" or len(self.mean) == 3)
+        require(self.decode == "cpu" or is_rgb8, "data.decode", self.decode, "is for 8-bit RGB; use data.decode=cpu")
+
+    @property
+    def bands_are_known(self) -> bool:
+        """See `ImagesConfig.bands_are_known`."""
+        return "auto" not in (self.value_range, self.mean, self.std)
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """How images become what the network sees, once that is measured."""
+        assert self.bands_are_known, "they are to be measured first: training.with_normalisation"
+        return Normalisation.of(dataclasses.asdict(self))
+
+    @property
+    def bands(self) -> Bands:
+        """What is made of the images' values."""
+        return Bands(len(self.mean), self.normalisation.value_range)
+
 
 @dataclass(frozen=True)
 class EpochsImagesConfig(ImagesConfig):
@@ -481,6 +539,8 @@ class ViTConfig:
 
     patch_size: int = field(metadata=COUNT)
     """Side of a patch in pixels."""
+    in_chans: int = field(metadata=COUNT)
+    """Bands of the images."""
     embed_dim: int = field(metadata=COUNT)
     """Channels of a token."""
     depth: int = field(metadata=COUNT)
@@ -702,10 +762,21 @@ class TrainingConfig:
     """Named sets of evaluations; null for none, evals.<name>=null to leave one out."""
 
     def __post_init__(self) -> None:
-        """Check that what is evaluated is exported."""
+        """Check that what is evaluated is exported, and that all bands have a mean and a deviation."""
+        for key in ("mean", "std") if isinstance(self.data, PretrainingImagesConfig) else ():
+            given = getattr(self.data, key)
+            remedy = (
+                f"must be one number for each of model.in_chans={self.in_chans} bands; data.{key}=auto measures them"
+            )
+            require(given == "auto" or len(given) == self.in_chans, f"data.{key}", given, remedy)
         for name, entry in (self.evals or {}).items():
             if entry is not None:
                 require_one_of(f"evals.{name}.model_to_eval", entry.model_to_eval, self.EXPORTS)
+
+    @property
+    def in_chans(self) -> int:
+        """Bands of the images; three for a model without such a key."""
+        return getattr(getattr(self, "model", None), "in_chans", 3)
 
 
 @dataclass(frozen=True)
@@ -795,7 +866,7 @@ def build(kind: Any, value: Any, key: str = "", allowed: Allowed | None = None) 
         return {name: each if element is Any else build(element, each, f"{key}.{name}") for name, each in value.items()}
     if kind is not Any or isinstance(value, str):
         (allowed or Allowed()).check(key, value)
-    return tuple(value) if typing.get_origin(kinds[0]) is tuple else value
+    return tuple(value) if typing.get_origin(kinds[0]) is tuple and isinstance(value, list) else value
 
 
 def allowed_of(schema: Any, name: str) -> Allowed | None:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -47,15 +47,14 @@ from sources import (
     make_mixture,
     silent_decoders,
 )
-from utils import UserError, derive_seed, largest_divisor
+from utils import RGB8, Bands, Normalisation, UserError, derive_seed, largest_divisor
 
 if TYPE_CHECKING:  # else imported by data.decode=gpu alone
     from speed.device_decode import EncodedCrop, EncodedCrops
 
 logger = logging.getLogger(__name__)
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = Normalisation.mean, Normalisation.std
 MAX_REPLACEMENTS = 20
 MAX_BAD_IN_A_ROW = 200
 MAX_EMPTY_EPOCHS = 10
@@ -74,21 +73,31 @@ MAX_WAIT_FRACTION = 0.1
 @functools.cache
 def _statistics(statistics: tuple[float, ...], device: torch.device) -> Tensor:
     # Kept: copying them to a GPU in every step would make the host wait for it each time.
-    return torch.tensor(statistics, device=device).view(3, 1, 1)
+    return torch.tensor(statistics, device=device).view(-1, 1, 1)
 
 
 def normalize(
-    images: UInt8[Tensor, "b 3 h w"],
+    images: Shaped[Tensor, "b c h w"],
     dtype: torch.dtype = torch.float32,
     *,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
-) -> Float[Tensor, "b 3 h w"]:
-    """Pixels in [0, 1] minus the mean of their channel, divided by its standard deviation; computed in float32."""
+) -> Float[Tensor, "b c h w"]:
+    """Pixels in [0, 1] minus the mean of their channel, divided by its standard deviation; computed in float32.
+
+    Pixels of 8 bits are divided by 255 first; floats are in [0, 1] already.
+    """
     mean_of, std_of = _statistics(mean, images.device), _statistics(std, images.device)
     # Batches have the channels innermost, as decoders and resizing do; the model gets them outermost.
     pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    if images.is_floating_point():
+        return pixels.sub(mean_of).div_(std_of).to(dtype)
     return pixels.div_(255).sub_(mean_of).div_(std_of).to(dtype)
+
+
+def normalizer(normalisation: Normalisation) -> Callable[[Tensor], Tensor]:
+    """`normalize` with the statistics of a training."""
+    return functools.partial(normalize, mean=normalisation.mean, std=normalisation.std)
 
 
 # ------------------------------------------------------------------------------------- samples to batches
@@ -98,7 +107,8 @@ def normalize(
 class Batch:
     """Masked images of one forward pass on one rank."""
 
-    images: UInt8[Tensor, "b 3 h w"]
+    images: Shaped[Tensor, "b c h w"]
+    """uint8; of a range that `Bands` says, float32 in [0, 1]."""
     masks: dict[str, Tensor]
     """What the masks of these images say, by the names that the method gives it."""
     sample_ids: Int64[Tensor, " b"]
@@ -115,7 +125,7 @@ class Batch:
     """Seconds that one process took to read, decode and crop it."""
     host_masks: dict[str, Tensor] = field(default_factory=dict)
     """`masks` on the CPU, once `to` was called: what depends on them need not wait for the device."""
-    second_images: UInt8[Tensor, "b 3 h2 w2"] | None = None
+    second_images: Shaped[Tensor, "b c h2 w2"] | None = None
     """With a second view, the same crops in its size."""
     labels: dict[str, Tensor] = field(default_factory=dict)
     """What is known of these images, by the names that the task gives it."""
@@ -195,6 +205,7 @@ class SampleMaker:
         interpolation: str = "bicubic",
         change_colours: ChangeColours | None = None,
         second_view: View | None = None,
+        bands: Bands = RGB8,
     ) -> None:
         own = interpolation != "bicubic" or change_colours is not None or second_view is not None
         assert not encoded or not own, "the GPU does nothing of this"
@@ -208,6 +219,7 @@ class SampleMaker:
         self.interpolation = interpolation
         self.change_colours = change_colours
         self.second_view = second_view
+        self.bands = bands
 
     def reduction(self, width: int, height: int) -> int:
         """The largest divisor of a JPEG's size after which no possible crop has to be enlarged."""
@@ -231,7 +243,7 @@ class SampleMaker:
 
         Raises: BadImageError if the file cannot be read.
         """
-        pixels = sample.pixels(self.reduction)
+        pixels = sample.pixels(self.reduction, self.bands)
         box = self._draw(pixels.shape[2], pixels.shape[1], key)
         crop = cut(pixels, box, self.image_size, self.interpolation)
         if self.second_view is not None:
@@ -246,7 +258,8 @@ class SampleMaker:
         masks = sum(mask.nbytes for mask in self.masks([(row,) for row in range(batch_size)]).values())
         view = self.second_view
         pixels = self.image_size**2 + (0 if view is None else view.size**2)
-        return batch_size * (3 * pixels + 8) + masks
+        values = self.bands.num * (1 if self.bands.value_range is None else 4)
+        return batch_size * (values * pixels + 8) + masks
 
     def batch(
         self,
@@ -312,7 +325,7 @@ def check_decode(decode: str, device: torch.device) -> None:
         check_device(device)
 
 
-def _stack(crops: Sequence[Tensor], size: int) -> UInt8[Tensor, "b 3 size size"]:
+def _stack(crops: Sequence[Tensor], size: int) -> Shaped[Tensor, "b c size size"]:
     """Crops with the channels innermost, in a batch of the same layout: whole images are copied, not single pixels."""
     if not crops:
         return torch.empty(0, 3, size, size, dtype=torch.uint8)
@@ -801,6 +814,7 @@ class PretrainLoader:
                 interpolation=interpolation,
                 change_colours=change_colours,
                 second_view=second_view,
+                bands=images.bands,
             )
         self.maker = maker
         if dataset is None:

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64, Shaped
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -103,7 +103,7 @@ from readouts import (
 )
 from report import Score
 from sources import BadImageError
-from utils import UserError, derive_seed, due
+from utils import RGB8, Bands, UserError, derive_seed, due
 
 logger = logging.getLogger("eval_classification")
 
@@ -309,9 +309,9 @@ class CentreCropped:
             ]
         )
 
-    def __call__(self, image: Image.Image, target: Any) -> tuple[UInt8[Tensor, "3 h w"], Int64[Tensor, " l"]]:
+    def __call__(self, image: Image.Image | Tensor, target: Any) -> tuple[Shaped[Tensor, "c h w"], Tensor]:
         """An image of a test or validation set, or of the training set for methods without augmentation."""
-        return self.transform(image), pad([label_list(target, "label")], self.num_labels)[0]
+        return in_range(self.transform(image)), pad([label_list(target, "label")], self.num_labels)[0]
 
 
 def image_batches(
@@ -326,7 +326,13 @@ def image_batches(
         indices=indices.tolist(),
         pin=model.device.type == "cuda",
         title=title,
+        bands=model.bands,
     )
+
+
+def in_range(pixels: Shaped[Tensor, "c h w"]) -> Shaped[Tensor, "c h w"]:
+    """Deep pixels within [0, 1], where bicubic resampling overshoots."""
+    return pixels.clamp(0, 1) if pixels.is_floating_point() else pixels
 
 
 class ClippedCrop(v2.RandomResizedCrop):
@@ -339,7 +345,7 @@ class ClippedCrop(v2.RandomResizedCrop):
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """A box within the image, from torch's generator."""
         (image,) = flat_inputs
-        width, height = image.size
+        height, width = v2.functional.get_size(image)
         uniform, log_uniform = torch.rand(2, dtype=torch.float64).tolist()
         area = width * height * (self.scale[0] + uniform * (self.scale[1] - self.scale[0]))
         low, high = map(math.log, self.ratio)
@@ -361,8 +367,9 @@ class TrainBatches(Dataset[Any]):
         data: Labelled,
         indices: Int64[Tensor, " fit"],
         crop_kind: type[v2.RandomResizedCrop],
+        bands: Bands,
     ) -> None:
-        self.seed, self.data, self.indices = cfg.seed, data, indices
+        self.seed, self.data, self.indices, self.bands = cfg.seed, data, indices, bands
         low, high = cfg.crop_scale
         bicubic = v2.InterpolationMode.BICUBIC
         crop = crop_kind(cfg.resolution, (low, high), interpolation=bicubic, antialias=True)
@@ -373,13 +380,13 @@ class TrainBatches(Dataset[Any]):
         chosen = [int(self.indices[number]) for _, number in pairs]
         for (position, _), index in zip(pairs, chosen, strict=True):
             try:
-                image = self.data.dataset[index].image()
+                image = self.data.dataset[index].picture(self.bands)
             except BadImageError as error:
                 return UserError(f"{error}; repair or remove the file: an evaluation leaves none out")
             except UserError as error:
                 return error
             with seeded(derive_seed(self.seed, "classification crop", position)):
-                crops.append(self.transform(image))
+                crops.append(in_range(self.transform(image)))
         return torch.stack(crops), self.data.labels[chosen]
 
 
@@ -391,13 +398,15 @@ def train_batches(
     *,
     pin: bool,
     crop_kind: type[v2.RandomResizedCrop] = v2.RandomResizedCrop,
-) -> Iterator[tuple[UInt8[Tensor, "b 3 h w"], Int64[Tensor, "b l"]]]:
+    bands: Bands = RGB8,
+) -> Iterator[tuple[Shaped[Tensor, "b c h w"], Int64[Tensor, "b l"]]]:
     """This rank's batches from `step` on, without end; all ranks together see the same whatever their number is."""
     order = EpochOrder(len(indices), derive_seed(cfg.seed, "classification order"))
     start = step * cfg.batch_size_per_gpu * world_size()
-    num_workers = reader_processes(cfg.num_workers, cfg.batch_size_per_gpu * 3 * cfg.resolution**2)
+    num_bytes = bands.num * (1 if bands.value_range is None else 4)
+    num_workers = reader_processes(cfg.num_workers, cfg.batch_size_per_gpu * num_bytes * cfg.resolution**2)
     loader = DataLoader(
-        TrainBatches(cfg, data, indices, crop_kind),
+        TrainBatches(cfg, data, indices, crop_kind, bands),
         batch_size=None,
         sampler=_Pairs(order, start, rank(), world_size(), cfg.batch_size_per_gpu),
         num_workers=num_workers,
@@ -578,7 +587,7 @@ def vissl_recipe(cfg: ClassificationConfig, model: FrozenModel, num_fit: int) ->
         return {"last": last, "last_bn": last, "concat": concat, "concat_bn": concat}
 
     try:
-        black = inputs(black_image(cfg))
+        black = inputs(model.blank(cfg.resolution))
     except UserError as error:
         raise UserError(
             f"vissl_blocks={cfg.vissl_blocks}: {error}; change it, or leave vissl out of methods"
@@ -614,7 +623,7 @@ def linear_probe_recipe(cfg: ClassificationConfig, model: FrozenModel, num_fit: 
 
     return Recipe(
         method="linear_probe",
-        shapes={"cls": inputs(black_image(cfg))["cls"].shape[1:]},
+        shapes={"cls": inputs(model.blank(cfg.resolution))["cls"].shape[1:]},
         inputs=inputs,
         grid=[(learning_rate, 0.0) for learning_rate in cfg.linear_probe_learning_rates],
         optimizer=StackedLARS,
@@ -652,7 +661,7 @@ def attentive_probe_recipe(cfg: ClassificationConfig, model: FrozenModel, num_fi
     )  # fmt: skip
     return Recipe(
         method="attentive_probe",
-        shapes={"cls_patch": inputs(black_image(cfg))["cls_patch"].shape[1:]},
+        shapes={"cls_patch": inputs(model.blank(cfg.resolution))["cls_patch"].shape[1:]},
         inputs=inputs,
         grid=[(learning_rate, 0.0) for learning_rate in cfg.attentive_probe_learning_rates],
         optimizer=StackedSGD,
@@ -667,11 +676,6 @@ def attentive_probe_recipe(cfg: ClassificationConfig, model: FrozenModel, num_fi
 def probe_settings(cfg: ClassificationConfig, optimizer: str) -> dict[str, Any]:
     """What results of both probes say."""
     return {"optimizer": optimizer, "epochs": cfg.probe_epochs, "warmup_epochs": cfg.probe_warmup_epochs}
-
-
-def black_image(cfg: ClassificationConfig) -> UInt8[Tensor, "1 3 h w"]:
-    """An image with which the shapes of features are found out."""
-    return torch.zeros(1, 3, cfg.resolution, cfg.resolution, dtype=torch.uint8)
 
 
 def start_training(cfg: ClassificationConfig, recipe: Recipe, num_classes: int, device: torch.device) -> Training:
@@ -692,7 +696,8 @@ def train_classifiers(
 ) -> None:
     """Train all classifiers to the end, with a validation and a checkpoint now and then."""
     pin = model.device.type == "cuda"
-    batches = train_batches(cfg, splits.train, splits.fit, training.step, pin=pin, crop_kind=recipe.crop_kind)
+    kinds = {"crop_kind": recipe.crop_kind, "bands": model.bands}
+    batches = train_batches(cfg, splits.train, splits.fit, training.step, pin=pin, **kinds)
     quiet = True if rank() > 0 else None
     num_steps = recipe.num_steps
     with tqdm(total=num_steps, initial=training.step, desc=recipe.method, unit="step", disable=quiet) as bar:
@@ -1048,7 +1053,7 @@ def representation_shapes(cfg: ClassificationConfig, model: FrozenModel) -> dict
         f"must be a multiple of {patch}, the patch size of {model.name}; the nearest is "
         f"{max(patch, round(size / patch) * patch)}",
     )
-    features = model(black_image(cfg))
+    features = model(model.blank(cfg.resolution))
     names = {"cls", "avg_patch"} | (set(cfg.representations) if "classifiers" in cfg.methods else set())
     return {name: represent(features, name).shape[1:] for name in sorted(names)}
 
@@ -1063,6 +1068,7 @@ def evaluate(cfg: ClassificationConfig, model: FrozenModel, results: Results) ->
         val_proportion=cfg.val_proportion,
         num_classes=cfg.num_classes,
         all_classes=not set(cfg.methods) <= {"knn", "low_shot"},  # nothing is chosen for them
+        bands=model.bands,
     )
     results.note_data(
         train_dataset_name=splits.train.dataset,

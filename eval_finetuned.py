@@ -50,7 +50,7 @@ def evaluate(cfg: FinetunedConfig, model: FrozenModel, results: Results) -> None
     remedy = f"must be a multiple of the backbone's patches of {module.patch_size} pixels"
     require(size % module.patch_size == 0, "resolution", size, remedy)
     model.mean, model.std = (
-        torch.tensor(values, device=model.device).view(3, 1, 1)
+        torch.tensor(values, device=model.device).view(-1, 1, 1)
         for values in (trained.backbone.image_mean, trained.backbone.image_std)
     )
     module.task.evaluate(cfg, model, results)

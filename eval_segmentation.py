@@ -46,7 +46,7 @@ from labels import choose_images, split_off
 from readouts import DISTANCES, TRAIN_CHUNK, fit_logistic, majority_votes, nearest, spread
 from report import Score
 from sources import UNLABELLED, ImageDataset, SegmentationDataset, match_classes
-from utils import UserError, derive_seed
+from utils import RGB8, Bands, UserError, derive_seed
 from weights import save_safetensors
 
 if TYPE_CHECKING:
@@ -157,8 +157,10 @@ class LabelSets(NamedTuple):
     """Labels of pixels that do not count, in the numbers of the training set."""
 
 
-def open_label_sets(cfg: SegmentationConfig) -> LabelSets:
+def open_label_sets(cfg: SegmentationConfig, bands: Bands = RGB8) -> LabelSets:
     """Open the data sets, match their classes by name, and say which labels do not count.
+
+    The images are for a model of these bands.
 
     Raises: UserError if a data set cannot be opened, or has some classes of the training set and others.
     """
@@ -167,7 +169,7 @@ def open_label_sets(cfg: SegmentationConfig) -> LabelSets:
         url = getattr(cfg, key)
         if url is None:
             return None
-        dataset = open_dataset(url, key)
+        dataset = open_dataset(url, key, bands)
         # Names that other sources have may be those of whole images.
         names = dataset.class_names if isinstance(dataset, SegmentationDataset) else []
         return LabelSet(key, url, dataset, list(dataset.ignore_labels), names)
@@ -239,9 +241,9 @@ def warn_of_labels(
 
 
 def prepare_pair(
-    image: Image.Image, target: Any, resolution: int, numbers: UInt8[Tensor, "256"] | None = None
+    image: Image.Image | Tensor, target: Any, resolution: int, numbers: UInt8[Tensor, "256"] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Image and label image as squares of `resolution` pixels: uint8 [3, h, w] and [h, w].
+    """Image and label image as squares of `resolution` pixels: [bands, h, w], and uint8 [h, w].
 
     Args:
         image: upright.
@@ -251,7 +253,8 @@ def prepare_pair(
 
     Raises: UserError as `check_label_image`.
     """
-    target = check_label_image(target, image.width, image.height)
+    height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
+    target = check_label_image(target, width, height)
     labels = torch.from_numpy(np.array(target.resize((resolution, resolution), Image.Resampling.NEAREST)))
     return square(image, resolution), labels if numbers is None else numbers[labels.long()]
 
@@ -558,6 +561,7 @@ def _batches(
         indices=indices,
         pin=model.device.type == "cuda",
         title=title,
+        bands=model.bands,
     )
 
 
@@ -682,7 +686,7 @@ def evaluate(cfg: SegmentationConfig, model: FrozenModel, results: Results) -> N
     """Fit and test every classifier that has no result yet."""
     names = [*cfg.classifiers, *names_with_few(cfg)]
     missing = [name for name in names if name not in results]
-    sets = open_label_sets(cfg)
+    sets = open_label_sets(cfg, model.bands)
     opened = [labels for labels in (sets.train, sets.val, sets.test) if labels is not None]
     results.note_data(**{labels.key: labels.dataset for labels in opened})
     results.declare_scores(*SCORES)

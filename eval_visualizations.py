@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32, Float64, Int64, UInt8
+from jaxtyping import Float, Float32, Float64, Int64, Shaped, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
@@ -78,7 +78,7 @@ from pictures import (
     to_bytes,
 )
 from sources import BadImageError, ImageDataset
-from utils import UserError, derive_seed, import_from_path
+from utils import RGB8, Bands, UserError, derive_seed, import_from_path
 from weights import check_values, read_state_dict
 
 if TYPE_CHECKING:
@@ -202,13 +202,19 @@ class Scene:
     @functools.cached_property
     def query_features(self) -> Float[Tensor, "n d"]:
         """Features of the patches of the image that has the query."""
-        image = read_image(self.dataset, self.query.image, self.cfg.resolution)
+        image = read_image(self.dataset, self.query.image, self.cfg.resolution, self.model.bands)
         return patch_features(self.model(image.unsqueeze(0)))[0]
 
     @functools.cached_property
     def checkpoint(self) -> Path | None:
         """The training checkpoint by which predictions are made, see `find_checkpoint`; the same on all ranks."""
         return on_rank_0(lambda: find_checkpoint(self.cfg, self.model.module))
+
+    def picture(self, number: int) -> UInt8[Tensor, "h w 3"]:
+        """An image of the data set, for people: of other than three bands the first three, or the first as grey."""
+        pixels = read_image(self.dataset, number, self.cfg.resolution, self.model.bands)
+        pixels = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
+        return (to_bytes(pixels) if pixels.is_floating_point() else pixels).movedim(0, -1)
 
     @property
     def shown(self) -> list[int]:
@@ -224,7 +230,7 @@ class Scene:
 def evaluate(cfg: VisualizationsConfig, model: FrozenModel, results: Results) -> None:
     """Draw the pictures that `results` do not have yet."""
     grid = grid_size(cfg, model)
-    dataset = open_dataset(cfg.dataset_name, "dataset_name")
+    dataset = open_dataset(cfg.dataset_name, "dataset_name", model.bands)
     results.note_data(dataset_name=dataset)
     if len(dataset) < cfg.num_images:
         logger.info("num_images=%d: the data set has %d images, all are drawn", cfg.num_images, len(dataset))
@@ -295,18 +301,18 @@ def check_query(query: list[int] | None, num_images: int, grid: int) -> Query | 
     return Query(image, row, column)
 
 
-def read_image(dataset: ImageDataset, number: int, resolution: int) -> UInt8[Tensor, "3 h w"]:
-    """One image of the data set, as a square.
+def read_image(dataset: ImageDataset, number: int, resolution: int, bands: Bands = RGB8) -> Shaped[Tensor, "c h w"]:
+    """One image of the data set, as a square for a model of these bands.
 
     Raises: UserError if the file cannot be read.
     """
     try:
-        return square(dataset[number].image(), resolution)
+        return square(dataset[number].picture(bands), resolution)
     except BadImageError as error:
         raise UserError(f"{error}; repair or remove the file") from error
 
 
-def prepare_image(image: Image.Image, _target: Any, resolution: int) -> tuple[UInt8[Tensor, "3 h w"]]:
+def prepare_image(image: Image.Image | Tensor, _target: Any, resolution: int) -> tuple[Shaped[Tensor, "c h w"]]:
     """The image as a square of `resolution` pixels; see `evaluation.Prepare`."""
     return (square(image, resolution),)
 
@@ -325,6 +331,7 @@ def run_model(scene: Scene, measures: Mapping[str, Measure], title: str) -> dict
         num_workers=cfg.num_workers,
         pin=model.device.type == "cuda",
         title=title,
+        bands=model.bands,
     )
 
     def compute(features: Features) -> tuple[Tensor, ...]:
@@ -730,7 +737,7 @@ def norm_figure(scene: Scene, norms: Float[Tensor, "images n"], report: Mapping[
     maps = []
     for column, number in enumerate(shown):
         top, bottom = figure.add_subplot(axes[1, column]), figure.add_subplot(axes[2, column])
-        show(top, read_image(scene.dataset, number, scene.cfg.resolution).movedim(0, -1).numpy(), f"image {number}")
+        show(top, scene.picture(number).numpy(), f"image {number}")
         show(bottom, _read(scene, "norms", number), _outliers(report["outliers_of_shown"][column]))
         maps.append(bottom)
     _color_bar(figure, maps, "viridis", low, high, "norm (outliers red)")
@@ -754,12 +761,12 @@ def nearest_figure(
     places = [(query, "query"), *((Query(*match[:3]), f"image {match[0]}: {match[3]:.3f}") for match in matches)]
     for column, (place, title) in enumerate(places):
         ax = figure.add_subplot(axes[0, column])
-        show(ax, read_image(scene.dataset, place.image, scene.cfg.resolution).movedim(0, -1).numpy(), title)
+        show(ax, scene.picture(place.image).numpy(), title)
         _frame(ax, place, scene)
     maps = []
     for column, number in enumerate(shown):
         top, bottom = figure.add_subplot(axes[1, column]), figure.add_subplot(axes[2, column])
-        show(top, read_image(scene.dataset, number, scene.cfg.resolution).movedim(0, -1).numpy(), f"image {number}")
+        show(top, scene.picture(number).numpy(), f"image {number}")
         show(bottom, _read(scene, "nearest", number), "")
         if number == query.image:
             _frame(bottom, query, scene)
@@ -782,7 +789,7 @@ def predictions_figure(scene: Scene, draws: Sequence[str]) -> "Figure":
     )
     for row, place in enumerate(scene.predicted):
         number = scene.numbers[place]
-        show(axes[row, 0], read_image(scene.dataset, number, scene.cfg.resolution).movedim(0, -1).numpy())
+        show(axes[row, 0], scene.picture(number).numpy())
         axes[row, 0].set_ylabel(str(number), fontsize=9)
         for ax, title in zip(axes[row, 1:], titles, strict=True):
             show(ax, _read(scene, _folder_of(title), number))
@@ -800,7 +807,7 @@ def read_squares(scene: Scene, patches: Int64[Tensor, "q 2"]) -> dict[tuple[int,
     """Pixels of patches of the images that are drawn, by (place of the image, patch)."""
     squares = {}
     for place, group in itertools.groupby(patches.unique(dim=0).tolist(), key=lambda pair: pair[0]):
-        pixels = read_image(scene.dataset, scene.numbers[place], scene.cfg.resolution).movedim(0, -1)
+        pixels = scene.picture(scene.numbers[place])
         squares |= {(place, patch): pixels[_square_at(patch, scene)].clone() for _, patch in group}
     return squares
 
@@ -821,7 +828,7 @@ def save_patchworks(
         patches: keys of `squares` for each draw and predicted patch.
         squares: see `read_squares`.
     """
-    pixels = read_image(scene.dataset, number, scene.cfg.resolution).movedim(0, -1)
+    pixels = scene.picture(number)
     seen = torch.where(as_squares(prediction.visible, scene).unsqueeze(-1), pixels, HIDDEN)
     _save(scene, _folder_of("visible"), number, seen)
     for title, chosen in zip(prediction.draws, patches.tolist(), strict=True):
@@ -965,7 +972,7 @@ class _Norms(Kind):
         super().__init__(scene)
         layers = {name: layer for name, layer in scene.model.module.named_modules() if "Norm" in type(layer).__name__}
         with NormInputs({} if scene.cfg.norms_of_output else layers) as inputs:
-            image = torch.zeros(1, 3, scene.cfg.resolution, scene.cfg.resolution, dtype=torch.uint8)
+            image = scene.model.blank(scene.cfg.resolution)
             before = inputs.before(patch_features(scene.model(image)))
         self.layer = None if before is None else before[0]
         self.inputs = NormInputs({} if self.layer is None else {self.layer: layers[self.layer]})
@@ -1149,7 +1156,7 @@ class _Predictions(Kind):
 
     def _predict(self, number: int, predictor: PatchPredictor) -> Prediction:
         # One image at a time, with a seed of its own: what else is drawn changes nothing.
-        image = read_image(self.scene.dataset, number, self.cfg.resolution)
+        image = read_image(self.scene.dataset, number, self.cfg.resolution, self.scene.model.bands)
         seed = derive_seed(self.cfg.seed, "prediction", number)
         return self.scene.model.run(lambda x: predictor(x[0], seed, self.cfg.prediction_draws), image.unsqueeze(0))
 
@@ -1330,7 +1337,7 @@ def draw_overview(scene: Scene, results: Results, columns: Sequence[tuple[type["
         fontsize=10,
     )
     for row, number in enumerate(scene.shown):
-        pixels = read_image(scene.dataset, number, scene.cfg.resolution).movedim(0, -1).numpy()
+        pixels = scene.picture(number).numpy()
         show(axes[row, 0], pixels, "image" if row == 0 else "")
         axes[row, 0].set_ylabel(str(number), fontsize=9)
         if number == scene.query.image and _Nearest.name in results:

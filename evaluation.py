@@ -23,13 +23,14 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from bands import resized
 from config import (
     COUNT,
     DEVICE,
@@ -57,7 +58,17 @@ from launch import claim_output_dir
 from pixels import log_pixels
 from report import Score
 from sources import BadImageError, ImageDataset, ImageStream, make_dataset
-from utils import UserError, ending_in_words, git_revision, import_from_path, setup_logging, write_text_atomically
+from utils import (
+    RGB8,
+    Bands,
+    Normalisation,
+    UserError,
+    ending_in_words,
+    git_revision,
+    import_from_path,
+    setup_logging,
+    write_text_atomically,
+)
 
 logger = logging.getLogger("evaluation")
 
@@ -90,10 +101,11 @@ class FrozenModelConfig:
     """Images per forward pass of one rank."""
     num_workers: int | None = field(default=None, metadata=NOT_NEGATIVE)
     """Processes per rank that read images; null for one per core, up to 8."""
-    image_mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN), metadata=IMAGE_MEAN)
-    """Mean of the RGB channels, in [0, 1], which is subtracted."""
-    image_std: list[float] = field(default_factory=lambda: list(IMAGENET_STD), metadata=IMAGE_STD)
-    """Deviation of the RGB channels, in units of [0, 1], by which they are divided."""
+    image_mean: list[float] | None = field(default=None, metadata=IMAGE_MEAN)
+    """Mean of each band, in [0, 1], which is subtracted. null: that of the model's training, if its configuration lies
+    beside its weights, else ImageNet's."""
+    image_std: list[float] | None = field(default=None, metadata=IMAGE_STD)
+    """Deviation of each band, in units of [0, 1], by which it is divided; null likewise."""
     seed: int = field(default=0, metadata=SEED)
     """What random weights, splits and initialisations follow from."""
 
@@ -113,19 +125,25 @@ class EvaluationConfig(FrozenModelConfig):
 
 
 class FrozenModel:
-    """A model under evaluation: takes 8-bit images, gives `Features`, and checks that it keeps the contract.
+    """A model under evaluation: takes images, gives `Features`, and checks that it keeps the contract.
+
+    Images have the model's `bands`: 8 bits, or float32 in [0, 1].
 
     The contract: `patch_size`, and `forward(images [b, 3, h, w])` that returns a global representation [b, d],
     registers [b, r, d] or None, and a feature map [b, h / patch_size, w / patch_size, d]. It may have `training_notes`,
-    a dict of texts about its training by their names, which results keep.
+    a dict of texts about its training by their names, which results keep; and `in_chans` and `normalisation`, as
+    `model.Backbone` has them, without which it gets RGB.
     """
 
     def __init__(self, model: nn.Module, cfg: FrozenModelConfig, device: torch.device, name: str) -> None:
         self.device, self.name = device, name
         self.module = model.to(device).eval().requires_grad_(False)
         self.dtype: torch.dtype = getattr(torch, cfg.dtype)
-        self.mean = torch.tensor(cfg.image_mean, device=device).view(3, 1, 1)
-        self.std = torch.tensor(cfg.image_std, device=device).view(3, 1, 1)
+        self.normalisation = self._normalisation(model, cfg)
+        self.mean, self.std = (
+            torch.tensor(each, device=device).view(-1, 1, 1)
+            for each in (self.normalisation.mean, self.normalisation.std)
+        )
         patch_size = getattr(model, "patch_size", None)
         if not isinstance(patch_size, int) or isinstance(patch_size, bool) or patch_size < 1:
             raise self._broken(f"its attribute patch_size is {patch_size!r} and must be a whole number from 1 on")
@@ -137,9 +155,31 @@ class FrozenModel:
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.sha256 = hash_weights(model)
 
+    def _normalisation(self, model: nn.Module, cfg: FrozenModelConfig) -> Normalisation:
+        """What the keys say, else the model."""
+        own = getattr(model, "normalisation", Normalisation())
+        given = {"mean": cfg.image_mean, "std": cfg.image_std}
+        used = replace(own, **{key: tuple(numbers) for key, numbers in given.items() if numbers is not None})
+        num = getattr(model, "in_chans", len(own.mean))
+        for key, numbers in (("image_mean", used.mean), ("image_std", used.std)):
+            if len(numbers) != num:
+                raise UserError(f"{key}={list(numbers)}: must have a number for each of the model's {num} bands")
+        return used
+
+    @property
+    def bands(self) -> Bands:
+        """What is made of images for this model."""
+        return Bands(len(self.normalisation.mean), self.normalisation.value_range)
+
+    def blank(self, resolution: int) -> Shaped[Tensor, "1 c h w"]:
+        """A black image as the model is called with."""
+        deep = self.bands.value_range is not None
+        size = (1, self.bands.num, resolution, resolution)
+        return torch.zeros(size, dtype=torch.float32 if deep else torch.uint8)
+
     @torch.no_grad()
-    def __call__(self, images: UInt8[Tensor, "b 3 h w"], *, check_finite: bool = True) -> Features:
-        """Features of 8-bit RGB images, on the model's device.
+    def __call__(self, images: Shaped[Tensor, "b c h w"], *, check_finite: bool = True) -> Features:
+        """Features of images, on the model's device.
 
         Args:
             images: both sides divide into patches.
@@ -157,7 +197,7 @@ class FrozenModel:
 
     @torch.no_grad()
     def pooled_blocks(
-        self, images: UInt8[Tensor, "b 3 h w"], num_blocks: int, *, check_finite: bool = True
+        self, images: Shaped[Tensor, "b c h w"], num_blocks: int, *, check_finite: bool = True
     ) -> Float[Tensor, "b n d"]:
         """Mean patch tokens after each of the last blocks, first block first, put through the model's final norm.
 
@@ -179,7 +219,7 @@ class FrozenModel:
         return pooled
 
     @torch.no_grad()
-    def run(self, network: Callable[[Tensor], Any], images: UInt8[Tensor, "b 3 h w"]) -> Any:
+    def run(self, network: Callable[[Tensor], Any], images: Shaped[Tensor, "b c h w"]) -> Any:
         """Call a network on normalised images, in the precision of the evaluation.
 
         Raises: UserError if the image size does not fit the patch size.
@@ -190,7 +230,9 @@ class FrozenModel:
                 f"images of {height}x{width} pixels do not divide into patches of {self.patch_size}; choose a "
                 f"resolution that is a multiple of {self.patch_size}, the patch size of {self.name}"
             )
-        x = (images.to(self.device, non_blocking=True).float() / 255 - self.mean) / self.std
+        x = images.to(self.device, non_blocking=True)
+        scaled = x if x.is_floating_point() else x.float() / 255
+        x = (scaled - self.mean) / self.std
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return network(x)
 
@@ -278,7 +320,7 @@ def hash_weights(model: nn.Module) -> str:
 # --------------------------------------------------------------------------------------------------- features
 
 
-def open_dataset(url: str, key: str) -> ImageDataset:
+def open_dataset(url: str, key: str, bands: Bands = RGB8) -> ImageDataset:
     """The data set of a data URL for an evaluation, which needs random access.
 
     Raises: UserError naming `key`.
@@ -287,23 +329,26 @@ def open_dataset(url: str, key: str) -> ImageDataset:
     if isinstance(dataset, ImageStream):
         raise UserError(f"{key}={url}: evaluations need random access; leave streaming=True out")
     if rank() == 0:
-        log_pixels(dataset, key, only_warnings=True)
+        log_pixels(dataset, key, bands, only_warnings=True)
     return dataset
 
 
-def square(image: Image.Image, size: int) -> UInt8[Tensor, "3 size size"]:
-    """The image as a square of `size` pixels, by Pillow's bicubic resampling."""
+def square(image: Image.Image | Tensor, size: int) -> Shaped[Tensor, "c size size"]:
+    """The image as a square of `size` pixels, by bicubic resampling: of 8-bit RGB Pillow's, else torch's."""
+    if isinstance(image, Tensor):
+        return resized(image, size, size)
     pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels).movedim(-1, 0).contiguous()
 
 
-Prepare = Callable[[Image.Image, Any], tuple[Tensor, ...]]
-"""Makes tensors of a decoded image and its label, of the same shapes for all images; the first is the 8-bit image."""
+Prepare = Callable[[Any, Any], tuple[Tensor, ...]]
+"""Makes tensors of a decoded image (see `Sample.picture`) and its label, of the same shapes for all images; the first
+is the image."""
 
 
 class _Prepared(Dataset[Any]):
-    def __init__(self, dataset: ImageDataset, prepare: Prepare, indices: Sequence[int]) -> None:
-        self.dataset, self.prepare, self.indices = dataset, prepare, indices
+    def __init__(self, dataset: ImageDataset, prepare: Prepare, indices: Sequence[int], bands: Bands) -> None:
+        self.dataset, self.prepare, self.indices, self.bands = dataset, prepare, indices, bands
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -311,7 +356,7 @@ class _Prepared(Dataset[Any]):
     def __getitem__(self, position: int) -> tuple[Tensor, ...] | UserError:
         sample = self.dataset[self.indices[position]]
         try:
-            return self.prepare(sample.image(), sample.target())
+            return self.prepare(sample.picture(self.bands), sample.target())
         except BadImageError as error:
             return UserError(f"{error}; repair or remove the file: an evaluation leaves none out")
         except UserError as error:
@@ -336,6 +381,7 @@ class ImageBatches:
         num_workers: processes that read; 0 for this one.
         pin: whether batches go to a GPU.
         title: shown before the progress bar; None for no bar.
+        bands: those of the model.
     """
 
     def __init__(
@@ -348,12 +394,13 @@ class ImageBatches:
         indices: Sequence[int] | None = None,
         pin: bool = False,
         title: str | None = None,
+        bands: Bands = RGB8,
     ) -> None:
         chosen = range(len(dataset)) if indices is None else indices
         self.num_images = len(chosen)
         share = my_share(len(chosen))
         self.share, self.title, self.batch_size = share, title, batch_size
-        prepared = _Prepared(dataset, prepare, [int(chosen[i]) for i in share])
+        prepared = _Prepared(dataset, prepare, [int(chosen[i]) for i in share], bands)
         first = prepared[0] if num_workers != 0 and len(share) > 0 else ()
         image_bytes = 0 if isinstance(first, UserError) else sum(tensor.nbytes for tensor in first)
         self.num_workers = reader_processes(
@@ -665,8 +712,9 @@ def describe(model: FrozenModel, cfg: EvaluationConfig) -> dict[str, Any]:
         "loader_sha256": hash_loader(cfg.model_path, cfg.model_loader_kwargs),
         "num_parameters": model.num_parameters,
         "patch_size": model.patch_size,
-        "image_mean": cfg.image_mean,
-        "image_std": cfg.image_std,
+        "image_mean": list(model.normalisation.mean),
+        "image_std": list(model.normalisation.std),
+        "value_range": model.normalisation.value_range and list(model.normalisation.value_range),
         "dtype": cfg.dtype,
         "commit": git_revision(),
         "torch": torch.__version__,
@@ -705,6 +753,9 @@ class Evaluation(Generic[ConfigT]):
             if not cfg.output_dir:
                 free = (*SPEED_KEYS, *cfg.free_keys)
                 request = {key: value for key, value in asdict(cfg).items() if key not in free}
+                # The folder of a request without them is that of the time when these were the defaults.
+                for key, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
+                    request[key] = request[key] or list(default)
                 chosen = choose_output_dir(self.name, request) if rank() == 0 else None
                 cfg = replace(cfg, output_dir=broadcast_object(chosen))
             with claim_output_dir(cfg.output_dir, key="output_dir"):
@@ -716,6 +767,9 @@ class Evaluation(Generic[ConfigT]):
         started = time.monotonic()
         torch.manual_seed(cfg.seed)
         model = FrozenModel(load_model_file(cfg.model_path, cfg.model_loader_kwargs), cfg, device, cfg.model_path)
+        # What was used, so that results with another normalisation are others.
+        used = model.normalisation
+        cfg = replace(cfg, image_mean=list(used.mean), image_std=list(used.std))
         results = Results(self.name, cfg, describe(model, cfg))
         before = set(results.values)
         logger.info(

@@ -9,7 +9,8 @@ The last is a file of several networks, as the authors of I-JEPA and StoP publis
 encoder, `student` its encoder with the predictor. Files of CAE's authors are taken likewise.
 `.pth` is a dict of tensors by their published names, `.safetensors` has the same keys; both get their config beside
 them, as `.yaml`, where the loader of the method (`load_model` of model.py, ijepa.py, cae.py) finds it. `.onnx` takes
-images of any number and size and gives the three outputs of the backbone's `forward`; it needs
+normalised images of any number and size and gives the three outputs of the backbone's `forward`; its metadata
+says under `normalisation` by what, as that of `.safetensors` does if it is not ImageNet's of 8-bit RGB. It needs
 `pip install -c constraints.txt -e '.[onnx]'` in this folder. `.pth.tar`, of a run or checkpoint of I-JEPA, StoP or CAE,
 is what the authors' programs read: all networks in one file. The reverse, starting a run from weights, is the key
 `train.init_from`.
@@ -37,13 +38,14 @@ with command_line(__doc__, __name__) as parser:
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ from model import EncoderDecoder
 from train_cae import CaeConfig
 from train_capi import CapiConfig, make_head
 from train_ijepa import IjepaConfig
-from utils import UserError, ending_in_words, replacing, setup_logging, write_text_atomically
+from utils import Normalisation, UserError, ending_in_words, replacing, setup_logging, write_text_atomically
 from weights import load_backbone_weights, load_strictly, read_state_dict, save_safetensors
 
 logger = logging.getLogger("export")
@@ -195,7 +197,7 @@ def write(exportable: Exportable, path: Path) -> None:
         elif path.suffix == ".safetensors":
             _write_safetensors(exportable, path)
         else:
-            _write_onnx(exportable.modules["backbone"], path)
+            _write_onnx(exportable.modules["backbone"], path, _normalisation_notes(exportable.cfg))
     except OSError as error:
         raise UserError(f"{str(path)!r} could not be written: {error}") from error
 
@@ -241,8 +243,15 @@ def _write_safetensors(exportable: Exportable, path: Path) -> None:
         for key, tensor in module.state_dict().items()
     }
     write_text_atomically(path.with_suffix(".yaml"), to_yaml(exportable.cfg))
+    is_default = exportable.cfg.data.normalisation == Normalisation()  # without a word, as released weights
+    notes = {} if is_default else _normalisation_notes(exportable.cfg)
     with replacing(path) as temporary:
-        save_safetensors(weights, temporary, {"format": "pt"})
+        save_safetensors(weights, temporary, {"format": "pt", **notes})
+
+
+def _normalisation_notes(cfg: TrainingConfig) -> dict[str, str]:
+    """What images are normalised by, for the metadata of a file: `value_range`, `mean` and `std` as JSON."""
+    return {"normalisation": json.dumps(asdict(cfg.data.normalisation))}
 
 
 class _Named(nn.Module):
@@ -266,7 +275,9 @@ def _no_chatter() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _write_onnx(backbone: Any, path: Path) -> None:
+def _write_onnx(backbone: Any, path: Path, notes: Mapping[str, str]) -> None:
+    import onnx
+
     p = backbone.patch_size
     example = torch.zeros(2, backbone.in_chans, 4 * p, 6 * p)  # three numbers that differ: none is taken for another
     batch, rows, columns = torch.export.Dim("batch"), torch.export.Dim("rows"), torch.export.Dim("columns")
@@ -285,6 +296,9 @@ def _write_onnx(backbone: Any, path: Path) -> None:
                 dynamo=True,
                 verbose=False,
             )
+        graph: Any = onnx.load(str(Path(folder, path.name)), load_external_data=False)
+        onnx.helper.set_model_props(graph, dict(notes))
+        Path(folder, path.name).write_bytes(graph.SerializeToString())
         for written in sorted(Path(folder).iterdir(), reverse=True):  # the .onnx file after the .onnx.data it needs
             written.replace(path.parent / written.name)
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64, Shaped
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -41,7 +41,7 @@ from distributed import barrier, on_rank_0, rank, world_size
 from evaluation import Evaluation, EvaluationConfig, Features, FrozenModel, Results, reader_processes
 from pixels import log_pixels
 from sources import BadImageError, ImageDataset, ImageStream, Sample, make_dataset
-from utils import UserError, replacing
+from utils import Bands, UserError, replacing
 from weights import save_safetensors
 
 logger = logging.getLogger("features")
@@ -108,21 +108,22 @@ class Shard(NamedTuple):
 # ------------------------------------------------------------------------------------------------------ images
 
 
-def prepare(image: Image.Image, resolution: int, fit: str) -> UInt8[Tensor, "3 h w"]:
+def prepare(image: Image.Image | Tensor, resolution: int, fit: str) -> Shaped[Tensor, "c h w"]:
     """A square of `resolution` pixels a side: all of the image, distorted, if `fit` is squash, else its centre."""
     bicubic = v2.InterpolationMode.BICUBIC
-    x = v2.functional.pil_to_tensor(image)
+    x = image if isinstance(image, Tensor) else v2.functional.pil_to_tensor(image)
     size = [resolution, resolution] if fit == "squash" else [resolution]
-    return v2.functional.center_crop(v2.functional.resize(x, size, bicubic, antialias=True), [resolution])
+    x = v2.functional.resize(x, size, bicubic, antialias=True)
+    return v2.functional.center_crop(x.clamp(0, 1) if x.is_floating_point() else x, [resolution])
 
 
 Read = tuple[int, str, Tensor | str]
 """Number in the data, name, and the image or why it cannot be read."""
 
 
-def _read(index: int, sample: Sample, resolution: int, fit: str) -> Read:
+def _read(index: int, sample: Sample, resolution: int, fit: str, bands: Bands) -> Read:
     try:
-        return index, sample.name, prepare(sample.image(), resolution, fit)
+        return index, sample.name, prepare(sample.picture(bands), resolution, fit)
     except BadImageError as error:
         return index, sample.name, error.reason
 
@@ -294,7 +295,7 @@ def extract_features(cfg: FeaturesConfig, model: FrozenModel, results: Results) 
         )
     dataset = make_dataset(cfg.dataset, key="dataset")
     if rank() == 0:
-        log_pixels(dataset, "dataset", only_warnings=True)
+        log_pixels(dataset, "dataset", model.bands, only_warnings=True)
     size = None if isinstance(dataset, ImageStream) else len(dataset)
     before = results.about.get("num_samples", size)
     if before != size:
@@ -333,13 +334,14 @@ def _check_shards(cfg: FeaturesConfig, made_of: dict[str, Any]) -> None:
             )
 
 
-def _loader(cfg: FeaturesConfig, data: Any, most_workers: int, **batching: Any) -> DataLoader[Any]:
-    workers = reader_processes(cfg.num_workers, cfg.batch_size * 3 * cfg.resolution**2, most_workers)
+def _loader(cfg: FeaturesConfig, model: FrozenModel, data: Any, most_workers: int, **batching: Any) -> DataLoader[Any]:
+    batch_bytes = cfg.batch_size * model.blank(cfg.resolution).nbytes
+    workers = reader_processes(cfg.num_workers, batch_bytes, most_workers)
     return DataLoader(data, num_workers=workers, collate_fn=_as_list, timeout=worker_poll_s(workers), **batching)
 
 
-def _reader(cfg: FeaturesConfig) -> Callable[[int, Sample], Read]:
-    return functools.partial(_read, resolution=cfg.resolution, fit=cfg.fit)
+def _reader(cfg: FeaturesConfig, model: FrozenModel) -> Callable[[int, Sample], Read]:
+    return functools.partial(_read, resolution=cfg.resolution, fit=cfg.fit, bands=model.bands)
 
 
 def _bar(total: int | None) -> Any:
@@ -356,7 +358,7 @@ def _extract_dataset(cfg: FeaturesConfig, model: FrozenModel, dataset: ImageData
         num_done = len(own_shards) - len(missing)
         logger.info("%d of %d shards of this process are there already", num_done, len(own_shards))
     numbers = [images[i : i + cfg.batch_size] for _, images in missing for i in range(0, len(images), cfg.batch_size)]
-    loader = _loader(cfg, _ByNumber(dataset, _reader(cfg)), len(numbers), batch_sampler=numbers)
+    loader = _loader(cfg, model, _ByNumber(dataset, _reader(cfg, model)), len(numbers), batch_sampler=numbers)
     batches = read_batches(loader, "num_workers")
     with _bar(sum(len(images) for _, images in missing)) as bar:
         for path, images in missing:
@@ -377,9 +379,9 @@ def _extract_stream(cfg: FeaturesConfig, model: FrozenModel, stream: ImageStream
                 number += 1
             if number and read_shard(_path(cfg, part, number - 1), only_notes=True).is_last:
                 continue
-            data = _InOrder(stream, part, number * cfg.shard_size, _reader(cfg), cfg)
+            data = _InOrder(stream, part, number * cfg.shard_size, _reader(cfg, model), cfg)
             writer = Writer(cfg, cfg.shard_size, made_of)
-            loader = _loader(cfg, data, 1, batch_size=None)
+            loader = _loader(cfg, model, data, 1, batch_size=None)
             for batch in read_batches(loader, "num_workers"):
                 if writer.num_seen == cfg.shard_size:
                     writer.write(_path(cfg, part, number), is_last=False)

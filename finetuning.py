@@ -58,7 +58,7 @@ from training import (
     warn_of_another_course,
     with_length,
 )
-from utils import UserError, ending_in_words, import_from_path, setup_logging
+from utils import Normalisation, UserError, ending_in_words, import_from_path, setup_logging
 from weights import load_strictly, read_state_dict
 
 logger = logging.getLogger("finetuning")
@@ -163,6 +163,12 @@ def build_backbone(cfg: BackboneConfig, image_size: int, *, with_weights: bool) 
             require(add is not None, "backbone.relative_position_bias", True, remedy)
             patch_size: Any = backbone.patch_size
             add(image_size // patch_size)  # pyright: ignore[reportOptionalCall]
+    bands = getattr(backbone, "in_chans", 3), getattr(backbone, "normalisation", Normalisation()).value_range
+    if bands != (3, None):
+        raise UserError(
+            f"backbone.model_loader_kwargs={cfg.model_loader_kwargs}: the model takes {bands[0]} bands with "
+            f"data.value_range={bands[1]}, and fine-tuning gives it 8-bit RGB; give a model that was trained on that"
+        )
     for part in backbone.modules():
         if isinstance(part, Residual):  # stochastic depth is that of `Trunk`, whose draws can be repeated
             part.keep_prob = 1.0
@@ -780,15 +786,15 @@ def main(task: Task[Any], parser: argparse.ArgumentParser, arguments: Sequence[s
     if not (args.print_config or args.export):
         cfg, data = task.open_data(cfg)
 
-    def state_to_export(device: torch.device) -> FinetuneState:
+    def state_to_export(cfg: FinetuneConfig, device: torch.device) -> FinetuneState:
         checkpoint = newest_checkpoint(cfg, Path(cfg.train.output_dir))
         return make_state(task, prepared(cfg, checkpoint), device, with_weights=False, compiled=False)
 
     return run_command(
         args,
         cfg,
-        dry_run=lambda: dry_run(task, cfg, data),
-        train=functools.partial(train, task, cfg, data),
+        dry_run=lambda cfg: dry_run(task, cfg, data),
+        train=lambda cfg, output_dir, device: train(task, cfg, data, output_dir, device),
         make_state=state_to_export,
         has_kernels=False,
     )

@@ -5,8 +5,9 @@
     model = torch.hub.load("/path/to/this/folder", "capi_vitl14_lvd", source="local")
     global_repr, registers, feature_map = model(torch.zeros(1, 3, 224, 224))
 
-Images are RGB in [0, 1], minus (0.485, 0.456, 0.406), divided by (0.229, 0.224, 0.225); both sides are multiples of the
-patch size, 14 for the released ones.
+Images are RGB in [0, 1], minus (0.485, 0.456, 0.406), divided by (0.229, 0.224, 0.225), unless the model was trained on
+others: `model.normalisation(values)` makes of values as they are stored what the model takes. Both sides are multiples
+of the patch size, 14 for the released ones.
 
 torch.hub runs in other people's programs, whose `model.py` and `utils.py` are not ours. Imported by it, this folder's
 modules get names of their own, which no program asks for, and models pickle as a call of `torch.hub.load`.
@@ -179,9 +180,11 @@ def ijepa(
             `encoder`.
     """
     source, section = _source_and_section(weights, config)
-    return _import("ijepa").load_model(
+    model = _import("ijepa").load_model(
         pretrained_weights=source, num_heads=num_heads or section.get("num_heads"), encoder=encoder
     )
+    model.use_normalisation(section.get("normalisation"))
+    return model
 
 
 def cae(
@@ -197,7 +200,9 @@ def cae(
             for ViT-L.
     """
     source, section = _source_and_section(weights, config, exported="student")
-    return _import("cae").load_model(pretrained_weights=source, num_heads=num_heads or section.get("num_heads"))
+    model = _import("cae").load_model(pretrained_weights=source, num_heads=num_heads or section.get("num_heads"))
+    model.use_normalisation(section.get("normalisation"))
+    return model
 
 
 def _source_and_section(
@@ -221,6 +226,8 @@ def _source_and_section(
     if config is None and beside.is_file():
         config = beside
     section = config if isinstance(config, dict) else {} if config is None else _model_section(_Path(config))
+    if config is not None and not isinstance(config, dict) and _Path(config).suffix != ".json":
+        section = section | {"normalisation": _normalisation(_Path(config)) or None}
     return (weights if "://" in str(weights) else file), section
 
 
@@ -274,6 +281,27 @@ def _model_section(path: _Path) -> dict[str, _Any]:
         if named[2] is None:
             opened.append([indentation, mapping, named[1], None])
     return _checked(root.get("model"), path)
+
+
+def _normalisation(path: _Path) -> dict[str, _Any]:
+    """What the section `data` of a configuration says of it: null, or lists of numbers, in brackets or a line each."""
+    said: dict[str, _Any] = {}
+    inside, key = False, ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        content = re.sub(r"(?:^|\s)#.*", "", line).rstrip()
+        if content and not content.startswith((" ", "-")):
+            inside = content.startswith("data:")
+        named = re.fullmatch(r" +(\w+):\s*(.*)", content)
+        if inside and named:
+            key = named[1] if named[1] in ("value_range", "mean", "std") else ""
+            if key:
+                value = named[2] or "[]"
+                said[key] = None if value in ("null", "~") else json.loads(value) if value.startswith("[") else value
+        elif inside and key and (item := re.fullmatch(r" *- +(\S+)", content)):
+            said[key].append(float(item[1]))
+        elif content:
+            key = ""
+    return said
 
 
 def _checked(section: _Any, path: _Path) -> dict[str, _Any]:

@@ -22,6 +22,7 @@ from model import (
     PatchEmbed,
     configuration_with_heads,
     encoder_sizes,
+    normalisation_beside,
     patch_grid,
     resize_positions,
     sincos_table,
@@ -140,6 +141,8 @@ class Encoder(Backbone):
         depth: number of blocks.
         num_heads: attention heads.
         mlp_dim: hidden channels of the MLPs; None for 4 x `embed_dim`.
+        in_chans: bands of the images.
+        normalisation: what they go through before; see `Backbone.use_normalisation`.
 
     Raises: UserError if the sizes do not fit together.
     """
@@ -174,11 +177,19 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
     )
     kept_in_float32 = ("pos_embed", "norm")
     forward_methods = ("encode", "get_intermediate_layers")
-    in_chans = 3
     n_registers = num_prefix_tokens = 0
 
     def __init__(
-        self, *, grid_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, mlp_dim: int | None = None
+        self,
+        *,
+        grid_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_dim: int | None = None,
+        in_chans: int = 3,
+        normalisation: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.arguments = {
@@ -188,10 +199,14 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
             "depth": depth,
             "num_heads": num_heads,
             "mlp_dim": mlp_dim,
+            "in_chans": in_chans,
+            "normalisation": None,
         }
         self.grid_size, self.patch_size, self.embed_dim, self.n_blocks = grid_size, patch_size, embed_dim, depth
+        self.in_chans = in_chans
+        self.use_normalisation(normalisation)
         self.pos_embed = nn.Parameter(torch.empty(1, grid_size**2, embed_dim), requires_grad=False)
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.patch_embed = PatchEmbed(patch_size, embed_dim, in_chans)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_dim) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.init_weights()
@@ -203,7 +218,7 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
         _init_weights(self)
 
     def encode(
-        self, images: Float[Tensor, "b 3 h w"], context_indices: Int[Tensor, "c b v"] | None = None
+        self, images: Float[Tensor, "b ch h w"], context_indices: Int[Tensor, "c b v"] | None = None
     ) -> Float[Tensor, "cb v d"]:
         """Features of the patches that are given, or of all.
 
@@ -222,12 +237,12 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
             x = block(x)
         return self.norm(x)
 
-    def _embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
+    def _embed(self, images: Float[Tensor, "b ch h w"]) -> Float[Tensor, "b n d"]:
         grid = patch_grid(images, self.patch_size)
         return self.patch_embed(images) + resize_positions(self.pos_embed, grid, antialias=False)
 
     def _run_encoder(
-        self, x: Float[Tensor, "b 3 h w"], blocks: Sequence[int], *, stop_early: bool
+        self, x: Float[Tensor, "b ch h w"], blocks: Sequence[int], *, stop_early: bool
     ) -> tuple[Float[Tensor, "b n d"], list[Float[Tensor, "b n d"]]]:
         tokens, chosen = self._embed(x), []
         for index, block in enumerate(self.blocks[: max(blocks) + 1 if stop_early else None]):
@@ -239,7 +254,7 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
     def _final_norm(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return self.norm(tokens)
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Features:
+    def forward(self, images: Float[Tensor, "b ch h w"]) -> Features:
         """Features of whole images, for evaluation: `global_repr` is the mean over patches, there are no registers."""
         tokens = self.encode(images)
         feature_map = tokens.unflatten(1, patch_grid(images, self.patch_size))
@@ -340,7 +355,8 @@ def load_model(
     if num_heads is None:
         known = "16 for ViT-L, H and g, 12 for ViT-B"
         num_heads = int(configuration_with_heads(config_path, source, known)["model"]["num_heads"])
-    model = Encoder(**encoder_sizes(weights, source), num_heads=num_heads)
+    sizes: dict[str, Any] = {**encoder_sizes(weights, source), "num_heads": num_heads}
+    model = Encoder(**sizes, normalisation=normalisation_beside(config_path, source))
     load_strictly(model, weights, source, remedy="Give weights of I-JEPA or StoP")
     return model.to(device).eval()
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from distributed import gather_objects, rank
 from evaluation import my_share, open_dataset
 from sources import BadImageError, HubDataset, ImageDataset, TorchvisionDataset, match_classes
-from utils import UserError
+from utils import RGB8, Bands, UserError
 
 logger = logging.getLogger("labels")
 
@@ -49,12 +49,12 @@ class Labelled:
         return f"{label} ({names[label]})" if label < len(names) else str(label)
 
 
-def open_labelled(url: str, key: str) -> Labelled:
-    """A data set with its labels.
+def open_labelled(url: str, key: str, bands: Bands = RGB8) -> Labelled:
+    """A data set with its labels, of images for a model of these bands.
 
     Raises: UserError if it has none, or some that are not whole numbers from 0 on.
     """
-    dataset = open_dataset(url, key)
+    dataset = open_dataset(url, key, bands)
     where = f"{key}={url}"
     labels = pad([label_list(target, where) for target in _read_targets(dataset, where)])
     if not (labels >= 0).any():
@@ -184,6 +184,7 @@ def open_splits(
     val_proportion: float,
     num_classes: int | None,
     all_classes: bool,
+    bands: Bands = RGB8,
 ) -> Splits:
     """Open all data sets and check that their labels fit together. Arguments are named as keys are in messages.
 
@@ -195,10 +196,11 @@ def open_splits(
             by class.
         num_classes: None for as many as the training set names, or its largest label + 1.
         all_classes: whether each class must occur on both sides, in training and in validation.
+        bands: of the model.
 
     Raises: UserError for a single class, a label out of range, or a part that lacks a class.
     """
-    train = open_labelled(train_dataset_name, "train_dataset_name")
+    train = open_labelled(train_dataset_name, "train_dataset_name", bands)
     num_classes = num_classes or max(len(train.class_names), int(train.labels.max()) + 1)
     _check_range(train, num_classes)
     classes = train.labels[train.labels >= 0].unique()
@@ -208,7 +210,7 @@ def open_splits(
         )
     val, fit, val_indices = train, train.labelled, None
     if val_dataset_name is not None:
-        val = open_labelled(val_dataset_name, "val_dataset_name")
+        val = open_labelled(val_dataset_name, "val_dataset_name", bands)
         mapping = class_mapping(val, train)
         if mapping is not None:
             _check_range(val, len(mapping))
@@ -223,7 +225,7 @@ def open_splits(
     urls = {"": test_dataset_names} if isinstance(test_dataset_names, str) else test_dataset_names
     tests = {}
     for name, url in urls.items():
-        data = open_labelled(url, f"test_dataset_names.{name}" if name else "test_dataset_names")
+        data = open_labelled(url, f"test_dataset_names.{name}" if name else "test_dataset_names", bands)
         mapping = class_mapping(data, train)
         _check_range(data, num_classes if mapping is None else len(mapping))
         if mapping is not None and int(mapping.max()) >= num_classes:

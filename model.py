@@ -6,6 +6,7 @@ This file is also a model file in the sense of the evaluations: `load_model` bui
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import UserError
+from utils import Normalisation, UserError
 from weights import (
     CardText,
     load_backbone_weights,
@@ -414,9 +415,31 @@ class Backbone(nn.Module):
     card_text: ClassVar[CardText]
     arguments: dict[str, Any]
     """What builds this model again; `save_pretrained` writes it."""
+    normalisation: Normalisation = Normalisation()
+    """What images go through before they get here; what builds it again is among the arguments unless it is the
+    default."""
     patch_size: int
+    in_chans: int
     n_blocks: int
     n_registers: int
+
+    def use_normalisation(self, normalisation: Normalisation | Mapping[str, Any] | None) -> None:
+        """Say what this model's images are normalised by; None leaves the default.
+
+        Raises: UserError if it is of another number of bands.
+        """
+        if normalisation is None:
+            return
+        if isinstance(normalisation, Mapping):
+            normalisation = Normalisation.of(normalisation)
+        if len(normalisation.mean) != self.in_chans or len(normalisation.std) != self.in_chans:
+            raise UserError(
+                f"data.mean={list(normalisation.mean)} and data.std={list(normalisation.std)}: must have a number for "
+                f"each of the {self.in_chans} bands of the model (in_chans)"
+            )
+        self.normalisation = normalisation
+        if normalisation != Normalisation():
+            self.arguments["normalisation"] = asdict(normalisation)
 
     def _run_encoder(
         self, x: Float[Tensor, "b c h w"], blocks: Sequence[int], *, stop_early: bool
@@ -550,7 +573,7 @@ class EncoderDecoder(Backbone):
 
     Args:
         patch_size: side of a patch, pixels.
-        in_chans: image channels.
+        in_chans: bands of the images.
         norm_layer_type: name of a norm in `torch.nn`; `norm_layer_kwargs` are its arguments, `final_norm_kwargs` come
             on top for the norm after the last block.
         n_registers: learned tokens beside the patches.
@@ -568,6 +591,7 @@ class EncoderDecoder(Backbone):
             the predicted ones is the prediction; registers are those of a whole image. There is no tower beside the
             encoder, whose depth stays: one as deep as both together would be another encoder to evaluate.
         out_layer: which layer's output is the feature, modulo depth + 1; 0 is the embedding, -1 the last layer.
+        normalisation: what images go through before; see `Backbone.use_normalisation`.
 
     Raises: UserError on an impossible combination.
     """
@@ -611,6 +635,7 @@ features, and a student predicts the clusters of hidden patches.""",
         final_norm_kwargs: Mapping[str, Any] | None = None,
         out_layer: int = -1,
         predictor: str = "cross",
+        normalisation: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.arguments = {
@@ -627,6 +652,7 @@ features, and a student predicts the clusters of hidden patches.""",
             "final_norm_kwargs": final_norm_kwargs,
             "out_layer": out_layer,
             "predictor": predictor,
+            "normalisation": None,
         }
         if predictor not in PREDICTORS:
             raise UserError(f"predictor={predictor!r} must be one of {', '.join(PREDICTORS)}")
@@ -641,6 +667,7 @@ features, and a student predicts the clusters of hidden patches.""",
 
         embed_dim = transformers_kwargs["embed_dim"]
         self.patch_size, self.in_chans, self.embed_dim, self.pred_dim = patch_size, in_chans, embed_dim, embed_dim
+        self.use_normalisation(normalisation)
         self.n_registers = self.num_prefix_tokens = n_registers
         self.register_coordinates, self.scale_reg_to_visible = register_coordinates, scale_reg_to_visible
         edge_coordinates(n_registers, register_coordinates)  # raises early
@@ -918,11 +945,11 @@ def sincos_table(grid: tuple[int, int], dim: int, *, row_first: bool = False) ->
 class PatchEmbed(nn.Module):
     """Every patch a token, row-major."""
 
-    def __init__(self, patch_size: int, dim: int) -> None:
+    def __init__(self, patch_size: int, dim: int, in_chans: int = 3) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """Project the pixels of each patch."""
         return self.proj(images).flatten(2).transpose(1, 2)
 
@@ -1009,13 +1036,36 @@ def untrained_encoder(
     config = read_sections(default, config_path, {} if num_heads is None else {"model": {"num_heads": num_heads}})
     try:
         sizes = config["model"]
-        return make(grid_size=config["data"]["images_size"] // sizes["patch_size"], **sizes)
+        model = make(grid_size=config["data"]["images_size"] // sizes["patch_size"], **sizes)
     except (KeyError, TypeError) as error:
         raise UserError(f"The model section of {config_path} has a wrong key: {error}") from error
+    model.use_normalisation(config["data"])
+    return model
+
+
+def normalisation_beside(config_path: str | Path | None, source: str) -> dict[str, Any] | None:
+    """The section `data` of the configuration of weights, which says how their images are normalised; None without one.
+
+    Args:
+        config_path: of the configuration. None: the file of the same name beside the weights, as exports have it.
+        source: where the weights are from.
+
+    Raises: UserError if it cannot be read.
+    """
+    path = Path(source).with_suffix(".yaml") if config_path is None else Path(config_path)
+    if not path.is_file():
+        return None
+    import yaml  # here, so that those without a configuration need torch alone
+
+    try:
+        data = yaml.safe_load(path.read_text()).get("data")
+    except (OSError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"The configuration {str(path)!r} cannot be read: {error}") from error
+    return data if isinstance(data, dict) else None
 
 
 def encoder_sizes(weights: Mapping[str, Tensor], source: str) -> dict[str, int]:
-    """Grid, patch, width, depth and hidden width of a ViT with a table of positions, as the shapes of its weights say.
+    """Grid, patch, bands, width, depth and hidden width of a ViT with a table of positions, by its weights' shapes.
 
     Args:
         weights: by the names that timm has, with a row for each patch in the table and at most one for a class token.
@@ -1029,6 +1079,7 @@ def encoder_sizes(weights: Mapping[str, Tensor], source: str) -> dict[str, int]:
             "grid_size": math.isqrt(num_rows),
             "patch_size": weights["patch_embed.proj.weight"].shape[-1],
             "embed_dim": embed_dim,
+            "in_chans": weights["patch_embed.proj.weight"].shape[1],
             "depth": sum(key.endswith(".norm1.weight") for key in weights),
             "mlp_dim": len(weights["blocks.0.mlp.fc1.bias"]),
         }
@@ -1080,7 +1131,8 @@ def load_model(
     if config_path is None and weights is not None:
         beside = Path(weights).parent / f"{Path(weights).stem}.yaml"
         config_path = beside if beside.is_file() else None
-    arguments = read_sections(DEFAULT_CONFIG, config_path, config_override)["model"]
+    sections = read_sections(DEFAULT_CONFIG, config_path, config_override)
+    arguments = sections["model"]
     state = None if weights is None else read_state_dict(weights)
     try:
         model = EncoderDecoder(**arguments)
@@ -1089,6 +1141,7 @@ def load_model(
             f"The model section of {config_path or 'config_override'} has a wrong key: {error}. Models that other "
             "methods trained have model files of their own, such as model_path=ijepa.py"
         ) from error
+    model.use_normalisation(sections["data"])
     if state is not None:
         load_backbone_weights(model, state, str(weights))
     return model.to(device).eval()

@@ -4,6 +4,7 @@ Images are made 8-bit RGB when they are decoded, which loses what they have beyo
 further bands. Whoever reads a data set for the first time decodes some of it first, and says so.
 """
 
+import functools
 import itertools
 import logging
 import math
@@ -11,15 +12,17 @@ import queue
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
-from sources import BadImageError, ImageDataset, ImageStream, Sample, full_range, has_transparency
-from utils import UserError
+from bands import Stored, combined
+from sources import BadImageError, ImageDataset, ImageStream, Sample, damage_named, full_range, has_transparency
+from utils import RGB8, Bands, Normalisation, UserError, derive_seed
 
 logger = logging.getLogger("pixels")
 
@@ -141,7 +144,8 @@ def _unused_range(kind: Kind, bits: int) -> str | None:
     stored = f" (stored as {kind.low:g} to {kind.high:g})" if kind.high >= kind.low else ""
     return (
         f"use {span} of 256 grey levels{stored}, so that the model sees next to no contrast; stretch the values to the "
-        "whole range of the files, for example 12-bit values in 16-bit files by a factor of 16"
+        "whole range of the files, for example 12-bit values in 16-bit files by a factor of 16, or pretrain with "
+        "data.value_range=auto"
     )
 
 
@@ -161,7 +165,10 @@ def lost_bands(image: Image.Image) -> str | None:
     if image.format == "TIFF" and tags is not None:
         bands, read = tags.get(SAMPLES_PER_PIXEL, 1), len(image.getbands())
         if bands > read:
-            return f"{bands} bands, {bands - read} of them left out; save the bands to train on as RGB"
+            return (
+                f"{bands} bands, {bands - read} of them left out; save the bands to train on as RGB, or pretrain on "
+                "all of them with model.in_chans and data.value_range"
+            )
         pages = getattr(image, "n_frames", 1)
         if pages > 1:
             return f"{pages} pages, of which the first is read; save the others as files of their own"
@@ -173,7 +180,154 @@ def lost_bands(image: Image.Image) -> str | None:
     return None
 
 
-def sample_pixels(dataset: ImageDataset | ImageStream) -> PixelSample:
+@dataclass
+class BandSample:
+    """What a sample of a data set of any bands and depth showed so far."""
+
+    size: str
+    """Of the data set, for people."""
+    bands: Bands
+    kinds: dict[str, Kind] = field(default_factory=lambda: defaultdict(Kind))
+    """By description."""
+    outside: int = 0
+    values: int = 0
+    """How many were looked at, and how many of them are clipped to the range."""
+    sums: np.ndarray = field(default_factory=lambda: np.zeros((5, 0)))
+    """Of each band, as the model sees it: number of pixels, sum, sum of squares, smallest and largest."""
+    unreadable: list[str] = field(default_factory=list)
+
+    @property
+    def num(self) -> int:
+        """Images so far, unreadable ones included."""
+        return sum(kind.num for kind in self.kinds.values()) + len(self.unreadable)
+
+    def add(self, stored: Stored, seen: np.ndarray) -> None:
+        """Count the values of one image: as its file has them, and as the model sees them, in [0, 1]."""
+        kind, known = self.kinds[stored.describe()], stored.measured
+        kind.num += 1
+        if known.size:
+            kind.low, kind.high = min(kind.low, float(known.min())), max(kind.high, float(known.max()))
+        if self.bands.value_range is not None:
+            low, high = self.bands.value_range
+            self.outside += int(((known < low) | (known > high)).sum())
+        self.values += known.size
+        flat = seen.reshape(len(seen), -1).astype(np.float64)
+        sums = np.stack([np.full(len(flat), flat.shape[1]), flat.sum(1), (flat**2).sum(1), flat.min(1), flat.max(1)])
+        if not self.sums.size:
+            self.sums = sums
+        else:
+            low, high = np.minimum(self.sums[3], sums[3]), np.maximum(self.sums[4], sums[4])
+            self.sums = np.concatenate([self.sums[:3] + sums[:3], [low, high]])
+
+    def mean_and_deviation(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each band, in [0, 1]."""
+        mean = self.sums[1] / self.sums[0]
+        return mean, np.sqrt(np.maximum(self.sums[2] / self.sums[0] - mean**2, 0))
+
+    def lines(self) -> list[str]:
+        """What was found, for people."""
+        if not self.kinds:
+            return []
+        files = "; ".join(
+            f"{kind.num} {text}, values {kind.low:g} to {kind.high:g}" for text, kind in self.kinds.items()
+        )
+        mean, deviation = self.mean_and_deviation()
+        bands = "; ".join(
+            f"band {i + 1} {self.sums[3, i]:.3f} to {self.sums[4, i]:.3f}, mean {mean[i]:.3f}, deviation {each:.3f}"
+            for i, each in enumerate(deviation)
+        )
+        return [f"{self.num} of {self.size} looked at: {files}", f"as the model sees them, in 0 to 1: {bands}"]
+
+    def warnings(self) -> list[str]:
+        """What is not going to go well, with the number of images."""
+        found = []
+        if self.outside > 0.01 * self.values and self.bands.value_range is not None:
+            low, high = self.bands.value_range
+            found.append(
+                f"{self.outside / self.values:.1%} of the values lie outside of data.value_range=[{low:g}, {high:g}] "
+                "and are clipped; data.value_range=auto measures one"
+            )
+        if self.sums.size and (constant := np.flatnonzero(self.sums[3] == self.sums[4])).size:
+            names = ", ".join(str(i + 1) for i in constant)
+            found.append(f"the same value everywhere in band {names}: there is nothing to learn from it")
+        if self.unreadable:
+            found.append(f"{len(self.unreadable)} of {self.num} images cannot be read, first {self.unreadable[0]}")
+        return found
+
+
+MEASURED_IMAGES = 256
+"""How many images `measure` looks at."""
+MEASURED_PIXELS = 16_384
+"""About so many pixels of each, evenly spaced."""
+TAIL = 0.001
+"""Fraction of the values below and above a range that is measured: single pixels are always defective."""
+
+
+def measure(
+    dataset: ImageDataset | ImageStream,
+    num_bands: int,
+    value_range: tuple[float, float] | str | None,
+    seed: int,
+) -> tuple[Normalisation, BandSample]:
+    """Range, mean and deviation of a sample of a data set, for `data.value_range`, `data.mean` and `data.std`.
+
+    Args:
+        dataset: of a stream, the first images of a part that follows from the seed are looked at.
+        num_bands: of the model.
+        value_range: as the key; `auto` measures it: None if all images have 8 bits, else what all but `TAIL` lie in.
+        seed: the sample follows from it.
+
+    Raises: UserError if no image can be read, or all have one value.
+    """
+    rng = torch.Generator().manual_seed(derive_seed(seed, "normalisation"))
+    if isinstance(dataset, ImageStream):
+        shard = int(torch.randint(dataset.num_shards, (), generator=rng))
+        samples: Iterable[Sample] = itertools.islice(dataset.read_shard(shard), MEASURED_IMAGES)
+    else:
+        order = torch.randperm(len(dataset), generator=rng)[:MEASURED_IMAGES]
+        samples = (dataset[index] for index in order.sort().values.tolist())
+    read: list[tuple[str, Stored]] = []
+    unreadable: list[str] = []
+    for sample in samples:
+        try:
+            read.append((sample.name, sample.stored(num_bands).thinned(MEASURED_PIXELS)))
+        except BadImageError as error:
+            unreadable.append(str(error))
+    if isinstance(value_range, str):
+        deep = [stored.measured for _, stored in read if stored.values.dtype not in (np.uint8, bool)]
+        value_range = _range_of(deep) if deep else None
+    found = BandSample(f"{len(read) + len(unreadable)} images", Bands(num_bands, value_range), unreadable=unreadable)
+    for name, stored in read:
+        try:
+            with damage_named(name):
+                seen = combined(stored, found.bands).numpy()
+        except BadImageError as error:
+            unreadable.append(str(error))
+        else:
+            found.add(stored, seen / 255 if seen.dtype == np.uint8 else seen)
+    if not found.kinds:
+        first = f", first {unreadable[0]}" if unreadable else ""
+        raise UserError(f"data.mean=auto: none of {len(unreadable)} images could be measured{first}")
+    mean, deviation = found.mean_and_deviation()
+    deviation = np.where(deviation < 1e-6, 1.0, deviation)  # of a band that is the same everywhere
+    digits = [tuple(float(f"{x:.4g}") for x in each) for each in (mean, deviation)]
+    return Normalisation(value_range, *digits), found
+
+
+def _range_of(values: list[np.ndarray]) -> tuple[float, float]:
+    joined = np.concatenate([each.astype(np.float64) for each in values])
+    finite = joined[np.isfinite(joined)]
+    if not finite.size or finite.min() == finite.max():
+        raise UserError("data.value_range=auto: the images have one value everywhere; give [lowest, highest]")
+    low, high = np.quantile(finite, [TAIL, 1 - TAIL])
+    if low == high:
+        low, high = finite.min(), finite.max()
+    if all(each.dtype.kind in "biu" for each in values):
+        return float(np.floor(low)), float(np.ceil(high))
+    return float(f"{low:.4g}"), float(f"{high:.4g}")
+
+
+def sample_pixels(dataset: ImageDataset | ImageStream, bands: Bands = RGB8) -> PixelSample | BandSample:
     """Decode up to `NUM_IMAGES` images, spread over a data set, or the first ones of a stream.
 
     Neither the data set nor the order in which it is read changes. It takes no longer than `TIME_LIMIT_S`. What cannot
@@ -184,9 +338,11 @@ def sample_pixels(dataset: ImageDataset | ImageStream) -> PixelSample:
     else:
         chosen = np.linspace(0, len(dataset) - 1, min(NUM_IMAGES, len(dataset))).round().astype(int).tolist()
         size, samples = f"{len(dataset):,} images", (dataset[index] for index in chosen)
-    found, read, stop = PixelSample(size), queue.SimpleQueue(), threading.Event()
+    found = PixelSample(size) if bands.are_rgb8 else BandSample(size, bands)
+    read, stop = queue.SimpleQueue(), threading.Event()
+    look = Sample.stored_and_seen if bands.are_rgb8 else functools.partial(_stored_and_scaled, bands=bands)
     # A thread, since a read that never returns cannot be interrupted.
-    threading.Thread(target=_read_all, args=(samples, read, stop), daemon=True).start()
+    threading.Thread(target=_read_all, args=(samples, look, read, stop), daemon=True).start()
     deadline = time.monotonic() + TIME_LIMIT_S
     try:
         while (each := read.get(timeout=max(0.0, deadline - time.monotonic()))) is not None:
@@ -200,13 +356,22 @@ def sample_pixels(dataset: ImageDataset | ImageStream) -> PixelSample:
     return found
 
 
-def _read_all(samples: Iterable[Sample], read: "queue.SimpleQueue[Any]", stop: threading.Event) -> None:
+def _stored_and_scaled(sample: Sample, bands: Bands) -> tuple[Stored, np.ndarray]:
+    stored = sample.stored(bands.num).thinned(MAX_PIXELS // bands.num)
+    with damage_named(sample.name):
+        seen = combined(stored, bands).numpy()
+    return stored, seen / 255 if seen.dtype == np.uint8 else seen
+
+
+def _read_all(
+    samples: Iterable[Sample], look: Callable[[Sample], Any], read: "queue.SimpleQueue[Any]", stop: threading.Event
+) -> None:
     try:
         for sample in samples:
             if stop.is_set():
                 return
             try:
-                read.put(sample.stored_and_seen())
+                read.put(look(sample))
             except (BadImageError, UserError) as error:
                 read.put(error)
     except UserError as error:
@@ -215,9 +380,11 @@ def _read_all(samples: Iterable[Sample], read: "queue.SimpleQueue[Any]", stop: t
         read.put(None)
 
 
-def log_pixels(dataset: ImageDataset | ImageStream, key: str, *, only_warnings: bool = False) -> None:
+def log_pixels(
+    dataset: ImageDataset | ImageStream, key: str, bands: Bands = RGB8, *, only_warnings: bool = False
+) -> None:
     """Log what a sample of the data set of a configuration key looks like, and warn of what is lost."""
-    found = sample_pixels(dataset)
+    found = sample_pixels(dataset, bands)
     for line in () if only_warnings else found.lines():
         logger.info("%s: %s", key, line)
     for line in found.warnings():

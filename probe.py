@@ -14,16 +14,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64, Shaped
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from bands import resized
 from config import ProbeConfig
-from data import normalize
+from data import normalizer
 from distributed import all_gather_rows, rank, world_size
 from readouts import nearest, weighted_vote
 from sources import BadImageError, ImageStream, make_dataset, match_classes
-from utils import UserError
+from utils import Bands, Normalisation, UserError
 
 logger = logging.getLogger("probe")
 
@@ -40,15 +41,26 @@ class Probe:
         images_size: images are resized and cropped to squares of this many pixels.
         batch_size: images per forward pass of a rank.
         device: where features are computed.
+        normalisation: of the network.
 
     Raises: UserError if a set cannot be read or has no class labels, both have but one class, or the test set has some
         classes of the training set and others.
     """
 
-    def __init__(self, cfg: ProbeConfig, *, images_size: int, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        cfg: ProbeConfig,
+        *,
+        images_size: int,
+        batch_size: int,
+        device: torch.device,
+        normalisation: Normalisation = Normalisation(),  # noqa: B008  # frozen
+    ) -> None:
         self.cfg, self.batch_size, self.device = cfg, batch_size, device
+        self._normalize = normalizer(normalisation)
+        bands = Bands(len(normalisation.mean), normalisation.value_range)
         train, test = (
-            _read(getattr(cfg, key), f"train.probe.{key}", cfg.max_images, images_size)
+            _read(getattr(cfg, key), f"train.probe.{key}", cfg.max_images, images_size, bands)
             for key in ("train_dataset", "test_dataset")
         )
         mapping = match_classes(test.class_names, test.where, train.class_names, train.where)
@@ -82,25 +94,26 @@ class Probe:
         }
 
     @torch.no_grad()
-    def _features(self, images: UInt8[Tensor, "b 3 h w"], encode: Callable[[Tensor], Tensor]) -> Float[Tensor, "b d"]:
+    def _features(self, images: Shaped[Tensor, "b c h w"], encode: Callable[[Tensor], Tensor]) -> Float[Tensor, "b d"]:
         # Equally many images per rank, so that sharded weights are gathered equally often; repeats are cut off.
         share = -(-len(images) // world_size())
         own = torch.arange(rank() * share, (rank() + 1) * share).clamp_max(len(images) - 1)
         parts = [
-            encode(normalize(images[rows].to(self.device))).float().mean(dim=1) for rows in own.split(self.batch_size)
+            encode(self._normalize(images[rows].to(self.device))).float().mean(dim=1)
+            for rows in own.split(self.batch_size)
         ]
         return all_gather_rows(torch.cat(parts))[: len(images)]
 
 
 class _Labelled(NamedTuple):
-    images: UInt8[Tensor, "b 3 h w"]
+    images: Shaped[Tensor, "b c h w"]
     labels: Int64[Tensor, " b"]
     class_names: list[str]
     where: str
     """`key=url`, for messages."""
 
 
-def _read(url: str | None, key: str, max_images: int, size: int) -> _Labelled:
+def _read(url: str | None, key: str, max_images: int, size: int, bands: Bands) -> _Labelled:
     assert url is not None
     dataset = make_dataset(url, key=key)
     if isinstance(dataset, ImageStream):
@@ -109,18 +122,27 @@ def _read(url: str | None, key: str, max_images: int, size: int) -> _Labelled:
     images, labels = [], []
     for index in chosen:
         try:
-            image, label = dataset[index].image(), dataset[index].target()
+            image, label = dataset[index].picture(bands), dataset[index].target()
         except BadImageError as error:
             raise UserError(f"{key}={url}: {error}; repair or remove the file") from error
         if not isinstance(label, int) or label < 0:
             raise UserError(f"{key}={url}: {dataset[index].name} has the label {label!r}; a probe needs class numbers")
-        square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-        images.append(torch.from_numpy(np.asarray(square).copy()).movedim(-1, 0))
+        images.append(fitted(image, size))
         labels.append(label)
     names = dataset.class_names
     if names and max(labels) >= len(names):
         raise UserError(f"{key}={url}: has the label {max(labels)} and names {len(names)} classes, counted from 0")
     return _Labelled(torch.stack(images), torch.tensor(labels), names, f"{key}={url}")
+
+
+def fitted(image: Image.Image | Tensor, size: int) -> Shaped[Tensor, "c size size"]:
+    """The largest square in the middle of an image, as `size` pixels a side."""
+    if isinstance(image, Tensor):
+        side = min(image.shape[1:])
+        top, left = ((length - side) // 2 for length in image.shape[1:])
+        return resized(image[:, top : top + side, left : left + side], size, size)
+    square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(square).copy()).movedim(-1, 0)
 
 
 def ridge_scores(

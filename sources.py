@@ -45,7 +45,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64, Shaped, UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -67,7 +67,8 @@ from archives import (
     split_place,
     stored_file,
 )
-from utils import UserError, did_you_mean, hash_file, locked, replacing
+from bands import ARRAY_ENDINGS, Stored, decode_bands, is_array_file, read_stored
+from utils import RGB8, Bands, UserError, did_you_mean, hash_file, locked, replacing
 from weights import fetch
 
 logger = logging.getLogger(__name__)
@@ -91,12 +92,17 @@ class Endings:
 
     def __init__(self, left_out: Mapping[str, int] | None = None) -> None:
         self.left_out = Counter(left_out or {})
+        self.arrays = Counter[str]()
+        """Files of arrays, by their ending. They are images where there are no others; see `_list_images`."""
 
     def is_image(self, name: str, is_file: Callable[[], bool]) -> bool:
         """Whether a file of this name, without its folder, is an image; else it is counted, unless it is hidden."""
         if name.startswith("."):  # .DS_Store, and the ._x.jpg that macOS writes beside every x.jpg
             return False
         ending = os.path.splitext(name)[1].lower()  # noqa: PTH122  # a Path for each of millions of names is slow
+        if ending in ARRAY_ENDINGS and _follows_to(is_file):
+            self.arrays[ending] += 1
+            return False
         if ending not in image_endings():
             self.left_out[ending or "without ending"] += 1
         elif _follows_to(is_file):
@@ -172,13 +178,37 @@ class Sample:
         with damage_named(self.name):
             return decode_image(self.read(), reduction)
 
-    def pixels(self, reduction: Callable[[int, int], int] | None = None) -> UInt8[Tensor, "3 h w"]:
-        """Decode to a tensor of 8-bit RGB, as `decode_pixels` does; `reduction` is that of `decode_image`.
+    def pixels(
+        self, reduction: Callable[[int, int], int] | None = None, bands: Bands = RGB8
+    ) -> Shaped[Tensor, "c h w"]:
+        """Decode to a tensor: 8-bit RGB as `decode_pixels` does, other bands and depths as `bands.decode_bands`.
 
-        Raises: BadImageError if the file cannot be read.
+        Args:
+            reduction: that of `decode_image`, for 8-bit RGB.
+            bands: what is made of the values.
+
+        Raises: BadImageError if the file cannot be read, or has other bands.
         """
         with damage_named(self.name):
-            return decode_pixels(self.read(), reduction)
+            data = self.read()
+            if bands.are_rgb8 and not is_array_file(data):
+                return decode_pixels(data, reduction)
+            return decode_bands(data, bands)
+
+    def picture(self, bands: Bands) -> Image.Image | Shaped[Tensor, "c h w"]:
+        """What evaluations resize: of 8-bit RGB as `image`, else as `pixels`, unresampled.
+
+        Raises: BadImageError if the file cannot be read, or has other bands.
+        """
+        return self.image() if bands.are_rgb8 else self.pixels(bands=bands)
+
+    def stored(self, num: int) -> Stored:
+        """The values that the file has; see `bands.read_stored`.
+
+        Raises: BadImageError if it cannot be read.
+        """
+        with damage_named(self.name), silent_decoders():
+            return read_stored(self.read(), num)
 
     def stored_and_seen(self) -> tuple[bytes | Image.Image, Image.Image, Image.Image]:
         """Read once: what `read` gives, the image in the mode in which it is stored, and as `image` gives it.
@@ -287,6 +317,8 @@ def turn_upright(pixels: UInt8[Tensor, "c h w"], orientation: int) -> UInt8[Tens
 
 
 def _opened(data: bytes | Image.Image) -> Image.Image:
+    if is_array_file(data):  # of 8-bit RGB, which looks the same from every reader
+        return Image.fromarray(decode_bands(data, RGB8).permute(1, 2, 0).contiguous().numpy())
     return Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
 
 
@@ -671,7 +703,7 @@ def _no_images(url: DataUrl, place: str, endings: Endings) -> UserError:
     others = f" (left out: {endings.describe()})" if endings.left_out else ""
     about = url.error(
         f"no images below {place}{others}; files count whose names end in .jpg .jpeg .png or as those of "
-        "another format that Pillow opens"
+        f"another format that Pillow opens, or else in {' '.join(ARRAY_ENDINGS)}"
     )
     return NoImagesError(str(about))
 
@@ -740,6 +772,7 @@ class Listing:
 def _list_images(root: Path) -> Listing:
     endings = Endings()
     paths: list[bytes] = []
+    arrays: list[bytes] = []  # of labels, perhaps, beside images; by themselves they are the images
     times: dict[str, int] = {}
     visited: set[tuple[int, int]] = set()
     pending = [b""]
@@ -756,14 +789,19 @@ def _list_images(root: Path) -> Listing:
         prefix = folder + b"/" if folder else b""
         folders = [entry for entry in inside if not entry.name.startswith(b".") and _follows_to(entry.is_dir)]
         below = {entry.name for entry in folders}
-        paths += [
-            prefix + entry.name
-            for entry in inside
-            if entry.name not in below and endings.is_image(os.fsdecode(entry.name), entry.is_file)
-        ]
+        for entry in inside:
+            if entry.name in below:
+                continue
+            before = endings.arrays.total()
+            if endings.is_image(os.fsdecode(entry.name), entry.is_file):
+                paths.append(prefix + entry.name)
+            elif endings.arrays.total() > before:
+                arrays.append(prefix + entry.name)
         # Reversed, since the last one is taken first: real folders come before links to them.
         pending += [prefix + entry.name for entry in reversed(folders)]
-    return Listing(PathList.pack(sorted(paths)), endings, times)
+    if paths:
+        endings.left_out.update(endings.arrays)
+    return Listing(PathList.pack(sorted(paths or arrays)), endings, times)
 
 
 def _follows_to(is_kind: Callable[[], bool]) -> bool:
@@ -777,7 +815,7 @@ def _follows_to(is_kind: Callable[[], bool]) -> bool:
 def _list_images_cached(root: Path, cache_dir: Path) -> Listing:
     """As `_list_images`, from a file that is valid until the modification time of any folder changes."""
     resolved = str(root.resolve())
-    request = os.fsencode(" ".join([resolved, *image_endings()]))
+    request = os.fsencode(" ".join([resolved, *image_endings(), *ARRAY_ENDINGS]))
     cache = cache_dir / f"{hashlib.blake2b(request, digest_size=16).hexdigest()}.npz"
     try:
         with cache.open("rb") as file, np.load(file, allow_pickle=False) as stored:

@@ -46,6 +46,7 @@ from config import (
     EpochsConfig,
     EpochsImagesConfig,
     EpochsOptimConfig,
+    PretrainingImagesConfig,
     StartConfig,
     ViTConfig,
     load_config,
@@ -78,7 +79,7 @@ from training import (
     weights_to_start_from,
     with_length,
 )
-from utils import UserError, ending_in_words, setup_logging
+from utils import Bands, UserError, ending_in_words, setup_logging
 from weights import is_downloaded, local_path
 
 logger = logging.getLogger("capi")
@@ -179,7 +180,7 @@ class CaeOptimConfig(EpochsOptimConfig):
 
 
 @dataclass(frozen=True)
-class CaeDataConfig(EpochsImagesConfig):
+class CaeDataConfig(PretrainingImagesConfig, EpochsImagesConfig):
     """Images, crops and masks."""
 
     mask_ratio: float = field(metadata=BETWEEN_0_AND_1)
@@ -193,6 +194,7 @@ class CaeDataConfig(EpochsImagesConfig):
 
     def __post_init__(self) -> None:
         """Check that the GPU is not asked for what it does not do."""
+        super().__post_init__()
         remedy = "the tokenizer's view of a crop is not made there; use data.decode=cpu"
         require(self.decode == "cpu", "data.decode", self.decode, remedy)
 
@@ -304,11 +306,12 @@ class CaeState(TrainState[CaeConfig]):
     """
 
     MODEL_KEYS = (
-        *(f"model.{name}" for name in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_dim")),
+        *(f"model.{name}" for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_dim")),
         *(f"regressor.{name}" for name in ("embed_dim", "depth", "num_heads")),
         "decoder",
         "data.images_size",
     )
+    LATER_KEYS: ClassVar[dict[str, Any]] = {"model": {"in_chans": 3}}
 
     def __init__(
         self, cfg: CaeConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
@@ -367,7 +370,9 @@ def start_from(student: nn.ModuleDict, path_or_url: str) -> None:
 def token_ids_at(tokenizer: Tokenizer, batch: Batch) -> Int[Tensor, " bm"]:
     """The tokens of the hidden patches of a batch, image-major."""
     assert batch.second_images is not None
-    images = batch.second_images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    images = batch.second_images.to(torch.float32, memory_format=torch.contiguous_format)
+    if not batch.second_images.is_floating_point():
+        images = images.div_(255)
     return tokenizer(images).flatten()[batch.masks["predict_indices"]]
 
 
@@ -485,6 +490,12 @@ def open_tokenizer(cfg: CaeConfig, device: torch.device) -> Tokenizer:
         cfg.decoder.vocabulary_size,
         f"tokenizer.path={section.path!r} has {tokenizer.vocabulary_size} tokens; use that number",
     )
+    known = tokenizer.bands or Bands(3, cfg.data.bands.value_range)
+    if known != cfg.data.bands:
+        raise UserError(
+            f"tokenizer.path={section.path!r} is of images of {known}, and this training of {cfg.data.bands}: make one "
+            "with cae_tokenizer.py of a model of these bands, or set model.in_chans and data.value_range as there"
+        )
     return tokenizer
 
 
@@ -565,7 +576,7 @@ def step_flops_per_image(cfg: CaeConfig) -> float:
     """
     model, width, masks = cfg.model, cfg.regressor.embed_dim, make_masks(cfg).plan
     visible, hidden = masks.num_visible, masks.num_masked
-    embedding = embedding_flops(masks.num_patches, model.patch_size, model.embed_dim)
+    embedding = embedding_flops(masks.num_patches, model.patch_size, model.embed_dim, model.in_chans)
     of_encoder, of_targets = (
         model.depth * block_flops(model.embed_dim, num + 1, num + 1, model.mlp_dim) for num in (visible, hidden)
     )
@@ -693,9 +704,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(
         args,
         cfg,
-        dry_run=lambda: dry_run(cfg),
-        train=functools.partial(train, cfg),
-        make_state=functools.partial(CaeState, cfg, compiled=False),
+        dry_run=dry_run,
+        train=train,
+        make_state=functools.partial(CaeState, compiled=False),
         has_kernels=False,
     )
 

@@ -49,8 +49,8 @@ from config import (
     DEFAULT_PRETRAIN_CONFIG,
     NOT_NEGATIVE,
     POSITIVE,
-    ImagesConfig,
     OptimConfig,
+    PretrainingImagesConfig,
     ScheduleConfig,
     StartConfig,
     TrainingConfig,
@@ -212,7 +212,7 @@ class CapiOptimConfig(OptimConfig):
 
 
 @dataclass(frozen=True)
-class CapiDataConfig(ImagesConfig):
+class CapiDataConfig(PretrainingImagesConfig):
     """Images, crops and masks."""
 
     mask_ratio: float = field(metadata=BETWEEN_0_AND_1)
@@ -729,8 +729,6 @@ def make_loader(cfg: CapiConfig, **place: Any) -> PretrainLoader:
 
     Raises: UserError if data or masks do not fit the configuration.
     """
-    if cfg.model.in_chans != 3:
-        raise UserError(f"model.in_chans={cfg.model.in_chans}: images are RGB; use model.in_chans=3")
     generator = make_masking_generator(cfg.data.masking_generator, **cfg.data.masking_generator_kwargs)
     return PretrainLoader(
         cfg.data,
@@ -979,9 +977,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(
         args,
         cfg,
-        dry_run=lambda: dry_run(cfg),
-        train=functools.partial(train, cfg),
-        make_state=functools.partial(CapiState, cfg, compiled=False),
+        dry_run=dry_run,
+        train=train,
+        make_state=functools.partial(CapiState, compiled=False),
         has_kernels=cfg.capi.has_kernels,
     )
 

@@ -35,6 +35,7 @@ from config import (
     EpochsConfig,
     EpochsImagesConfig,
     EpochsOptimConfig,
+    PretrainingImagesConfig,
     StartConfig,
     TrainConfig,
     ViTConfig,
@@ -198,7 +199,7 @@ class IjepaOptimConfig(EpochsOptimConfig):
 
 
 @dataclass(frozen=True)
-class IjepaDataConfig(EpochsImagesConfig):
+class IjepaDataConfig(PretrainingImagesConfig, EpochsImagesConfig):
     """Images and crops."""
 
     interpolation: str = field(metadata=one_of("bilinear", "bicubic"))
@@ -209,7 +210,8 @@ class IjepaDataConfig(EpochsImagesConfig):
     """Fraction of the crops that are blurred, with a radius of 0.1 to 2 pixels; 0.5 for StoP."""
 
     def __post_init__(self) -> None:
-        """Check that the GPU is not asked for what it does not do."""
+        """Check that the GPU, and bands, are not asked for what they do not do."""
+        super().__post_init__()
         own = self.interpolation != "bicubic" or self.grayscale > 0 or self.blur > 0
         require(
             self.decode == "cpu" or not own,
@@ -218,6 +220,10 @@ class IjepaDataConfig(EpochsImagesConfig):
             "crops there are bicubic and keep their colours; use data.decode=cpu, or data.interpolation=bicubic "
             "data.grayscale=0 data.blur=0",
         )
+        is_rgb8 = self.value_range is None and (self.mean == "auto" or len(self.mean) == 3)
+        for key in ("grayscale", "blur"):
+            given = getattr(self, key)
+            require(is_rgb8 or given == 0, f"data.{key}", given, f"is for 8-bit RGB; use data.{key}=0")
 
 
 @dataclass(frozen=True)
@@ -321,6 +327,7 @@ class IjepaState(TrainState[IjepaConfig]):
     """
 
     MODEL_KEYS = ("model", "predictor.embed_dim", "predictor.depth", "predictor.num_heads", "data.images_size")
+    LATER_KEYS: ClassVar[dict[str, Any]] = {"model": {"in_chans": 3}}
 
     def __init__(
         self, cfg: IjepaConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
@@ -591,7 +598,7 @@ def step_flops_per_image(cfg: IjepaConfig, sizes: MaskSizes) -> float:
         sizes: of contexts and targets, on average.
     """
     model, predictor, masks, patches = cfg.model, cfg.predictor, cfg.masks, cfg.grid_size**2
-    embedding = embedding_flops(patches, model.patch_size, model.embed_dim)
+    embedding = embedding_flops(patches, model.patch_size, model.embed_dim, model.in_chans)
     encoder = functools.partial(block_flops, model.embed_dim, mlp_dim=model.mlp_dim)
     tokens = sizes.context + sizes.target
     per_block = predictor.depth * block_flops(predictor.embed_dim, tokens, tokens)
@@ -737,9 +744,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(
         args,
         cfg,
-        dry_run=lambda: dry_run(cfg),
-        train=functools.partial(train, cfg),
-        make_state=functools.partial(IjepaState, cfg, compiled=False),
+        dry_run=dry_run,
+        train=train,
+        make_state=functools.partial(IjepaState, compiled=False),
         has_kernels=False,
     )
 

@@ -18,6 +18,7 @@ A method is a script with its configuration, its state and its step. The loop st
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import logging
 import sys
@@ -37,9 +38,11 @@ from config import (
     CompileConfig,
     EpochsConfig,
     OptimConfig,
+    PretrainingImagesConfig,
     TrainingConfig,
     build,
     changed_keys,
+    read_yaml,
     require,
     to_yaml,
 )
@@ -51,19 +54,21 @@ from data import (
     check_decode,
     cores_of_this_rank,
     merge_positions,
-    normalize,
+    normalizer,
 )
 from distributed import on_rank_0, pick_device, rank, session, world_size
 from fsdp import Sharding, average_gradients_, divide_like, parallelize
 from launch import StopRequest, claim_output_dir, requeue, was_requeued
 from metrics import FiniteWatch, Metrics, Profile, Throughput
 from optim import grad_norm
-from pixels import log_pixels, sample_pixels
+from pixels import log_pixels, measure, sample_pixels
 from probe import Probe
 from report import CONTACT_SHEET, DRY_RUN_SHEET, Panel, write_panels
 from sheets import NUM_IMAGES, VALUE_RANGE, Column, Look, as_rgb, normalised_column, write_sheet
+from sources import cache_root, make_dataset
 from training_evals import Evaluations, plan_evals
 from utils import (
+    Normalisation,
     UserError,
     derive_seed,
     due,
@@ -260,6 +265,7 @@ class TrainState(Generic[ConfigT]):
         for name, part in self.parts.items():
             part.load_state_dict(saved.extra[name])
         self.position = merge_positions([of_rank["data"] for of_rank in saved.rank_extra])
+        self.cfg = _measured_as(self.cfg, saved.config)  # for exports
 
 
 def _materialise(make: Callable[[], M], device: torch.device) -> M:
@@ -306,6 +312,56 @@ def with_length(cfg: EpochsT) -> EpochsT:
     )  # fmt: skip
     total_iters = max(1, int(optim.epochs * (num_images // batch)))
     return dataclasses.replace(cfg, optim=dataclasses.replace(optim, total_iters=total_iters))
+
+
+def with_normalisation(cfg: ConfigT, output_dir: Path | None = None) -> ConfigT:
+    """The configuration with numbers in place of `auto` in `data.value_range`, `mean` and `std`; all ranks call this.
+
+    Those of the checkpoint that a training continues from, else measured; see `pixels.measure`.
+
+    Args:
+        cfg: of the training.
+        output_dir: folder of the run; None for one that does not train.
+
+    Raises: UserError if the data cannot be opened or measured.
+    """
+    data = cfg.data
+    if not isinstance(data, PretrainingImagesConfig) or data.bands_are_known:
+        return cfg
+    if output_dir is not None:
+        saved = Path(cfg.train.resume_from) if cfg.train.resume_from else Checkpoints(output_dir, keep=1).newest()
+        if saved is not None and (saved / "config.yaml").is_file():
+            cfg = _measured_as(cfg, read_yaml(saved / "config.yaml"))
+            if cfg.data.bands_are_known:
+                return cfg
+    measured = on_rank_0(functools.partial(_measure, cfg))
+    values = {"value_range": measured.value_range, "mean": list(measured.mean), "std": list(measured.std)}
+    return _with_values(cfg, {key: value for key, value in values.items() if getattr(data, key) == "auto"})
+
+
+def _measure(cfg: TrainingConfig) -> Normalisation:
+    data: Any = cfg.data
+    kept = cache_root() / "image_listings" if cfg.efficiency.cache_dataset else None
+    dataset = make_dataset(data.dataset, listing_cache=kept)
+    measured, found = measure(dataset, cfg.in_chans, data.value_range, cfg.train.seed)
+    logger.info("measured on %d images of data.dataset: %s", found.num, measured.describe())
+    for warning in found.warnings():
+        logger.warning("data.dataset: %s", warning)
+    return measured
+
+
+def _measured_as(cfg: ConfigT, saved: Mapping[str, Any]) -> ConfigT:
+    """The configuration with what a saved one has in place of `auto`."""
+    before = saved.get("data", {})
+    keys = ("value_range", "mean", "std") if isinstance(cfg.data, PretrainingImagesConfig) else ()
+    return _with_values(
+        cfg,
+        {key: before[key] for key in keys if getattr(cfg.data, key) == "auto" and before.get(key, "auto") != "auto"},
+    )
+
+
+def _with_values(cfg: ConfigT, values: Mapping[str, Any]) -> ConfigT:
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **values)) if values else cfg
 
 
 def length_words(cfg: EpochsConfig) -> str:
@@ -431,6 +487,10 @@ def warn_of_another_course(
         for key, (old, new) in changed_keys(saved.config, dataclasses.asdict(cfg)).items()
         if any(f"{key}.".startswith(f"{part}.") for part in course_keys) and f"{key}." not in BATCH_KEYS
     ]
+    if isinstance(cfg.data, PretrainingImagesConfig):
+        before = Normalisation.of(saved.config["data"])
+        if before != cfg.data.normalisation:
+            told.append(f"normalisation, {before.describe()} -> {cfg.data.normalisation.describe()}")
     optim = saved.config["optim"]
     old_batch = optim["batch_size_per_gpu"] * optim["accumulation_steps"] * saved.world_size
     if old_batch != global_batch_size(cfg.optim):
@@ -552,7 +612,7 @@ class Run:
         opening: what is trained, for the log.
         warnings: what is not going to go well, for the log.
         on_resume: told of the checkpoint that the training continues from.
-        normalize: from 8-bit images to what the networks get.
+        normalize: from images as batches have them to what the networks get; by default as `data` says.
         look: what the contact sheet shows beside crops.
 
     Raises: UserError for what cannot be read, written or restored.
@@ -573,10 +633,10 @@ class Run:
         opening: str,
         warnings: Sequence[str] = (),
         on_resume: Callable[[SavedState], None] = lambda _: None,
-        normalize: Callable[[Tensor], Tensor] = normalize,
+        normalize: Callable[[Tensor], Tensor] | None = None,
         look: Look = _no_columns,
     ) -> None:
-        self._normalize, self._look = normalize, look
+        self._normalize, self._look = normalize or normalizer(cfg.data.normalisation), look
         self._has_sheet = rank() != 0
         self.cfg, self.state, self.output_dir, self.device = cfg, state, output_dir, state.device
         self.total = cfg.optim.total_iters
@@ -609,6 +669,7 @@ class Run:
                 images_size=cfg.data.images_size,
                 batch_size=cfg.optim.batch_size_per_gpu,
                 device=self.device,
+                normalisation=cfg.data.normalisation,
             )
         self.watch = FiniteWatch()
         self.speed = Throughput(
@@ -625,6 +686,8 @@ class Run:
         versions = (torch.__version__, self.device, world_size(), git_revision())
         logger.info("torch %s on %s, %d process(es), code %s", *versions)
         logger.info("%s", opening)
+        if isinstance(self.cfg.data, PretrainingImagesConfig):
+            logger.info("normalised: %s", self.cfg.data.normalisation.describe())
         for warning in [*efficiency_warnings(self.cfg, self.device), *warnings]:
             logger.warning("%s", warning)
         if saved is None:
@@ -652,7 +715,7 @@ class Run:
             if rank() == 0:
                 for line in loader.shares():
                     logger.info("data.dataset: %s", line)
-                log_pixels(loader.dataset, "data.dataset")
+                log_pixels(loader.dataset, "data.dataset", self.cfg.data.bands)
             self.batches = DevicePrefetcher(loader, self.device)
             self.advice = WorkerAdvice(self.batches, cores_of_this_rank())
             num_steps, enabled = self.total - self.state.step, self.cfg.train.profiling and rank() == 0
@@ -861,19 +924,21 @@ def _collected_by_hand() -> Iterator[None]:
 
 def run_command(
     args: argparse.Namespace,
-    cfg: TrainingConfig,
+    cfg: ConfigT,
     *,
-    dry_run: Callable[[], str],
-    train: Callable[[Path, torch.device], None],
-    make_state: Callable[[torch.device], TrainState[Any]],
+    dry_run: Callable[[ConfigT], str],
+    train: Callable[[ConfigT, Path, torch.device], None],
+    make_state: Callable[[ConfigT, torch.device], TrainState[Any]],
     has_kernels: bool = True,
 ) -> int:
     """Do what the options of `utils.add_training_options` ask for. Returns the exit code.
 
+    What the configuration leaves to be measured is, before a dry run or a training; see `with_normalisation`.
+
     Args:
         args: the parsed command line.
         cfg: what its sources gave.
-        dry_run: says what would be trained.
+        dry_run: says what would be trained with a configuration.
         train: trains in a folder, on a device.
         make_state: builds a state, not compiled, to export from.
         has_kernels: whether the training has kernels of its own on a GPU, which are compiled there.
@@ -882,12 +947,14 @@ def run_command(
         sys.stdout.write(to_yaml(cfg))
         return 0
     if args.dry_run:
-        sys.stdout.write(dry_run())
+        sys.stdout.write(dry_run(with_normalisation(cfg)))
         return 0
     with session(cfg.train.device) as device, claim_output_dir(cfg.train.output_dir) as output_dir:
         setup_logging(output_dir / "log.txt" if rank() == 0 else None, quiet=rank() != 0)
         if args.export:
-            sys.stdout.writelines(f"{path}\n" for path in export_newest(make_state(torch.device("cpu")), output_dir))
+            sys.stdout.writelines(
+                f"{path}\n" for path in export_newest(make_state(cfg, torch.device("cpu")), output_dir)
+            )
             return 0
         options = cfg.efficiency.compilation
         compiles = not (options.do_teacher.disable and options.do_student.disable)
@@ -897,7 +964,7 @@ def run_command(
 
             kept = kept_compilations(output_dir / "compile_cache")
         with kept:
-            train(output_dir, device)
+            train(with_normalisation(cfg, output_dir), output_dir, device)
     return 0
 
 
@@ -910,7 +977,7 @@ def describe(
     schedule: Sequence[str],
     warnings: Sequence[str],
     look: Look = _no_columns,
-    normalize: Callable[[Tensor], Tensor] = normalize,
+    normalize: Callable[[Tensor], Tensor] | None = None,
 ) -> str:
     """What a training with this config would be, without training: the text of `--dry-run`.
 
@@ -922,17 +989,18 @@ def describe(
         warnings: what is not going to go well.
         look, normalize: as for `Run`.
     """
-    device, optim = pick_device(cfg.train.device), cfg.optim
+    device, optim, data = pick_device(cfg.train.device), cfg.optim, cfg.data
     check_decode(cfg.data.decode, device)
     place = {"rank": 0, "world_size": 1, "position": None, "pin_memory": False, "bad_files_path": None}
     with make_loader(**place, decode_device=device) as loader:
         loader.check_shared_memory()
-        images, shares, pixels = loader.describe(), loader.shares(), sample_pixels(loader.dataset)
-        sheet = _sheet_of_dry_run(cfg, loader, look, normalize)
+        images, shares, pixels = loader.describe(), loader.shares(), sample_pixels(loader.dataset, data.bands)
+        sheet = _sheet_of_dry_run(cfg, loader, look, normalize or normalizer(data.normalisation))
     lines = [
         f"data         {images}",
         *(f"             {line}" for line in shares),
         *(f"pixels       {line}" for line in pixels.lines()),
+        *([f"normalised   {data.normalisation.describe()}"] if isinstance(data, PretrainingImagesConfig) else []),
         f"pictures     {sheet}",
         f"batch        {global_batch_size(optim)} images = {optim.batch_size_per_gpu} per forward pass x "
         f"{optim.accumulation_steps} accumulation steps x {world_size()} process(es)",

@@ -20,7 +20,8 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -163,6 +164,73 @@ def derive_seed(*parts: object) -> int:
 def largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of `number` that is at most `limit`."""
     return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)
+
+
+# --- Values of images ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bands:
+    """What is made of the values of every image; see `bands.decode_bands`.
+
+    Args:
+        num: bands, those of the model.
+        value_range: the stored values that become 0 and 1; what lies outside is clipped. None: images have 8 bits,
+            which stay as they are.
+    """
+
+    num: int = 3
+    value_range: tuple[float, float] | None = None
+
+    @property
+    def are_rgb8(self) -> bool:
+        """Whether they are 8-bit RGB, of which Pillow alone knows all."""
+        return self.num == 3 and self.value_range is None
+
+
+RGB8 = Bands()
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """How the values of an image become what a network sees, which travels with its weights.
+
+    Values are scaled so that `value_range` becomes [0, 1], and clipped; then each band loses its mean, and is divided
+    by its deviation.
+    """
+
+    value_range: tuple[float, float] | None = None
+    """The lowest and highest value; None for 8 bits, 0 to 255."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Of each band, once it is scaled. By default those of ImageNet, as for `std`."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __call__(self, values: Any) -> Any:
+        """What a network sees of images, a tensor `[b, bands, h, w]` of values as they are stored; in float32."""
+        low, high = self.value_range or (0, 255)
+        scaled = ((values.double() - low) / (high - low)).clamp(0, 1).float()
+        mean, std = (scaled.new_tensor(each).view(-1, 1, 1) for each in (self.mean, self.std))
+        return (scaled - mean) / std
+
+    @classmethod
+    def of(cls, section: Mapping[str, Any] | None) -> "Normalisation":
+        """That of a training, by the section `data` of its configuration; one without these keys has the default.
+
+        Raises: UserError if the section does not say it, as that of a training that has not begun.
+        """
+        given = {key: (section or {}).get(key) for key in ("value_range", "mean", "std")}
+        for key, value in given.items():
+            numbers = [value] if not isinstance(value, list | tuple) else list(value)
+            if value is not None and not all(isinstance(x, int | float) for x in numbers):
+                raise UserError(f"data.{key}={value!r}: says no numbers; give the configuration beside the weights")
+        said: dict[str, Any] = {key: tuple(map(float, value)) for key, value in given.items() if value is not None}
+        return cls(**said)
+
+    def describe(self) -> str:
+        """In words that a program can follow."""
+        low, high = self.value_range or (0, 255)
+        numbers = (", ".join(f"{x:g}" for x in each) for each in (self.mean, self.std))
+        return "values from {:g} to {:g} as 0 to 1, minus ({}), divided by ({})".format(low, high, *numbers)
 
 
 # --- Child processes -------------------------------------------------------------------------------------------------

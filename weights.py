@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from utils import UserError, hash_file, locked, replacing
+from utils import Normalisation, UserError, hash_file, locked, replacing
 
 
 def read_state_dict(
@@ -525,6 +525,7 @@ def _hub_class(model_class: Any) -> Any:
                 library="capi",
                 model_class=model_class.__name__,
                 channels=self.in_chans,
+                normalisation=_normalisation_words(self.normalisation),
                 size=16 * self.patch_size,
                 **sizes,
                 **vars(said) | {"about": said.about.format(**sizes)},
@@ -532,6 +533,13 @@ def _hub_class(model_class: Any) -> Any:
             return ModelCard(re.sub(r"\n{3,}", "\n\n", text))
 
     return HubModel
+
+
+def _normalisation_words(normalisation: Normalisation) -> str:
+    if normalisation.value_range is None and len(normalisation.mean) == 3:
+        numbers = (", ".join(f"{x:g}" for x in each) for each in (normalisation.mean, normalisation.std))
+        return "RGB in [0, 1], minus ({}), divided by ({})".format(*numbers)
+    return f"What `model.normalisation(values)` makes of stored values: {normalisation.describe()}"
 
 
 def _hub_file(name_or_path: str, file: str, kwargs: Mapping[str, Any]) -> Path:
@@ -579,7 +587,7 @@ import torch
 from {module} import {model_class}
 
 model = {model_class}.from_pretrained("{name}")
-# RGB in [0, 1], minus (0.485, 0.456, 0.406), divided by (0.229, 0.224, 0.225)
+# {normalisation}
 images = torch.zeros(1, {channels}, {size}, {size})
 with torch.no_grad():
     global_repr, registers, feature_map = model(images)  # [b, d], [b, registers, d], [b, rows, columns, d]

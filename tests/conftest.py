@@ -137,5 +137,5 @@ def jpegs(tmp_path):
 def listed(monkeypatch):
     """Data sets by name, which `labels.open_labelled` opens instead of URLs."""
     known = {}
-    monkeypatch.setattr("labels.open_dataset", lambda url, key: known[url])
+    monkeypatch.setattr("labels.open_dataset", lambda url, key, _: known[url])
     return known

@@ -14,7 +14,7 @@ from runs import run_forked
 
 LAYERS = [
     {"utils", "default_eval_config", "demo_data"},
-    {"archives", "weights"},
+    {"archives", "bands", "weights"},
     {"config", "distributed", "masking", "model", "sources", "speed.attention", "speed.clustering_triton", "speed.fp8"},
     {"crops", "keys", "pixels", "speed.recomputing"},
     {"speed.device_decode"},
@@ -39,7 +39,8 @@ FOLDERS = ("baselines", "bench", "demo_data", "experiments", "tasks")
 """Folders that are placed as a whole: their files may import each other."""
 SOURCES = [*MODULES, *sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))]
 HEAVY = {"datasets", "submitit", "matplotlib", "sklearn", "scipy", "timm", "xformers", "huggingface_hub", "pandas",
-         "transformers", "faster_coco_eval", "pycocotools", "jinja2", "markupsafe", "fsspec"}  # fmt: skip
+         "transformers", "faster_coco_eval", "pycocotools", "jinja2", "markupsafe", "fsspec", "tifffile", "imagecodecs",
+         "pydicom"}  # fmt: skip
 
 
 parse = functools.cache(ast.parse)  # every test here reads the same files

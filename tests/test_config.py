@@ -48,7 +48,7 @@ def test_default_yaml_and_dataclasses_have_the_same_keys():
 
 def test_dataclasses_have_no_defaults_so_that_values_live_in_yaml():
     for name, schema in inspect.getmembers(config, dataclasses.is_dataclass):
-        if schema is config.Allowed:  # says what the others may hold
+        if schema.__module__ != "config" or schema is config.Allowed:  # says what the others may hold
             continue
         for field in dataclasses.fields(schema):
             assert field.default is dataclasses.MISSING, f"{name}.{field.name}"

@@ -287,9 +287,9 @@ def test_a_changed_dataset_is_told(caplog):
         make_loader(make_config(), dataset=MemoryStream(5), position=position)
 
 
-def test_in_chans_other_than_3_is_refused():
-    with pytest.raises(UserError, match=r"model\.in_chans=4: images are RGB"):
-        make_loader(make_config("model.in_chans=4"), dataset=MemoryDataset(1))
+def test_bands_without_a_mean_each_are_refused():
+    with pytest.raises(UserError, match=r"data\.mean=.*one number for each of model\.in_chans=4 bands"):
+        make_config("model.in_chans=4")
 
 
 @pytest.mark.parametrize("dataset", [MemoryDataset(9, bad=(1, 4)), MemoryStream(5, 4, bad=(0,))])

@@ -1,6 +1,7 @@
 """export.py, and its reverse, `train.init_from`."""
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -125,6 +126,8 @@ def assert_onnx_is(model, sizes, *arguments):
     assert [other.name for other in path.parent.iterdir()] == ["w.onnx"]
     session = onnxruntime.InferenceSession(path)
     assert [i.name for i in session.get_inputs()] == ["images"]
+    said = json.loads(session.get_modelmeta().custom_metadata_map["normalisation"])
+    assert said == {"value_range": None, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     assert [o.name for o in session.get_outputs()] == ["global_repr", "registers", "feature_map"]
     for b, height, width in sizes:
         images = torch.randn(b, 3, height, width)

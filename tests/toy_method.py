@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from config import DEFAULT_PRETRAIN_CONFIG, TrainingConfig, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, PretrainingImagesConfig, TrainingConfig, load_config
 from data import PretrainLoader
 from distributed import mean_over_ranks
 from keys import answer
@@ -33,12 +33,14 @@ from utils import ending_in_words, setup_logging
 class ToyModelConfig:
     patch_size: int
     embed_dim: int
+    in_chans: int
 
 
 @dataclass(frozen=True)
 class ToyConfig(TrainingConfig):
     EXPORTS = ("student",)
 
+    data: PretrainingImagesConfig
     model: ToyModelConfig
 
 
@@ -53,7 +55,7 @@ def write_config(path: Path, images: Path) -> None:
         for key in keys:
             del content[section][key]
     del content["capi"]
-    content["model"] = {"patch_size": 4, "embed_dim": 8}
+    content["model"] = {"patch_size": 4, "embed_dim": 8, "in_chans": 3}
     content["data"] |= {"dataset": str(images), "images_size": 16}
     content["evals"] = None
     path.write_text(yaml.safe_dump(content))
@@ -64,10 +66,10 @@ class Backbone(nn.Module):
 
     forward_methods = ("tokens",)
 
-    def __init__(self, patch_size, embed_dim):
+    def __init__(self, patch_size, embed_dim, in_chans=3):
         super().__init__()
         self.patch_size, self.embed_dim = patch_size, embed_dim
-        self.patch_embed = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
         self.mask_token = nn.Parameter(torch.empty(embed_dim))
         self.mix = nn.Linear(embed_dim, embed_dim)
 
@@ -96,8 +98,8 @@ class Head(nn.Linear):
 class ToyState(TrainState):
     def __init__(self, cfg, device, *, compiled=True):
         super().__init__(cfg, device, compiled=compiled)
-        size = (cfg.model.patch_size, cfg.model.embed_dim)
-        self.student = self.place(lambda: nn.ModuleDict({"backbone": Backbone(*size), "head": Head(size[1], 3)}))
+        size = (cfg.model.patch_size, cfg.model.embed_dim, cfg.model.in_chans)
+        self.student = self.place(lambda: nn.ModuleDict({"backbone": Backbone(*size), "head": Head(size[1], size[2])}))
         self.modules = {"student": self.student}
         self.optimizers = {"student": (self.student, make_adamw(self.student, cfg.optim.betas))}
 
@@ -148,7 +150,11 @@ def train(cfg, output_dir, device):
 def __model_loader__(pretrained_weights):  # noqa: N807  # the name that evaluations look for
     """For the evaluations: the exported backbone."""
     weights = torch.load(pretrained_weights, weights_only=True)
-    model = Backbone(weights["backbone.patch_embed.weight"].shape[-1], len(weights["backbone.mask_token"]))
+    model = Backbone(
+        weights["backbone.patch_embed.weight"].shape[-1],
+        len(weights["backbone.mask_token"]),
+        weights["backbone.patch_embed.weight"].shape[1],
+    )
     model.load_state_dict({k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")})
     return model
 
@@ -159,13 +165,14 @@ def main(arguments=None):
     setup_logging()
     answer(args, ToyConfig, args.sources)
     cfg = load_config(ToyConfig, None, args.sources)
-    loader = functools.partial(make_loader, cfg)
     return run_command(
         args,
         cfg,
-        dry_run=lambda: describe(cfg, loader, sizes=["a toy"], costs=[], schedule=[], warnings=[]),
-        train=functools.partial(train, cfg),
-        make_state=functools.partial(ToyState, cfg, compiled=False),
+        dry_run=lambda cfg: describe(
+            cfg, functools.partial(make_loader, cfg), sizes=["a toy"], costs=[], schedule=[], warnings=[]
+        ),
+        train=train,
+        make_state=functools.partial(ToyState, compiled=False),
     )
 
 
