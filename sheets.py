@@ -176,7 +176,7 @@ def _wrapped(text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", wi
         if font.getlength(longer) <= width:
             lines[-1] = longer
             continue
-        kept = word
+        kept = word[:width]  # no letter is narrower than a pixel
         while font.getlength(kept) > width:
             kept = f"{kept[:-2]}\N{HORIZONTAL ELLIPSIS}" if len(kept) > 2 else ""
         lines[-1:] = [kept] if not lines[-1] else [lines[-1], kept]
