@@ -74,9 +74,11 @@ def mask_column(
     """Images as they are where they are visible, orange where they are predicted, and dark where they are neither."""
     pictures = []
     for picture, seen, aim in zip(as_rgb(images), visible, predicted, strict=True):
-        colour = picture.astype(np.float32)
+        # No smaller than it will be drawn; of large crops, most of the time goes into pixels that nobody sees.
+        reduced = Image.fromarray(picture).reduce(max(1, max(picture.shape[:2]) // (2 * TILE)))
+        colour = np.asarray(reduced, np.float32)
         grey = colour.mean(axis=2, keepdims=True)
-        (h, w), (hp, wp) = picture.shape[:2], seen.shape
+        (h, w), (hp, wp) = colour.shape[:2], seen.shape
         of_patch = np.arange(h) * hp // h, np.arange(w) * wp // w
         is_seen, is_aim = (mask.numpy()[np.ix_(*of_patch)][..., None] for mask in (seen, aim))
         dark = 0.22 * grey
@@ -176,7 +178,7 @@ def _wrapped(text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", wi
         if font.getlength(longer) <= width:
             lines[-1] = longer
             continue
-        kept = word
+        kept = word[:width]  # no letter is narrower than a pixel
         while font.getlength(kept) > width:
             kept = f"{kept[:-2]}\N{HORIZONTAL ELLIPSIS}" if len(kept) > 2 else ""
         lines[-1:] = [kept] if not lines[-1] else [lines[-1], kept]

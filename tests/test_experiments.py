@@ -462,7 +462,7 @@ def test_the_command_of_a_preset_passes_a_dry_run(name, config, tmp_path, monkey
         assert train_distributed.main([*sources, images, "--dry-run"]) == 0
         assert "#SBATCH --gpus-per-node=8" in capsys.readouterr().out
         sources.append("optim.accumulation_steps=32")  # one process for eight
-    assert train_capi.main([*sources, images, "--dry-run"]) == 0
+    assert train_capi.main([*sources, images, f"train.output_dir={tmp_path}", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "warning" not in shown, shown
 

@@ -375,10 +375,10 @@ ON_TOP = {"vitl16_1600e_as_written": "vitl16_1600e_as_run"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_can_be_trained(path, images, capsys):
+def test_every_config_can_be_trained(path, images, tmp_path, capsys):
     base = [str(path.with_stem(ON_TOP[path.stem]))] if path.stem in ON_TOP else []
     arguments = [*base, str(path), f"data.dataset={images}", "train.device=cpu", "train.probe.every=0"]
-    assert train_cae.main([*arguments, "--dry-run"]) == 0
+    assert train_cae.main([*arguments, f"train.output_dir={tmp_path}", "--dry-run"]) == 0
     text = capsys.readouterr().out
     is_small = path.stem in ("imagenette", "vits16_128")
     shown = "32 of 64 patches are seen, 32 are" if is_small else "98 of 196 patches are seen, 98 are"

@@ -529,10 +529,10 @@ CONFIGS = sorted(ROOT.glob("configs/ijepa/*.yaml")) + sorted(ROOT.glob("configs/
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_config_can_be_trained(path, images, capsys):
+def test_every_config_can_be_trained(path, images, tmp_path, capsys):
     base = [str(ROOT / "configs/ijepa/imagenette.yaml")] if path.parts[-2:] == ("stop", "imagenette.yaml") else []
     arguments = [*base, str(path), f"data.dataset={images}", "train.device=cpu", "train.probe.every=0"]
-    assert train_ijepa.main([*arguments, "--dry-run"]) == 0
+    assert train_ijepa.main([*arguments, f"train.output_dir={tmp_path}", "--dry-run"]) == 0
     text = capsys.readouterr().out
     is_stop = path.parent.name == "stop"
     assert ("positions    stochastic, standard deviation 0.2" in text) == is_stop
