@@ -119,6 +119,9 @@ class Allowed:
     def check(self, key: str, value: Any) -> None:
         """Raise a UserError that names `key` unless this allows `value`."""
         elements = value if isinstance(value, list | tuple) else (value,)
+        if isinstance(value, dict):  # null leaves a name out
+            elements = [*value, *(each for each in value.values() if each is not None)]
+            require(not self.not_empty or len(elements) > len(value), key, value, "must not be empty")
         if elements is value:
             value = list(value)  # a tuple is written like a list
             if self.size is not None:
@@ -364,6 +367,39 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    """How what comes from `train.init_from` learns beside what starts random; without it, 1, 1, 0 and 0."""
+
+    encoder_lr_mult: float = field(metadata=NOT_NEGATIVE)
+    """Learning-rate multiplier of the encoder."""
+    predictor_lr_mult: float = field(metadata=NOT_NEGATIVE)
+    """Learning-rate multiplier of the predictor."""
+    frozen_iters: int | float = field(metadata=NOT_NEGATIVE)
+    """Steps in which the encoder stays what it is while the rest learns to read it, or, with a decimal point, a
+    fraction of total_iters."""
+    ramp_iters: int | float = field(metadata=NOT_NEGATIVE)
+    """Steps after these in which its learning rate rises from 0 to what it is else; a fraction likewise."""
+
+    def steps(self, total_iters: int) -> tuple[int, int]:
+        """Steps at which the encoder begins to learn and has its own learning rate."""
+        frozen, ramp = (
+            round(number * total_iters) if isinstance(number, float) else number
+            for number in (self.frozen_iters, self.ramp_iters)
+        )
+        return frozen, frozen + ramp
+
+    def check(self, total_iters: int) -> None:
+        """Raise unless the encoder learns before `total_iters` steps are over."""
+        for name in ("frozen_iters", "ramp_iters"):
+            number = getattr(self, name)
+            remedy = "a number with a decimal point is a fraction of optim.total_iters and must lie in [0, 1]"
+            require(not isinstance(number, float) or number <= 1, f"optim.start.{name}", number, remedy)
+        end = self.steps(total_iters)[1]
+        remedy = f"the encoder would have its learning rate at step {end} of optim.total_iters={total_iters}"
+        require(end <= total_iters, "optim.start", f"{self.frozen_iters} + {self.ramp_iters} steps", remedy)
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Length of training, batch, and the student's optimizer; a method adds its own keys and schedules."""
 
@@ -400,8 +436,9 @@ class EpochsOptimConfig(OptimConfig):
 class ImagesConfig:
     """Images and crops; a method adds its masks."""
 
-    dataset: str
-    """Data URL (README lists the sources), or the path of a folder of images."""
+    dataset: str | list[str] | dict[str, float | None] = field(metadata=within(above=0, not_empty=True, distinct=True))
+    """Data URL (README lists the sources), or the path of a folder of images or of an archive. Pretraining also takes
+    several, as a list, or as a mapping with the weight of each; null as weight leaves one out."""
     crop_scale: tuple[float, float] = field(metadata=within(above=0, at_most=1, ascending=True))
     """Area range of the random crop, as fractions of the image."""
     images_size: int = field(metadata=COUNT)
@@ -419,6 +456,15 @@ class ImagesConfig:
     decode: str = field(metadata=one_of("cpu", "gpu"))
     """cpu: the loader's workers decode. gpu: JPEG files go to the CUDA device, which decodes and crops them. The crops
     are the same boxes; colours differ by a few grey levels, since the decoders do."""
+
+    @property
+    def only_dataset(self) -> str:
+        """The data URL, for what is trained on one data set. Raises: UserError if there are several."""
+        if isinstance(self.dataset, str):
+            return self.dataset
+        raise UserError(
+            f"data.dataset={self.dataset!r}: only pretraining mixes several data sets; give one folder or data URL"
+        )
 
 
 @dataclass(frozen=True)

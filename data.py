@@ -1,11 +1,12 @@
 """Images for training: how they are cropped and masked, and in which order training sees them.
 
-`sources.make_dataset` turns a data URL into samples, `PretrainLoader` turns samples into masked batches,
+`sources.make_mixture` turns data URLs into samples, `PretrainLoader` turns samples into masked batches,
 `DevicePrefetcher` brings these to the device. Every crop, flip and mask is a function of (seed, position in the data),
 and the position is all that a checkpoint has to keep: a resumed run sees what the uninterrupted one would have seen.
 """
 
 import atexit
+import copy
 import functools
 import itertools
 import json
@@ -36,12 +37,14 @@ from config import ImagesConfig
 from crops import CROP_RATIO, Crop, View, cut, draw_crop
 from distributed import gather_objects, ranks_of_this_machine
 from sources import (
+    MIXTURE_BLOCK,
     BadImageError,
     ImageDataset,
     ImageStream,
+    Mixture,
     Sample,
     cache_root,
-    make_dataset,
+    make_mixture,
     silent_decoders,
 )
 from utils import UserError, derive_seed, largest_divisor
@@ -116,6 +119,8 @@ class Batch:
     """With a second view, the same crops in its size."""
     labels: dict[str, Tensor] = field(default_factory=dict)
     """What is known of these images, by the names that the task gives it."""
+    host_labels: dict[str, Tensor] = field(default_factory=dict)
+    """`labels` on the CPU, once `to` was called."""
 
     def tensors(self) -> list[Tensor]:
         """The tensors that travel to the device."""
@@ -125,7 +130,7 @@ class Batch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The batch with its tensors on `device`."""
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        return replace(moved, host_masks=self.host_masks or self.masks)
+        return replace(moved, host_masks=self.host_masks or self.masks, host_labels=self.host_labels or self.labels)
 
     def pin_memory(self) -> Self:
         """The batch in page-locked memory, from which a GPU copies without waiting."""
@@ -270,6 +275,32 @@ class SampleMaker:
         )
 
 
+class _FirstImages:
+    """Makes batches of a maker, but of each only the first images, since the others would be decoded for nothing."""
+
+    def __init__(self, maker: Maker, num_images: int) -> None:
+        self.maker, self.seed, self.num_images = maker, maker.seed, num_images
+        self._num_made = 0
+
+    def make(self, sample: Sample, *key: int) -> Any:
+        """See `Maker`."""
+        if self._num_made >= self.num_images:
+            return None
+        made = self.maker.make(sample, *key)
+        self._num_made += 1
+        return made
+
+    def batch(
+        self, crops: Sequence[Any], keys: list[tuple[int, ...]], sample_ids: list[int], bad: list[tuple[str, str]]
+    ) -> Batch:
+        """See `Maker`."""
+        return self.maker.batch(crops[: self.num_images], keys, sample_ids, bad)
+
+    def batch_bytes(self, batch_size: int) -> int:
+        """See `Maker`."""
+        return self.maker.batch_bytes(batch_size)
+
+
 def check_decode(decode: str, device: torch.device) -> None:
     """Check that `device` can do what data.decode asks of it.
 
@@ -322,7 +353,8 @@ class MapBatches(Dataset[Any]):
         tried: list[str] = []
         for attempt in range(MAX_REPLACEMENTS + 1):
             if attempt > 0:
-                index = derive_seed(self.maker.seed, "replacement", position, attempt) % len(self.dataset)
+                number = derive_seed(self.maker.seed, "replacement", position, attempt)
+                index = self.dataset.replacement(index, number)
             try:
                 return self.maker.make(self.dataset[index], position), index
             except BadImageError as error:
@@ -352,6 +384,47 @@ class EpochOrder:
         """For ever, the (position, index) pairs of this rank's batches, from global position `start` on."""
         for first in itertools.count(start + rank * batch_size, world_size * batch_size):
             yield [(position, self.image_at(position)) for position in range(first, first + batch_size)]
+
+
+class MixtureOrder(EpochOrder):
+    """The same of data sets with weights: each goes through epochs of its own, in an order of its own.
+
+    Of each `MIXTURE_BLOCK` positions from 0 on, every data set has exactly its share, at places drawn for that block.
+    """
+
+    def __init__(self, mixture: Mixture, seed: int) -> None:
+        assert mixture.counts is not None
+        super().__init__(len(mixture), seed)
+        self.counts = mixture.counts
+        self.starts = [mixture.start_of(part) for part in range(len(mixture.parts))]
+        self.orders = [
+            EpochOrder(len(part), derive_seed(seed, "mixture", number)) for number, part in enumerate(mixture.parts)
+        ]
+        self._block = functools.lru_cache(maxsize=2)(self._draw_block)
+
+    def _draw_block(self, block: int) -> tuple[Int64[Tensor, " positions"], Int64[Tensor, " positions"]]:
+        """Of each position of a block, its data set, and how many before it are of the same."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "mixture block", block))
+        parts = torch.repeat_interleave(torch.tensor(self.counts))
+        numbers = torch.cat([torch.arange(count) for count in self.counts])
+        parts = parts[torch.randperm(len(parts), generator=generator)]
+        before = torch.empty_like(parts)
+        before[parts.argsort(stable=True)] = numbers
+        return parts, before
+
+    def image_at(self, position: int) -> int:
+        """Index in the mixture of the image at `position`."""
+        block, offset = divmod(position, sum(self.counts))
+        parts, before = self._block(block)
+        part = int(parts[offset])
+        return self.starts[part] + self.orders[part].image_at(block * self.counts[part] + int(before[offset]))
+
+
+def order_of(dataset: ImageDataset, seed: int) -> EpochOrder:
+    """The order in which training sees the images of a data set."""
+    if isinstance(dataset, Mixture) and dataset.counts is not None:
+        return MixtureOrder(dataset, seed)
+    return EpochOrder(len(dataset), seed)
 
 
 class StreamPart:
@@ -666,7 +739,8 @@ class PretrainLoader:
     """An endless iterator over the `Batch`es of one rank that can continue where another one stopped.
 
     Map-style data: the global position counts the images that all ranks together have been given; epochs follow each
-    other without a gap, and a batch may span two. The order depends neither on the ranks nor on the workers.
+    other without a gap, and a batch may span two. The order depends neither on the ranks nor on the workers. Several
+    data sets without weights are one; with weights, see `MixtureOrder`.
     Streaming data: see `StreamPart`; the order depends on the number of ranks and of `data.stream_partitions`.
 
     Args:
@@ -730,9 +804,8 @@ class PretrainLoader:
             )
         self.maker = maker
         if dataset is None:
-            dataset = make_dataset(
-                images.dataset, listing_cache=cache_root() / "image_listings" if keep_listing else None
-            )
+            listings = cache_root() / "image_listings" if keep_listing else None
+            dataset = make_mixture(images.dataset, key="data.dataset", listing_cache=listings)
         assert isinstance(dataset, ImageDataset | ImageStream)
         self.images = images
         self.seed = seed
@@ -795,19 +868,45 @@ class PretrainLoader:
             "optim.batch_size_per_gpu",
         )
 
+    def peek(self, num_images: int) -> Batch:
+        """The next batch without taking it, made in this process: all of its masks, and no more than its first images.
+
+        The others are not decoded, and taken for readable.
+
+        Raises: UserError if images cannot be read.
+        """
+        alone = copy.copy(self)
+        alone.num_workers, alone.pin_memory, alone.maker = 0, False, _FirstImages(self.maker, num_images)
+        batch = next(iter(alone._make_loader()))
+        if isinstance(batch, UserError):
+            raise batch
+        if batch.encoded is not None:
+            images, _ = batch.encoded.decode(batch.images, self.decode_device)
+            batch = replace(batch, images=images, encoded=None)
+        return batch
+
     def describe(self) -> str:
         """What is read and how, for people."""
         if isinstance(self.dataset, ImageStream):
             what = f"stream of {self.dataset.num_shards:,} shards, {len(self._parts)} parts per rank"
         else:
             what = f"{len(self.dataset):,} images"
-        return f"{self.images.dataset}: {what}, {self.num_workers} workers per rank"
+        if isinstance(self.dataset, Mixture):
+            name = f"{len(self.dataset.parts)} data sets" + (" with weights" if self.dataset.counts else "")
+        else:
+            name = str(self.images.dataset)
+        return f"{name}: {what}, {self.num_workers} workers per rank"
+
+    def shares(self) -> list[str]:
+        """Of several data sets, the share of each, for people."""
+        return self.dataset.shares() if isinstance(self.dataset, Mixture) else []
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch that was handed out; can be written as JSON. Of a stream: of this rank."""
         counts = {"seen": self.bad_files.seen, "bad": self.bad_files.bad}
         if isinstance(self.dataset, ImageDataset):
-            return {"kind": "map", "num_images": len(self.dataset), "samples": self._samples, **counts}
+            position = {"kind": "map", "num_images": len(self.dataset), "samples": self._samples, **counts}
+            return position | self._mixed()
         return {
             "kind": "stream",
             "num_parts": self.world_size * len(self._parts),
@@ -816,6 +915,12 @@ class PretrainLoader:
             "parts": {str(part): self._part_states.get(part) for part in self._parts},
             **counts,
         }
+
+    def _mixed(self) -> dict[str, Any]:
+        """Of several data sets, what their order follows from beside the seed."""
+        if not isinstance(self.dataset, Mixture):
+            return {}
+        return {"mixture": {"images": list(map(len, self.dataset.parts)), "counts": self.dataset.counts}}
 
     def _restore(self, position: dict[str, Any]) -> None:
         kind = "map" if isinstance(self.dataset, ImageDataset) else "stream"
@@ -833,6 +938,12 @@ class PretrainLoader:
                 logger.warning(
                     "data.dataset has %d images, it had %d when the checkpoint was made: the order of the images is "
                     "another one from here on", len(self.dataset), before,
+                )  # fmt: skip
+            elif position and position.get("mixture") != self._mixed().get("mixture"):
+                logger.warning(
+                    "data.dataset is another mixture than when the checkpoint was made (sizes and images of each in "
+                    "%d): %s, it was %s; the order of the images is another one from here on",
+                    MIXTURE_BLOCK, self._mixed().get("mixture"), position.get("mixture"),
                 )  # fmt: skip
             return
         self._restore_stream(position)
@@ -880,7 +991,7 @@ class PretrainLoader:
 
     def _make_loader(self) -> DataLoader[Any]:
         if isinstance(self.dataset, ImageDataset):
-            order = EpochOrder(len(self.dataset), self.seed)
+            order = order_of(self.dataset, self.seed)
             batches: Dataset[Any] = MapBatches(self.dataset, self.maker)
             sampler = order.batches(self._samples, self.rank, self.world_size, self.batch_size)
         else:

@@ -36,12 +36,12 @@ from data import Batch, PretrainLoader, seeded
 from distributed import rank
 from evaluation import FrozenModel, ImageBatches, Results, extract
 from finetuning import FinetuneConfig, Task, Trunk
-from keys import answer
 from labels import Labelled, choose_rows, first_labels, label_list, open_labelled, pad
 from pictures import show
 from report import Score
+from sheets import Column
 from sources import ImageDataset, Sample, match_classes, parse_data_url
-from utils import UserError, derive_seed, ending_in_words, setup_logging
+from utils import UserError, derive_seed
 
 NORM_EPS = 1e-6
 
@@ -118,10 +118,11 @@ class LabelledImages(ImageDataset):
 
 
 def class_folders(url: str) -> str:
-    """The data URL for a folder that is given as one: with one folder of images per class."""
+    """The data URL for a place that is given as one, a folder or archives: with one folder of images per class."""
     parsed = parse_data_url(url)
     is_plain = (parsed.source, parsed.name) == ("custom", "Images")
-    return f"torchvision://ImageFolder?root={parsed.kwargs['root']!r}" if is_plain else url
+    arguments = "&".join(f"{name}={value!r}" for name, value in parsed.kwargs.items())
+    return f"torchvision://ImageFolder?{arguments}" if is_plain else url
 
 
 def open_training_images(cfg: FinetuneClassificationConfig) -> tuple[FinetuneClassificationConfig, LabelledImages]:
@@ -129,7 +130,7 @@ def open_training_images(cfg: FinetuneClassificationConfig) -> tuple[FinetuneCla
 
     Raises: UserError if there are no labels, or one class only.
     """
-    url, chosen = cfg.data.dataset, cfg.classification.labels_per_class
+    url, chosen = cfg.data.only_dataset, cfg.classification.labels_per_class
     data = open_labelled(class_folders(url), "data.dataset")
     rows = data.labelled
     if chosen is not None:
@@ -224,17 +225,8 @@ def rand_augment(description: str, size: int, mean: tuple[float, ...]) -> Callab
         ) from error
 
 
-def make_loader(
-    cfg: FinetuneClassificationConfig, images: LabelledImages | None = None, **place: Any
-) -> PretrainLoader:
-    """The loader of a training.
-
-    Args:
-        cfg: of the training.
-        images: what `open_training_images` gave; None opens them.
-        **place: where it runs and where it continues, see `PretrainLoader`.
-    """
-    images = images or open_training_images(cfg)[1]
+def make_loader(cfg: FinetuneClassificationConfig, images: LabelledImages, **place: Any) -> PretrainLoader:
+    """The loader of a training; `place` says where it runs and where it continues, see `PretrainLoader`."""
     return PretrainLoader(
         cfg.data,
         None,
@@ -430,29 +422,29 @@ def draw(cfg: Any, data: Labelled, classes: Sequence[str], guesses: Tensor, labe
 
 # --- The command -----------------------------------------------------------------------------------------------------
 
+
+def look(cfg: FinetuneClassificationConfig, batch: Batch, num_images: int) -> list[Column]:
+    """What the contact sheet says of crops: their classes, before any are mixed."""
+    return [Column("class", [], [cfg.classes[number] for number in batch.labels["label"][:num_images].tolist()])]
+
+
 TASK = Task(
+    schema=FinetuneClassificationConfig,
+    defaults="configs/finetune/classification.yaml",
+    open_data=open_training_images,
     make_head=make_head,
     head_inputs=head_inputs,
     loss=make_loss,
     make_loader=make_loader,
     predict=predict,
     evaluate=evaluate,
+    look=look,
 )
-CONFIG = FinetuneClassificationConfig
-DEFAULTS = "configs/finetune/classification.yaml"
 
 
-@ending_in_words
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains."""
-    args = parser.parse_intermixed_args(arguments)
-    setup_logging()
-    answer(args, CONFIG, [*finetuning.default_sources(DEFAULTS), *args.sources])
-    cfg = finetuning.load(CONFIG, DEFAULTS, args.sources)
-    if args.print_config:
-        return finetuning.run(TASK, args, cfg)
-    cfg, images = open_training_images(cfg)
-    return finetuning.run(replace(TASK, make_loader=functools.partial(make_loader, images=images)), args, cfg)
+    return finetuning.main(TASK, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from utils import add_training_options, command_line
 with command_line(__doc__, __name__) as parser:
     add_training_options(parser)
 
-import functools
 import json
 import logging
 import sys
@@ -37,10 +36,10 @@ from data import Batch, PretrainLoader
 from distributed import gather_objects, on_rank_0, rank
 from evaluation import FrozenModel, ImageBatches, Results
 from finetuning import FinetuneConfig, Task, Trunk
-from keys import answer
 from optim import scheduled, stepped
 from pictures import show
 from report import Score
+from sheets import Column, as_rgb, class_colours, draw_boxes
 from sources import BadImageError, Sample, match_classes
 from tasks.coco import (
     CocoImages,
@@ -53,7 +52,7 @@ from tasks.coco import (
     run_lengths,
 )
 from tasks.mask_rcnn import NORMS, Detections, MaskRCNN, Targets, paste_masks
-from utils import UserError, ending_in_words, setup_logging, write_text_atomically
+from utils import UserError, write_text_atomically
 
 logger = logging.getLogger("detection")
 
@@ -386,22 +385,15 @@ def open_training_images(cfg: FinetuneDetectionConfig) -> tuple[FinetuneDetectio
     """
     if cfg.detection.masks:
         optional("pycocotools.mask")  # now, not in the workers
-    images = open_coco(cfg.data.dataset, "data.dataset", masks=cfg.detection.masks)
+    images = open_coco(cfg.data.only_dataset, "data.dataset", masks=cfg.detection.masks)
     with_objects = images.with_objects()
     chosen = with_objects if cfg.detection.skip_empty else images
     num_images = cfg.data.images_per_epoch or len(chosen)
     return replace(cfg, classes=images.class_names, data=replace(cfg.data, images_per_epoch=num_images)), chosen
 
 
-def make_loader(cfg: FinetuneDetectionConfig, images: CocoImages | None = None, **place: Any) -> PretrainLoader:
-    """The loader of a training.
-
-    Args:
-        cfg: of the training.
-        images: what `open_training_images` gave; None opens them.
-        **place: where it runs and where it continues, see `PretrainLoader`.
-    """
-    images = images or open_training_images(cfg)[1]
+def make_loader(cfg: FinetuneDetectionConfig, images: CocoImages, **place: Any) -> PretrainLoader:
+    """The loader of a training; `place` says where it runs and where it continues, see `PretrainLoader`."""
     if place.get("rank", 0) == 0:
         images.log_faults()
     return PretrainLoader(
@@ -487,13 +479,12 @@ def make_loss(cfg: FinetuneDetectionConfig) -> finetuning.Loss:
     """The five losses of Mask R-CNN, of the sampled anchors and proposals."""
 
     def loss(model: nn.ModuleDict, trunk: Trunk, batch: Batch, _generator: torch.Generator) -> dict[str, Tensor]:
-        labels = batch.labels
-        masks = labels.get("masks")
-        targets = []
-        for number in range(len(batch.images)):
-            own = labels["image"] == number
-            targets.append(Targets(labels["boxes"][own], labels["class"][own], None if masks is None else masks[own]))
-        sizes = [(int(height), int(width)) for height, width in labels["size"].tolist()]
+        labels, known = batch.labels, batch.host_labels or batch.labels  # to read those, a GPU would be waited for
+        numbers = known["image"].bincount(minlength=len(batch.images)).tolist()
+        boxes, classes = labels["boxes"].split(numbers), labels["class"].split(numbers)
+        masks = labels["masks"].split(numbers) if "masks" in labels else [None] * len(numbers)
+        targets = [Targets(*each) for each in zip(boxes, classes, masks, strict=True)]
+        sizes = [(int(height), int(width)) for height, width in known["size"].tolist()]
         return model["head"](head_inputs(cfg, trunk, batch.images), sizes, targets)
 
     return loss
@@ -730,13 +721,35 @@ def draw_objects(
 
 # --- The command -----------------------------------------------------------------------------------------------------
 
+
+def look(cfg: FinetuneDetectionConfig, batch: Batch, num_images: int) -> list[Column]:
+    """What the contact sheet shows beside crops: boxes, masks if they are learned from, and what is in them."""
+    labels, pictures, captions = batch.labels, [], []
+    for number, pixels in enumerate(as_rgb(batch.images[:num_images])):
+        own = labels["image"] == number
+        classes = labels["class"][own]
+        colours = class_colours(classes, len(cfg.classes))
+        drawn = pixels.astype(np.float32)
+        if "masks" in labels:
+            for mask, colour in zip(labels["masks"][own].bool().numpy(), colours.numpy(), strict=True):
+                drawn[mask] = 0.55 * drawn[mask] + 0.45 * colour
+        pictures.append(draw_boxes(drawn.astype(np.uint8), labels["boxes"][own], colours))
+        counts = torch.bincount(classes, minlength=len(cfg.classes)).tolist()
+        captions.append(", ".join(f"{n} {cfg.classes[i]}" for i, n in enumerate(counts) if n) or "no objects")
+    return [Column("objects", pictures, captions)]
+
+
 TASK = Task(
+    schema=FinetuneDetectionConfig,
+    defaults="configs/finetune/detection.yaml",
+    open_data=open_training_images,
     make_head=make_head,
     head_inputs=head_inputs,
     loss=make_loss,
     make_loader=make_loader,
     predict=predict,
     evaluate=evaluate,
+    look=look,
     losses={
         "proposal_object": "proposals",
         "proposal_box": "their boxes",
@@ -746,21 +759,11 @@ TASK = Task(
     },
     lr_at=lr_at,
 )
-CONFIG = FinetuneDetectionConfig
-DEFAULTS = "configs/finetune/detection.yaml"
 
 
-@ending_in_words
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains."""
-    args = parser.parse_intermixed_args(arguments)
-    setup_logging()
-    answer(args, CONFIG, [*finetuning.default_sources(DEFAULTS), *args.sources])
-    cfg = finetuning.load(CONFIG, DEFAULTS, args.sources)
-    if args.print_config:
-        return finetuning.run(TASK, args, cfg)
-    cfg, images = open_training_images(cfg)  # of COCO's size it takes most of a minute: once
-    return finetuning.run(replace(TASK, make_loader=functools.partial(make_loader, images=images)), args, cfg)
+    return finetuning.main(TASK, parser, arguments)
 
 
 if __name__ == "__main__":

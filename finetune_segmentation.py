@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,11 +43,11 @@ from eval_segmentation import (
 )
 from evaluation import FrozenModel, ImageBatches, Results, open_dataset
 from finetuning import FinetuneConfig, Task, Trunk
-from keys import answer
 from optim import scheduled
+from sheets import Column, class_colours
 from sources import UNLABELLED, ImageDataset, Sample, SegmentationDataset, match_classes, parse_data_url
 from tasks.pyramid import SimplePyramid, SyncedBatchNorm, synchronise_
-from utils import UserError, derive_seed, ending_in_words, setup_logging
+from utils import UserError, derive_seed
 
 logger = logging.getLogger("segmentation")
 
@@ -218,17 +218,23 @@ def number_labels(cfg: SegmentationConfig, dataset: ImageDataset, key: str, url:
     return LabelNumbers([names[label] if names else str(label) for label in counting], table)
 
 
-def open_training_images(
-    cfg: FinetuneSegmentationConfig,
-) -> tuple[FinetuneSegmentationConfig, ImageDataset, LabelNumbers]:
+class NumberedImages(NamedTuple):
+    """Images with masks, and what the numbers in these become."""
+
+    dataset: ImageDataset
+    numbers: LabelNumbers
+
+
+def open_training_images(cfg: FinetuneSegmentationConfig) -> tuple[FinetuneSegmentationConfig, NumberedImages]:
     """The images that are trained on, and the configuration with their classes and their number.
 
     Raises: UserError as `open_dataset` and `number_labels`.
     """
-    dataset = open_dataset(cfg.data.dataset, "data.dataset")
-    numbers = number_labels(cfg.segmentation, dataset, "data.dataset", cfg.data.dataset)
+    dataset = open_dataset(cfg.data.only_dataset, "data.dataset")
+    numbers = number_labels(cfg.segmentation, dataset, "data.dataset", cfg.data.only_dataset)
     num_images = cfg.data.images_per_epoch or len(dataset)
-    return replace(cfg, classes=numbers.classes, data=replace(cfg.data, images_per_epoch=num_images)), dataset, numbers
+    data = replace(cfg.data, images_per_epoch=num_images)
+    return replace(cfg, classes=numbers.classes, data=data), NumberedImages(dataset, numbers)
 
 
 def fitted_size(width: int, height: int, longer: float, shorter: float) -> tuple[int, int]:
@@ -364,20 +370,19 @@ class LabelledCrops:
         return finetuning.stacked(crops, sample_ids, bad)
 
 
-def make_loader(cfg: FinetuneSegmentationConfig, **place: Any) -> PretrainLoader:
+def make_loader(cfg: FinetuneSegmentationConfig, data: NumberedImages, **place: Any) -> PretrainLoader:
     """The loader of a training; `place` says where it runs and where it continues, see `PretrainLoader`.
 
-    Raises: UserError as `open_training_images`, and if a batch is a single image, which uper cannot be trained with.
+    Raises: UserError if a batch is a single image, which uper cannot be trained with.
     """
-    _, dataset, numbers = open_training_images(cfg)
     size = cfg.optim.batch_size_per_gpu
     remedy = "batch norm after uper's pooling needs two or more images of all ranks together"
     require(cfg.segmentation.head != "uper" or size * world_size() > 1, "optim.batch_size_per_gpu", size, remedy)
     return PretrainLoader(
         cfg.data,
         None,
-        maker=LabelledCrops(cfg, numbers),
-        dataset=dataset,
+        maker=LabelledCrops(cfg, data.numbers),
+        dataset=data.dataset,
         seed=cfg.train.seed,
         batch_size=size,
         num_workers=cfg.efficiency.dataloader_num_workers,
@@ -709,30 +714,37 @@ def small_picture(
 
 # --- The command -----------------------------------------------------------------------------------------------------
 
+
+def look(cfg: FinetuneSegmentationConfig, batch: Batch, num_images: int) -> list[Column]:
+    """What the contact sheet shows beside crops: their labels, and the names of the largest; unlabelled is white."""
+    pictures, captions = [], []
+    for labels in batch.labels["label"][:num_images]:
+        pictures.append(class_colours(labels, len(cfg.classes)).numpy())
+        numbers = torch.bincount(labels.flatten().long(), minlength=len(cfg.classes))[: len(cfg.classes)]
+        largest = [int(number) for number in numbers.argsort(descending=True, stable=True) if numbers[number]]
+        captions.append(", ".join(cfg.classes[number] for number in largest[:4]) or "nothing labelled")
+    return [Column("labels; white: none", pictures, captions)]
+
+
 TASK = Task(
+    schema=FinetuneSegmentationConfig,
+    defaults="configs/finetune/segmentation.yaml",
+    open_data=open_training_images,
     make_head=make_head,
     head_inputs=head_inputs,
     loss=make_loss,
     make_loader=make_loader,
     predict=predict,
     evaluate=evaluate,
+    look=look,
     losses={"cross_entropy": "head", "auxiliary": "auxiliary head"},
     lr_at=lr_at,
 )
-CONFIG = FinetuneSegmentationConfig
-DEFAULTS = "configs/finetune/segmentation.yaml"
 
 
-@ending_in_words
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains."""
-    args = parser.parse_intermixed_args(arguments)
-    setup_logging()
-    answer(args, CONFIG, [*finetuning.default_sources(DEFAULTS), *args.sources])
-    cfg = finetuning.load(CONFIG, DEFAULTS, args.sources)
-    if not args.print_config:
-        cfg, _, _ = open_training_images(cfg)
-    return finetuning.run(TASK, args, cfg)
+    return finetuning.main(TASK, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -42,9 +42,11 @@ from config import (
 from data import Batch, PretrainLoader, normalize
 from distributed import mean_over_ranks
 from evaluation import FrozenModel, Results, find_loader, load_model_file
+from keys import answer
 from model import Backbone, Features, Residual, RotaryEmbedding, draw_drop_path, linear_rates
 from optim import Multipliers, ema_update_, make_adamw, scheduled, set_rates_
 from report import Panel
+from sheets import Column
 from training import (
     Run,
     TrainState,
@@ -56,7 +58,7 @@ from training import (
     warn_of_another_course,
     with_length,
 )
-from utils import UserError, import_from_path
+from utils import UserError, ending_in_words, import_from_path, setup_logging
 from weights import load_strictly, read_state_dict
 
 logger = logging.getLogger("finetuning")
@@ -493,19 +495,27 @@ def train_step(state: FinetuneState, batches: Sequence[Batch], lr: float, loss: 
 
 @dataclass(frozen=True)
 class Task(Generic[FinetuneT]):
-    """What the script of a task brings, beside its configuration."""
+    """What the script of a task brings."""
 
+    schema: type[FinetuneT]
+    """Its configuration."""
+    defaults: str
+    """YAML file of this repository with its own defaults, on top of those that all tasks have in common."""
+    open_data: Callable[[FinetuneT], tuple[FinetuneT, Any]]
+    """Opens what is trained on; gives the configuration with its classes and their number of images, and the data."""
     make_head: Callable[[FinetuneT, Trunk], nn.Module]
     """Its head for a backbone, with weights to begin with."""
     head_inputs: Callable[[FinetuneT, Trunk, Tensor], Sequence[Tensor]]
     """What the head reads of normalised images, from the trunk."""
     loss: Callable[[FinetuneT], Loss]
     make_loader: Callable[..., PretrainLoader]
-    """Of the configuration, and the keyword arguments that say where it runs, as `training.Run` gives them."""
+    """Of the configuration, the data, and the keyword arguments that say where it runs, as `training.Run` gives."""
     predict: Callable[[FinetuneT, nn.ModuleDict, Trunk, Tensor], Any]
     """What the model says of normalised images."""
     evaluate: Callable[[Any, FrozenModel, Results], None]
     """Scores an exported model, a `Finetuned` in a `FrozenModel`, by the keys of eval_finetuned.py."""
+    look: Callable[[FinetuneT, Batch, int], Sequence[Column]]
+    """What the contact sheet shows beside crops: the labels of a batch's first so many images, see `sheets.Look`."""
     losses: Mapping[str, str] = field(default_factory=dict)
     """Names of the parts of the loss, and what they are called in curves and in the log; none if it has one part. A
     training may lack some."""
@@ -513,12 +523,13 @@ class Task(Generic[FinetuneT]):
     """Learning rate of the head in the update after so many finished ones."""
 
 
-def train(task: Task[FinetuneT], cfg: FinetuneT, output_dir: Path, device: torch.device) -> None:
+def train(task: Task[FinetuneT], cfg: FinetuneT, data: Any, output_dir: Path, device: torch.device) -> None:
     """Train up to `optim.total_iters` finished updates, or until a signal; continue what is in `output_dir`.
 
     Args:
         task: what is trained for.
-        cfg: with its classes, and as many steps as its epochs ask for.
+        cfg: with its classes.
+        data: what they were found in.
         output_dir: folder of the run.
         device: where it runs.
     """
@@ -530,7 +541,7 @@ def train(task: Task[FinetuneT], cfg: FinetuneT, output_dir: Path, device: torch
         cfg,
         state,
         output_dir,
-        make_loader=functools.partial(task.make_loader, cfg),
+        make_loader=functools.partial(task.make_loader, cfg, data),
         encode=state.encode,
         log_line=functools.partial(log_line, task),
         finite=("loss", "grad_norm"),
@@ -538,7 +549,8 @@ def train(task: Task[FinetuneT], cfg: FinetuneT, output_dir: Path, device: torch
         flops_per_image=None,
         opening=opening(cfg, state),
         on_resume=functools.partial(warn_if_changed, task, cfg=cfg),
-        normalize=functools.partial(normalize, mean=cfg.backbone.image_mean, std=cfg.backbone.image_std),
+        normalize=normalisation(cfg),
+        look=functools.partial(task.look, cfg),
     ) as run:
         while not run.is_over():
             lr = task.lr_at(state.step, cfg)
@@ -551,18 +563,29 @@ def train(task: Task[FinetuneT], cfg: FinetuneT, output_dir: Path, device: torch
     run.export()
 
 
+def normalisation(cfg: FinetuneConfig) -> Callable[[Tensor], Tensor]:
+    """From 8-bit images to what the backbone gets."""
+    return functools.partial(normalize, mean=cfg.backbone.image_mean, std=cfg.backbone.image_std)
+
+
 def prepared(cfg: FinetuneT, checkpoint: Path | None = None) -> FinetuneT:
     """The configuration with the length and the architecture that follow from the rest.
 
     Args:
         cfg: as the user gave it.
-        checkpoint: what the training goes on from. It knows the architecture, so that the weights with which the
-            training began need not be there any more.
+        checkpoint: what the training goes on from. It knows the architecture, the classes and the number of images, so
+            that the weights with which the training began need not be there any more, nor the images to export it.
     """
     if checkpoint is not None and (checkpoint / "config.yaml").is_file():  # `restore` tells what is not there
-        saved = read_yaml(checkpoint / "config.yaml")["backbone"]
-        known = {name: saved[name] for name in ("architecture", "arguments")}
-        cfg = replace(cfg, backbone=replace(cfg.backbone, **known))
+        saved = read_yaml(checkpoint / "config.yaml")
+        known = {name: saved["backbone"][name] for name in ("architecture", "arguments")}
+        num_images = cfg.data.images_per_epoch or saved["data"]["images_per_epoch"]
+        cfg = replace(
+            cfg,
+            backbone=replace(cfg.backbone, **known),
+            classes=cfg.classes or saved["classes"],
+            data=replace(cfg.data, images_per_epoch=num_images),
+        )
     elif cfg.backbone.architecture is None:
         cfg = with_architecture(cfg, build_backbone(cfg.backbone, cfg.data.images_size, with_weights=True))
     return with_length(cfg)
@@ -621,7 +644,7 @@ def opening(cfg: FinetuneConfig, state: FinetuneState) -> str:
     )
 
 
-def dry_run(task: Task[FinetuneT], cfg: FinetuneT) -> str:
+def dry_run(task: Task[FinetuneT], cfg: FinetuneT, data: Any) -> str:
     """What a training with this config would be, without training."""
     cfg = prepared(cfg)
     state = make_state(task, cfg, torch.device("cpu"), with_weights=False, compiled=False)
@@ -633,7 +656,7 @@ def dry_run(task: Task[FinetuneT], cfg: FinetuneT) -> str:
         schedule.append(f"             {step:<12} {lr:<16.3g} {lr * scales[1]:.3g}")
     return describe(
         cfg,
-        functools.partial(task.make_loader, cfg),
+        functools.partial(task.make_loader, cfg, data),
         sizes=[
             f"image        {cfg.data.images_size} px, patches of {state.trunk.patch_size} px",
             f"model        {opening(cfg, state)}",
@@ -642,6 +665,8 @@ def dry_run(task: Task[FinetuneT], cfg: FinetuneT) -> str:
         costs=[],
         schedule=schedule,
         warnings=[],
+        normalize=normalisation(cfg),
+        look=functools.partial(task.look, cfg),
     )
 
 
@@ -709,22 +734,21 @@ TASKS = ("finetune_classification", "finetune_segmentation", "finetune_detection
 """Scripts of tasks, by the section of the configuration that each alone has: what follows on the first `_`."""
 
 
-def default_sources(defaults: str) -> list[str]:
+def default_sources(task: Task[Any]) -> list[str]:
     """The files whose values come before those of a user: what all tasks have in common, and the task's own file."""
-    return [str(DEFAULT_CONFIG), str(Path(__file__).parent / defaults)]
+    return [str(DEFAULT_CONFIG), str(Path(__file__).parent / task.defaults)]
 
 
-def load(schema: type[FinetuneT], defaults: str, sources: list[str]) -> FinetuneT:
+def load(task: Task[FinetuneT], sources: Sequence[str]) -> FinetuneT:
     """The configuration of a task: what all have in common, its own defaults, and then what the user gives.
 
     Args:
-        schema: of the task.
-        defaults: YAML file of the task, in this repository.
+        task: whose.
         sources: as typed.
 
     Raises: UserError for what does not fit.
     """
-    cfg = load_config(schema, DEFAULT_CONFIG, [*default_sources(defaults)[1:], *sources])
+    cfg = load_config(task.schema, DEFAULT_CONFIG, [*default_sources(task)[1:], *sources])
     typed = {source.partition("=")[0]: source for source in sources}
     if "optim.total_iters" in typed and "optim.epochs" not in typed and cfg.optim.epochs is not None:
         raise UserError(
@@ -738,8 +762,23 @@ def load(schema: type[FinetuneT], defaults: str, sources: list[str]) -> Finetune
     return cfg
 
 
-def run(task: Task[FinetuneT], args: argparse.Namespace, cfg: FinetuneT) -> int:
-    """What the command line of a task asks for. Returns the exit code."""
+@ending_in_words
+def main(task: Task[Any], parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+    """The command line of a task.
+
+    Args:
+        task: whose.
+        parser: with the options of `utils.add_training_options`.
+        arguments: as typed; None for those of this process.
+
+    Returns: the exit code: 0 done or stopped by a signal, 2 a mistake that the message explains.
+    """
+    args = parser.parse_intermixed_args(arguments)
+    setup_logging()
+    answer(args, task.schema, [*default_sources(task), *args.sources])
+    cfg, data = load(task, args.sources), None
+    if not (args.print_config or args.export):
+        cfg, data = task.open_data(cfg)
 
     def state_to_export(device: torch.device) -> FinetuneState:
         checkpoint = newest_checkpoint(cfg, Path(cfg.train.output_dir))
@@ -748,8 +787,8 @@ def run(task: Task[FinetuneT], args: argparse.Namespace, cfg: FinetuneT) -> int:
     return run_command(
         args,
         cfg,
-        dry_run=lambda: dry_run(task, cfg),
-        train=functools.partial(train, task, cfg),
+        dry_run=lambda: dry_run(task, cfg, data),
+        train=functools.partial(train, task, cfg, data),
         make_state=state_to_export,
         has_kernels=False,
     )
@@ -764,7 +803,7 @@ def task_of(config_path: Path) -> tuple[Task[Any], FinetuneConfig]:
     for name in TASKS:
         if isinstance(sections, dict) and name.partition("_")[2] in sections:
             script: Any = import_from_path(Path(__file__).with_name(f"{name}.py"))
-            return script.TASK, load(script.CONFIG, script.DEFAULTS, [str(config_path)])
+            return script.TASK, load(script.TASK, [str(config_path)])
     sections_named = ", ".join(name.partition("_")[2] for name in TASKS)
     raise UserError(f"{config_path} is no configuration of a fine-tuning: it has none of the sections {sections_named}")
 

@@ -17,8 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 
 from utils import UserError, replacing, write_text_atomically
@@ -31,8 +33,12 @@ TIMING_KEYS = ("images_per_s", "step_ms", "data_wait", "memory_gib", "mfu", "eta
 """Keys of `Throughput.read`: the part of a metrics line that two runs of the same training do not share."""
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
     """Records of a metrics.jsonl, oldest first, without the half-written last line that a killed process may leave.
+
+    Args:
+        path: the file.
+        damaged: is given a sentence for each line that is left out, where that is better than an error.
 
     Raises: UserError if the file is missing, or if a line before the last one is damaged, or one is no record.
     """
@@ -44,19 +50,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} cannot be read: {error.strerror}; if it is no file, move it away") from error
     records = []
     for number, line in enumerate(lines, start=1):
+        problem = ""
         try:
             record = json.loads(line)
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(
-                    f"{path}, line {number} is not valid JSON; delete that line or move the file away"
-                ) from error
-            break
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise UserError(
-                f"{path}, line {number} is no JSON object with a step; delete that line or move the file away"
-            )
-        records.append(record)
+        except ValueError:
+            if number == len(lines):
+                break
+            problem = "is not valid JSON"
+        else:
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
+            else:
+                problem = "is no JSON object with a step"
+        if problem and damaged is None:
+            raise UserError(f"{path}, line {number} {problem}; delete that line or move the file away")
+        if problem and damaged is not None:
+            damaged.append(f"{path.name}, line {number} {problem}, and is left out")
     return records
 
 
@@ -116,11 +125,19 @@ class Metrics:
             finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
             with self.path.open("a") as file:
                 file.write(json.dumps(finite, allow_nan=False) + "\n")
-            for name, module in self._modules.items():
-                if name not in self._loggers:
-                    self._loggers[name] = self._open(name, module)
-                self._loggers[name].log(step, {key: value for key, value in record.items() if key != "step"})
+            for name in self._modules:
+                self._opened(name).log(step, {key: value for key, value in record.items() if key != "step"})
         return record
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Show the image of a file in the loggers; metrics.jsonl has numbers alone."""
+        for logger_name in self._modules:
+            self._opened(logger_name).picture(step, name, path)
+
+    def _opened(self, name: str) -> "Logger":
+        if name not in self._loggers:
+            self._loggers[name] = self._open(name, self._modules[name])
+        return self._loggers[name]
 
     def _open(self, name: str, module: Any) -> "Logger":
         run = RunInfo(self.path.parent, self._run_name, self._config, self._kept_step, self._run_ids.get(name))
@@ -189,7 +206,7 @@ class RunInfo:
 
 
 class Logger:
-    """A place that takes scalars. `run_id` is what it needs to continue the run, if anything."""
+    """A place that takes scalars and pictures. `run_id` is what it needs to continue the run, if anything."""
 
     run_id: str | None = None
 
@@ -199,6 +216,10 @@ class Logger:
 
     def log(self, step: int, values: dict[str, int | float]) -> None:
         """Send the scalars of one step."""
+        raise NotImplementedError
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Send the image of a file."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -218,12 +239,18 @@ class _TensorBoard(Logger):
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
+    def picture(self, step: int, name: str, path: Path) -> None:
+        with Image.open(path) as image:
+            self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        self.writer.flush()
+
     def close(self) -> None:
         self.writer.close()
 
 
 class _Wandb(Logger):
     def __init__(self, module: Any, run: RunInfo) -> None:
+        self.module = module
         self.run = module.init(
             project=os.environ.get("WANDB_PROJECT", "capi"),
             name=run.name,
@@ -237,18 +264,25 @@ class _Wandb(Logger):
     def log(self, step: int, values: dict[str, int | float]) -> None:
         self.run.log(values, step=step)
 
+    def picture(self, step: int, name: str, path: Path) -> None:
+        self.run.log({name: self.module.Image(str(path))}, step=step)
+
     def close(self) -> None:
         self.run.finish()
 
 
 class _Trackio(Logger):
     def __init__(self, module: Any, run: RunInfo) -> None:
+        self.module = module
         resume = "allow" if run.run_id else "never"
         self.run = module.init(project="capi", name=run.run_id or run.name, config=run.config, resume=resume)
         self.run_id = self.run.name  # a free one, if the name was taken
 
     def log(self, step: int, values: dict[str, int | float]) -> None:
         self.run.log(values, step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        self.run.log({name: self.module.Image(str(path))}, step=step)
 
     def close(self) -> None:
         self.run.finish()
@@ -265,6 +299,10 @@ class _Mlflow(Logger):
 
     def log(self, step: int, values: dict[str, int | float]) -> None:
         self.module.log_metrics(values, step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        with Image.open(path) as image:
+            self.module.log_image(np.asarray(image.convert("RGB")), key=name.replace("/", "_"), step=step)
 
     def close(self) -> None:
         self.module.end_run()

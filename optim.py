@@ -1,13 +1,13 @@
 """What changes weights: schedules (step to value), optimizers with a group per multiplier, and the moving average."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from config import ScheduleConfig
+from config import ScheduleConfig, StartConfig
 
 
 def scheduled(schedule: ScheduleConfig, step: int, total_iters: int) -> float:
@@ -66,6 +66,8 @@ class Multipliers:
 
     lr: float = 1.0
     weight_decay: float = 1.0
+    part: str = ""
+    """Of a network, whose learning rate has a course of its own; see `set_rates_`."""
 
 
 def multipliers(
@@ -93,10 +95,28 @@ def decay_of_matrices(module: nn.Module) -> dict[str, Multipliers]:
     return {name: Multipliers(weight_decay=float(p.ndim > 1)) for name, p in module.named_parameters()}
 
 
+def in_parts(by_name: Mapping[str, Multipliers], part_of: Callable[[str], str]) -> dict[str, Multipliers]:
+    """The same multipliers with the part of each parameter, which follows from its name."""
+    return {name: replace(own, part=part_of(name)) for name, own in by_name.items()}
+
+
+def part_of(name: str) -> str:
+    """The part of a student {backbone, predictor} that a parameter belongs to: encoder or predictor."""
+    return {"backbone": "encoder"}.get(top := name.split(".")[0], top)
+
+
+def started_rates(step: int, start: StartConfig, total_iters: int) -> dict[str, float]:
+    """What the learning rates of the parts `encoder` and `predictor` are multiplied by in the update after `step`
+    finished ones."""
+    first, end = start.steps(total_iters)
+    ramp = min(1.0, max(0.0, (step + 1 - first) / max(1, end - first)))
+    return {"encoder": start.encoder_lr_mult * ramp, "predictor": start.predictor_lr_mult}
+
+
 def make_adamw(
     module: nn.Module, betas: tuple[float, float], by_name: Mapping[str, Multipliers] | None = None
 ) -> torch.optim.AdamW:
-    """AdamW with one group per pair of multipliers; `set_rates_` gives it learning rate and weight decay.
+    """AdamW with one group for all of the same multipliers; `set_rates_` gives it learning rate and weight decay.
 
     Args:
         module: whose parameters are updated.
@@ -108,7 +128,7 @@ def make_adamw(
         groups.setdefault(by_name[name] if by_name else Multipliers(), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": parameters, "lr_multiplier": m.lr, "wd_multiplier": m.weight_decay}
+            {"params": parameters, "lr_multiplier": m.lr, "wd_multiplier": m.weight_decay, "part": m.part}
             for m, parameters in groups.items()
         ],
         lr=0.0,
@@ -117,10 +137,20 @@ def make_adamw(
     )
 
 
-def set_rates_(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Write this update's learning rate and weight decay into the groups, times their multipliers."""
+def set_rates_(
+    optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, of_parts: Mapping[str, float] | None = None
+) -> None:
+    """Write this update's learning rate and weight decay into the groups, times their multipliers.
+
+    Args:
+        optimizer: of `make_adamw`.
+        lr: learning rate.
+        weight_decay: of what has a multiplier of 1.
+        of_parts: what the learning rate of some parts is multiplied by in this update; 1 for others.
+    """
+    of_parts = of_parts or {}
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_multiplier"]
+        group["lr"] = lr * group["lr_multiplier"] * of_parts.get(group["part"], 1.0)
         group["weight_decay"] = weight_decay * group["wd_multiplier"]
 
 

@@ -1,26 +1,41 @@
 """Reports: the curves of a training run, and the scores of evaluations as text and as one HTML file.
 
+    python report.py runs/mine                          a page of a training, at any time: runs/mine/report.html
+    python report.py runs/mine --output page.html
+
 The HTML file holds everything it shows, runs no script and loads nothing, which its content security policy enforces:
-it can be mailed, archived and opened without a network.
+it can be mailed, archived and opened without a network. That of a training has its curves, what it saw, the pictures of
+its evaluations, the end of its log and its configuration, as far as they are there yet.
 """
 
+from utils import command_line
+
+with command_line(__doc__, __name__) as parser:
+    parser.add_argument("run_dir", help="folder of a training, running or finished")
+    parser.add_argument("--output", help="the page (default: report.html in that folder)")
+
 import base64
+import collections
+import functools
 import io
 import json
 import math
 import re
+import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
+from config import read_yaml
 from metrics import read_metrics
-from utils import UserError, write_text_atomically
+from utils import UserError, ending_in_words, git_revision, setup_logging, write_text_atomically, writing_explained
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -32,6 +47,9 @@ STYLES = ("-", "--", "-.", ":")
 
 PANELS = "panels.json"
 """In the folder of a training: which curves its method wants seen, see `Panel`."""
+
+CONTACT_SHEET, DRY_RUN_SHEET = "contact_sheet.png", "dry_run.png"
+"""Likewise: what it sees since its last start, and what a `--dry-run` said that it would."""
 
 MINUS = "\N{MINUS SIGN}"
 PICTURES_EACH = 4
@@ -255,44 +273,25 @@ def summary(content: Mapping[str, Any]) -> str:
 
 # --------------------------------------------------------------------------------------------------------- HTML
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --paper: #ffffff; --tint: #f4f6f8;
-  --good: #00694d; --bad: #a33f00; --warn: #fff4dc; --warn-line: #c98a00; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #a3adb9; --line: #39414c; --paper: #14181d;
-  --tint: #1d232a; --good: #4fd1a5; --bad: #ff9d66; --warn: #33290f; --warn-line: #a87a1a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 70rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
-p, li, dd { max-width: 48rem; }
-.summary { font-size: 1.1rem; } .soft, caption, figcaption { color: var(--soft); }
-.wide { overflow-x: auto; margin: .75rem 0; }
-table { border-collapse: collapse; font-size: .95rem; }
-caption { text-align: left; padding-bottom: .4rem; }
-th, td { padding: .28rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
-th { font-weight: 500; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.number { white-space: nowrap; } th.model { min-width: 6rem; max-width: 14rem; overflow-wrap: anywhere; }
-th.model[colspan] { min-width: 10rem; } th.sub { white-space: nowrap; }
-td.best { font-weight: 700; } td.up { color: var(--good); } td.down { color: var(--bad); }
-tr.group th { padding-top: .9rem; font-weight: 650; background: var(--tint); }
-tr.group span { font-weight: 400; color: var(--soft); margin-left: .6rem; }
-td.text { overflow-wrap: anywhere; min-width: 9rem; max-width: 40rem; }
-.notice { border-left: 4px solid var(--warn-line); background: var(--warn); padding: .5rem .9rem; margin: .75rem 0; }
-.notice ul { margin: .25rem 0; padding-left: 1.2rem; }
-details { margin: .5rem 0; } summary { cursor: pointer; padding: .2rem 0; }
-code { font-size: .9em; overflow-wrap: anywhere; }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: .75rem; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 0 1.5rem; }
-.wide-figure { grid-column: 1 / -1; }
-figure { margin: 0 0 1rem; }
-img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
-dt { font-weight: 600; margin-top: .6rem; } dd { margin-left: 0; }
-"""
-
+TEMPLATES = Path(__file__).parent / "templates"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+@functools.cache
+def _templates() -> Any:
+    """The macros of report.html. They escape what they are given, except `Markup`, which is what they return."""
+    import jinja2
+    from markupsafe import Markup, escape
+
+    def breakable(name: str) -> Markup:
+        """With places where a narrow column may break it."""
+        return Markup(re.sub("([/_])", r"\1<wbr>", str(escape(name))))
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["breakable"] = breakable
+    return environment.get_template("report.html").module
 
 
 def write_report(
@@ -324,33 +323,30 @@ def write_report(
     write_page(path, f"Evaluation of {content['name']}", summary(content), sections)
 
 
-def write_page(path: Path, title: str, told: str, sections: Sequence[str]) -> None:
+def write_page(path: Path, title: str, told: str, sections: "Sequence[Markup | str]") -> None:
     """Write an HTML file that holds all it shows.
 
     Args:
         path: the file.
         title: its heading.
         told: a sentence below that.
-        sections: HTML, such as the functions below make it; empty ones are left out.
+        sections: what the functions below made; empty ones are left out, and other text is escaped.
     """
-    head = f'<h1>{escape(title)}</h1>\n<p class="summary">{escape(told)}</p>'
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in (head, *sections) if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    from markupsafe import Markup
+
+    page = _templates().page(title, told, Markup(POLICY), sections)
     path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
 
 
-def _lead(lead: Sequence[tuple[Path, str]]) -> str:
-    budget = _Budget(2**20)
-    return "".join(
-        f"<figure>{_picture(path, budget, told)[0] or ''}<figcaption>{escape(told)}</figcaption></figure>"
-        for path, told in lead
-    )
+def _lead(lead: Sequence[tuple[Path, str]]) -> "Markup":
+    budget, html = _Budget(2**20), _templates()
+    return _joined(html.lead(_picture(path, budget, told)[0], told) for path, told in lead)
+
+
+def _joined(parts: "Iterable[Markup | str]") -> "Markup":
+    from markupsafe import Markup
+
+    return Markup("").join(parts)
 
 
 def _notices(content: Mapping[str, Any]) -> list[str]:
@@ -364,75 +360,48 @@ def _notices(content: Mapping[str, Any]) -> list[str]:
     return [*lines, *content.get("notes", [])]
 
 
-def notice(lines: Sequence[str]) -> str:
+def notice(lines: Sequence[str]) -> "Markup | str":
     """A box with sentences that must not be missed; empty without any."""
-    if not lines:
-        return ""
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<div class="notice" role="note"><strong>Please note</strong><ul>{items}</ul></div>'
+    return _templates().notice(lines) if lines else ""
 
 
-def _scores_section(content: Mapping[str, Any]) -> str:
+def _scores_section(content: Mapping[str, Any]) -> "Markup":
     models, rows = list(columns(content)), score_rows(content)
-    others = models[1:]
-    first = '<th scope="col" rowspan="2">' if others else '<th scope="col">'
-    own = first.replace("<th", '<th class="number model"')
-    head = f"<tr>{first}method</th>{first}score</th>{own}{_breakable(models[0])}</th>"
-    head += "".join(f'<th scope="colgroup" colspan="2" class="number model">{_breakable(o)}</th>' for o in others)
-    head += "</tr>"
-    if others:
-        pair = '<th scope="col" class="number sub">score</th><th scope="col" class="number sub">gain over it</th>'
-        head += f"<tr>{len(others) * pair}</tr>"
-    body = ""
+    groups = []
     for evaluation, entry in content["evaluations"].items():
-        width = 3 + 2 * len(others)
-        what = escape(_setting(entry.get("config", {})))
-        heading = f'<th scope="rowgroup" colspan="{width}">{escape(evaluation)}<span>{what}</span></th>'
-        body += f'<tbody><tr class="group">{heading}</tr></tbody>'
-        own_rows = [row for row in rows if row.evaluation == evaluation]
-        for method in dict.fromkeys(row.method for row in own_rows):
-            group = [row for row in own_rows if row.method == method]
-            lines = [_score_line(row) for row in group]
-            named = f'<th scope="rowgroup" rowspan="{len(group)}">{escape(method)}</th>'
-            body += f"<tbody><tr>{named}{lines[0]}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines[1:])
-            body += "</tbody>"
-        if not own_rows:
-            text = "pictures only" if entry.get("status", "done") == "done" else f"{entry['status']}, no scores yet"
-            body += f'<tbody><tr><td colspan="{width}" class="soft">{escape(text)}</td></tr></tbody>'
+        methods: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            if row.evaluation == evaluation:
+                line = {"label": row.score.shown_label, "cells": _score_cells(row)}
+                methods.setdefault(row.method, []).append(line)
+        empty = "pictures only" if entry.get("status", "done") == "done" else f"{entry['status']}, no scores yet"
+        named = {"name": evaluation, "setting": _setting(entry.get("config", {}))}
+        groups.append(named | {"methods": methods, "empty": empty})
     usual = all(row.score.shown_label == (row.score.label or row.score.name) for row in rows)
-    caption = f"In percent; higher is better{'' if usual else ', where nothing else is said'}."
-    if others:
-        caption += f" The best of a row is bold. A gain is how far {content['name']} is above the model of that column."
-    # Not a caption: on a phone it would be as wide as the table.
-    told = f'<p class="soft" id="scores-note">{escape(caption)}</p>'
-    table = f'<table aria-describedby="scores-note"><thead>{head}</thead>{body}</table>'
-    return section("scores", "Scores", told + _wide(table, "Scores") + _classes(content))
+    note = f"In percent; higher is better{'' if usual else ', where nothing else is said'}."
+    if models[1:]:
+        note += f" The best of a row is bold. A gain is how far {content['name']} is above the model of that column."
+    return section("scores", "Scores", [_templates().scores(models, groups, note), *_classes(content)])
 
 
-def section(name: str, title: str, body: str) -> str:
-    """A part of a page with a heading; `name` is its anchor, `body` HTML."""
-    return f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(title)}</h2>{body}</section>'
+def section(name: str, title: str, parts: "Sequence[Markup | str]") -> "Markup":
+    """A part of a page with a heading; `name` is its anchor, `parts` what the functions here made."""
+    return _templates().section(name, title, _joined(parts))
 
 
-def _breakable(name: str) -> str:
-    """Escaped, with places where a narrow column may break it."""
-    return re.sub("([/_])", r"\1<wbr>", escape(name))
-
-
-def _score_line(row: Row) -> str:
+def _score_cells(row: Row) -> list["Cell"]:
     score = row.score
     shown = [score.number(value) for value in row.values]
     known = [value for value in row.values if value is not None and not math.isnan(value)]
     best = score.number(max(known, key=score.rank)) if len(known) > 1 else None
     cells = []
     for i, (value, text) in enumerate(zip(row.values, shown, strict=True)):
-        cells.append(f'<td class="number{" best" if text == best else ""}">{text}</td>')
+        cells.append(Cell(text, "best" if text == best else ""))
         if i > 0:
             gain = score.gain(row.values[0], value)
             is_better = gain.startswith("+") == score.higher_is_better
-            kind = "" if not gain or not float(gain[1:]) else " up" if is_better else " down"
-            cells.append(f'<td class="number{kind}">{gain}</td>')
-    return f'<th scope="row">{escape(score.shown_label)}</th>{"".join(cells)}'
+            cells.append(Cell(gain, "" if not gain or not float(gain[1:]) else "up" if is_better else "down"))
+    return cells
 
 
 def _setting(config: Mapping[str, Any]) -> str:
@@ -447,7 +416,7 @@ def _setting(config: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _classes(content: Mapping[str, Any]) -> str:
+def _classes(content: Mapping[str, Any]) -> "list[Markup]":
     """A folded table of the classes for each method that has them."""
     tables, models = [], columns(content)
     for evaluation, entry in content["evaluations"].items():
@@ -461,19 +430,16 @@ def _classes(content: Mapping[str, Any]) -> str:
                 theirs = model.get(evaluation, {}).get("results", {}).get(method, {})
                 others[label] = theirs.get("per_class", {}) if isinstance(theirs, dict) else {}
             heads = [*keys, *(f"{keys[0]}, {label}" for label in others)]
-            head = "".join(f'<th scope="col" class="number model">{_breakable(h)}</th>' for h in heads)
-            body = ""
+            body = {}
             for name, values in classes.items():
                 numbers = [values.get(key) for key in keys]
                 numbers += [theirs.get(name, {}).get(keys[0]) for theirs in others.values()]
-                cells = "".join(f'<td class="number">{_number(value)}</td>' for value in numbers)
-                body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
-            caption = "In percent, where it is a share."
-            table = f"<table><caption>{caption}</caption><thead><tr><th scope='col'>class</th>{head}</tr></thead>"
-            table += f"<tbody>{body}</tbody></table>"
+                body[name] = [Cell(_number(value)) for value in numbers]
             what = f"{evaluation}, {method}: each of the {len(classes)} classes"
-            tables.append(f"<details><summary>{escape(what)}</summary>{_wide(table, what)}</details>")
-    return "".join(tables)
+            html = _templates()
+            caption = "In percent, where it is a share."
+            tables.append(html.folded(what, html.numbers(["class", *heads], body, caption, what)))
+    return tables
 
 
 class Cell(NamedTuple):
@@ -484,32 +450,19 @@ class Cell(NamedTuple):
     """`best`, `up` or `down`, or none of these."""
 
 
-def numbers_table(columns: Sequence[str], rows: Mapping[str, Sequence[Cell]], caption: str) -> str:
+def numbers_table(columns: Sequence[str], rows: Mapping[str, Sequence[Cell]], caption: str) -> "Markup":
     """A table of numbers: a row for each name, under the names of the columns, of which the first is that of names."""
-    first, *others = columns
-    head = f'<th scope="col">{escape(first)}</th>'
-    head += "".join(f'<th scope="col" class="number model">{_breakable(name)}</th>' for name in others)
-    body = ""
-    for name, cells in rows.items():
-        shown = "".join(f'<td class="number {cell.kind}">{escape(cell.text)}</td>' for cell in cells)
-        body += f'<tr><th scope="row">{_breakable(name)}</th>{shown}</tr>'
-    told = f"<caption>{escape(caption)}</caption>"
-    return _wide(f"<table>{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", caption)
+    return _templates().numbers(columns, rows, caption, caption)
 
 
 def _number(value: Any) -> str:
     return percent(value) if value is None or isinstance(value, float) else f"{value:,}".replace(",", " ")
 
 
-def _wide(table: str, label: str) -> str:
-    # Focusable, so that the keyboard can scroll it.
-    return f'<div class="wide" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
-
-
 # What was evaluated.
 
 
-def _about_section(content: Mapping[str, Any]) -> str:
+def _about_section(content: Mapping[str, Any]) -> "Markup | str":
     entries = {
         (name if model is content["evaluations"] else f"{name}, {label}"): entry
         for label, model in columns(content).items()
@@ -530,18 +483,13 @@ def _about_section(content: Mapping[str, Any]) -> str:
             if path[1:2] != ("per_class",) and path not in scores
         }
         table = key_values({"script": entry.get("script")} | about | settings | entry.get("config", {}), None)
-        parts.append(f"<details><summary>{escape(name)}: all settings</summary>{table}</details>")
-    return section("about", "What was evaluated", "".join(parts))
+        parts.append(_templates().folded(f"{name}: all settings", table))
+    return section("about", "What was evaluated", parts)
 
 
-def key_values(values: Mapping[str, Any], caption: str | None) -> str:
+def key_values(values: Mapping[str, Any], caption: str | None) -> "Markup":
     """A table of names and values."""
-    rows = "".join(
-        f'<tr><th scope="row">{escape(key)}</th><td class="text">{escape(_plain(value))}</td></tr>'
-        for key, value in values.items()
-    )
-    told = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return _wide(f"<table>{told}<tbody>{rows}</tbody></table>", caption or "Settings")
+    return _templates().key_values({key: _plain(value) for key, value in values.items()}, caption)
 
 
 def _plain(value: Any) -> str:
@@ -552,7 +500,7 @@ def _plain(value: Any) -> str:
     return "none" if value is None else json.dumps(value)
 
 
-def _explanation_section(content: Mapping[str, Any]) -> str:
+def _explanation_section(content: Mapping[str, Any]) -> "Markup | str":
     told = {word: meaning for row in score_rows(content) for word, meaning in row.score.terms.items()}
     if content.get("random"):
         told["random initialisation"] = (
@@ -561,8 +509,7 @@ def _explanation_section(content: Mapping[str, Any]) -> str:
         )
     if not told:
         return ""
-    items = "".join(f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in told.items())
-    return section("terms", "What the numbers mean", f"<dl>{items}</dl>")
+    return section("terms", "What the numbers mean", [_templates().terms(told)])
 
 
 # Pictures.
@@ -574,18 +521,16 @@ class _Budget:
 
     left: int
 
-    def image(self, data: bytes, kind: str, size: tuple[int, int], alt: str) -> str | None:
+    def image(self, data: bytes, kind: str, size: tuple[int, int], alt: str) -> "Markup | None":
         """An `img` element; None if it does not fit any more."""
         if len(data) > self.left:
             return None
         self.left -= len(data)
-        encoded = base64.b64encode(data).decode()
-        return (
-            f'<img src="data:image/{kind};base64,{encoded}" width="{size[0]}" height="{size[1]}" alt="{escape(alt)}">'
-        )
+        source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        return _templates().image({"source": source, "width": size[0], "height": size[1], "alt": alt})
 
 
-def pictures_section(contents: Sequence[Mapping[str, Any]], base: Path) -> str:
+def pictures_section(contents: Sequence[Mapping[str, Any]], base: Path) -> "Markup | str":
     """The pictures that evaluations drew, one of each if there are several models; empty without any.
 
     Args:
@@ -596,43 +541,44 @@ def pictures_section(contents: Sequence[Mapping[str, Any]], base: Path) -> str:
     shown = [(content, name, entry) for content in contents for name, entry in content["evaluations"].items()]
     limit = PICTURES_EACH if len(contents) == 1 else 1
     for content, evaluation, entry in shown:
-        found = _pictures_of(entry, evaluation, base)
+        found = pictures_of(entry, evaluation, base)
         figures = [_figure(path, budget, evaluation, content["name"]) for path in found[:limit]]
         # Beside the model, one picture of random weights says enough.
         untrained = content.get("random", {}).get(evaluation)
         if untrained and found:
-            same = [path for path in _pictures_of(untrained, evaluation, base) if path.name == found[0].name]
+            same = [path for path in pictures_of(untrained, evaluation, base) if path.name == found[0].name]
             figures[1:1] = [_figure(path, budget, evaluation, "random initialisation") for path in same]
         if any(figures):
             left_out = max(0, len(found) - limit) + figures.count("")
-            where = escape(str(Path(entry.get("folder", evaluation), "artifacts")))
-            more = f'<p class="soft">{left_out} more in <code>{where}</code>.</p>' if left_out else ""
+            where = str(Path(entry.get("folder", evaluation), "artifacts"))
             heading = evaluation if len(contents) == 1 else f"{content['name']}, {evaluation}"
-            parts.append(f'<h3>{escape(heading)}</h3><div class="pictures">{"".join(figures)}</div>{more}')
-    return section("pictures", "Pictures", "".join(parts)) if parts else ""
+            parts.append(_templates().pictures(heading, figures, left_out, where))
+    return section("pictures", "Pictures", parts) if parts else ""
 
 
-def _pictures_of(entry: Mapping[str, Any], evaluation: str, base: Path) -> list[Path]:
+def pictures_of(entry: Mapping[str, Any], evaluation: str, base: Path) -> list[Path]:
     """Its pictures, the most telling one first."""
     folder = base / entry.get("folder", evaluation) / "artifacts"
     return sorted(folder.glob("*.png"), key=lambda path: (path.stem != "overview", path.name))
 
 
-def _figure(path: Path, budget: _Budget, evaluation: str, label: str) -> str:
+def _figure(path: Path, budget: _Budget, evaluation: str, label: str) -> "Markup | str":
     """A picture with its title; empty if it does not fit into the file any more."""
     image, is_wide = _picture(path, budget, f"{evaluation}, {label}: {_words(path)}")
-    caption = f"<figcaption>{escape(f'{_words(path)}, {label}')}</figcaption>"
-    return f"<figure{' class=wide-figure' if is_wide else ''}>{caption}{image}</figure>" if image else ""
+    return _templates().figure(image, f"{_words(path)}, {label}", is_wide) if image else ""
 
 
 def _words(path: Path) -> str:
     return path.stem.replace("_", " ").replace("-", " ")
 
 
-def _picture(path: Path, budget: _Budget, alt: str) -> tuple[str | None, bool]:
-    """An `img` element if it fits, and whether it is broad."""
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
+def _picture(path: Path, budget: _Budget, alt: str) -> "tuple[Markup | None, bool]":
+    """An `img` element if it fits and can be read, and whether it is broad."""
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+    except (OSError, SyntaxError):  # an evaluation may be writing it just now; of a broken PNG, Pillow gives the latter
+        return None, False
     size = picture.size
     is_wide = size[0] > 1.3 * size[1]
     original = path.read_bytes()
@@ -669,7 +615,7 @@ def write_panels(run_dir: Path, panels: Sequence[Panel]) -> None:
 
 
 def read_panels(run_dir: Path, records: Iterable[Mapping[str, Any]]) -> list[Panel]:
-    """The panels of a training, or if it has not said which, its losses, gradient and learning rate.
+    """The panels of a training, or if it has not said which, those of `usual_panels`.
 
     Raises: UserError if the file that says so is damaged.
     """
@@ -677,14 +623,19 @@ def read_panels(run_dir: Path, records: Iterable[Mapping[str, Any]]) -> list[Pan
     try:
         return [Panel(**panel) for panel in json.loads(path.read_text())]
     except FileNotFoundError:
-        losses = dict.fromkeys(key for record in records for key in record if key.endswith("loss"))
-        return [
-            Panel("Losses", "loss", {key: key for key in losses}),
-            Panel("Norm of the gradient", "norm", {"grad_norm": ""}),
-            Panel("Learning rate", "learning rate", {"lr": ""}),
-        ]
+        return usual_panels(records)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"run_dir={run_dir}: {path} cannot be read: {error}") from error
+
+
+def usual_panels(records: Iterable[Mapping[str, Any]]) -> list[Panel]:
+    """Panels that suit any training: its losses, gradient and learning rate."""
+    losses = dict.fromkeys(key for record in records for key in record if key.endswith("loss"))
+    return [
+        Panel("Losses", "loss", {key: key for key in losses}),
+        Panel("Norm of the gradient", "norm", {"grad_norm": ""}),
+        Panel("Learning rate", "learning rate", {"lr": ""}),
+    ]
 
 
 def check_run(run_dir: Path) -> None:
@@ -709,22 +660,28 @@ def draw_curves(records: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -
     return figure
 
 
-def _curves_of_run(run_dir: Path) -> str:
+def _curves_of_run(run_dir: Path) -> "Markup":
     records = read_metrics(run_dir / "metrics.jsonl")
-    told = f"{run_dir}: {_last_step(records):,} steps".replace(",", " ")
+    told = f"{run_dir}: {_plain(_last_step(records))} steps"
     return curves_section(told, [(records, panel) for panel in read_panels(run_dir, records)])
 
 
-def curves_section(told: str, drawings: Sequence[tuple[Sequence[Mapping[str, Any]], Panel]]) -> str:
+def curves_section(
+    told: str,
+    drawings: Sequence[tuple[Sequence[Mapping[str, Any]], Panel]],
+    name: str = "training",
+    title: str = "Training",
+) -> "Markup":
     """Curves of trainings.
 
     Args:
         told: what they are of.
         drawings: the records that a panel is drawn from, and the panel.
+        name, title: of the section.
     """
     from matplotlib.figure import Figure
 
-    budget, figures = _Budget(2**20), ""
+    budget, images = _Budget(2**20), []
     for records, panel in drawings:
         figure = Figure(figsize=(4.4, 2.9), dpi=150, layout="constrained")
         ax = figure.subplots()
@@ -732,8 +689,8 @@ def curves_section(told: str, drawings: Sequence[tuple[Sequence[Mapping[str, Any
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         size = (int(figure.bbox.width), int(figure.bbox.height))
-        figures += f"<figure>{budget.image(buffer.getvalue(), 'png', size, _described(ax, records))}</figure>"
-    return section("training", "Training", f'<p class="soft">{escape(told)}</p><div class="panels">{figures}</div>')
+        images.append(budget.image(buffer.getvalue(), "png", size, _described(ax, records)))
+    return section(name, title, [_templates().curves(told, [image for image in images if image])])
 
 
 def _last_step(records: Sequence[Mapping[str, Any]]) -> int:
@@ -753,10 +710,14 @@ def _described(ax: "Axes", records: Sequence[Mapping[str, Any]]) -> str:
     return f"{ax.get_title()} over {_last_step(records)} steps. {what}"
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _draw_panel(ax: "Axes", records: Sequence[Mapping[str, Any]], panel: Panel) -> None:
     right = ax.twinx() if panel.right else None
     for number, (key, label) in enumerate({**panel.keys, **panel.right}.items()):
-        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+        points = [(record["step"], record[key]) for record in records if _is_number(record.get(key))]
         if points:
             axis = right if right and key in panel.right else ax
             # Curves with an axis each may lie upon each other, so styles tell them apart too.
@@ -794,3 +755,249 @@ def _draw_panel(ax: "Axes", records: Sequence[Mapping[str, Any]], panel: Panel) 
         right.ticklabel_format(axis="y", useOffset=False)
     for axis in (ax, right) if right else (ax,):
         axis.set_xlim(0, 1.03 * (_last_step(records) or 1))
+
+
+# ---------------------------------------------------------------------------------------------- page of a training
+
+LOG_LINES = 30
+"""Last ones of a log that are shown."""
+NOTED = 8
+"""Warnings of a log that are shown, each once, the last ones."""
+SCORE_PANELS = 12
+"""Drawings of scores of evaluations; what is beyond is in metrics.jsonl."""
+
+
+def write_run_report(run_dir: Path, path: Path) -> None:
+    """Write a page of a training, running or finished. What is not there yet, or is damaged, is said in words on it.
+
+    Args:
+        run_dir: folder of the training.
+        path: the page.
+
+    Raises: UserError if the folder is not that of a training.
+    """
+    _require_run(run_dir)
+    name = run_dir.resolve().name
+    notes: list[str] = []
+    metrics = run_dir / "metrics.jsonl"
+    records = read_metrics(metrics, damaged=notes) if metrics.is_file() else []
+    config = _config_of(run_dir, notes)
+    log = _lines_of(run_dir / "log.txt")
+    panels = _panels_of(run_dir, records, notes)
+    if len(notes) > 2 * NOTED:  # a file that is damaged throughout
+        notes[NOTED:] = [f"{len(notes) - NOTED} further faults of this kind"]
+    sheet = _sheet_section(run_dir, notes)
+    pictures = pictures_section([_evaluations_of(run_dir, name, notes)], run_dir)
+    notes += [*_health_notes(records), *_notes_of_files(run_dir), *_warnings_of(log)]
+    drawings = [(records, panel) for panel in [*panels, *_own_panels(records)]]
+    sections = [
+        notice(notes),
+        sheet,
+        curves_section(f"{_plain(_last_step(records))} steps", drawings) if records else "",
+        _evaluation_curves(records),
+        pictures,
+        section("log", "Log", [_templates().text(log[-LOG_LINES:])]) if log else "",
+        _about_run(run_dir, log, _lines_of(run_dir / "config.yaml")),
+    ]
+    write_page(path, f"Training {name}", _progress(run_dir, records, config, log), sections)
+
+
+def _require_run(run_dir: Path) -> None:
+    files = ("metrics.jsonl", "log.txt", "config.yaml", DRY_RUN_SHEET)
+    if any((run_dir / name).is_file() for name in files):
+        return
+    if not run_dir.is_dir():
+        raise UserError(f"run_dir={run_dir}: there is no such folder; give the output folder of a training")
+    below = [path.parent for path in sorted(run_dir.glob("*/metrics.jsonl"))]
+    hint = f", such as {below[0]}" if below else ""
+    raise UserError(f"run_dir={run_dir}: has none of {', '.join(files)}; give the output folder of a training{hint}")
+
+
+def _config_of(run_dir: Path, notes: list[str]) -> Mapping[str, Any]:
+    try:
+        config = read_yaml(run_dir / "config.yaml") if (run_dir / "config.yaml").is_file() else {}
+    except UserError as error:
+        notes.append(str(error))
+        config = {}
+    return config if isinstance(config, dict) else {}
+
+
+def _lines_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="backslashreplace").splitlines() if path.is_file() else []
+
+
+def _panels_of(run_dir: Path, records: Sequence[Mapping[str, Any]], notes: list[str]) -> list[Panel]:
+    try:
+        panels = read_panels(run_dir, records)
+        # One of another version may have the names right and the rest wrong.
+        for panel in panels:
+            _ = {**panel.keys, **panel.right}
+    except (UserError, TypeError) as error:
+        notes.append(f"{error}; another version of the program may have written it. The usual curves are drawn instead")
+        return usual_panels(records)
+    return panels
+
+
+def _own_panels(records: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """Curves that no method has to ask for, where they were logged."""
+    known = {key for record in records for key in record}
+    panels = []
+    if "images_per_s" in known:
+        panels.append(Panel("Speed", "images per second", {"images_per_s": ""}))
+        panels.append(Panel("Waiting for data", "part of the time", {"data_wait": ""}))
+    if {"probe_knn", "probe_linear"} & known:
+        panels.append(Panel("Probe", "top-1", {"probe_knn": "k-NN", "probe_linear": "linear"}))
+    return panels
+
+
+def _health_notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    first: dict[str, int] = {}
+    for record in records:
+        for key, value in record.items():
+            if value is None:
+                first.setdefault(key, record["step"])
+    return [f"{key} was not finite, first in the line of step {step} of metrics.jsonl" for key, step in first.items()]
+
+
+def _notes_of_files(run_dir: Path) -> list[str]:
+    notes = []
+    if bad := _lines_of(run_dir / "bad_files.jsonl"):
+        notes.append(f"{len(bad)} image(s) could not be read; the last line of bad_files.jsonl is {bad[-1]}")
+    for path in sorted(run_dir.glob("evals/*/step_*/failed")):
+        words = " ".join(_lines_of(path))
+        notes.append(f"evaluation {path.parent.relative_to(run_dir / 'evals')} failed: {words}")
+    return notes
+
+
+def _warnings_of(log: Sequence[str]) -> list[str]:
+    found = [re.match(r"(\S+) [WEC] (.*)", line) for line in log]
+    last = {match[2]: match[1] for match in found if match}
+    told = [f"log, {when}: {words}" for words, when in last.items()]
+    left_out = [f"{len(told) - NOTED} earlier warnings are in log.txt"] if len(told) > NOTED else []
+    return [*told[-NOTED:], *left_out]
+
+
+def _progress(
+    run_dir: Path, records: Sequence[Mapping[str, Any]], config: Mapping[str, Any], log: Sequence[str]
+) -> str:
+    """How far it has come, in a few sentences."""
+    train, optim = (part if isinstance(part := config.get(key), dict) else {} for key in ("train", "optim"))
+    if not records:
+        if not log:
+            return "No training has started in this folder yet."
+        every = f"; the first line comes after train.log_loss_every={every} steps" if (
+            every := train.get("log_loss_every")
+        ) else ""  # fmt: skip
+        return f"No metrics yet{every}."
+    step, total = _last_step(records), optim.get("total_iters")
+    age = _age_words(time.time() - (run_dir / "metrics.jsonl").stat().st_mtime)
+    if not isinstance(total, int):
+        told = f"Step {_plain(step)}, written {age} ago."
+    elif step >= total:
+        told = f"All {_plain(total)} steps are done, the last one {age} ago."
+    else:
+        told = f"Step {_plain(step)} of {_plain(total)} ({step / total:.0%}), written {age} ago."
+        left = next((record["eta_s"] for record in reversed(records) if _is_number(record.get("eta_s"))), None)
+        told += f" At that speed another {_age_words(left)}." if left is not None else ""
+    last = {key: value for record in records for key, value in record.items() if key.endswith("loss")}
+    losses = ", ".join(f"{key} {value:.4g}" for key, value in last.items() if _is_number(value))
+    return told + (f" Last: {losses}." if losses else "")
+
+
+def _age_words(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0, seconds):.0f} seconds"
+
+
+def _sheet_section(run_dir: Path, notes: list[str]) -> "Markup | str":
+    told = {
+        CONTACT_SHEET: "The first crops since the last start of the training, and what the network gets of them.",
+        DRY_RUN_SHEET: "No training has drawn this yet: it is what a dry run said that it would see.",
+    }
+    for name, words in told.items():
+        if (run_dir / name).is_file():
+            image, _ = _picture(run_dir / name, _Budget(2 * 2**20), f"Contact sheet. {words}")
+            if image is None:
+                notes.append(f"{name} cannot be read as a picture, and is left out")
+                continue
+            return section("sheet", "What it sees", [_templates().lead(image, words)])
+    return ""
+
+
+def _evaluation_curves(records: Sequence[Mapping[str, Any]]) -> "Markup | str":
+    """Scores of evaluations over the step that they are of: a drawing for each score, a curve for each method."""
+    scored = [{**record, "step": record["eval_step"]} for record in records if _is_number(record.get("eval_step"))]
+    keys = dict.fromkeys(key for record in scored for key in record if key.startswith("eval/") and key.count("/") >= 4)
+    groups: dict[tuple[str, ...], dict[str, str]] = collections.defaultdict(dict)
+    for key in keys:
+        _, name, evaluation, method, score = key.split("/", 4)
+        groups[name, evaluation, score][key] = method
+    panels = [
+        Panel(f"{name}, {evaluation}", score if len(keys) > 1 else f"{score}, {next(iter(keys.values()))}", keys)
+        for (name, evaluation, score), keys in groups.items()
+    ]
+    if not panels:
+        return ""
+    told = "Each over the step whose weights were evaluated."
+    if len(panels) > SCORE_PANELS:
+        told += f" {len(panels) - SCORE_PANELS} further scores are in metrics.jsonl."
+    drawings = [(scored, panel) for panel in panels[:SCORE_PANELS]]
+    return curves_section(told, drawings, "evaluations", "Evaluations while it trains")
+
+
+def _evaluations_of(run_dir: Path, name: str, notes: list[str]) -> dict[str, Any]:
+    """The newest results of each set of evaluations, as content of a report, for its pictures."""
+    entries: dict[str, Any] = {}
+    for results in sorted(run_dir.glob("evals/*/step_*/results/results.json")):
+        step_dir = results.parent.parent
+        try:
+            content = read_results(results)
+        except UserError as error:
+            notes.append(f"{results.relative_to(run_dir)} {error}")
+            continue
+        for evaluation, entry in content["evaluations"].items():
+            folder = results.parent.relative_to(run_dir) / str(entry.get("folder", evaluation))
+            step = step_dir.name.removeprefix("step_").lstrip("0") or "0"
+            shown = {**entry, "folder": str(folder), "step": step}
+            if pictures_of(shown, evaluation, run_dir):
+                entries[f"{step_dir.parent.name}, {evaluation}"] = shown  # later steps come later
+    return {
+        "name": name,
+        "evaluations": {f"{title}, step {entry['step']}": entry for title, entry in entries.items()},
+    }
+
+
+def _about_run(run_dir: Path, log: Sequence[str], config: Sequence[str]) -> "Markup":
+    codes = [match[1] for line in log if (match := re.search(r"process\(es\), code (\S+)$", line))]
+    values = {
+        "folder": str(run_dir.resolve()),
+        "code of the training": codes[-1] if codes else None,
+        "code of this page": git_revision(),
+        "drawn": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    checkpoints = sorted(path.name for path in run_dir.glob("checkpoints/step_*"))
+    exports = sorted(path.name for path in run_dir.glob("*.pth"))
+    values |= {"newest checkpoint": checkpoints[-1] if checkpoints else None, "exports": ", ".join(exports) or None}
+    parts = [key_values(values, None)]
+    if config:
+        parts.append(_templates().folded("config.yaml", _templates().text(config)))
+    return section("about", "About this training", parts)
+
+
+@ending_in_words
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0 done, 2 a mistake that the message explains."""
+    args = parser.parse_args(arguments)
+    setup_logging()
+    run_dir = Path(args.run_dir)
+    path = run_dir / "report.html" if args.output is None else Path(args.output)
+    with writing_explained(path.parent, "--output"):
+        write_run_report(run_dir, path)
+    sys.stdout.write(f"{path}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,11 +6,13 @@ an image that cannot be read is met where its name is known. In this order:
 - which files count as images, by their names;
 - decoding: a `Sample`, and from the bytes of a file to pixels or label numbers;
 - data URLs, what every data set has (class names, a fingerprint), and `make_dataset`;
-- the sources: folders of images; segmentation sets, downloaded if need be; torchvision; Hugging Face;
+- the sources: folders of images; archives and remote places; segmentation sets, downloaded if need be; torchvision;
+  Hugging Face; several of them as one;
 - what is on this machine already.
 """
 
 import ast
+import bisect
 import functools
 import glob
 import hashlib
@@ -33,8 +35,10 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 from unittest import mock
@@ -46,6 +50,23 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from archives import (
+    REMOTE_PACKAGES,
+    ArchiveError,
+    Index,
+    Member,
+    RemoteFile,
+    StoredFile,
+    archives_below,
+    expand_braces,
+    files_below,
+    index_all,
+    is_remote,
+    read_member,
+    read_whole,
+    split_place,
+    stored_file,
+)
 from utils import UserError, did_you_mean, hash_file, locked, replacing
 from weights import fetch
 
@@ -420,7 +441,7 @@ class DataUrl:
 
 
 def parse_data_url(text: str, key: str = "data.dataset") -> DataUrl:
-    """Split `source://name?key=literal&...`; a text without `://` is the path of a folder of images.
+    """Split `source://name?key=literal&...`; a text without `://`, or with that of a remote place, is where images lie.
 
     Values are Python literals, so text is quoted; `&`, `=` and `?` may occur within quotes.
 
@@ -428,7 +449,7 @@ def parse_data_url(text: str, key: str = "data.dataset") -> DataUrl:
     """
     if not text.strip():
         raise UserError(f"{key}={text!r}: is empty; give a folder of images, or source://name?key=value")
-    if "://" not in text:
+    if "://" not in text or is_remote(text):
         return DataUrl(text, key, "custom", "Images", {"root": text})
     source, _, location = text.partition("://")
     name, _, query = location.partition("?")
@@ -488,6 +509,10 @@ class ImageDataset(Dataset[Sample]):
     def fingerprint(self) -> str:
         """A hash that is the same as long as the data are, as far as can be seen without reading all of them."""
         return str(len(self))
+
+    def replacement(self, index: int, number: int) -> int:
+        """The index of an image in place of `index`, which cannot be read; `number` is a random one."""
+        return number % len(self)
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -555,21 +580,21 @@ def files_fingerprint(files: Sequence[Path], names: bytes) -> str:
 
 
 def is_folder(url: str) -> bool:
-    """Whether a data URL names a folder of the user that is there, which is opened without a download."""
+    """Whether a data URL names folders or archives of the user that are there, to be opened without a download."""
     parsed = parse_data_url(url)
     is_kind = (parsed.source, parsed.name) in {
         ("custom", "Images"),
         ("custom", "Segmentation"),
         ("torchvision", "ImageFolder"),
     }
-    return is_kind and Path(str(parsed.kwargs.get("root"))).expanduser().is_dir()
+    return is_kind and _is_here(str(parsed.kwargs.get("root")))
 
 
 def make_dataset(url: str, *, key: str = "data.dataset", listing_cache: Path | None = None) -> Any:
     """The dataset of a data URL: an `ImageDataset`, or an `ImageStream` for `hf://...&streaming=True`.
 
     Sources: `torchvision://Class?...`, `hf://...?split='train'&img_field='jpg'&tgt_field='label'`,
-    `custom://ADE20K|VOC2012|Images?...`, or the path of a folder of images.
+    `custom://ADE20K|VOC2012|Images?...`, or a place of images: a folder or archives, here or behind a URL.
 
     Args:
         url: see `parse_data_url`.
@@ -580,14 +605,15 @@ def make_dataset(url: str, *, key: str = "data.dataset", listing_cache: Path | N
     """
     parsed = parse_data_url(url, key)
     if parsed.source not in SOURCES:
-        raise parsed.error(f"unknown source {parsed.source}://{did_you_mean(parsed.source, SOURCES)}")
+        known = [*SOURCES, *REMOTE_PACKAGES]
+        raise parsed.error(f"unknown source {parsed.source}://{did_you_mean(parsed.source, known)}")
     return SOURCES[parsed.source](parsed, listing_cache)
 
 
 def _make_custom(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
     if url.name == "Images":
-        url.take(("root",))
-        return ImageFolder(url, url.folder("root"), listing_cache)
+        url.take(("root", "cache"))
+        return _open_images(url, listing_cache)
     if url.name == "Segmentation":
         return _make_segmentation_folder(url)
     if url.name not in SEGMENTATION_SETS:
@@ -637,6 +663,19 @@ class _Below(Sequence[Path]):
         return self.root / self.paths[index]
 
 
+class NoImagesError(UserError):
+    """A place that has no images by the names of its files."""
+
+
+def _no_images(url: DataUrl, place: str, endings: Endings) -> UserError:
+    others = f" (left out: {endings.describe()})" if endings.left_out else ""
+    about = url.error(
+        f"no images below {place}{others}; files count whose names end in .jpg .jpeg .png or as those of "
+        "another format that Pillow opens"
+    )
+    return NoImagesError(str(about))
+
+
 class ImageFolder(ImageDataset):
     """Every image file below a folder, in the order of the sorted paths. No labels.
 
@@ -652,14 +691,16 @@ class ImageFolder(ImageDataset):
             listing = _list_images_cached(root, listing_cache) if listing_cache else _list_images(root)
         except OSError as error:
             raise url.error(f"cannot be listed: {error}; make it readable, or move it out of {root}") from error
-        self.paths, left_out = listing.paths, listing.endings.describe()
+        self.paths = listing.paths
         if not self.paths:
-            others = f" (left out: {left_out})" if left_out else ""
-            raise url.error(
-                f"no images below {root}{others}; files count whose names end in .jpg .jpeg .png or as those of "
-                "another format that Pillow opens"
-            )
+            raise _no_images(url, str(root), listing.endings)
         listing.endings.log(url)
+        archives = sum(num for ending, num in listing.endings.left_out.items() if ending in (".tar", ".zip"))
+        if archives:
+            logger.warning(
+                "%s=%s: the %d archives beside the images are not read; give them by their path, in a list with the "
+                "folder", url.key, url.text, archives,
+            )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -765,6 +806,276 @@ def _keep_listing(listing: Listing, cache: Path) -> None:
         np.savez(file, about=header, blob=listing.paths.blob.numpy(), ends=listing.paths.ends.numpy())
 
 
+# ------------------------------------------------------------------------ archives and remote places
+
+
+class ArchivedImages(ImageDataset):
+    """Every image in some tar or zip files, in the order of the archives and, in each, of the sorted names. No labels.
+
+    Args:
+        files: the archives.
+        indices: what is in each.
+        below: the folder within each that counts, empty for all.
+    """
+
+    def __init__(self, files: Sequence[StoredFile], indices: Sequence[Index], below: str = "") -> None:
+        self.files = files
+        prefix, starts = f"{below}/" if below else "", []
+        blobs, ends, members, num, length = [], [], [], 0, 0
+        for index in indices:
+            starts.append(num)
+            blob, own_ends, own_members = index.blob, index.ends, index.members
+            if prefix:
+                blob, own_ends, own_members = _below_prefix(index, prefix)
+            blobs.append(blob)
+            ends.append(own_ends + length)
+            members.append(own_members)
+            num, length = num + len(own_ends), length + len(blob)
+        # Tensors, for worker processes share these.
+        self.paths = PathList(torch.from_numpy(np.concatenate(blobs)), torch.from_numpy(np.concatenate(ends)))
+        self.members: Int64[Tensor, "n fields"] = torch.from_numpy(np.concatenate(members))
+        self._starts: Int64[Tensor, " archives"] = torch.tensor(starts)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def file_of(self, index: int) -> StoredFile:
+        """The archive that image `index` is in."""
+        return self.files[int(torch.searchsorted(self._starts, index, right=True)) - 1]
+
+    def __getitem__(self, index: int) -> Sample:
+        file = self.file_of(index)
+        return Sample(f"{file.place}/{self.paths[index]}", functools.partial(read_member, file, self._member(index)))
+
+    def _member(self, index: int) -> Member:
+        return Member(*self.members[index].tolist())
+
+    def fingerprint(self) -> str:
+        """A hash of all names, sizes and places, and of the contents of some images, or a remote archive's version."""
+        digest = hashlib.sha256(repr([(file.name, file.size) for file in self.files]).encode())
+        for part in (self.paths.blob, self.paths.ends, self.members, self._starts):
+            digest.update(part.numpy().tobytes())
+        if any(is_remote(file.place) for file in self.files):
+            digest.update(repr([file.version for file in self.files]).encode())
+            return digest.hexdigest()
+        for i in np.linspace(0, len(self) - 1, min(HASHED_FILES, len(self))).round().astype(int).tolist():
+            try:
+                content = read_member(self.file_of(i), self._member(i))
+            except DECODE_ERRORS as error:
+                content = f"unreadable: {type(error).__name__}".encode()
+            digest.update(hashlib.sha256(content).digest())
+        return digest.hexdigest()
+
+
+def _below_prefix(index: Index, prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    paths = PathList(torch.from_numpy(index.blob), torch.from_numpy(index.ends))
+    # Sorted, those that begin alike are neighbours.
+    chosen = [i for i in range(len(paths)) if paths[i].startswith(prefix)]
+    names = [os.fsencode(paths[i]) for i in chosen]
+    blob = np.frombuffer(bytearray(b"".join(names)), dtype=np.uint8)
+    return blob, np.cumsum([len(name) for name in names], dtype=np.int64), index.members[chosen]
+
+
+class RemoteImages(ImageDataset):
+    """Every image file below a remote folder, in the order of the sorted paths. No labels.
+
+    Args:
+        root: the folder.
+        files: those that are images.
+        copies: folder to which a file is copied when it is first read; None for no copies.
+    """
+
+    def __init__(self, root: str, files: Sequence[RemoteFile], copies: Path | None) -> None:
+        self.root, self.copies = root.rstrip("/"), copies
+        self.paths = PathList.pack([os.fsencode(file.path) for file in files])
+        about = repr([(file.path, file.size, file.version) for file in files])
+        self._digest = hashlib.sha256(about.encode(errors="surrogateescape")).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        place = f"{self.root}/{self.paths[index]}"
+        return Sample(place, functools.partial(read_whole, place, self.copies))
+
+    def fingerprint(self) -> str:
+        """A hash of all paths, sizes and versions, as the remote place lists them."""
+        return self._digest
+
+
+class ClassFolders(ImageDataset):
+    """Images of archives or a remote folder, labelled by the first folder of their path; those in none are left out.
+
+    If no image is in a folder, the archives stand for the classes, as in the training images of ImageNet.
+    """
+
+    def __init__(self, url: DataUrl, images: ArchivedImages | RemoteImages) -> None:
+        folders = [path.split("/", 1)[0] if "/" in path else None for path in images.paths]
+        if isinstance(images, ArchivedImages) and not any(folders):
+            folders = [Path(images.file_of(index).name).stem for index in range(len(images))]
+        names = sorted({folder for folder in folders if folder is not None})
+        if not names:
+            raise url.error("no image is in a folder; class folders are needed for labels: class/image.jpg")
+        number_of = {name: number for number, name in enumerate(names)}
+        rows = [index for index, folder in enumerate(folders) if folder is not None]
+        if len(rows) < len(folders):
+            logger.warning("%s: %d images are in no class folder, and left out", url.text, len(folders) - len(rows))
+        self.images, self.names = images, names
+        self.rows = torch.tensor(rows)
+        self.labels = torch.tensor([number_of[folders[row]] for row in rows])  # pyright: ignore[reportArgumentType]  # not None
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the folders."""
+        return self.names
+
+    def fingerprint(self) -> str:
+        """That of the images, whose names have the classes."""
+        return self.images.fingerprint()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.images[int(self.rows[index])]
+        return Sample(sample.name, sample.read, functools.partial(int, self.labels[index]))
+
+
+def _open_images(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
+    """What is at `root=`: a folder of images or of archives, or archives, here or remote."""
+    stored = _open_stored(url, listing_cache)
+    if stored is not None:
+        return stored
+    if "cache" in url.kwargs:
+        raise url.error("cache= is for remote places, and root= is a folder of this machine; leave it out")
+    root = url.folder("root")
+    try:
+        folder = ImageFolder(url, root, listing_cache)
+    except NoImagesError:
+        found = archives_below(root)
+        if not found:
+            raise
+        return _open_archives(url, [str(path) for path in found], "", None, listing_cache)
+    return folder
+
+
+def _open_stored(url: DataUrl, listing_cache: Path | None) -> ArchivedImages | RemoteImages | None:
+    """The images of `root=` if it is an archive, several by braces, or a remote place; None if it is a folder here."""
+    root = url.kwargs.get("root")
+    if not isinstance(root, str) or not root.strip():
+        return None
+    try:
+        places = _places(root)
+        split = [split_place(place) for place in places]
+    except ValueError as error:
+        raise url.error(str(error)) from error
+    copies = url.folder("cache").absolute() if "cache" in url.kwargs else None
+    archives = [each for each in split if each is not None]
+    if len(archives) == len(places):
+        if len({below for _, below in archives}) > 1:
+            raise url.error("names different folders in its archives; give one of them, the same in each")
+        return _open_archives(url, [place for place, _ in archives], archives[0][1], copies, listing_cache)
+    if len(places) > 1:
+        raise url.error("braces are for archives, such as shard-{000..099}.tar; several folders are a list: [a,b]")
+    return _open_remote(url, places[0], copies, listing_cache) if is_remote(places[0]) else None
+
+
+def _places(root: str) -> list[str]:
+    """The names that a root stands for. Raises: ValueError for wrong braces."""
+    if not is_remote(root):
+        try:
+            root = str(Path(root).expanduser())
+        except RuntimeError:
+            return [root]  # `DataUrl.folder` explains
+        if Path(root).exists():
+            return [root]
+    return expand_braces(root) if "{" in root else [root]
+
+
+def _is_here(root: str) -> bool:
+    """Whether folders or archives that a root stands for are on this machine."""
+    try:
+        places = _places(root)
+        archives = [split_place(place) for place in places]
+    except ValueError:
+        return False
+    return all(
+        not is_remote(place) and Path(archive[0] if archive else place).exists()
+        for place, archive in zip(places, archives, strict=True)
+    )
+
+
+def _open_archives(
+    url: DataUrl, places: Sequence[str], below: str, copies: Path | None, listing_cache: Path | None
+) -> ArchivedImages:
+    if copies is not None and not is_remote(places[0]):
+        raise url.error("cache= is for remote places, and these archives are on this machine; leave it out")
+    if is_remote(places[0]):  # an index of what is far away is worth keeping also where others are not
+        listing_cache = listing_cache or cache_root() / "image_listings"
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            files = list(pool.map(functools.partial(_look_at, copies=copies), places))
+        missing = [place for place, file in zip(places, files, strict=True) if isinstance(file, OSError)]
+        if missing:
+            first = next(file for file in files if isinstance(file, OSError))
+            why = "there is no such file" if isinstance(first, FileNotFoundError) else first.strerror or str(first)
+            many = f"{len(missing)} of {len(files)} archives cannot be opened, first " if len(files) > 1 else ""
+            where = "" if missing[0] == url.text else f"{missing[0]}: "
+            raise url.error(f"{many}{where}{why}; check the path, or name archives that are there")
+        found = [file for file in files if isinstance(file, StoredFile)]
+        indices = index_all(found, Endings, " ".join(image_endings()), listing_cache)
+    except ArchiveError as error:
+        raise url.error(str(error)) from error
+    except UserError as error:
+        raise error if str(error).startswith(f"{url.key}=") else _about(url, error) from error
+    endings = Endings()
+    for index in indices:
+        endings.left_out.update(index.left_out)
+    images = ArchivedImages(found, indices, below)
+    if not len(images):
+        where = f"{places[0]} and {len(places) - 1} other archives" if len(places) > 1 else places[0]
+        raise _no_images(url, f"{below} in {where}" if below else where, endings)
+    endings.log(url)
+    return images
+
+
+def _about(url: DataUrl, error: UserError) -> UserError:
+    """What is wrong with a place, as the error of the URL, which does not say the same name twice."""
+    return url.error(str(error).removeprefix(f"{url.text}: "))
+
+
+def _look_at(place: str, copies: Path | None) -> StoredFile | OSError:
+    try:
+        return stored_file(place, copies)
+    except OSError as error:
+        return error
+
+
+def _open_remote(
+    url: DataUrl, root: str, copies: Path | None, listing_cache: Path | None
+) -> ArchivedImages | RemoteImages:
+    try:
+        listed = files_below(root)
+    except FileNotFoundError as error:
+        raise url.error(f"there is nothing at {root}; check the address") from error
+    except UserError as error:
+        raise _about(url, error) from error
+    endings = Endings()
+    images = [file for file in listed if endings.is_image(PurePosixPath(file.path).name, lambda: True)]
+    if images:
+        endings.log(url)
+        return RemoteImages(root, images, copies)
+    archives = [f"{root.rstrip('/')}/{file.path}" for file in listed if split_place(file.path)]
+    if archives:
+        return _open_archives(url, archives, "", copies, listing_cache)
+    if not listed:
+        raise url.error(
+            f"there are no files below {root}, or the server does not list them; check the address, or name archives: "
+            f"{root.rstrip('/')}/shard-{{000..099}}.tar"
+        )
+    raise _no_images(url, root, endings)
+
+
 # ---------------------------------------------------------------------------------- segmentation datasets
 
 
@@ -811,6 +1122,9 @@ def _make_segmentation_folder(url: DataUrl) -> SegmentationDataset:
     """
     url.take(("root", "images", "masks"))
     root = url.folder("root")
+    given = str(url.kwargs["root"])
+    if is_remote(given) or re.search(r"\.(tar|zip)(/|$)", given, re.IGNORECASE):
+        raise url.error("label images are read from folders of this machine; unpack or copy it, and give that folder")
     images = _by_stem(url, ImageFolder(url, root / url.folder("images", "images")))
     masks = _by_stem(url, ImageFolder(url, root / url.folder("masks", "masks")))
     alone = [path for stem, path in images.items() if stem not in masks]
@@ -1067,7 +1381,9 @@ def _convert_but_to_rgb(image: Image.Image, mode: str | None = None, *args: Any,
     return image if mode == "RGB" and hasattr(image, "encoded") else _convert(image, mode, *args, **kwargs)
 
 
-def _make_torchvision(url: DataUrl, _: Path | None) -> ImageDataset:
+def _make_torchvision(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
+    if url.name == "ImageFolder" and (labelled := _open_class_folders(url, listing_cache)) is not None:
+        return labelled
     import torchvision  # only here: it brings torch's compiler, a second of every start
 
     known = [name for name in torchvision.datasets.__all__ if name != "VisionDataset"]
@@ -1096,6 +1412,17 @@ def _make_torchvision(url: DataUrl, _: Path | None) -> ImageDataset:
         raise url.error("has no images")
     endings.log(url)
     return dataset
+
+
+def _open_class_folders(url: DataUrl, listing_cache: Path | None) -> ClassFolders | None:
+    """The labelled images of archives or of a remote folder; None for a folder here that has folders of images."""
+    images, root = _open_stored(url, listing_cache), Path(str(url.kwargs.get("root")))
+    if images is None:
+        if not root.is_dir() or any(path.is_dir() for path in root.iterdir()) or not archives_below(root):
+            return None
+        images = _open_archives(url, [str(path) for path in archives_below(root)], "", None, listing_cache)
+    url.take(("root", "cache"))
+    return ClassFolders(url, images)
 
 
 def _is_image_file(endings: Endings, path: str) -> bool:
@@ -1344,6 +1671,106 @@ SOURCES: dict[str, Callable[[DataUrl, Path | None], ImageDataset | ImageStream]]
 }
 
 
+# ------------------------------------------------------------------------------------------- several data sets as one
+
+MIXTURE_BLOCK = 10_000
+"""Images in which each data set of a mixture with weights has its share exactly; the smallest share is one of them."""
+
+
+class Mixture(ImageDataset):
+    """Several data sets one after the other, and how many of so many images come from each.
+
+    Args:
+        urls: of the data sets, for people.
+        parts: the data sets.
+        weights: of each, in any unit; None where each image counts once, as in one large data set.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], parts: Sequence[ImageDataset], weights: Sequence[float] | None = None
+    ) -> None:
+        self.urls, self.parts = list(urls), list(parts)
+        self.ends = list(itertools.accumulate(map(len, parts)))
+        self.counts = None if weights is None else share_out(MIXTURE_BLOCK, weights)
+        """With weights, images of each data set among `MIXTURE_BLOCK`."""
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def part_of(self, index: int) -> int:
+        """The number of the data set that image `index` is in."""
+        return bisect.bisect_right(self.ends, index)
+
+    def start_of(self, part: int) -> int:
+        """The index of the first image of a data set."""
+        return self.ends[part - 1] if part else 0
+
+    def __getitem__(self, index: int) -> Sample:
+        part = self.part_of(index)
+        return self.parts[part][index - self.start_of(part)]
+
+    def replacement(self, index: int, number: int) -> int:
+        """An image of the same data set, so that shares stay what they are."""
+        part = self.part_of(index)
+        return self.start_of(part) + number % len(self.parts[part])
+
+    def fingerprint(self) -> str:
+        """A hash of those of all, and of their shares."""
+        about = [[part.fingerprint() for part in self.parts], self.counts]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+    def shares(self) -> list[str]:
+        """Of each data set, which part of the images that training sees it gives: lines for people."""
+        lines = []
+        for number, (url, part) in enumerate(zip(self.urls, self.parts, strict=True)):
+            fraction = len(part) / len(self) if self.counts is None else self.counts[number] / MIXTURE_BLOCK
+            again = f", all of them every {len(part) / fraction:,.0f} images" if self.counts else ""
+            lines.append(f"{fraction:7.2%} {url}: {len(part):,} images{again}")
+        return lines
+
+
+def share_out(total: int, weights: Sequence[float]) -> list[int]:
+    """Whole numbers that add up to `total`, in the ratio of the weights as nearly as can be: largest remainders."""
+    whole = sum(map(Fraction, weights))
+    exact = [total * Fraction(weight) / whole for weight in weights]
+    counts = [int(each) for each in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def make_mixture(
+    datasets: str | Sequence[str] | Mapping[str, float | None], *, key: str, listing_cache: Path | None = None
+) -> ImageDataset | ImageStream:
+    """The data set of one URL, of a list of them, or of several with weights; null as weight leaves one out.
+
+    Raises: UserError as `make_dataset`, and if one cannot be part of a mixture or would have no share.
+    """
+    if isinstance(datasets, str):
+        return make_dataset(datasets, key=key, listing_cache=listing_cache)
+    weights = None
+    if isinstance(datasets, Mapping):
+        kept = {url: weight for url, weight in datasets.items() if weight is not None}
+        datasets, weights = list(kept), list(kept.values())
+    opened = [make_dataset(url, key=key, listing_cache=listing_cache) for url in datasets]
+    if len(opened) == 1:
+        return opened[0]
+    for url, each in zip(datasets, opened, strict=True):
+        if isinstance(each, ImageStream):
+            raise UserError(
+                f"{key}: {url} is a stream, and a mixture needs random access: leave streaming=True out, or name tar "
+                "files by their paths, which are read in any order"
+            )
+    mixture = Mixture(datasets, opened, weights)
+    if mixture.counts and 0 in mixture.counts:
+        url = datasets[mixture.counts.index(0)]
+        raise UserError(
+            f"{key}: {url} has a share below 1 in {MIXTURE_BLOCK:,}; give it a larger weight, or null to leave it out"
+        )
+    return mixture
+
+
 # --------------------------------------------------------------------------------------------- what is there already
 
 
@@ -1360,7 +1787,7 @@ def is_on_disk(url: str, key: str) -> bool:
         names = [name for name in ARCHIVES if name.startswith(parsed.name)]
         needed = [ARCHIVES[name] for name in names if name == parsed.name or parsed.kwargs.get("split") == "trainaug"]
         return all((root / a.folder).is_dir() or (root / PurePosixPath(a.address).name).is_file() for a in needed)
-    return root.exists()
+    return root.exists() or _is_here(str(parsed.kwargs.get("root")))
 
 
 def _hub_is_on_disk(url: DataUrl) -> bool:

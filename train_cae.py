@@ -46,6 +46,7 @@ from config import (
     EpochsConfig,
     EpochsImagesConfig,
     EpochsOptimConfig,
+    StartConfig,
     ViTConfig,
     load_config,
     one_of,
@@ -61,9 +62,10 @@ from keys import answer
 from masking import MaskPlan, PatchMasks, ScatteredBlocks, Uniform
 from metrics import feature_health
 from model import draw_drop_path, load_resized
-from optim import decay_of_matrices, make_adamw, scheduled, set_rates_
+from optim import decay_of_matrices, in_parts, make_adamw, part_of, scheduled, set_rates_, started_rates
 from pictures import PatchPredictor, Prediction
 from report import Panel
+from sheets import Column, as_rgb, mark, mask_column
 from training import (
     Run,
     TrainState,
@@ -166,8 +168,14 @@ class CaeMethodConfig:
 class CaeOptimConfig(EpochsOptimConfig):
     """Length, batch, and the optimizer."""
 
+    start: StartConfig
     weight_decay: float = field(metadata=NOT_NEGATIVE)
     """Of matrices, convolution, class token and mask token, 0.05. Biases, norms and layer scales have none."""
+
+    def __post_init__(self) -> None:
+        """Check that schedule and start fit."""
+        super().__post_init__()
+        self.start.check(self.total_iters)
 
 
 @dataclass(frozen=True)
@@ -314,7 +322,8 @@ class CaeState(TrainState[CaeConfig]):
         self.modules = {"student": self.student}
         self.do_teacher = self.compile(do_teacher, "do_teacher")
         self.do_student = self.compile(do_student, "do_student")
-        self.optimizer = make_adamw(self.student, cfg.optim.betas, decay_of_matrices(self.student))
+        by_name = in_parts(decay_of_matrices(self.student), part_of)
+        self.optimizer = make_adamw(self.student, cfg.optim.betas, by_name)
         self.optimizers = {"student": (self.student, self.optimizer)}
 
     def load_state_dict(self, saved: SavedState) -> None:
@@ -375,7 +384,8 @@ def train_step(
         with_health: also compute effective rank, norms and spread of the targets.
     """
     cfg = state.cfg
-    set_rates_(state.optimizer, lr, cfg.optim.weight_decay)
+    of_parts = started_rates(state.step, cfg.optim.start, cfg.optim.total_iters)
+    set_rates_(state.optimizer, lr, cfg.optim.weight_decay, of_parts)
     state.zero_grad()
     sums = {name: torch.zeros((), device=state.device) for name in ("loss", "token_loss", "alignment_loss")}
     targets: list[Tensor] = []
@@ -437,6 +447,7 @@ def train(cfg: CaeConfig, output_dir: Path, device: torch.device) -> None:
         encode=state.encode,
         log_line=log_line,
         finite=FINITE,
+        look=functools.partial(look, cfg),
         panels=panels(cfg),
         flops_per_image=step_flops_per_image(cfg),
         opening=f"{opening(cfg, state)}; {tokenizer.description}",
@@ -531,6 +542,17 @@ def make_masks(cfg: CaeConfig, seed: int | None = None) -> PatchMasks:
     return masks
 
 
+def look(cfg: CaeConfig, batch: Batch, num_images: int) -> list[Column]:
+    """What the contact sheet shows beside crops: their masks."""
+    images, patch_size = batch.images[:num_images], cfg.model.patch_size
+    visible, predicted = (mark(images, patch_size, batch.masks[f"{name}_indices"]) for name in ("visible", "predict"))
+    assert batch.second_images is not None
+    return [
+        mask_column(images, visible, predicted),
+        Column("for the tokenizer", as_rgb(batch.second_images[:num_images])),
+    ]
+
+
 def warn_if_changed(saved: SavedState, cfg: CaeConfig) -> None:
     """Warn of keys that shape the rest of the training and are others than at the checkpoint."""
     warn_of_another_course(saved, cfg, COURSE_KEYS, lambda step, cfg: {"learning rate": lr_at(step, cfg)})
@@ -599,6 +621,7 @@ def dry_run(cfg: CaeConfig) -> str:
     return describe(
         cfg,
         functools.partial(make_loader, cfg),
+        look=functools.partial(look, cfg),
         sizes=[
             f"length       {length_words(cfg)}",
             f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {cfg.grid_size**2} patches "

@@ -52,6 +52,7 @@ from config import (
     ImagesConfig,
     OptimConfig,
     ScheduleConfig,
+    StartConfig,
     TrainingConfig,
     load_config,
     one_of,
@@ -67,9 +68,10 @@ from keys import answer
 from masking import MaskPlan, PatchMasks, draw_positions, make_masking_generator
 from metrics import feature_health
 from model import PREDICTORS, EncoderDecoder, RotaryEmbedding
-from optim import ema_update_, make_adamw, multipliers, scheduled, set_rates_
+from optim import ema_update_, in_parts, make_adamw, multipliers, scheduled, set_rates_, started_rates
 from pictures import PatchPredictor, Prediction
 from report import Panel
+from sheets import Column, mark, mask_column
 from training import (
     Run,
     TrainState,
@@ -92,6 +94,8 @@ FINITE = ("capi_loss", "grad_norm")
 """Scalars of a step that must be finite."""
 FINITE_OF_CLUSTERING = ("clustering_loss", "clustering_grad_norm")
 """Those of a step that has a clustering head."""
+PREDICTOR = ("decoder.", "dec_norm.", "mask_token")
+"""Names of the predictor's parameters in the backbone begin with one of these."""
 TARGETS = ("clustering", "ema_head", "latents")
 """What the student predicts, by the names of `capi.targets`."""
 
@@ -185,6 +189,7 @@ class CapiOptimConfig(OptimConfig):
     """Batch, and the student's optimizer and schedules. Sinkhorn balances over all accumulation steps as over one
     large batch."""
 
+    start: StartConfig
     weight_decay: float = field(metadata=NOT_NEGATIVE)
     """Times the learning rate at each update; biases and layer scales have none."""
     patch_embed_lr_mult: float = field(metadata=NOT_NEGATIVE)
@@ -199,6 +204,7 @@ class CapiOptimConfig(OptimConfig):
     def __post_init__(self) -> None:
         """Check that the schedules fit, and that momentum stays an average."""
         super().__post_init__()
+        self.start.check(self.total_iters)
         self.momentum_schedule.check("optim.momentum_schedule", self.total_iters)
         for key in ("start_warmup_value", "base_value", "final_value"):
             value = getattr(self.momentum_schedule, key)
@@ -476,7 +482,7 @@ class CapiState(TrainState[CapiConfig]):
             rope_lr_mult=optim.rope_lr_mult,
             layernorm_wd_mult=optim.layernorm_wd_mult,
         )
-        self.student_optimizer = make_adamw(self.student, optim.betas, by_name)
+        self.student_optimizer = make_adamw(self.student, optim.betas, in_parts(by_name, part_of))
         self.optimizers = {"student": (self.student, self.student_optimizer)}
         if cfg.capi.clusters:
             self.clustering_optimizer = make_adamw(self.clustering, cfg.capi.clustering_optimizer.betas)
@@ -556,6 +562,13 @@ def make_head(cfg: CapiConfig, num_clusters: int) -> nn.Module:
     return HEADS[cfg.capi.student_head](width, num_clusters)
 
 
+def part_of(name: str) -> str:
+    """The part of the student that a parameter belongs to, for `optim.start`."""
+    if not name.startswith("backbone."):
+        return "head"
+    return "predictor" if name.startswith(tuple(f"backbone.{part}" for part in PREDICTOR)) else "encoder"
+
+
 def start_from(student: nn.ModuleDict, path_or_url: str) -> None:
     """Copy the weights of `train.init_from` into a fresh student's backbone, and say what stays random.
 
@@ -566,13 +579,13 @@ def start_from(student: nn.ModuleDict, path_or_url: str) -> None:
     """
     backbone: Any = student["backbone"]
     weights = backbone_part(read_state_dict(path_or_url, key="train.init_from"), path_or_url)
-    tower, note = ("decoder.", "dec_norm."), ""
+    tower, note = PREDICTOR[:2], ""
     has_predictor = any(key.startswith("decoder.blocks.") for key in weights)
     if backbone.decoder is None and has_predictor:
         weights = {key: value for key, value in weights.items() if not key.startswith(tower)}
         note = "its predictor is left out; "
     elif not has_predictor:
-        predictor = {key: x for key, x in backbone.state_dict().items() if key.startswith((*tower, "mask_token"))}
+        predictor = {key: x for key, x in backbone.state_dict().items() if key.startswith(PREDICTOR)}
         note = "" if predictor.keys() <= weights.keys() else "the predictor, which the file lacks, "
         weights = predictor | weights
     load_backbone_weights(backbone, weights, path_or_url)
@@ -597,7 +610,8 @@ def train_step(
     """
     cfg = state.cfg
     random = torch.Generator().manual_seed(derive_seed(cfg.train.seed, "drop-path", state.step, rank()))
-    set_rates_(state.student_optimizer, hyper.lr, cfg.optim.weight_decay)
+    of_parts = started_rates(state.step, cfg.optim.start, cfg.optim.total_iters)
+    set_rates_(state.student_optimizer, hyper.lr, cfg.optim.weight_decay, of_parts)
     if hyper.clustering_lr is not None:
         set_rates_(state.clustering_optimizer, hyper.clustering_lr, cfg.capi.clustering_optimizer.weight_decay)
     state.zero_grad()
@@ -692,6 +706,7 @@ def train(cfg: CapiConfig, output_dir: Path, device: torch.device) -> None:
         encode=state.encode,
         log_line=functools.partial(log_line, cfg),
         finite=FINITE + (FINITE_OF_CLUSTERING if cfg.capi.clusters else ()),
+        look=functools.partial(look, cfg),
         panels=panels(cfg.capi.num_clusters, cfg.capi.targets),
         flops_per_image=training_flops_per_image(step_shape(cfg)),
         opening=opening(cfg, state),
@@ -726,6 +741,13 @@ def make_loader(cfg: CapiConfig, **place: Any) -> PretrainLoader:
         keep_listing=cfg.efficiency.cache_dataset,
         **place,
     )
+
+
+def look(cfg: CapiConfig, batch: Batch, num_images: int) -> list[Column]:
+    """What the contact sheet shows beside crops: their masks."""
+    images, patch_size = batch.images[:num_images], cfg.model.patch_size
+    visible, predicted = (mark(images, patch_size, batch.masks[f"{name}_indices"]) for name in ("visible", "predict"))
+    return [mask_column(images, visible, predicted)]
 
 
 def warn_if_changed(saved: SavedState, cfg: CapiConfig) -> None:
@@ -826,6 +848,7 @@ def dry_run(cfg: CapiConfig) -> str:
     return describe(
         cfg,
         functools.partial(make_loader, cfg),
+        look=functools.partial(look, cfg),
         sizes=[
             f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {plan.num_patches} patches "
             f"of {cfg.model.patch_size} px",

@@ -35,6 +35,7 @@ from config import (
     EpochsConfig,
     EpochsImagesConfig,
     EpochsOptimConfig,
+    StartConfig,
     TrainConfig,
     ViTConfig,
     load_config,
@@ -62,9 +63,20 @@ from keys import answer
 from masking import MultiBlockMasks, MultiBlockPlan
 from metrics import feature_health
 from model import load_resized
-from optim import ema_update_, half_cosine, make_adamw, multipliers, scheduled_ahead, set_rates_
+from optim import (
+    ema_update_,
+    half_cosine,
+    in_parts,
+    make_adamw,
+    multipliers,
+    part_of,
+    scheduled_ahead,
+    set_rates_,
+    started_rates,
+)
 from pictures import PatchPredictor, Prediction
 from report import Panel
+from sheets import Column, mark, mask_column
 from training import (
     Run,
     TrainState,
@@ -163,6 +175,7 @@ class IjepaOptimConfig(EpochsOptimConfig):
     """Length, batch, and the optimizer of student and predictor. `lr_schedule` is as I-JEPA counts: the first update
     has the value of step 1."""
 
+    start: StartConfig
     weight_decay: tuple[float, float] = field(metadata=within(at_least=0, size=2))
     """At the first and the last update, a half cosine between them. Biases and norms have none."""
     momentum: tuple[float, float] = field(metadata=within(at_least=0, at_most=1, size=2))
@@ -170,6 +183,11 @@ class IjepaOptimConfig(EpochsOptimConfig):
     hold_after: int | float | None = field(metadata=POSITIVE)
     """Step, or with a decimal point the fraction of total_iters, after which learning rate and weight decay stay what
     they are; StoP's ViT-H holds them after 250 of 300 epochs. null: never."""
+
+    def __post_init__(self) -> None:
+        """Check that schedule and start fit."""
+        super().__post_init__()
+        self.start.check(self.total_iters)
 
     @property
     def hold_step(self) -> int:
@@ -327,7 +345,7 @@ class IjepaState(TrainState[IjepaConfig]):
         self.do_teacher = self.compile(do_teacher, "do_teacher")
         self.do_student = self.compile(do_student, "do_student")
         by_name = multipliers(self.student, patch_embed_lr_mult=1, rope_lr_mult=1, layernorm_wd_mult=0)
-        self.optimizer = make_adamw(self.student, cfg.optim.betas, by_name)
+        self.optimizer = make_adamw(self.student, cfg.optim.betas, in_parts(by_name, part_of))
         self.optimizers = {"student": (self.student, self.optimizer)}
         if start is not None and cfg.train.init_optimizer:
             unused = {"predictor.mask_token"} if cfg.predictor.position_noise_std else ()
@@ -417,7 +435,8 @@ def train_step(
         hyper: learning rate, weight decay and momentum of this update.
         with_health: also compute effective rank, norms and spread of the teacher's features.
     """
-    set_rates_(state.optimizer, hyper.lr, hyper.weight_decay)
+    of_parts = started_rates(state.step, state.cfg.optim.start, state.cfg.optim.total_iters)
+    set_rates_(state.optimizer, hyper.lr, hyper.weight_decay, of_parts)
     state.zero_grad()
     teacher = state.student_ema["backbone"]
     total = torch.zeros((), device=state.device)
@@ -476,6 +495,7 @@ def train(cfg: IjepaConfig, output_dir: Path, device: torch.device) -> None:
         encode=state.encode,
         log_line=functools.partial(log_line, cfg),
         finite=FINITE,
+        look=functools.partial(look, cfg),
         panels=panels(cfg),
         flops_per_image=step_flops_per_image(cfg, sizes),
         opening=opening(cfg, state, sizes),
@@ -510,6 +530,17 @@ def make_loader(cfg: IjepaConfig, **place: Any) -> PretrainLoader:
         change_colours=colours if colours.change_anything else None,
         **place,
     )
+
+
+def look(cfg: IjepaConfig, batch: Batch, num_images: int) -> list[Column]:
+    """What the contact sheet shows beside crops: their masks."""
+    images, patch_size = batch.images[:num_images], cfg.model.patch_size
+    num_patches = (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
+    first = num_patches * torch.arange(num_images)[None, :, None]
+    # Of several contexts the first.
+    context, targets = batch.masks["context_indices"][:1, :num_images], batch.masks["target_indices"][:, :num_images]
+    visible, predicted = (mark(images, patch_size, (part + first).flatten()) for part in (context, targets))
+    return [mask_column(images, visible, predicted)]
 
 
 def warn_if_changed(saved: SavedState, cfg: IjepaConfig) -> None:
@@ -624,6 +655,7 @@ def dry_run(cfg: IjepaConfig) -> str:
     return describe(
         cfg,
         functools.partial(make_loader, cfg),
+        look=functools.partial(look, cfg),
         sizes=[
             f"length       {length_words(cfg)}",
             f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {cfg.grid_size**2} patches "

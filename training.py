@@ -60,13 +60,15 @@ from metrics import FiniteWatch, Metrics, Profile, Throughput
 from optim import grad_norm
 from pixels import log_pixels, sample_pixels
 from probe import Probe
-from report import Panel, write_panels
+from report import CONTACT_SHEET, DRY_RUN_SHEET, Panel, write_panels
+from sheets import NUM_IMAGES, VALUE_RANGE, Column, Look, as_rgb, normalised_column, write_sheet
 from training_evals import Evaluations, plan_evals
 from utils import (
     UserError,
     derive_seed,
     due,
     git_revision,
+    reason,
     setup_logging,
     write_text_atomically,
     writing_explained,
@@ -492,6 +494,39 @@ def export_newest(state: TrainState[Any], output_dir: Path) -> list[Path]:
     return export_all(state, output_dir)
 
 
+# --- What is going to be seen ----------------------------------------------------------------------------------------
+
+
+def _no_columns(_batch: Batch, _num_images: int) -> list[Column]:
+    return []
+
+
+def write_contact_sheet(
+    path: Path, batch: Batch, look: Look, normalize: Callable[[Tensor], Tensor], heading: str
+) -> str:
+    """Draw the first crops of a batch, what the networks get of them, and what `look` adds. Returns words about it.
+
+    Args:
+        path: the PNG.
+        batch: of 8-bit images, on any device.
+        look: see `sheets.Look`.
+        normalize: from 8-bit images to what the networks get.
+        heading: what batch this is.
+    """
+    num_images = min(NUM_IMAGES, len(batch.images))
+    normalised = normalised_column(normalize(batch.images[:num_images]))
+    on_cpu = batch.to("cpu")
+    added = [column._replace(pictures=list(column.pictures)[:num_images]) for column in look(on_cpu, num_images)]
+    # What has no pictures says something about the crops.
+    captions = next((column.captions for column in added if not column.pictures), ())
+    crops = Column("crop", as_rgb(on_cpu.images[:num_images]), captions)
+    height, width = batch.images.shape[-2:]
+    shown = f"{num_images} of {len(batch.sample_ids)} crops of {width} x {height} px, {heading}"
+    scale = f"What the networks get is drawn from {-VALUE_RANGE} (black) to {VALUE_RANGE} (white): a crop, only paler."
+    write_sheet(path, [crops, normalised, *(column for column in added if column.pictures)], [shown, scale])
+    return f"{num_images} crops; {normalised.title}"
+
+
 # --- The run ---------------------------------------------------------------------------------------------------------
 
 
@@ -518,6 +553,7 @@ class Run:
         warnings: what is not going to go well, for the log.
         on_resume: told of the checkpoint that the training continues from.
         normalize: from 8-bit images to what the networks get.
+        look: what the contact sheet shows beside crops.
 
     Raises: UserError for what cannot be read, written or restored.
     """
@@ -538,8 +574,10 @@ class Run:
         warnings: Sequence[str] = (),
         on_resume: Callable[[SavedState], None] = lambda _: None,
         normalize: Callable[[Tensor], Tensor] = normalize,
+        look: Look = _no_columns,
     ) -> None:
-        self._normalize = normalize
+        self._normalize, self._look = normalize, look
+        self._has_sheet = rank() != 0
         self.cfg, self.state, self.output_dir, self.device = cfg, state, output_dir, state.device
         self.total = cfg.optim.total_iters
         self._make_loader, self._encode, self._log_line, self._finite = make_loader, encode, log_line, finite
@@ -612,6 +650,8 @@ class Run:
             )
             loader.check_shared_memory()
             if rank() == 0:
+                for line in loader.shares():
+                    logger.info("data.dataset: %s", line)
                 log_pixels(loader.dataset, "data.dataset")
             self.batches = DevicePrefetcher(loader, self.device)
             self.advice = WorkerAdvice(self.batches, cores_of_this_rank())
@@ -751,11 +791,21 @@ class Run:
 
         def read() -> list[Batch]:
             batches = [next(self.batches) for _ in range(self.cfg.optim.accumulation_steps)]
+            if not self._has_sheet:
+                self._has_sheet = True
+                self._draw_sheet(batches[0])
             return [dataclasses.replace(batch, images=self._normalize(batch.images)) for batch in batches]
 
         with self._writes():  # bad files are listed
             return self.stop.wait_for(read) or []
         return []
+
+    def _draw_sheet(self, batch: Batch) -> None:
+        path = self.output_dir / CONTACT_SHEET
+        heading = f"first batch after step {self.state.step}"
+        words = write_contact_sheet(path, batch, self._look, self._normalize, heading)
+        logger.info("contact sheet: %s (%s)", path, words)
+        self.meters.picture(self.state.step, path.stem, path)
 
     def _log(self, values: Mapping[str, float]) -> None:
         """One line for people. On a terminal the bar has steps and time already."""
@@ -859,6 +909,8 @@ def describe(
     costs: Sequence[str],
     schedule: Sequence[str],
     warnings: Sequence[str],
+    look: Look = _no_columns,
+    normalize: Callable[[Tensor], Tensor] = normalize,
 ) -> str:
     """What a training with this config would be, without training: the text of `--dry-run`.
 
@@ -868,15 +920,20 @@ def describe(
         sizes, costs: lines about image, tokens and parameters, and about memory and compute.
         schedule: lines of a table, one per step of `milestones`, under a head.
         warnings: what is not going to go well.
+        look, normalize: as for `Run`.
     """
     device, optim = pick_device(cfg.train.device), cfg.optim
     check_decode(cfg.data.decode, device)
-    with make_loader(rank=0, world_size=1, position=None, pin_memory=False, bad_files_path=None) as loader:
+    place = {"rank": 0, "world_size": 1, "position": None, "pin_memory": False, "bad_files_path": None}
+    with make_loader(**place, decode_device=device) as loader:
         loader.check_shared_memory()
-        images, pixels = loader.describe(), sample_pixels(loader.dataset)
+        images, shares, pixels = loader.describe(), loader.shares(), sample_pixels(loader.dataset)
+        sheet = _sheet_of_dry_run(cfg, loader, look, normalize)
     lines = [
         f"data         {images}",
+        *(f"             {line}" for line in shares),
         *(f"pixels       {line}" for line in pixels.lines()),
+        f"pictures     {sheet}",
         f"batch        {global_batch_size(optim)} images = {optim.batch_size_per_gpu} per forward pass x "
         f"{optim.accumulation_steps} accumulation steps x {world_size()} process(es)",
         *sizes,
@@ -887,6 +944,24 @@ def describe(
         *(f"warning      {w}" for w in [*pixels.warnings(), *efficiency_warnings(cfg, device), *warnings]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _sheet_of_dry_run(
+    cfg: TrainingConfig, loader: PretrainLoader, look: Look, normalize: Callable[[Tensor], Tensor]
+) -> str:
+    """Draw the first batch, and say where. A dry run tells all it can, so that what fails here is said, not raised."""
+    folder = Path(cfg.train.output_dir)
+    if folder.resolve() == Path.cwd():
+        return "none; name a folder in train.output_dir for a contact sheet of the first crops"
+    path = folder / DRY_RUN_SHEET
+    try:
+        batch = loader.peek(NUM_IMAGES)
+        folder.mkdir(parents=True, exist_ok=True)
+        return f"{path}, {write_contact_sheet(path, batch, look, normalize, 'first batch of a training')}"
+    except UserError as error:
+        return f"none: {error}"
+    except OSError as error:
+        return f"none: train.output_dir={cfg.train.output_dir!r} cannot be written: {reason(error)}"
 
 
 def efficiency_warnings(cfg: TrainingConfig, device: torch.device) -> list[str]:

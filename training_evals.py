@@ -16,13 +16,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from config import EvalConfig, LauncherConfig, chosen_evals, dump_yaml
 from distributed import any_rank, broadcast_object, on_rank_0, rank
 from launch import ROOT, ScriptRun, StopRequest, SubmittedJob
 from metrics import Metrics, read_metrics
-from report import read_results, score_rows
+from report import PICTURES_EACH, pictures_of, read_results, score_rows
 from sources import is_on_disk
 from utils import UserError, due, end_process, remove
 
@@ -55,6 +55,15 @@ class _Launched(ScriptRun):
     def is_over(self) -> bool:
         """Whether it ended; of a job, whether it came to its end, since Slurm is not to be asked at every step."""
         return self.is_done() if self.process is None else self.process.poll() is not None
+
+
+class Landed(NamedTuple):
+    """What came of one evaluation set at one step."""
+
+    step: int
+    scores: dict[str, float]
+    pictures: dict[str, Path]
+    """By the name that loggers show them under."""
 
 
 def plan_evals(
@@ -242,34 +251,45 @@ class Evaluations:
             return
         self.pending.append(run)
 
-    def finished(self) -> list[tuple[int, dict[str, float]]]:
-        """On rank 0, the step and the scores of every launch that has ended since the last call."""
+    def finished(self) -> list[Landed]:
+        """On rank 0, what came of every launch that has ended since the last call."""
         landed = []
         for run in [run for run in self.pending if run.is_over()]:
             self.pending.remove(run)
-            scores, is_complete = self._read(run)
+            scores, pictures, is_complete = self._read(run)
             if run.process is not None and run.process.returncode != 0:
                 self._fail(run, run.status().message)
             elif not is_complete:
                 self._fail(run, f"not all of it has results, see {run.log if run.process else run.folder}")
             else:
                 run.weights.unlink(missing_ok=True)  # the checkpoint has them
-            if scores:
-                landed.append((run.step, scores))
+            landed.append(Landed(run.step, scores, pictures))
         return landed
 
     def record(self, meters: Metrics, step: int) -> None:
-        """Write the scores of what has ended to the metrics, beside the present step."""
-        for eval_step, scores in self.finished():
-            meters.append(step, {**scores, "eval_step": eval_step})
+        """Write the scores of what has ended to the metrics, beside the present step, and show loggers its pictures."""
+        for landed in self.finished():
+            if landed.scores:
+                meters.append(step, {**landed.scores, "eval_step": landed.step})
+            for name, path in landed.pictures.items():
+                try:
+                    meters.picture(step, name, path)
+                except (OSError, SyntaxError) as error:  # the latter is Pillow's, of a broken PNG
+                    logger.warning("%s is not shown in train.loggers: %s", path, error)
 
-    def _read(self, run: _Launched) -> tuple[dict[str, float], bool]:
-        """The scores, of which pictures have none, and whether all evaluations came to their end."""
+    def _read(self, run: _Launched) -> tuple[dict[str, float], dict[str, Path], bool]:
+        """The scores, of which pictures have none, the pictures, and whether all evaluations came to their end."""
         try:
             content = read_results(run.folder / "results" / "results.json")
             rows = score_rows(content)
         except UserError:
-            return {}, False
+            return {}, {}, False
+        results = run.folder / "results"
+        pictures = {
+            f"eval/{run.name}/{name}/{path.stem}": path
+            for name, entry in content["evaluations"].items()
+            for path in pictures_of(entry, name, results)[:PICTURES_EACH]
+        }
         scores = {
             f"eval/{run.name}/{row.evaluation}/{row.method}/{row.metric}": row.values[0]
             for row in rows
@@ -277,7 +297,7 @@ class Evaluations:
         }
         for name, value in scores.items():
             logger.info("step %d  %s  %.4f", run.step, name, value)
-        return scores, all(entry.get("status", "done") == "done" for entry in content["evaluations"].values())
+        return scores, pictures, all(entry.get("status", "done") == "done" for entry in content["evaluations"].values())
 
     def _fail(self, run: _Launched, why: str) -> None:
         logger.warning("%s failed, training goes on: %s", run.title, why)

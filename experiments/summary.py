@@ -206,7 +206,7 @@ def write_report(path: Path, content: Mapping[str, Any], trainings: Sequence[Tra
     told = f"{content['budget']} for each training; {'seed' if len(cfg.seeds) == 1 else 'seeds'} {seeds}."
     caption = "Mean, and deviation of the sample where there are several seeds. Fractions are in percent."
     heads = ["training", *(score.shown_label for score in columns.values())]
-    numbers = section("scores", "Results", numbers_table(heads, cells, caption))
+    numbers = section("scores", "Results", [numbers_table(heads, cells, caption)])
     first = [training for training in trainings if training.seed == cfg.seeds[0]]
     sections = [notice(content["notices"]), numbers, curves(first, cfg), pictures(first, path.parent), about(content)]
     write_page(path, content["title"], told, sections)
@@ -256,4 +256,4 @@ def about(content: Mapping[str, Any]) -> str:
             folders, "Where the first seed is; evaluation/report.html in it has all settings and more pictures."
         ),
     ]
-    return section("about", "How it was made", "".join(tables))
+    return section("about", "How it was made", tables)

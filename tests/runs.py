@@ -14,6 +14,7 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from conftest import ROOT, run_cli
@@ -195,3 +196,43 @@ def assert_same_run(actual: Path, expected: Path, exports: Sequence[str] = ("stu
         assert a.keys() == b.keys()
         different = [key for key in a if not torch.equal(a[key], b[key])]
         assert different == [], f"{name}.pth differs"
+
+
+def assert_close_runs(
+    actual: Path,
+    expected: Path,
+    *losses: str,
+    export: str = "student_ema",
+    rel: float = 2e-5,
+    atol: float = 1e-5,
+    rtol: float = 0.0,
+    but: Sequence[str] = (),
+) -> None:
+    """Up to rounding the same losses, where there are some, norms of gradients, and weights but for those named."""
+    for a, b in zip(metrics_of(actual), metrics_of(expected), strict=True):
+        assert a.keys() == b.keys()
+        for key in {"step", "grad_norm", *losses} & b.keys():
+            assert a[key] == pytest.approx(b[key], rel=rel), f"{key} at step {a['step']}"
+    a, b = (torch.load(run / f"{export}.pth", weights_only=True) for run in (actual, expected))
+    assert a.keys() == b.keys()
+    for key in b.keys() - set(but):
+        torch.testing.assert_close(a[key], b[key], atol=atol, rtol=rtol, msg=key)
+
+
+def train_through_kills(
+    script: Any, arguments: list[str], output_dir: Path, at_steps: Sequence[int] = (1, 3, 5)
+) -> None:
+    """Kill a training when it has logged so many steps, each time, and let it end at last.
+
+    Args:
+        script: its module.
+        arguments: of the training.
+        output_dir: of the training.
+        at_steps: when it is killed.
+    """
+    for at_step in at_steps:
+        run = KillableRun(arguments, output_dir, script.__name__)
+        run.wait_for(lambda at_step=at_step: logged_steps(output_dir) >= at_step)
+        run.signal(signal.SIGKILL)
+        assert run.join() == -signal.SIGKILL
+    assert script.main(arguments) == 0

@@ -1,13 +1,16 @@
 """Pictures and configurations that several test files make."""
 
+import hashlib
 import io
+import json
 import os
 
 import numpy as np
+import torch
 from PIL import Image
 
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
-from sources import ImageDataset, Sample
+from sources import ImageDataset, ImageStream, Sample
 from train_capi import CapiConfig
 
 COLOURS = {"blue": (30, 40, 220), "green": (40, 200, 50), "red": (210, 40, 30)}
@@ -79,3 +82,53 @@ class Listed(ImageDataset):
         colour = list(COLOURS.values())[int(labels[0])] if labels else (0, 0, 0)
         picture = Image.new("RGB", (16, 16), (colour[0] + index % 20, colour[1], colour[2]))
         return Sample(f"image {index}", lambda: picture, lambda: target)
+
+
+class MemoryDataset(ImageDataset):
+    def __init__(self, size, bad=()):
+        self.files = [b"not an image" if index in bad else encode(photo(index)) for index in range(size)]
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        return Sample(f"image {index}", lambda: self.files[index])
+
+
+class MemoryStream(ImageStream):
+    """Shards of samples; the name of a sample is its number over all shards."""
+
+    def __init__(self, *sizes, bad=()):
+        self.num_shards = len(sizes)
+        self.firsts = np.cumsum([0, *sizes]).tolist()
+        self.bad = bad
+        self.png = encode(photo(0))
+
+    def read_shard(self, shard, start=0):
+        for number in range(self.firsts[shard] + start, self.firsts[shard + 1]):
+            yield Sample(f"sample {number}", lambda number=number: b"bad" if number in self.bad else self.png)
+
+
+def fingerprint(batch):
+    """Everything that training sees of a batch."""
+    assert batch.images.dtype == torch.uint8
+    return (
+        batch.sample_ids.tolist(),
+        hashlib.sha256(batch.images.numpy().tobytes()).hexdigest(),
+        batch.masks["visible_indices"].tolist(),
+        batch.masks["predict_indices"].tolist(),
+    )
+
+
+def take(loader, count):
+    with loader:
+        return [fingerprint(next(loader)) for _ in range(count)]
+
+
+def ids(loader, count):
+    with loader:
+        return [index for _ in range(count) for index in next(loader).sample_ids.tolist()]
+
+
+def through_json(position):
+    return json.loads(json.dumps(position))

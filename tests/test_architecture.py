@@ -14,13 +14,13 @@ from runs import run_forked
 
 LAYERS = [
     {"utils", "default_eval_config", "demo_data"},
-    {"weights"},
+    {"archives", "weights"},
     {"config", "distributed", "masking", "model", "sources", "speed.attention", "speed.clustering_triton", "speed.fp8"},
     {"crops", "keys", "pixels", "speed.recomputing"},
     {"speed.device_decode"},
     {"cae", "checkpoint", "clustering", "data", "flops", "fsdp", "hubconf", "ijepa", "launch", "metrics", "optim"},
     {"tasks"},
-    {"baselines", "pictures", "readouts", "report", "speed.clustering", "speed.compiling"},
+    {"baselines", "pictures", "readouts", "report", "sheets", "speed.clustering", "speed.compiling"},
     {"evaluation", "probe"},
     {"cae_tokenizer", "labels"},
     {"training_evals"},
@@ -39,7 +39,7 @@ FOLDERS = ("baselines", "bench", "demo_data", "experiments", "tasks")
 """Folders that are placed as a whole: their files may import each other."""
 SOURCES = [*MODULES, *sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))]
 HEAVY = {"datasets", "submitit", "matplotlib", "sklearn", "scipy", "timm", "xformers", "huggingface_hub", "pandas",
-         "transformers", "faster_coco_eval", "pycocotools"}  # fmt: skip
+         "transformers", "faster_coco_eval", "pycocotools", "jinja2", "markupsafe", "fsspec"}  # fmt: skip
 
 
 parse = functools.cache(ast.parse)  # every test here reads the same files

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import hashlib
 import io
 import json
 import logging
@@ -31,7 +30,18 @@ from conftest import PYTHON, ROOT
 from PIL import Image
 from ranks import exit_codes
 from runs import TINY
-from samples import age, encode, make_config, photo
+from samples import (
+    MemoryDataset,
+    MemoryStream,
+    age,
+    encode,
+    fingerprint,
+    ids,
+    make_config,
+    photo,
+    take,
+    through_json,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -50,57 +60,6 @@ from data import (
 from sources import BadImageError, ImageDataset, ImageStream, Sample, decode_image, make_dataset
 from train_capi import make_loader
 from utils import UserError
-
-
-class MemoryDataset(ImageDataset):
-    def __init__(self, size, bad=()):
-        self.files = [b"not an image" if index in bad else encode(photo(index)) for index in range(size)]
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        return Sample(f"image {index}", lambda: self.files[index])
-
-
-class MemoryStream(ImageStream):
-    """Shards of samples; the name of a sample is its number over all shards."""
-
-    def __init__(self, *sizes, bad=()):
-        self.num_shards = len(sizes)
-        self.firsts = np.cumsum([0, *sizes]).tolist()
-        self.bad = bad
-        self.png = encode(photo(0))
-
-    def read_shard(self, shard, start=0):
-        for number in range(self.firsts[shard] + start, self.firsts[shard + 1]):
-            yield Sample(f"sample {number}", lambda number=number: b"bad" if number in self.bad else self.png)
-
-
-def fingerprint(batch):
-    """Everything that training sees of a batch."""
-    assert batch.images.dtype == torch.uint8
-    return (
-        batch.sample_ids.tolist(),
-        hashlib.sha256(batch.images.numpy().tobytes()).hexdigest(),
-        batch.masks["visible_indices"].tolist(),
-        batch.masks["predict_indices"].tolist(),
-    )
-
-
-def take(loader, count):
-    with loader:
-        return [fingerprint(next(loader)) for _ in range(count)]
-
-
-def ids(loader, count):
-    with loader:
-        return [index for _ in range(count) for index in next(loader).sample_ids.tolist()]
-
-
-def through_json(position):
-    return json.loads(json.dumps(position))
-
 
 # -------------------------------------------------------------------------------------- crops and batches
 
@@ -331,6 +290,25 @@ def test_a_changed_dataset_is_told(caplog):
 def test_in_chans_other_than_3_is_refused():
     with pytest.raises(UserError, match=r"model\.in_chans=4: images are RGB"):
         make_loader(make_config("model.in_chans=4"), dataset=MemoryDataset(1))
+
+
+@pytest.mark.parametrize("dataset", [MemoryDataset(9, bad=(1, 4)), MemoryStream(5, 4, bad=(0,))])
+def test_peeking_shows_what_comes_next_and_takes_nothing(dataset):
+    config = make_config("data.stream_partitions=2", "data.max_bad_fraction=1.0", workers=2)
+    loader = make_loader(config, dataset=dataset)
+    peeked = loader.peek(2)
+    assert not loader.workers and loader.peek(3).images.shape[0] == 3
+    loader.num_workers = 0
+    with loader:
+        batch = next(loader)
+        assert torch.equal(peeked.images, batch.images[:2])
+        assert all(torch.equal(peeked.masks[name], mask) for name, mask in batch.masks.items())
+        assert fingerprint(loader.peek(4)) == fingerprint(next(loader)), "from where it has come to"
+
+
+def test_peeking_at_what_cannot_be_read_is_the_error_of_reading_it():
+    with pytest.raises(UserError, match="images in a row cannot be read"):
+        make_loader(make_config(), dataset=MemoryDataset(2, bad=(0, 1))).peek(2)
 
 
 def test_describe_says_what_is_read(folder):

@@ -3,19 +3,17 @@
 import json
 import math
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from conftest import ROOT, seeded
+from finetunes import CASES, CLASS_COLOURS, COMMON, pretrain, write_classes
 from PIL import Image
-from ranks import run_on_ranks
-from runs import KillableRun, assert_same_run, logged_steps, make_images, metrics_of, run_forked, run_main, tiny
+from runs import logged_steps, run_forked
 
 import eval_finetuned
 import finetune_classification as script
@@ -23,41 +21,17 @@ import finetuning
 from data import Batch, normalize
 from utils import UserError
 
-COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
-
-TINY = [
-    "train.device=cpu",
-    "train.log_loss_every=1",
-    "train.checkpointing.period=2",
-    "optim.epochs=null",
-    "optim.total_iters=6",
-    "optim.batch_size_per_gpu=4",
-    "data.images_size=16",
-    "efficiency.param_dtype=float32",
-    "efficiency.dataloader_num_workers=0",
-]
+CASE = CASES["classification"]
 
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory) -> Path:
-    """Folders train and test with images of three classes, each of a colour with noise."""
-    root, rng = tmp_path_factory.mktemp("classes"), np.random.default_rng(0)
-    for part, number in (("train", 6), ("test", 4)):
-        for name, colour in COLOURS.items():
-            (root / part / name).mkdir(parents=True)
-            for i in range(number):
-                pixels = (np.array(colour) + rng.normal(0, 25, (24, 20, 3))).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
-    return root
+    return write_classes(tmp_path_factory.mktemp("classes"))
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory) -> Path:
-    """What a few steps of pretraining export."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    images = make_images(folder / "images")
-    assert run_main(tiny(images, folder / "run", "optim.total_iters=1", "model.decoder_kwargs.depth=1")) == 0
-    return folder / "run" / "student_ema.pth"
+    return pretrain(tmp_path_factory.mktemp("pretrained"))
 
 
 @pytest.fixture
@@ -65,8 +39,7 @@ def arguments(classes, pretrained, tmp_path):
     """Arguments of a tiny training in a folder of this test."""
 
     def make(name: str, *more: str) -> list[str]:
-        weights = f"backbone.model_loader_kwargs.pretrained_weights={pretrained}"
-        return [*TINY, weights, f"data.dataset={classes / 'train'}", f"train.output_dir={tmp_path / name}", *more]
+        return CASE.arguments(classes, f"pretrained_weights={pretrained}", tmp_path / name, *more)
 
     return make
 
@@ -82,9 +55,9 @@ def test_a_model_learns_as_typed_and_the_report_has_its_scores_and_pictures(clas
     EVALS["test"]["eval_config"]["test"]["test_dataset_name"] = str(classes / "test")
     (tmp_path / "evals.yaml").write_text(yaml.safe_dump({"evals": EVALS}))
     done = run_forked(
-        "finetune_classification.py", tmp_path / "evals.yaml", *TINY, "optim.total_iters=30",
-        f"backbone.model_loader_kwargs.pretrained_weights={pretrained}", f"data.dataset={classes / 'train'}",
-        f"train.output_dir={tmp_path / 'run'}", "classification.mixup=0", "classification.cutmix=0",
+        "finetune_classification.py", tmp_path / "evals.yaml",
+        *CASE.arguments(classes, f"pretrained_weights={pretrained}", tmp_path / "run"),
+        "optim.total_iters=30", "classification.mixup=0", "classification.cutmix=0",
         "classification.rand_augment=null", "optim.batch_size_per_gpu=9", "optim.layer_decay=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -97,66 +70,15 @@ def test_a_model_learns_as_typed_and_the_report_has_its_scores_and_pictures(clas
     assert "top5" not in (folder / "results" / "results.json").read_text().split('"scores"')[0]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_run_killed_at_any_moment_ends_like_one_never_interrupted(arguments, tmp_path, num_workers):
-    more = ["optim.ema_momentum=0.9", "backbone.drop_path_rate=0.5", f"efficiency.dataloader_num_workers={num_workers}"]
-    assert script.main(arguments("straight", *more)) == 0
-    killed = arguments("killed", *more)
-    for at_step in (1, 3, 5):
-        run = KillableRun(killed, tmp_path / "killed", "finetune_classification")
-        run.wait_for(lambda at_step=at_step: logged_steps(tmp_path / "killed") >= at_step)
-        run.signal(signal.SIGKILL)
-        assert run.join() == -signal.SIGKILL
-    assert script.main(killed) == 0
-    assert_same_run(tmp_path / "killed", tmp_path / "straight", ["model"])
-
-
-def test_a_run_goes_on_and_is_exported_without_the_weights_that_it_began_with(arguments, pretrained, tmp_path):
-    moved = tmp_path / "gone"
-    moved.mkdir()
-    for path in (pretrained, pretrained.with_suffix(".yaml")):
-        shutil.copy(path, moved)
-    own = ["optim.ema_momentum=0.9", "backbone.drop_path_rate=0.5"]
-    assert script.main(arguments("straight", *own)) == 0
-    run = arguments("run", *own, f"backbone.model_loader_kwargs.pretrained_weights={moved / pretrained.name}")
+def test_a_run_over_epochs_is_exported_without_its_images(arguments, tmp_path):
+    run = [x for x in arguments("run", "optim.epochs=1") if not x.startswith("optim.total_iters")]
     assert script.main(run) == 0
-    shutil.rmtree(moved)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000000006")  # as if it had been killed after step 4
-    assert script.main(run) == 0
-    assert_same_run(tmp_path / "run", tmp_path / "straight", ["model"])
-    before = torch.load(tmp_path / "run" / "model.pth", weights_only=True)
+    before = (tmp_path / "run" / "model.yaml").read_text()
     (tmp_path / "run" / "model.pth").unlink()
-    assert script.main([*run, "--export"]) == 0
-    after = torch.load(tmp_path / "run" / "model.pth", weights_only=True)
-    assert all(torch.equal(after[key], before[key]) for key in before)
-    model = finetuning.load_model(tmp_path / "run" / "model.pth")
-    assert model.cfg.classes == list(COLOURS)
-    assert model(torch.zeros(1, 3, 16, 24)).feature_map.shape == (1, 4, 6, 32)
-
-
-FORWARD_PASSES = 2
-
-
-def train_on_this_rank(arguments: list[str]) -> None:
-    share = f"optim.accumulation_steps={FORWARD_PASSES // dist.get_world_size()}"
-    cfg, _ = script.open_training_images(finetuning.load(script.CONFIG, script.DEFAULTS, [*arguments, share]))
-    Path(cfg.train.output_dir).mkdir(exist_ok=True)
-    finetuning.train(script.TASK, cfg, Path(cfg.train.output_dir), torch.device("cpu"))
-
-
-@pytest.mark.parametrize("mode", ["simple", "fully_shard", "none"])
-def test_ranks_are_accumulation_steps_of_one(arguments, tmp_path, mode):
-    more = ["optim.ema_momentum=0.5", "backbone.drop_path_rate=0.3", "optim.total_iters=3", f"efficiency.fsdp={mode}"]
-    run_on_ranks(train_on_this_rank, 1, arguments("alone", *more))
-    run_on_ranks(train_on_this_rank, 2, arguments("ranks", *more))
-    for a, b in zip(metrics_of(tmp_path / "ranks"), metrics_of(tmp_path / "alone"), strict=True):
-        for key in ("loss", "grad_norm"):
-            assert a[key] == pytest.approx(b[key], rel=2e-5), f"{key} at step {a['step']}"
-    a, b = (torch.load(tmp_path / name / "model.pth", weights_only=True) for name in ("ranks", "alone"))
-    assert a.keys() == b.keys()
-    for key in b:
-        torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=0, msg=key)
+    assert script.main([*run, "data.dataset=gone", "--export"]) == 0
+    assert (tmp_path / "run" / "model.pth").is_file()
+    after = (tmp_path / "run" / "model.yaml").read_text()
+    assert [line for line in after.splitlines() if line not in before.splitlines()] == ["  dataset: gone"]
 
 
 def test_the_average_is_what_is_exported_and_the_head_alone_learns_if_the_backbone_is_frozen(
@@ -175,7 +97,7 @@ def test_the_average_is_what_is_exported_and_the_head_alone_learns_if_the_backbo
 
 def loss_of(arguments: list[str], seed: int = 0, labels: tuple[int, ...] = (0, 1, 2, 1)) -> torch.Tensor:
     """Of made-up images, in evaluation mode, by the loss of a training with these arguments."""
-    cfg, _ = script.open_training_images(finetuning.load(script.CONFIG, script.DEFAULTS, arguments))
+    cfg, _ = script.TASK.open_data(finetuning.load(script.TASK, arguments))
     cfg = finetuning.prepared(cfg)
     state = finetuning.make_state(script.TASK, cfg, torch.device("cpu"), with_weights=True)
     with torch.no_grad():
@@ -192,7 +114,7 @@ NOTHING = ["classification.mixup=0", "classification.cutmix=0", "classification.
 
 
 def test_without_mixing_the_loss_is_smoothed_cross_entropy(arguments):
-    cfg, _ = script.open_training_images(finetuning.load(script.CONFIG, script.DEFAULTS, arguments("x", *NOTHING)))
+    cfg, _ = script.TASK.open_data(finetuning.load(script.TASK, arguments("x", *NOTHING)))
     state = finetuning.make_state(script.TASK, finetuning.prepared(cfg), torch.device("cpu"), with_weights=True)
     with torch.no_grad():
         state.model["head"].linear.weight.normal_(generator=seeded(3))
@@ -214,7 +136,7 @@ def test_what_is_done_to_a_batch_follows_from_its_seed(arguments, kept):
 
 def test_rand_augment_follows_from_seed_and_position(classes, arguments):
     pytest.importorskip("timm")
-    cfg, images = script.open_training_images(finetuning.load(script.CONFIG, script.DEFAULTS, arguments("x")))
+    cfg, images = script.TASK.open_data(finetuning.load(script.TASK, arguments("x")))
     maker = script.LabelledCrops(cfg)
     first, again, other = (maker.make(images[7], position)[0] for position in (3, 3, 4))
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -225,9 +147,7 @@ def test_rand_augment_follows_from_seed_and_position(classes, arguments):
 
 def test_labels_per_class_choose_by_the_seed(arguments):
     def chosen(*more: str) -> list[int]:
-        cfg, images = script.open_training_images(
-            finetuning.load(script.CONFIG, script.DEFAULTS, arguments("x", *more))
-        )
+        cfg, images = script.TASK.open_data(finetuning.load(script.TASK, arguments("x", *more)))
         assert cfg.data.images_per_epoch == len(images)
         return images.rows.tolist()
 
@@ -253,9 +173,7 @@ def evaluated(weights: Path, dataset: Path | str, output_dir: Path, *more: str) 
 def finished(classes, pretrained, tmp_path_factory) -> Path:
     """An export whose head has been set so that it predicts different classes."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    weights = f"backbone.model_loader_kwargs.pretrained_weights={pretrained}"
-    own = [*TINY, weights, f"data.dataset={classes / 'train'}", f"train.output_dir={run}", "optim.total_iters=1"]
-    assert script.main(own) == 0
+    assert script.main(CASE.arguments(classes, f"pretrained_weights={pretrained}", run, "optim.total_iters=1")) == 0
     state = torch.load(run / "model.pth", weights_only=True)
     state["head.linear.weight"] = torch.randn(3, 32, generator=seeded(0))
     torch.save(state, run / "model.pth")
@@ -265,8 +183,8 @@ def finished(classes, pretrained, tmp_path_factory) -> Path:
 def test_scores_are_those_of_the_predictions_one_by_one(finished, classes, tmp_path):
     assert evaluated(finished, classes / "test", tmp_path, "batch_size=5") == 0
     scores = json.loads((tmp_path / "results_finetuned.json").read_text())["results"]["finetuned"]
-    model, right = finetuning.load_model(finished), {name: [] for name in COLOURS}
-    for number, name in enumerate(COLOURS):
+    model, right = finetuning.load_model(finished), {name: [] for name in CLASS_COLOURS}
+    for number, name in enumerate(CLASS_COLOURS):
         for path in sorted((classes / "test" / name).iterdir()):
             image = Image.open(path).resize((18, 22), Image.Resampling.BICUBIC).crop((1, 3, 17, 19))
             pixels = torch.from_numpy(np.array(image)).movedim(-1, 0)[None]
@@ -376,7 +294,7 @@ def test_epochs_are_counted_in_the_images_that_are_there(arguments, tmp_path):
 
 
 def test_a_length_in_steps_is_not_overruled_by_epochs_in_silence(classes, capsys):
-    short = [word for word in TINY if not word.startswith("optim.epochs")]
+    short = [word for word in [*COMMON, *CASE.tiny] if not word.startswith("optim.epochs")]
     assert script.main([*short, f"data.dataset={classes / 'train'}"]) == 2
     assert "optim.total_iters=6: the length is that of optim.epochs=100" in capsys.readouterr().err
 

@@ -4,7 +4,6 @@ import functools
 import json
 import logging
 import math
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, run_cli, seeded
+from finetunes import CASES, CATEGORIES, COMMON, SIZE, objects_content, train_on_this_rank, write_coco
 from PIL import Image
 from pycocotools import mask as rle
 from ranks import run_on_ranks
 from runs import TINY as TINY_PRETRAINING
-from runs import KillableRun, assert_same_run, logged_steps, metrics_of, run_forked
+from runs import metrics_of, run_forked
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import generalized_box_iou
@@ -45,68 +45,7 @@ from tasks.mask_rcnn import (
 from train_capi import DEFAULT_PRETRAIN_CONFIG, CapiConfig
 from utils import UserError
 
-CATEGORIES = {7: "yellow box", 3: "red box"}
-"""By ids that begin above 0, have a gap and are not in order."""
-COLOURS = {7: (230, 220, 40), 3: (200, 40, 40)}
-SIZE = 40
-
-TINY = [
-    "train.device=cpu",
-    "train.log_loss_every=1",
-    "train.checkpointing.period=2",
-    "optim.epochs=null",
-    "optim.total_iters=6",
-    "optim.batch_size_per_gpu=2",
-    "data.images_size=32",
-    "efficiency.param_dtype=float32",
-    "efficiency.dataloader_num_workers=0",
-    "detection.short_sides=[24,32]",
-    "detection.long_side=40",
-    "detection.crop_short_sides=[32]",
-    "detection.crop_range=[20,28]",
-    "detection.test_short_side=32",
-    "detection.test_long_side=40",
-    "detection.channels=8",
-    "detection.box_convs=1",
-    "detection.box_dim=16",
-    "detection.mask_convs=1",
-    "detection.num_proposals=20",
-    "detection.num_samples=8",
-]
-
-
-def content(num: int = 6) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Annotations in COCO's format of two rectangles in each image, and the images."""
-    rng = np.random.default_rng(0)
-    images, annotations, pictures = [], [], []
-    for i in range(num):
-        pixels = rng.integers(90, 110, (SIZE, SIZE + 8, 3), dtype=np.uint8)
-        images.append({"id": 100 + i, "file_name": f"part/{i}.png", "width": SIZE + 8, "height": SIZE})
-        for k, category in enumerate(CATEGORIES):
-            left, top = int(rng.integers(1, 5)) + 22 * k, int(rng.integers(1, 20))
-            width, height = int(rng.integers(10, 18)), int(rng.integers(10, 19))
-            pixels[top : top + height, left : left + width] = COLOURS[category]
-            right, bottom = left + width, top + height
-            polygon = [left, top, right, top, right, bottom, left, bottom]
-            annotations.append({
-                "id": 10 * i + k + 1, "image_id": 100 + i, "category_id": category, "bbox": [left, top, width, height],
-                "segmentation": [polygon], "iscrowd": 0, "area": width * height,
-            })  # fmt: skip
-        pictures.append(pixels)
-    categories = [{"id": identity, "name": name} for identity, name in CATEGORIES.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}, pictures
-
-
-def write_coco(folder: Path, change: Any = None, num: int = 6) -> Path:
-    """A folder with images and their annotations, after `change` was called with these."""
-    known, pictures = content(num)
-    (folder / "part").mkdir(parents=True)
-    for i, pixels in enumerate(pictures):
-        Image.fromarray(pixels).save(folder / "part" / f"{i}.png")
-    if change is not None:
-        known = change(known) or known
-    (folder / "annotations.json").write_text(json.dumps(known))
-    return folder
+CASE = CASES["detection"]
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +66,7 @@ def arguments(boxes, model_config, tmp_path):
     """Arguments of a tiny training in a folder of this test."""
 
     def make(name: str, *more: str) -> list[str]:
-        model = f"backbone.model_loader_kwargs.config_path={model_config}"
-        return [*TINY, model, f"data.dataset={boxes}", f"train.output_dir={tmp_path / name}", *more]
+        return CASE.arguments(boxes.parent, f"config_path={model_config}", tmp_path / name, *more)
 
     return make
 
@@ -136,9 +74,7 @@ def arguments(boxes, model_config, tmp_path):
 @pytest.fixture
 def opened(arguments):
     """The configuration of a tiny training with its classes, and its images."""
-    return lambda *more: script.open_training_images(
-        finetuning.load(script.CONFIG, script.DEFAULTS, arguments("run", *more))
-    )
+    return lambda *more: script.TASK.open_data(finetuning.load(script.TASK, arguments("run", *more)))
 
 
 # --- Training, and scores of what was trained ------------------------------------------------------------------------
@@ -175,47 +111,6 @@ def test_a_model_is_trained_and_scored_as_typed_and_keeps_the_ids_of_the_data(ar
         assert scores[name]["AP"] == pytest.approx(evaluation.stats[0], abs=1e-9), name
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_run_killed_at_any_moment_ends_like_one_never_interrupted(arguments, tmp_path, num_workers):
-    more = ["optim.ema_momentum=0.9", "backbone.drop_path_rate=0.5", f"efficiency.dataloader_num_workers={num_workers}"]
-    assert script.main(arguments("straight", *more)) == 0
-    killed = arguments("killed", *more)
-    for at_step in (1, 3, 5):
-        run = KillableRun(killed, tmp_path / "killed", "finetune_detection")
-        run.wait_for(lambda at_step=at_step: logged_steps(tmp_path / "killed") >= at_step)
-        run.signal(signal.SIGKILL)
-        assert run.join() == -signal.SIGKILL
-    assert script.main(killed) == 0
-    assert_same_run(tmp_path / "killed", tmp_path / "straight", ["model"])
-
-
-FORWARD_PASSES = 2
-
-
-def train_on_this_rank(arguments: list[str]) -> None:
-    share = f"optim.accumulation_steps={FORWARD_PASSES // dist.get_world_size()}"
-    cfg, _ = script.open_training_images(finetuning.load(script.CONFIG, script.DEFAULTS, [*arguments, share]))
-    Path(cfg.train.output_dir).mkdir(exist_ok=True)
-    finetuning.train(script.TASK, cfg, Path(cfg.train.output_dir), torch.device("cpu"))
-
-
-@pytest.mark.parametrize("mode", ["simple", pytest.param("fully_shard", marks=pytest.mark.long), "none"])
-def test_ranks_are_accumulation_steps_of_one(arguments, tmp_path, mode):
-    """With LayerNorm: what BatchNorm computes depends on all boxes of a forward pass, which ranks share and
-    accumulation steps do not."""
-    more = ["backbone.drop_path_rate=0.3", "optim.total_iters=3", f"efficiency.fsdp={mode}"]
-    run_on_ranks(train_on_this_rank, 1, arguments("alone", *more))
-    run_on_ranks(train_on_this_rank, 2, arguments("ranks", *more))
-    for a, b in zip(metrics_of(tmp_path / "ranks"), metrics_of(tmp_path / "alone"), strict=True):
-        for key in ("loss", "grad_norm", *script.TASK.losses):
-            assert a[key] == pytest.approx(b[key], rel=5e-4), f"{key} at step {a['step']}"
-    a, b = (torch.load(tmp_path / name / "model.pth", weights_only=True) for name in ("ranks", "alone"))
-    assert a.keys() == b.keys()
-    for key in b:
-        torch.testing.assert_close(a[key], b[key], atol=5e-5, rtol=0, msg=key)
-
-
 def only_in_the_first(known: dict[str, Any]) -> None:
     first = known["images"][0]["id"]
     known["annotations"] = [entry for entry in known["annotations"] if entry["image_id"] == first]
@@ -225,7 +120,8 @@ def only_in_the_first(known: dict[str, Any]) -> None:
 def test_ranks_whose_images_are_empty_train_beside_others(arguments, tmp_path, mode):
     few = write_coco(tmp_path / "few", only_in_the_first)
     more = [f"data.dataset={few}", "detection.skip_empty=false", "optim.total_iters=3", f"efficiency.fsdp={mode}"]
-    run_on_ranks(train_on_this_rank, 2, arguments("ranks", *more, "optim.batch_size_per_gpu=1"), timeout_s=60)
+    share = "optim.batch_size_per_gpu=2"
+    run_on_ranks(train_on_this_rank, 2, "detection", arguments("ranks", *more, share), timeout_s=60)
     assert [record["step"] for record in metrics_of(tmp_path / "ranks")] == [1, 2, 3]
 
 
@@ -280,8 +176,28 @@ def finished(boxes, model_config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
     model = f"backbone.model_loader_kwargs.config_path={model_config}"
     own = ["optim.total_iters=1", f"data.dataset={boxes}", f"train.output_dir={folder}"]
-    assert script.main([*TINY, model, *own]) == 0
+    assert script.main([*COMMON, *CASE.tiny, model, *own]) == 0
     return folder / "model.pth"
+
+
+def test_where_objects_belong_is_read_of_the_host_copy(opened):
+    """Which objects, and how large an image is without padding: a GPU that was asked would be waited for."""
+    losses = []
+    for on_device in (True, False):
+        cfg, images = opened("detection.short_sides=[24]")
+        state = finetuning.make_state(script.TASK, cfg, torch.device("cpu"), with_weights=True, compiled=False)
+        maker = script.ChangedImages(cfg, 2.0)
+        learned = [maker.make(images[i], i) for i in range(3)]
+        first = learned[0]
+        empty = script.Learned(first.pixels, first.boxes[:0], first.classes[:0], first.masks[:0])
+        batch = maker.batch([empty, *learned[1:]], [], [0, 1, 2], []).to("cpu")
+        assert batch.labels["image"].tolist() == [1, 1, 2, 2]
+        if not on_device:
+            unread = {name: torch.full_like(batch.labels[name], -9) for name in ("image", "size")}
+            batch = replace(batch, labels=batch.labels | unread)
+        batch = replace(batch, images=normalize(batch.images))
+        losses.append(finetuning.train_step(state, [batch], 1e-3, script.make_loss(cfg)))
+    assert losses[0] == losses[1]
 
 
 def test_losses_in_bfloat16_are_those_in_float32_but_for_rounding(opened):
@@ -315,12 +231,12 @@ CONFIGS = sorted(path.name for path in (ROOT / "configs" / "finetune").glob("*de
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configurations_are_complete(name):
-    cfg = finetuning.load(script.CONFIG, script.DEFAULTS, [str(ROOT / "configs" / "finetune" / name)])
+    cfg = finetuning.load(script.TASK, [str(ROOT / "configs" / "finetune" / name)])
     assert cfg.detection.channels > 0
 
 
 def test_the_learning_rate_of_cae_falls_to_a_tenth_after_nine_and_eleven_of_twelve_epochs():
-    cfg = finetuning.load(script.CONFIG, script.DEFAULTS, [
+    cfg = finetuning.load(script.TASK, [
         str(ROOT / "configs" / "finetune" / "cae_detection.yaml"), "optim.epochs=null", "optim.total_iters=12000",
     ])  # fmt: skip
     rates = [script.lr_at(step, cfg) for step in (0, 499, 500, 8999, 9000, 10999, 11001, 11999)]
@@ -700,7 +616,7 @@ def test_categories_are_numbered_without_gaps_in_the_order_of_their_ids(boxes):
     assert data.class_names == ["red box", "yellow box"]
     assert data.annotations.category_ids == [3, 7]
     known = data.objects(2)
-    expected, _ = content()
+    expected, _ = objects_content()
     own = [entry for entry in expected["annotations"] if entry["image_id"] == 102]
     assert known.classes.tolist() == [1, 0]
     assert known.boxes[:, 2:].sub(known.boxes[:, :2]).tolist() == [entry["bbox"][2:] for entry in own]

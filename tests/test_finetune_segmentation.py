@@ -3,7 +3,6 @@
 import colorsys
 import itertools
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from conftest import ROOT, seeded
+from finetunes import (
+    CASES,
+    LABEL_COLOURS,
+    LABEL_NAMES,
+    pretrain,
+    segmentation_url,
+    train_on_this_rank,
+    write_masks,
+)
 from PIL import Image
 from ranks import run_on_ranks
-from runs import KillableRun, assert_same_run, logged_steps, make_images, metrics_of, run_forked, run_main, tiny
+from runs import metrics_of, run_forked
 
 import cae
 import eval_finetuned
@@ -30,62 +37,18 @@ from finetuning import layer_scales
 from sources import UNLABELLED, SegmentationDataset
 from utils import UserError
 
-NAMES = ["ground", "(void)", "blue", "red"]
-COLOURS = np.array([(90, 150, 60), (128, 128, 128), (40, 60, 200), (210, 50, 40)])
-"""Of each label."""
-
-TINY = [
-    "train.device=cpu",
-    "train.log_loss_every=1",
-    "train.checkpointing.period=2",
-    "optim.total_iters=6",
-    "optim.batch_size_per_gpu=4",
-    "optim.lr_schedule.warmup_iters=0.3",
-    "data.images_size=16",
-    "efficiency.param_dtype=float32",
-    "efficiency.dataloader_num_workers=0",
-    "segmentation.channels=8",
-    "segmentation.auxiliary_channels=8",
-    "segmentation.resize=[64,16]",
-]
-
-
-def draw(rng: np.random.Generator, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image and its labels: ground with a void stripe, and a blue and a red rectangle."""
-    labels = np.zeros((height, width), np.uint8)
-    labels[: height // 8] = 1
-    for label in (2, 3):
-        top, left = rng.integers(0, height // 2), rng.integers(0, width // 2)
-        labels[top : top + height // 2, left : left + width // 3] = label
-    return (COLOURS[labels] + rng.normal(0, 6, (height, width, 3))).clip(0, 255).astype(np.uint8), labels
+CASE = CASES["segmentation"]
+url = segmentation_url
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
-    """Folders train and test, each with images, masks, and classes.txt beside them."""
-    root, rng = tmp_path_factory.mktemp("folders"), np.random.default_rng(0)
-    (root / "classes.txt").write_text("\n".join(NAMES))
-    for part, number in (("train", 10), ("test", 4)):
-        for kind in ("images", "masks"):
-            (root / part / kind).mkdir(parents=True)
-        for i in range(number):
-            image, labels = draw(rng, 40 if i % 2 else 28, 32)
-            Image.fromarray(image).save(root / part / "images" / f"{i}.png")
-            Image.fromarray(labels).save(root / part / "masks" / f"{i}.png")
-    return root
-
-
-def url(folder: Path) -> str:
-    return f"custom://Segmentation?root='{folder}'"
+    return write_masks(tmp_path_factory.mktemp("folders"))
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory) -> Path:
-    """What a step of pretraining exports."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    images = make_images(folder / "images")
-    assert run_main(tiny(images, folder / "run", "optim.total_iters=1", "model.decoder_kwargs.depth=1")) == 0
-    return folder / "run" / "student_ema.pth"
+    return pretrain(tmp_path_factory.mktemp("pretrained"))
 
 
 @pytest.fixture
@@ -93,19 +56,17 @@ def arguments(folders, pretrained, tmp_path):
     """Arguments of a tiny training in a folder of this test."""
 
     def make(name: str = "run", *more: str) -> list[str]:
-        weights = f"backbone.model_loader_kwargs.pretrained_weights={pretrained}"
-        data = f"data.dataset={url(folders / 'train')}"
-        return [*TINY, weights, data, f"train.output_dir={tmp_path / name}", *more]
+        return CASE.arguments(folders, f"pretrained_weights={pretrained}", tmp_path / name, *more)
 
     return make
 
 
 def load(arguments: list[str]) -> script.FinetuneSegmentationConfig:
-    return finetuning.load(script.CONFIG, script.DEFAULTS, arguments)
+    return finetuning.load(script.TASK, arguments)
 
 
-def opened(arguments: list[str]) -> tuple[Any, Any, Any]:
-    return script.open_training_images(load(arguments))
+def opened(arguments: list[str]) -> tuple[Any, Any]:
+    return script.TASK.open_data(load(arguments))
 
 
 def state_of(arguments: list[str]) -> Any:
@@ -128,10 +89,10 @@ def test_a_model_learns_as_typed_and_the_report_has_its_scores_and_pictures(fold
     EVALS["test"]["eval_config"]["test"]["test_dataset_name"] = url(folders / "test")
     (tmp_path / "evals.yaml").write_text(yaml.safe_dump({"evals": EVALS}))
     done = run_forked(
-        "finetune_segmentation.py", tmp_path / "evals.yaml", *TINY, "optim.total_iters=60", "optim.layer_decay=1",
+        "finetune_segmentation.py", tmp_path / "evals.yaml",
+        *CASE.arguments(folders, f"pretrained_weights={pretrained}", tmp_path / "run"),
+        "optim.total_iters=60", "optim.layer_decay=1",
         "optim.lr_schedule.base_value=5e-3", "optim.batch_size_per_gpu=8", "segmentation.photometric_distortion=false",
-        f"backbone.model_loader_kwargs.pretrained_weights={pretrained}", f"data.dataset={url(folders / 'train')}",
-        f"train.output_dir={tmp_path / 'run'}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "run" / "evals" / "test").iterdir()
@@ -141,72 +102,13 @@ def test_a_model_learns_as_typed_and_the_report_has_its_scores_and_pictures(fold
     assert last["eval/test/test/finetuned/mIoU"] > 0.6, "three colours are not told apart"
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_run_killed_at_any_moment_ends_like_one_never_interrupted(arguments, tmp_path, num_workers):
-    more = ["optim.ema_momentum=0.9", "backbone.drop_path_rate=0.5", f"efficiency.dataloader_num_workers={num_workers}"]
-    assert script.main(arguments("straight", *more)) == 0
-    killed = arguments("killed", *more)
-    for at_step in (1, 3, 5):
-        run = KillableRun(killed, tmp_path / "killed", "finetune_segmentation")
-        run.wait_for(lambda at_step=at_step: logged_steps(tmp_path / "killed") >= at_step)
-        run.signal(signal.SIGKILL)
-        assert run.join() == -signal.SIGKILL
-    assert script.main(killed) == 0
-    assert_same_run(tmp_path / "killed", tmp_path / "straight", ["model"])
-
-
-@pytest.mark.parametrize("head", [pytest.param("uper", marks=pytest.mark.long), "linear"])
-def test_a_run_that_goes_on_ends_like_a_straight_one(arguments, tmp_path, head):
-    own = [f"segmentation.head={head}", "backbone.drop_path_rate=0.5"]
-    assert script.main(arguments("straight", *own)) == 0
-    run = arguments("run", *own)
-    assert script.main(run) == 0
-    *_, last = sorted((tmp_path / "run" / "checkpoints").iterdir())
-    last.rename(tmp_path / "not-reached")  # as if it had been killed after step 4
-    (tmp_path / "run" / "model.pth").unlink()
-    assert script.main(run) == 0
-    assert_same_run(tmp_path / "run", tmp_path / "straight", ["model"])
-    records = metrics_of(tmp_path / "run")
-    assert ("auxiliary" in records[0]) == (head == "uper")
-    for record in records:
+@BOTH
+def test_the_loss_is_the_sum_of_its_parts(arguments, tmp_path, head):
+    assert script.main(arguments("run", f"segmentation.head={head}", "optim.total_iters=2")) == 0
+    for record in metrics_of(tmp_path / "run"):
+        assert ("auxiliary" in record) == (head == "uper")
         parts = record["cross_entropy"] + record.get("auxiliary", 0.0)
         assert record["loss"] == pytest.approx(parts, rel=1e-5)
-
-
-IMAGES = 4
-"""Of an update, on all ranks."""
-
-
-def train_on_this_rank(arguments: list[str]) -> None:
-    share = f"optim.batch_size_per_gpu={IMAGES // dist.get_world_size()}"
-    cfg, *_ = opened([*arguments, share])
-    Path(cfg.train.output_dir).mkdir(exist_ok=True)
-    finetuning.train(script.TASK, cfg, Path(cfg.train.output_dir), torch.device("cpu"))
-
-
-@pytest.mark.parametrize(
-    ("head", "mode"),
-    [
-        pytest.param("uper", "simple", marks=pytest.mark.long),
-        pytest.param("uper", "none", marks=pytest.mark.long),
-        ("linear", "fully_shard"),
-    ],
-)
-def test_images_on_two_ranks_are_a_larger_batch_of_one(arguments, tmp_path, head, mode):
-    more = [f"segmentation.head={head}", f"efficiency.fsdp={mode}", "backbone.drop_path_rate=0", "optim.total_iters=3",
-            "segmentation.dropout=0", "optim.weight_decay=0"]  # fmt: skip
-    run_on_ranks(train_on_this_rank, 1, arguments("alone", *more))
-    run_on_ranks(train_on_this_rank, 2, arguments("ranks", *more))
-    for a, b in zip(metrics_of(tmp_path / "ranks"), metrics_of(tmp_path / "alone"), strict=True):
-        for key in ("loss", "grad_norm"):
-            assert a[key] == pytest.approx(b[key], rel=1e-4), f"{key} at step {a['step']}"
-    a, b = (torch.load(tmp_path / name / "model.pth", weights_only=True) for name in ("ranks", "alone"))
-    assert a.keys() == b.keys()
-    for key in b:
-        if key == "head.pyramid.levels.0.0.bias":  # a norm undoes it: its gradient is rounding, which AdamW scales up
-            continue
-        torch.testing.assert_close(a[key], b[key], atol=2e-4, rtol=1e-4, msg=key)
 
 
 @pytest.mark.parametrize("head", [pytest.param("uper", marks=pytest.mark.long), "linear"])
@@ -215,7 +117,8 @@ def test_bfloat16_is_close_to_float32_on_one_rank_and_on_two(arguments, tmp_path
     half = [*more, "efficiency.param_dtype=bfloat16"]
     assert script.main(arguments("float32", *more)) == 0
     assert script.main(arguments("one", *half)) == 0
-    run_on_ranks(train_on_this_rank, 2, arguments("two", *half, "efficiency.fsdp=simple"))
+    share = "optim.batch_size_per_gpu=4"
+    run_on_ranks(train_on_this_rank, 2, "segmentation", arguments("two", *half, "efficiency.fsdp=simple", share))
     plain = metrics_of(tmp_path / "float32")
     for name in ("one", "two"):
         for a, b in zip(metrics_of(tmp_path / name), plain, strict=True):
@@ -239,10 +142,10 @@ def table(found: script.LabelNumbers) -> dict[int, int]:
 
 
 def test_labels_that_count_are_numbered_without_those_that_do_not():
-    found = numbers(NAMES, [1, 255])
+    found = numbers(LABEL_NAMES, [1, 255])
     assert found.classes == ["ground", "blue", "red"]
     assert table(found) == {0: 0, 1: 255, 2: 1, 3: 2, 255: 255}
-    found = numbers(NAMES, [1, 255], "segmentation.ignore_labels=[0]")
+    found = numbers(LABEL_NAMES, [1, 255], "segmentation.ignore_labels=[0]")
     assert (found.classes, table(found)) == (["(void)", "blue", "red"], {0: 255, 1: 0, 2: 1, 3: 2, 255: 255})
 
 
@@ -319,7 +222,7 @@ def test_a_crop_avoids_places_where_one_class_has_too_much():
 
 
 def make(arguments: list[str], positions: range) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    cfg, dataset, found = opened(arguments)
+    cfg, (dataset, found) = opened(arguments)
     maker = script.LabelledCrops(cfg, found)
     return [maker.make(dataset[position % len(dataset)], position) for position in positions]
 
@@ -328,7 +231,7 @@ PLAIN = "segmentation.photometric_distortion=false"
 
 
 def test_labels_travel_with_their_pixels(arguments):
-    colours = torch.from_numpy(COLOURS[[0, 2, 3]]).float()
+    colours = torch.from_numpy(LABEL_COLOURS[[0, 2, 3]]).float()
     right = counted = 0
     flipped = set()
     for image, labels in make(arguments("x", PLAIN), range(30)):
@@ -605,9 +508,7 @@ def evaluated(weights: Path, dataset: str, output_dir: Path, *more: str) -> int:
 def finished(folders, pretrained, tmp_path_factory) -> Path:
     """An export whose last layer has been set so that it predicts different classes."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    weights = f"backbone.model_loader_kwargs.pretrained_weights={pretrained}"
-    own = [*TINY, weights, f"data.dataset={url(folders / 'train')}", f"train.output_dir={run}", "optim.total_iters=2"]
-    assert script.main(own) == 0
+    assert script.main(CASE.arguments(folders, f"pretrained_weights={pretrained}", run, "optim.total_iters=2")) == 0
     state = torch.load(run / "model.pth", weights_only=True)
     state["head.main.classifier.1.weight"] = torch.randn(3, 8, 1, 1, generator=seeded(0))
     torch.save(state, run / "model.pth")

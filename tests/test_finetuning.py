@@ -1,9 +1,14 @@
-"""finetuning.py: blocks and layers of any backbone, stochastic depth, and the vectors of CAE's recipe."""
+"""finetuning.py: blocks and layers of any backbone, the vectors of CAE's recipe, and runs of every task."""
+
+import shutil
 
 import pytest
 import torch
 from conftest import ROOT, seeded
+from finetunes import CASES, pretrain, train_on_this_rank
 from golden_cae import CAE, IMAGES, fill
+from ranks import run_on_ranks
+from runs import assert_close_runs, assert_same_run, train_through_kills
 from torch import nn
 
 import finetune_classification
@@ -230,8 +235,120 @@ def test_every_recipe_is_one_of_a_task(path):
     """By its name, or of classification; on top of the task's own defaults it says where the head's rate is highest."""
     task = path.stem.rpartition("_")[2]
     script = {"segmentation": finetune_segmentation, "detection": finetune_detection}.get(task, finetune_classification)
-    cfg = finetuning.load(script.CONFIG, script.DEFAULTS, [str(path)])
+    cfg = finetuning.load(script.TASK, [str(path)])
     total = cfg.optim.total_iters
     rates = [script.TASK.lr_at(step, cfg) for step in range(0, total, max(1, total // 200))]
     assert max(rates) == pytest.approx(cfg.optim.lr_schedule.base_value, rel=0.1)
     assert rates[-1] < 0.1 * max(rates)
+
+
+# --- Runs of every task ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    return pretrain(tmp_path_factory.mktemp("pretrained"))
+
+
+@pytest.fixture(scope="module")
+def data_of(tmp_path_factory):
+    """Folders with the data of each task."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in CASES}
+    for name, case in CASES.items():
+        case.write(folders[name])
+    return folders
+
+
+@pytest.fixture
+def arguments(data_of, pretrained, tmp_path):
+    """Arguments of a tiny training for a task, in a folder of this test."""
+
+    def make(name, output, *more, weights=pretrained):
+        return CASES[name].arguments(data_of[name], f"pretrained_weights={weights}", tmp_path / output, *more)
+
+    return make
+
+
+AVERAGED = ["optim.ema_momentum=0.9", "backbone.drop_path_rate=0.5"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "num_workers"), [("classification", 0), ("classification", 2), ("segmentation", 2), ("detection", 2)]
+)
+def test_a_run_killed_at_any_moment_ends_like_one_never_interrupted(arguments, tmp_path, name, num_workers):
+    script = CASES[name].script
+    workers = f"efficiency.dataloader_num_workers={num_workers}"
+    assert script.main(arguments(name, "straight", *AVERAGED)) == 0
+    train_through_kills(script, arguments(name, "killed", *AVERAGED, workers), tmp_path / "killed")
+    assert_same_run(tmp_path / "killed", tmp_path / "straight", ["model"])
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("classification", []),
+        pytest.param("segmentation", ["segmentation.head=uper"], marks=pytest.mark.long),
+        ("segmentation", ["segmentation.head=linear"]),
+        ("detection", []),
+    ],
+)
+def test_a_run_goes_on_without_the_weights_that_it_began_with_and_is_exported_without_data(
+    arguments, pretrained, tmp_path, name, own
+):
+    script, moved, run = CASES[name].script, tmp_path / "gone", tmp_path / "run"
+    moved.mkdir()
+    for path in (pretrained, pretrained.with_suffix(".yaml")):
+        shutil.copy(path, moved)
+    assert script.main(arguments(name, "straight", *AVERAGED, *own)) == 0
+    interrupted = arguments(name, "run", *AVERAGED, *own, weights=moved / pretrained.name)
+    assert script.main(interrupted) == 0
+    shutil.rmtree(moved)
+    shutil.rmtree(run / "checkpoints" / "step_000000006")  # as if it had been killed after step 4
+    (run / "model.pth").unlink()
+    assert script.main(interrupted) == 0
+    assert_same_run(run, tmp_path / "straight", ["model"])
+    before = torch.load(run / "model.pth", weights_only=True)
+    (run / "model.pth").unlink()
+    assert script.main([*interrupted, "data.dataset=gone", "--export"]) == 0
+    after = torch.load(run / "model.pth", weights_only=True)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    model = finetuning.load_model(run / "model.pth")
+    assert model.cfg.classes == script.TASK.open_data(finetuning.load(script.TASK, interrupted))[0].classes
+    assert model(torch.zeros(1, 3, 16, 24)).feature_map.shape == (1, 4, 6, 32)
+
+
+STEPS_ARE_RANKS = ["optim.ema_momentum=0.5", "backbone.drop_path_rate=0.3", "optim.accumulation_steps=2"]
+IMAGES_ARE_SHARED = [
+    "backbone.drop_path_rate=0",
+    "segmentation.dropout=0",
+    "optim.weight_decay=0",
+    "optim.batch_size_per_gpu=4",
+]
+"""What batch norm computes depends on all images, which ranks share and accumulation steps do not; drop path depends on
+places in a batch."""
+ROUNDED = {"rel": 1e-4, "atol": 2e-4, "rtol": 1e-4, "but": ["head.pyramid.levels.0.0.bias"]}
+"""A norm undoes that bias: its gradient is rounding, which AdamW scales up."""
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "own", "tolerances"),
+    [
+        ("classification", "simple", STEPS_ARE_RANKS, {}),
+        ("classification", "fully_shard", STEPS_ARE_RANKS, {}),
+        ("classification", "none", STEPS_ARE_RANKS, {}),
+        pytest.param("segmentation", "simple", IMAGES_ARE_SHARED, ROUNDED, marks=pytest.mark.long),
+        pytest.param("segmentation", "none", IMAGES_ARE_SHARED, ROUNDED, marks=pytest.mark.long),
+        ("segmentation", "fully_shard", ["segmentation.head=linear", *IMAGES_ARE_SHARED], ROUNDED),
+        # With LayerNorm.
+        ("detection", "simple", STEPS_ARE_RANKS, {"rel": 5e-4, "atol": 5e-5}),
+        pytest.param("detection", "fully_shard", STEPS_ARE_RANKS, {"rel": 5e-4, "atol": 5e-5}, marks=pytest.mark.long),
+        ("detection", "none", STEPS_ARE_RANKS, {"rel": 5e-4, "atol": 5e-5}),
+    ],
+)
+def test_ranks_divide_an_update_without_changing_it(arguments, tmp_path, name, mode, own, tolerances):
+    more = [f"efficiency.fsdp={mode}", "optim.total_iters=3", *own]
+    run_on_ranks(train_on_this_rank, 1, name, arguments(name, "alone", *more))
+    run_on_ranks(train_on_this_rank, 2, name, arguments(name, "ranks", *more))
+    losses = ["loss", *CASES[name].script.TASK.losses]
+    assert_close_runs(tmp_path / "ranks", tmp_path / "alone", *losses, export="model", **tolerances)

@@ -1,5 +1,7 @@
+import io
 import json
 import math
+import re
 import sys
 import weakref
 from dataclasses import replace
@@ -7,9 +9,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import seeded
+from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -209,6 +213,13 @@ def test_a_damaged_line_inside_the_file_is_an_error_with_its_number(tmp_path):
     assert "rubbish" in (tmp_path / "metrics.jsonl").read_text(), "an error must not touch the file"
 
 
+def test_damaged_lines_are_told_and_left_out_where_that_is_asked_for(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"step": 1}\nnot json\n[1]\n{"loss": 1}\n{"step": 2}\n{"step": 3')
+    damaged: list[str] = []
+    assert read_metrics(tmp_path / "m.jsonl", damaged) == [{"step": 1}, {"step": 2}]
+    assert [re.sub(" is .*", "", line) for line in damaged] == [f"m.jsonl, line {number}" for number in (2, 3, 4)]
+
+
 def test_a_missing_metrics_file_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no metrics file"):
         read_metrics(tmp_path / "metrics.jsonl")
@@ -275,6 +286,11 @@ class FakeRun:
         self.calls.append("finish")
 
 
+def fake_image(path: str) -> tuple[int, ...]:
+    with Image.open(path) as image:
+        return np.asarray(image).shape
+
+
 def fake_wandb(calls: list[Any]) -> ModuleType:
     class Run(FakeRun):
         def log(self, data: dict[str, Any], step: int | None = None, commit: bool | None = None) -> None:
@@ -285,7 +301,7 @@ def fake_wandb(calls: list[Any]) -> ModuleType:
         return Run(calls, name)
 
     module = ModuleType("wandb")
-    module.__dict__.update(init=init)
+    module.__dict__.update(init=init, Image=fake_image)
     return module
 
 
@@ -300,7 +316,7 @@ def fake_trackio(calls: list[Any]) -> ModuleType:
         return Run(calls, "vits-2" if resume == "never" else name)  # as if the name was taken
 
     module = ModuleType("trackio")
-    module.__dict__.update(init=init)
+    module.__dict__.update(init=init, Image=fake_image)
     return module
 
 
@@ -318,11 +334,15 @@ def fake_mlflow(calls: list[Any]) -> ModuleType:
     def log_metrics(metrics: dict[str, float], step: int | None = None, synchronous: bool | None = None) -> None:
         calls.append((step, metrics, synchronous))
 
+    def log_image(image: np.ndarray, artifact_file: str | None = None, key: str = "", step: int | None = None) -> None:
+        assert re.fullmatch(r"[\w.\- ]+", key), "mlflow takes no other characters"
+        calls.append((step, {key: image.shape}, None))
+
     def end_run(status: str = "FINISHED") -> None:
         calls.append("finish" if status == "FINISHED" else status)
 
     module = ModuleType("mlflow")
-    functions = (set_experiment, start_run, log_dict, log_metrics, end_run)
+    functions = (set_experiment, start_run, log_dict, log_metrics, log_image, end_run)
     module.__dict__.update({function.__name__: function for function in functions})
     return module
 
@@ -354,6 +374,39 @@ def test_a_logger_gets_the_points_and_its_run_is_continued_after_a_resume(name, 
     assert resumed.get("resume", "allow") == "allow"
     assert "artifact_file" not in resumed, "mlflow keeps the configuration already"
     assert [call[0] for call in calls if isinstance(call, tuple)] == [3]
+
+
+@pytest.mark.parametrize(("name", "fake"), [("wandb", fake_wandb), ("trackio", fake_trackio), ("mlflow", fake_mlflow)])
+def test_a_logger_gets_pictures_beside_the_numbers(name, fake, tmp_path, monkeypatch):
+    calls: list[Any] = []
+    monkeypatch.setitem(sys.modules, name, fake(calls))
+    Image.new("RGB", (5, 4)).save(tmp_path / "a.png")
+    metrics = Metrics(tmp_path, [name])
+    metrics.picture(0, "eval/mine/pca", tmp_path / "a.png")
+    metrics.write(1, loss=0.5)
+    metrics.close()
+    shown = "eval_mine_pca" if name == "mlflow" else "eval/mine/pca"
+    assert [call[:2] for call in calls if isinstance(call, tuple)] == [(0, {shown: (4, 5, 3)}), (1, {"loss": 0.5})]
+    assert [json.loads(line) for line in metrics.path.read_text().splitlines()] == [{"step": 1, "loss": 0.5}]
+
+
+def test_tensorboard_shows_pictures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Image.new("RGB", (5, 4), (200, 100, 0)).save(tmp_path / "a.png")
+    metrics = Metrics(tmp_path, ["tensorboard"])
+    metrics.picture(7, "sheet", tmp_path / "a.png")
+    metrics.close()
+    (event,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("sheet")
+    assert (event.step, event.width, event.height) == (7, 5, 4)
+    with Image.open(io.BytesIO(event.encoded_image_string)) as image:
+        assert (np.asarray(image) == (200, 100, 0)).all()
+
+
+def test_ranks_without_loggers_and_runs_without_loggers_take_pictures_in_silence(tmp_path):
+    Metrics(tmp_path, ["tensorboard"], enabled=False).picture(0, "a", tmp_path / "never.png")
+    Metrics(tmp_path).picture(0, "a", tmp_path / "never.png")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_without_a_name_has_that_of_its_folder(tmp_path, monkeypatch):

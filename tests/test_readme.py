@@ -37,9 +37,9 @@ TRAINING = [command for command in COMMANDS if command.startswith("python train_
 TRAINING_CAE = [command for command in COMMANDS if command.startswith("python train_cae.py")]
 TRAINING_IJEPA = [command for command in COMMANDS if command.startswith("python train_ijepa.py")]
 SLURM = [command for command in COMMANDS if command.startswith("python train_distributed.py")]
-EXPORT, EXTRACT, BENCHMARK, TOKENIZER = (
+EXPORT, EXTRACT, BENCHMARK, TOKENIZER, REPORT = (
     next(command for command in COMMANDS if command.startswith(f"python {script}"))
-    for script in ("export.py", "extract_features.py", "benchmark.py", "cae_tokenizer.py")
+    for script in ("export.py", "extract_features.py", "benchmark.py", "cae_tokenizer.py", "report.py")
 )
 PICTURES = next(command for command in COMMANDS if command.startswith("python eval_visualizations.py"))
 EVALUATIONS = [command for command in COMMANDS if command.startswith("python eval_") and command != PICTURES]
@@ -69,6 +69,7 @@ def test_the_commands_are_all_of_a_kind_that_is_tested():
                 PICTURES,
                 BENCHMARK,
                 TOKENIZER,
+                REPORT,
                 install,
             ], command
 
@@ -210,6 +211,8 @@ def test_export_extraction_tokenizer_pictures_and_benchmark_run_as_written(mine)
     done = run(EXPORT, by=run_cli)
     assert done.returncode == 0, done.stderr
     assert all((mine / f"backbone.{kind}").is_file() for kind in ("pth", "safetensors", "onnx"))
+    done = run(REPORT)
+    assert (done.returncode, done.stdout) == (0, "runs/mine/report.html\n"), done.stderr
     done = run(EXTRACT, "device=cpu", "num_workers=0", by=run_cli)
     assert done.returncode == 0, done.stderr
     assert list((mine / "features" / "shards").glob("*.safetensors"))
@@ -364,7 +367,7 @@ def test_keys_that_are_named_exist():
         load_config(train_ijepa.IjepaConfig, train_ijepa.DEFAULT_CONFIG, []),
         load_config(train_cae.CaeConfig, train_cae.DEFAULT_CONFIG, []),
     ]
-    cfgs += [finetuning.load(script.CONFIG, script.DEFAULTS, []) for script in FINETUNERS]
+    cfgs += [finetuning.load(script.TASK, []) for script in FINETUNERS]
     sections = "train|capi|optim|data|model|efficiency|predictor|masks|regressor|decoder|tokenizer|cae|backbone"
     sections += "|classification|segmentation|detection"
     # Not file names, and not methods of the examples' `model`, which have a parenthesis.

@@ -416,6 +416,123 @@ def test_a_run_that_does_not_say_what_to_draw_has_its_losses_gradient_and_rate_d
     ]
 
 
+# The page of a training.
+
+
+def make_training(folder: Path) -> Path:
+    """A run whose names, log and configuration try to add elements, with an evaluation that drew something."""
+    run = make_run(folder)
+    text = "</pre></title><script>alert(1)</script>\"'>"
+    (run / "log.txt").write_text(
+        f"12:00:00 I capi: torch 2 on cpu, 1 process(es), code 0123abc\n12:00:01 W capi: slow {text}\n" * 2
+    )
+    (run / "config.yaml").write_text(f"optim: {{total_iters: 400}}\ndata: {{dataset: {json.dumps(text)}}}\n")
+    noise(run / "contact_sheet.png", 120, 80)
+    (run / "bad_files.jsonl").write_text(json.dumps({"file": f"{text}.png", "reason": "cut"}) + "\n")
+    for step in (100, 200):
+        results = run / "evals" / "mine" / f"step_{step:09d}" / "results"
+        noise(results / "pictures" / "artifacts" / "overview.png", 90 + step // 100, 60)
+        noise(results / "pictures" / "artifacts" / "pca.png", 190 + step // 100, 60)
+        content = {"name": text, "evaluations": {"pictures": entry({}, folder="pictures")}}
+        (results / "results.json").write_text(json.dumps(content))
+        with (run / "metrics.jsonl").open("a") as file:
+            scores = {f"eval/mine/{text.replace('/', '')}/knn/mIoU": step / 1000, "eval_step": step}
+            file.write(json.dumps({"step": 200, "images_per_s": 5.0, "eta_s": 7300.0, **scores}) + "\n")
+    return run
+
+
+def test_the_page_of_a_training_shows_all_there_is_and_nothing_of_it_becomes_an_element(tmp_path, capsys):
+    run = make_training(tmp_path / "<script>mine")
+    assert report.main([str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    text = (run / "report.html").read_text(encoding="utf-8")
+    page, words = Page(text), "".join(Page(text).words)
+    assert page.of("script") == []
+    assert words.count("<script>alert(1)</script>") >= 4, "log, note of the log, bad file, configuration"
+    assert len(page.of("title")) == len(page.of("h1")) == 1 and "Training <script>mine" in words
+    progress = (
+        r"Step 200 of 400 \(50%\), written \d+ seconds ago\. At that speed another 2 hours\. Last: capi_loss 3\.15"
+    )
+    assert re.search(progress, words)
+    assert words.count("log, 12:00:01: capi: slow") == 1, "what is said twice is noted once"
+    assert "0123abc" in words
+    alts = [str(image["alt"]) for image in page.of("img")]
+    assert alts[0].startswith("Contact sheet.")
+    assert sum("over 200 steps" in alt for alt in alts) == 6 + 2 + 1, "of the method, of speed, of a score"
+    assert [image["width"] for image in page.of("img")][-2:] == ["92", "192"], "pictures of the newest step alone"
+    assert [heading["id"] for heading in page.of("h2")] == [
+        "sheet",
+        "training",
+        "evaluations",
+        "pictures",
+        "log",
+        "about",
+    ]
+    assert all(str(image["src"]).startswith("data:image/") for image in page.of("img"))
+
+
+def test_a_training_without_metrics_is_said_to_have_none(tmp_path):
+    noise(tmp_path / "dry_run.png", 30, 20)
+    report.write_run_report(tmp_path, tmp_path / "page.html")
+    assert "No training has started in this folder yet." in (tmp_path / "page.html").read_text()
+    assert "a dry run said that it would see" in (tmp_path / "page.html").read_text()
+    (tmp_path / "log.txt").write_text("12:00:00 I capi: hello\n")
+    (tmp_path / "config.yaml").write_text("train: {log_loss_every: 10}\n")
+    report.write_run_report(tmp_path, tmp_path / "page.html")
+    assert (
+        "No metrics yet; the first line comes after train.log_loss_every=10 steps."
+        in (tmp_path / "page.html").read_text()
+    )
+
+
+def test_what_is_damaged_or_of_another_version_is_said_and_the_rest_is_shown(tmp_path):
+    run = make_training(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 300, "capi_loss": null}\nnot <b> json\n[1]\n{"step": 301, "capi_loss": "low"}\n{"step": 3')
+    (run / "panels.json").write_text('[{"title": "a", "axes": "b"}]')
+    (run / "config.yaml").write_text("train: [")
+    for path in (run / "contact_sheet.png", *run.glob("evals/*/*200/results/*/*/pca.png")):
+        path.write_bytes(path.read_bytes()[:200])
+    (run / "evals" / "mine" / "step_000000100" / "results" / "results.json").write_text("{")
+    failed = run / "evals" / "mine" / "step_000000300" / "failed"
+    failed.parent.mkdir()
+    failed.write_text("no <i> disk\n")
+    report.write_run_report(run, run / "report.html")
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    words = "".join(page.words)
+    for said in (
+        "metrics.jsonl, line 24 is not valid JSON",
+        "metrics.jsonl, line 25 is no JSON object with a step",
+        "unexpected keyword argument 'axes'; another version of the program may have written it",
+        "is not valid YAML",
+        "contact_sheet.png cannot be read as a picture",
+        "step_000000100/results/results.json cannot be read",
+        "evaluation mine/step_000000300 failed: no <i> disk",
+        "capi_loss was not finite, first in the line of step 300",
+        "1 more in ",
+        "Step 301, written",
+    ):
+        assert said in words, said
+    assert any(str(image["alt"]).startswith("Losses over 301 steps") for image in page.of("img"))
+
+
+def test_a_file_that_is_damaged_throughout_does_not_fill_the_page(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("x\n" * 1000 + '{"step": 1, "loss": 1}\n')
+    report.write_run_report(tmp_path, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("is not valid JSON") == 8 and "992 further faults" in text
+
+
+def test_a_folder_that_is_no_training_is_an_error_that_shows_where_one_is(tmp_path, capsys):
+    assert report.main([str(tmp_path / "nowhere")]) == 2
+    assert "there is no such folder; give the output folder of a training" in capsys.readouterr().err
+    make_run(tmp_path / "mine")
+    assert report.main([str(tmp_path)]) == 2
+    assert f"give the output folder of a training, such as {tmp_path / 'mine'}" in capsys.readouterr().err
+    assert report.main([str(tmp_path / "mine"), "--output", str(tmp_path / "no" / "page.html")]) == 2
+    assert "--output=" in capsys.readouterr().err
+
+
 # In a browser.
 
 

@@ -67,7 +67,7 @@ def test_a_data_url_is_split_into_source_name_and_literals(text, source, name, k
         ("hf://a/b?split='a'&split='b'", "split is given twice"),
         ("custom://Images?root=__import__('os').getcwd()", "is not a Python literal"),
         ("custm://ADE20K", "unknown source custm://; did you mean custom?"),
-        ("s3://bucket/x", "unknown source s3://; there are: custom, hf, torchvision"),
+        ("htps://host/x", "unknown source htps://; did you mean https?"),
         ("custom://ade20k?split='training'", "unknown name ade20k; did you mean ADE20K?"),
         ("custom://ImageNet", "unknown name ImageNet"),
         ("custom://Images", "needs root='/path/of/a/folder'"),

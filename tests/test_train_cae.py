@@ -29,13 +29,13 @@ from golden_cae import (
 )
 from ranks import run_on_ranks
 from runs import (
-    KillableRun,
+    assert_close_runs,
     assert_same_but_for_values,
     assert_same_run,
-    logged_steps,
     make_images,
     metrics_of,
     probed_and_evaluated,
+    train_through_kills,
     untrained,
 )
 from torch import Tensor
@@ -205,12 +205,7 @@ def test_an_interrupted_run_ends_like_one_never_interrupted(images, finished, tm
 
 def test_a_run_killed_at_any_moment_ends_like_one_never_interrupted(images, finished, tmp_path):
     arguments = tiny_run(images, tmp_path)
-    for at_step in (1, 3, 5):
-        run = KillableRun(arguments, tmp_path, script="train_cae")
-        run.wait_for(lambda at_step=at_step: logged_steps(tmp_path) >= at_step)
-        run.signal(signal.SIGKILL)
-        assert run.join() == -signal.SIGKILL
-    assert train_cae.main(arguments) == 0
+    train_through_kills(train_cae, arguments, tmp_path)
     assert_same_run(tmp_path, finished, exports=("student",))
 
 
@@ -239,15 +234,6 @@ def alone(images, tmp_path_factory) -> Path:
     return run
 
 
-def assert_close_runs(actual: Path, expected: Path) -> None:
-    for a, b in zip(metrics_of(actual), metrics_of(expected), strict=True):
-        for key in ("token_loss", "alignment_loss", "grad_norm"):
-            assert a[key] == pytest.approx(b[key], rel=2e-5), f"{key} at step {a['step']}"
-    a, b = (torch.load(run / "student.pth", weights_only=True) for run in (actual, expected))
-    for key in b:
-        torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=0, msg=key)
-
-
 @pytest.mark.parametrize(
     ("num_ranks", "mode"),
     [
@@ -259,7 +245,7 @@ def assert_close_runs(actual: Path, expected: Path) -> None:
 )
 def test_ranks_are_accumulation_steps_of_one_drop_path_included(images, alone, tmp_path, num_ranks, mode):
     on_ranks(images, tmp_path, num_ranks, f"efficiency.fsdp={mode}")
-    assert_close_runs(tmp_path, alone)
+    assert_close_runs(tmp_path, alone, "token_loss", "alignment_loss", export="student")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +259,7 @@ def test_a_run_continues_on_other_ranks(images, alone, tmp_path, before, after, 
     on_ranks(images, tmp_path, before, f"efficiency.fsdp={modes[0]}")
     (tmp_path / "checkpoints" / "step_000000003").rename(tmp_path / "not-reached")
     on_ranks(images, tmp_path, after, f"efficiency.fsdp={modes[1]}")
-    assert_close_runs(tmp_path, alone)
+    assert_close_runs(tmp_path, alone, "token_loss", "alignment_loss", export="student")
 
 
 def test_an_export_is_a_model_of_the_evaluations(finished):

@@ -5,11 +5,13 @@ import signal
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import toy_method
 import yaml
 from conftest import ROOT
+from PIL import Image
 from ranks import run_on_ranks
 from runs import FAKE_EVALUATION, TINY_TRAINING, assert_same_run, make_images, metrics_of, run_forked
 
@@ -45,6 +47,7 @@ def test_a_toy_learns_logs_and_exports(finished):
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert records[-1]["loss"] < records[0]["loss"]
     log = (finished / "log.txt").read_text()
+    assert f"contact sheet: {finished / 'contact_sheet.png'} (4 crops; normalised: mean" in log
     assert re.search(r"step 6/6  colour \d\.\d{3}  lr \S+  \|  \S+ img/s", log)
     weights = torch.load(finished / "student.pth", weights_only=True)
     assert {key.partition(".")[0] for key in weights} == {"backbone", "head"}
@@ -110,7 +113,13 @@ def test_the_commands_of_a_toy_are_those_of_every_training(place, finished, tmp_
     shown = run_forked(script, *arguments(place, tmp_path), "--dry-run", PYTHONPATH=str(ROOT))
     assert shown.returncode == 0, shown.stderr
     assert "a toy" in shown.stdout and "10 images" in shown.stdout
-    assert not list(tmp_path.iterdir()), "a dry run writes nothing"
+    assert [path.name for path in tmp_path.iterdir()] == ["dry_run.png"], "a dry run writes nothing but its pictures"
+    assert f"pictures     {tmp_path / 'dry_run.png'}, 4 crops; normalised: mean" in shown.stdout
+    sheets = [
+        Image.open(folder / name) for folder, name in ((tmp_path, "dry_run.png"), (finished, "contact_sheet.png"))
+    ]
+    of_dry_run, of_training = (np.asarray(sheet)[30:] for sheet in sheets)  # below what is said of the batch
+    assert np.array_equal(of_dry_run, of_training), "a dry run shows other crops than the training begins with"
     before = (finished / "student.pth").read_bytes()
     (finished / "student.pth").unlink()
     exported = run_forked(script, *arguments(place, finished), "--export", PYTHONPATH=str(ROOT))

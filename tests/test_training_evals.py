@@ -7,15 +7,17 @@ import textwrap
 import pytest
 import yaml
 from conftest import ROOT
+from PIL import Image
 from ranks import exit_codes
 from runs import FAKE_EVALUATION, make_images, metrics_of, run_main, tiny
 
 from config import DEFAULT_PRETRAIN_CONFIG, EvalConfig, chosen_evals, load_config, to_yaml
 from default_eval_config import EVALS
 from launch import StopRequest
+from metrics import Metrics
 from sources import is_on_disk
 from train_capi import CapiConfig
-from training_evals import OF_RANKS, Evaluations, plan_evals
+from training_evals import OF_RANKS, Evaluations, Landed, plan_evals
 from utils import UserError
 
 
@@ -154,6 +156,30 @@ def test_not_even_a_disk_that_takes_no_note_of_a_failure_stops_the_training(plac
     assert "evals.mine of step 1 failed, training goes on" in caplog.text
     assert "could not be marked as failed" in caplog.text
     assert runs.finished() == []
+
+
+def test_pictures_go_to_the_loggers_and_none_that_is_broken_stops_the_training(tmp_path, caplog, monkeypatch):
+    Image.new("RGB", (5, 4)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
+    launcher = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, ["data.dataset=x"]).launcher
+    runs = Evaluations(tmp_path, {}, launcher, device="cpu", kept_step=0)
+    landed = [
+        Landed(3, {}, {"bad": tmp_path / "bad.png", "good": tmp_path / "good.png"}),
+        Landed(4, {"eval/a": 0.5}, {}),
+    ]
+    monkeypatch.setattr(runs, "finished", lambda: landed)
+    shown: list[tuple[int, str]] = []
+
+    class Shown(Metrics):
+        def picture(self, step, name, path):
+            with Image.open(path) as image:
+                image.load()
+            shown.append((step, name))
+
+    runs.record(Shown(tmp_path), 5)
+    assert shown == [(5, "good")]
+    assert f"{tmp_path / 'bad.png'} is not shown in train.loggers" in caplog.text
+    assert metrics_of(tmp_path) == [{"step": 5, "eval/a": 0.5, "eval_step": 4}], "pictures alone make no line"
 
 
 def test_a_set_may_name_evaluations_of_the_defaults_and_change_them():

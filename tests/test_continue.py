@@ -1,0 +1,79 @@
+"""Continuing from weights: `optim.start` and the presets configs/continue, of every method."""
+
+import golden_cae
+import golden_ijepa
+import pytest
+import torch
+from conftest import ROOT
+from runs import make_images, tiny
+
+import train_cae
+import train_capi
+import train_ijepa
+from config import StartConfig
+from optim import started_rates
+
+REST_OF_CAPI = ("head.", "backbone.decoder.", "backbone.dec_norm.", "backbone.mask_token")
+METHODS = {
+    "capi": (train_capi, tiny, "student", "capi.yaml", REST_OF_CAPI),
+    "ijepa": (train_ijepa, golden_ijepa.tiny_run, "student_ema", "ijepa.yaml", ()),
+    "cae": (train_cae, golden_cae.tiny_run, "student", "cae.yaml", ("predictor.",)),
+}
+"""Script, arguments of a tiny run, name of an export, preset, and how what is not the encoder's begins in that."""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = make_images(tmp_path_factory.mktemp("data") / "images", size=40)
+    golden_cae.save_tokenizer(folder)
+    return folder
+
+
+def weights_of(run, export):
+    return torch.load(run / f"{export}.pth", weights_only=True)
+
+
+def test_the_encoder_waits_and_then_its_learning_rate_rises():
+    start = StartConfig(encoder_lr_mult=0.5, predictor_lr_mult=2.0, frozen_iters=2, ramp_iters=0.2)
+    rates = [started_rates(step, start, 20) for step in range(8)]
+    assert [each["encoder"] for each in rates] == [0, 0, 0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
+    assert {each["predictor"] for each in rates} == {2.0}
+    plain = StartConfig(encoder_lr_mult=1.0, predictor_lr_mult=1.0, frozen_iters=0, ramp_iters=0)
+    assert started_rates(0, plain, 20) == {"encoder": 1.0, "predictor": 1.0}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_encoder_is_not_changed_while_the_rest_learns(images, tmp_path, name):
+    script, arguments, export, preset, rest = METHODS[name]
+    assert script.main(arguments(images, tmp_path / "first", "optim.total_iters=1")) == 0
+    begun = weights_of(tmp_path / "first", export)
+    more = [
+        f"train.init_from={tmp_path / 'first' / export}.pth",
+        "optim.total_iters=2",
+        "optim.start.ramp_iters=0",
+        "train.seed=5",
+    ]
+    for run, frozen in (("waits", 2), ("learns", 1)):
+        own = [str(ROOT / "configs" / "continue" / preset), *more, f"optim.start.frozen_iters={frozen}"]
+        assert script.main(arguments(images, tmp_path / run, *own)) == 0
+    waited, learned = (weights_of(tmp_path / run, export) for run in ("waits", "learns"))
+    encoder = [key for key in begun if not key.startswith(rest)]
+    changed = {key for key in begun if not torch.equal(waited[key], begun[key])}
+    assert changed.isdisjoint(encoder)
+    assert not rest or changed, "the rest does not learn"
+    moved = {key for key in encoder if not torch.equal(learned[key], begun[key])}
+    assert len(moved) > 0.8 * len([key for key in encoder if "freqs" not in key and "pos" not in key])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.start.frozen_iters=1.5", "optim.start.frozen_iters=1.5: a number with a decimal point"),
+        ("optim.start.ramp_iters=99", "the encoder would have its learning rate at step 99 of optim.total_iters=4"),
+    ],
+)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_start_that_does_not_fit_is_named(images, tmp_path, capsys, name, override, message):
+    script, arguments, *_ = METHODS[name]
+    assert script.main(arguments(images, tmp_path / "run", "optim.total_iters=4", override)) == 2
+    assert message in capsys.readouterr().err
