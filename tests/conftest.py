@@ -27,6 +27,10 @@ from forked_python import make_stand_in
 from safetensors import safe_open
 from samples import encode, photo
 
+needs_fp8_on_a_cpu = pytest.mark.skipif(
+    not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU"),
+    reason="this torch multiplies no 8-bit floats on a CPU",
+)
 ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable
 """A process of its own, imports and all; `sys.executable` is forked off a server while tests run."""

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs_fp8_on_a_cpu
 from runs import make_images, run_forked, tiny
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -211,7 +211,9 @@ def test_attention_by_xformers_on_a_gpu_is_that_of_torch():
         assert (ours - theirs).norm() < 2e-2 * theirs.norm()
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=needs_fp8_on_a_cpu), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 def test_fp8_multiplies_each_row_as_precisely_as_any_other(device):
     linear = nn.Linear(64, 96)
     x = torch.randn(2, 37, 64)

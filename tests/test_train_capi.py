@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, load_golden_json, run_cli, seeded
+from conftest import ROOT, load_golden_json, needs_fp8_on_a_cpu, run_cli, seeded
 from golden import DROP_PATH, GOLDEN_CONFIG, NAIVE, frequencies, golden_batches, golden_part, golden_state
 from runs import (
     KillableRun,
@@ -156,6 +156,7 @@ def test_bfloat16_is_close_to_float32_and_keeps_float32_weights():
     assert {p.dtype for p in half.student.parameters()} == {torch.float32}
 
 
+@needs_fp8_on_a_cpu
 def test_a_teacher_in_fp8_changes_the_targets_a_little_and_the_student_not_at_all():
     half, coarse = (golden_state("efficiency.param_dtype=bfloat16", *more) for more in ([], [FP8]))
     images = golden_batches(0, 1)[0].images

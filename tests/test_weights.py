@@ -299,6 +299,7 @@ NOT_WEIGHTS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch 2.11
 @pytest.mark.parametrize("kind", NOT_WEIGHTS)
 def test_what_cannot_be_weights_is_refused_by_name(tmp_path, kind):
     content, message = NOT_WEIGHTS[kind]

@@ -48,7 +48,14 @@ def write_config(path: Path, images: Path) -> None:
     """A configuration of the toy that trains on a folder of images: the default one without what is CAPI's."""
     content = yaml.safe_load(DEFAULT_PRETRAIN_CONFIG.read_text())
     own = {
-        "optim": ("weight_decay", "patch_embed_lr_mult", "rope_lr_mult", "layernorm_wd_mult", "momentum_schedule"),
+        "optim": (
+            "start",
+            "weight_decay",
+            "patch_embed_lr_mult",
+            "rope_lr_mult",
+            "layernorm_wd_mult",
+            "momentum_schedule",
+        ),
         "data": ("mask_ratio", "prediction_subsampling", "masking_generator", "masking_generator_kwargs"),
     }
     for section, keys in own.items():
