@@ -166,8 +166,8 @@ def lost_bands(image: Image.Image) -> str | None:
         bands, read = tags.get(SAMPLES_PER_PIXEL, 1), len(image.getbands())
         if bands > read:
             return (
-                f"{bands} bands, {bands - read} of them left out; save the bands to train on as RGB, or pretrain on all "
-                "of them with model.in_chans and data.value_range"
+                f"{bands} bands, {bands - read} of them left out; save the bands to train on as RGB, or pretrain on "
+                "all of them with model.in_chans and data.value_range"
             )
         pages = getattr(image, "n_frames", 1)
         if pages > 1:
