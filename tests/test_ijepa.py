@@ -360,7 +360,7 @@ def test_sizes_are_read_from_weights(published):
     path, encoder, _ = published
     weights = published_part(torch.load(path, weights_only=True), "encoder")
     sizes = encoder_sizes(weights, str(path))
-    assert sizes == {"grid_size": 4, "patch_size": 12, "embed_dim": 32, "depth": 2, "mlp_dim": 128}
+    assert sizes == {"grid_size": 4, "patch_size": 12, "in_chans": 3, "embed_dim": 32, "depth": 2, "mlp_dim": 128}
     assert Encoder(**sizes, num_heads=4).state_dict().keys() == encoder.state_dict().keys()
 
 
