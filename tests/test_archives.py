@@ -492,6 +492,20 @@ def test_a_cache_holds_whole_copies_and_is_read_instead(remote, root, tmp_path, 
     assert {method for method, *_ in log} <= {"HEAD"}
 
 
+def test_a_copy_of_a_listed_image_is_read_without_asking_until_the_image_changes(tmp_path, monkeypatch):
+    memory, url = fsspec.filesystem("memory"), f"custom://Images?root='memory://listed'&cache='{tmp_path}'"
+    memory.pipe("/listed/x.png", first := encode(photo(0)))
+    dataset = make_dataset(url)
+    assert dataset[0].read() == first
+    asked = []
+    with monkeypatch.context() as patched:
+        patched.setattr(archives, "file_system", asked.append)
+        assert dataset[0].read() == first
+    assert not asked
+    memory.pipe("/listed/x.png", second := encode(photo(1)))
+    assert make_dataset(url)[0].read() == second
+
+
 def test_a_server_that_gives_no_parts_is_refused_with_a_remedy(remote, monkeypatch):
     top, serve = remote
     monkeypatch.setattr(archives, "REMOTE_BLOCK", 1024)
