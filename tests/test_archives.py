@@ -617,6 +617,9 @@ def test_every_data_set_has_its_share_of_each_block_and_epochs_of_its_own():
 def test_a_mixture_is_the_same_on_any_number_of_ranks_and_resumed(weights):
     mixed = mixture(5, 6, weights=weights)
     straight = ids(make_loader(make_config(batch_size=8), dataset=mixed), 8)
+    seed = make_config().train.seed
+    order = EpochOrder(11, seed) if weights is None else MixtureOrder(mixed, seed)
+    assert straight == [order.image_at(position) for position in range(64)]
     config = make_config(batch_size=4)
     loaders = [make_loader(config, dataset=mixed, rank=rank, world_size=2) for rank in range(2)]
     together = [index for _ in range(3) for loader in loaders for index in next(loader).sample_ids.tolist()]
