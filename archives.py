@@ -244,10 +244,7 @@ def stored_file(place: str, copies: Path | None = None) -> StoredFile:
     if about.get("size") is None:
         raise UserError(f"{place}: the server does not say how large it is; copy it to a disk")
     file = StoredFile(place, int(about["size"]), version_of(about))
-    if copies is None:
-        return file
-    copy = _copied(file, copies)
-    return StoredFile(place, file.size, file.version, str(copy), str(copy.stat().st_mtime_ns))
+    return file if copies is None else copied(file, copies)
 
 
 def version_of(about: dict[str, Any]) -> str:
@@ -256,7 +253,13 @@ def version_of(about: dict[str, Any]) -> str:
     return next((f"{name} {about[name]}" for name in names if about.get(name) is not None), "")
 
 
-def _copied(file: StoredFile, copies: Path) -> Path:
+def copied(file: StoredFile, copies: Path) -> StoredFile:
+    """A remote file with its copy in a folder, which is made if it is not there; errors are those of `stored_file`."""
+    copy = _copy_of(file, copies)
+    return StoredFile(file.place, file.size, file.version, str(copy), str(copy.stat().st_mtime_ns))
+
+
+def _copy_of(file: StoredFile, copies: Path) -> Path:
     # Not by fsspec's simplecache, which writes under the final name: another process would read half a file.
     digest = hashlib.blake2b(f"{file.place} {file.size} {file.version}".encode(), digest_size=16).hexdigest()
     copy = copies / f"{digest}-{file.name[-80:]}"
@@ -274,11 +277,19 @@ def _copied(file: StoredFile, copies: Path) -> Path:
     return copy
 
 
-def read_whole(place: str, copies: Path | None = None) -> bytes:
-    """The content of a file; arguments and errors are those of `stored_file`."""
-    if is_remote(place) and copies is None:
+def read_whole(place: str, copies: Path | None = None, known: tuple[int, str] | None = None) -> bytes:
+    """The content of a remote file.
+
+    Args:
+        place: its URL.
+        copies: as for `stored_file`.
+        known: size and version, where the place has told them; else it is asked for them before the copy is used.
+
+    Raises: as `stored_file`.
+    """
+    if copies is None:
         return asked(place, lambda system, path: system.cat_file(path))
-    file = stored_file(place, copies)
+    file = stored_file(place, copies) if known is None else copied(StoredFile(place, *known), copies)
     return file.read(0, file.size)
 
 

@@ -926,6 +926,7 @@ class RemoteImages(ImageDataset):
     def __init__(self, root: str, files: Sequence[RemoteFile], copies: Path | None) -> None:
         self.root, self.copies = root.rstrip("/"), copies
         self.paths = PathList.pack([os.fsencode(file.path) for file in files])
+        self._known = PathList.pack([f"{file.size} {file.version}".encode() for file in files])
         about = repr([(file.path, file.size, file.version) for file in files])
         self._digest = hashlib.sha256(about.encode(errors="surrogateescape")).hexdigest()
 
@@ -934,7 +935,9 @@ class RemoteImages(ImageDataset):
 
     def __getitem__(self, index: int) -> Sample:
         place = f"{self.root}/{self.paths[index]}"
-        return Sample(place, functools.partial(read_whole, place, self.copies))
+        size, _, version = self._known[index].partition(" ")
+        known = (int(size), version) if version else None  # a server that lists files may tell neither
+        return Sample(place, functools.partial(read_whole, place, self.copies, known))
 
     def fingerprint(self) -> str:
         """A hash of all paths, sizes and versions, as the remote place lists them."""

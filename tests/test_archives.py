@@ -492,6 +492,20 @@ def test_a_cache_holds_whole_copies_and_is_read_instead(remote, root, tmp_path, 
     assert {method for method, *_ in log} <= {"HEAD"}
 
 
+def test_a_copy_of_a_listed_image_is_read_without_asking_until_the_image_changes(tmp_path, monkeypatch):
+    memory, url = fsspec.filesystem("memory"), f"custom://Images?root='memory://listed'&cache='{tmp_path}'"
+    memory.pipe("/listed/x.png", first := encode(photo(0)))
+    dataset = make_dataset(url)
+    assert dataset[0].read() == first
+    asked = []
+    with monkeypatch.context() as patched:
+        patched.setattr(archives, "file_system", asked.append)
+        assert dataset[0].read() == first
+    assert not asked
+    memory.pipe("/listed/x.png", second := encode(photo(1)))
+    assert make_dataset(url)[0].read() == second
+
+
 def test_a_server_that_gives_no_parts_is_refused_with_a_remedy(remote, monkeypatch):
     top, serve = remote
     monkeypatch.setattr(archives, "REMOTE_BLOCK", 1024)
@@ -603,6 +617,9 @@ def test_every_data_set_has_its_share_of_each_block_and_epochs_of_its_own():
 def test_a_mixture_is_the_same_on_any_number_of_ranks_and_resumed(weights):
     mixed = mixture(5, 6, weights=weights)
     straight = ids(make_loader(make_config(batch_size=8), dataset=mixed), 8)
+    seed = make_config().train.seed
+    order = EpochOrder(11, seed) if weights is None else MixtureOrder(mixed, seed)
+    assert straight == [order.image_at(position) for position in range(64)]
     config = make_config(batch_size=4)
     loaders = [make_loader(config, dataset=mixed, rank=rank, world_size=2) for rank in range(2)]
     together = [index for _ in range(3) for loader in loaders for index in next(loader).sample_ids.tolist()]
