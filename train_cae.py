@@ -80,7 +80,7 @@ from training import (
     with_length,
 )
 from utils import Bands, UserError, ending_in_words, setup_logging
-from weights import is_downloaded, local_path
+from weights import is_downloaded, local_path, spread_over_bands
 
 logger = logging.getLogger("capi")
 
@@ -362,7 +362,8 @@ def start_from(student: nn.ModuleDict, path_or_url: str) -> None:
     parts = {"backbone": read_encoder(file, path_or_url), "predictor": read_predictor(file)}
     for name, weights in parts.items():
         if weights:
-            load_resized(student[name], weights, path_or_url, remedy=NETWORKS)
+            fitting = spread_over_bands(weights, student[name])
+            load_resized(student[name], fitting, path_or_url, remedy=NETWORKS)
     random = "" if parts["predictor"] else "; regressor and decoder, which the file lacks, start random"
     logger.info("the training starts from %s%s", path_or_url, random)
 

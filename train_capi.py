@@ -84,7 +84,7 @@ from training import (
     weights_to_start_from,
 )
 from utils import UserError, derive_seed, ending_in_words, setup_logging
-from weights import backbone_part, load_backbone_weights, load_strictly, read_state_dict
+from weights import backbone_part, load_backbone_weights, load_strictly, read_state_dict, spread_over_bands
 
 logger = logging.getLogger("capi")
 
@@ -588,7 +588,7 @@ def start_from(student: nn.ModuleDict, path_or_url: str) -> None:
         predictor = {key: x for key, x in backbone.state_dict().items() if key.startswith(PREDICTOR)}
         note = "" if predictor.keys() <= weights.keys() else "the predictor, which the file lacks, "
         weights = predictor | weights
-    load_backbone_weights(backbone, weights, path_or_url)
+    load_backbone_weights(backbone, spread_over_bands(weights, backbone), path_or_url)
     logger.info(
         "student, average and teacher start from %s; %sthe student's head and the clustering head start random",
         path_or_url,

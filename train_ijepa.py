@@ -91,7 +91,7 @@ from training import (
     with_length,
 )
 from utils import ending_in_words, setup_logging
-from weights import read_state_dict
+from weights import read_state_dict, spread_over_bands
 
 logger = logging.getLogger("capi")
 
@@ -403,7 +403,8 @@ class StartingWeights:
         Raises: UserError if the weights do not fit.
         """
         source = self.path_or_url
-        load_resized(student["backbone"], read_encoder(self.file, source, "encoder"), source, remedy=NETWORKS)
+        encoder = spread_over_bands(read_encoder(self.file, source, "encoder"), student["backbone"])
+        load_resized(student["backbone"], encoder, source, remedy=NETWORKS)
         prefix = "predictor."
         predictor = {key.removeprefix(prefix): x for key, x in self.file.items() if key.startswith(prefix)}
         if "predictor" in self.file:
@@ -419,9 +420,8 @@ class StartingWeights:
         Raises: UserError if the weights do not fit.
         """
         source = self.path_or_url
-        load_resized(
-            student_ema["backbone"], read_encoder(self.file, source, "target_encoder"), source, remedy=NETWORKS
-        )
+        encoder = spread_over_bands(read_encoder(self.file, source, "target_encoder"), student_ema["backbone"])
+        load_resized(student_ema["backbone"], encoder, source, remedy=NETWORKS)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """What the optimizer of a published file keeps of each parameter, see `ijepa.published_moments`.

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import http.client
+import logging
 import pickle
 import pickletools
 import re
@@ -27,6 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from utils import Normalisation, UserError, hash_file, locked, replacing
+
+logger = logging.getLogger("weights")
 
 
 def read_state_dict(
@@ -359,6 +362,22 @@ def load_backbone_weights(model: nn.Module, state_dict: Mapping[str, Any], sourc
     """
     own = backbone_part(state_dict, source)
     load_strictly(model, own, source, remedy="Give the config they were trained with")
+
+
+def spread_over_bands(weights: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Weights whose filters of RGB patches read as many bands as a module does; as they are if they fit, or are no RGB.
+
+    Every band gets the mean of the three filters, times 3 / bands: what is grey means what it meant.
+    """
+    spread = dict(weights)
+    for key, own in module.state_dict().items():
+        rgb = weights.get(key)
+        if "patch_embed" in key.split(".") and own.ndim == 4 and isinstance(rgb, Tensor) and rgb.ndim == 4:
+            bands = own.shape[1]
+            if rgb.shape[1] == 3 != bands:
+                spread[key] = (rgb.mean(dim=1, keepdim=True) * (3 / bands)).expand(-1, bands, -1, -1).contiguous()
+                logger.info("each of %d bands begins with the mean of the filters for red, green and blue", bands)
+    return spread
 
 
 def load_strictly(module: nn.Module, state_dict: Mapping[str, Any], source: str, *, remedy: str) -> None:

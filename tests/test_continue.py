@@ -2,15 +2,16 @@
 
 import golden_cae
 import golden_ijepa
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, seeded
 from runs import make_images, tiny
 
 import train_cae
 import train_capi
 import train_ijepa
-from config import StartConfig
+from config import StartConfig, load_config
 from optim import started_rates
 
 REST_OF_CAPI = ("head.", "backbone.decoder.", "backbone.dec_norm.", "backbone.mask_token")
@@ -63,6 +64,34 @@ def test_the_encoder_is_not_changed_while_the_rest_learns(images, tmp_path, name
     assert not rest or changed, "the rest does not learn"
     moved = {key for key in encoder if not torch.equal(learned[key], begun[key])}
     assert len(moved) > 0.8 * len([key for key in encoder if "freqs" not in key and "pos" not in key])
+
+
+@pytest.mark.parametrize(("name", "bands"), [("capi", 5), ("ijepa", 1), ("cae", 2)])
+def test_filters_of_rgb_are_spread_over_other_bands(images, tmp_path, name, bands):
+    script, arguments, export, _, _ = METHODS[name]
+    assert script.main(arguments(images, tmp_path / "rgb", "optim.total_iters=1")) == 0
+    (tmp_path / "bands").mkdir()
+    for i in range(8):
+        np.save(tmp_path / "bands" / f"{i}.npy", np.random.default_rng(i).integers(0, 256, (40, 44, bands), np.uint8))
+    before = weights_of(tmp_path / "rgb", export)
+    own = [f"train.init_from={tmp_path / 'rgb' / export}.pth", f"model.in_chans={bands}", "data.mean=auto"]
+    own += ["data.std=auto", f"data.dataset={tmp_path / 'bands'}", "optim.total_iters=1", "optim.start.frozen_iters=1"]
+    if name == "cae":  # its tokenizer reads RGB: what is built is looked at, and not trained
+        cfg = load_config(
+            train_cae.CaeConfig,
+            train_cae.DEFAULT_CONFIG,
+            arguments(images, tmp_path, *own[:2], "data.mean=[0.5,0.5]", "data.std=[1,1]"),
+        )
+        after = train_cae.CaeState(cfg, torch.device("cpu"), init_from=cfg.train.init_from).student.state_dict()
+    else:
+        assert script.main(arguments(images, tmp_path / "run", *own)) == 0
+        after = weights_of(tmp_path / "run", export)
+    (key,) = (key for key in before if "patch_embed" in key and before[key].ndim == 4)
+    assert after[key].shape[1] == bands
+    grey = torch.rand(1, 1, *before[key].shape[2:], generator=seeded(0))
+    responses = [(weights[key] * grey).sum((1, 2, 3)) for weights in (before, after)]
+    torch.testing.assert_close(*responses)
+    assert all(torch.equal(after[key][:, i], after[key][:, 0]) for i in range(bands))
 
 
 @pytest.mark.parametrize(
