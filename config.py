@@ -23,7 +23,7 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 
 from default_eval_config import EVALS
-from utils import RGB8, Bands, Normalisation, UserError, closest
+from utils import RGB8, UPRIGHT, Bands, Normalisation, Turns, UserError, closest
 
 ROOT = Path(__file__).parent
 MISSING = "???"
@@ -481,6 +481,11 @@ class ImagesConfig:
         """What is made of the images' values."""
         return RGB8
 
+    @property
+    def turns(self) -> Turns:
+        """How crops are turned, beside being mirrored."""
+        return UPRIGHT
+
 
 @dataclass(frozen=True)
 class PretrainingImagesConfig(ImagesConfig):
@@ -495,9 +500,13 @@ class PretrainingImagesConfig(ImagesConfig):
     on a sample that follows from train.seed, and written to the run's config.yaml."""
     std: list[float] | str = field(metadata=one_of("auto", above=0))
     """The deviation of each band, likewise."""
+    do_vflip: bool
+    """Turn half of the images upside down: for images without an upper side, from above or of cells."""
+    do_turns: bool
+    """Turn images by none to three quarters, each as often: likewise."""
 
     def __post_init__(self) -> None:
-        """Check the range, and that 8-bit RGB alone is decoded on a GPU."""
+        """Check the range, and that 8-bit RGB alone, and nothing turned, is decoded on a GPU."""
         given = self.value_range
         if given is not None and not isinstance(given, str):
             remedy = "must be [lowest, highest], the first below the second"
@@ -507,6 +516,8 @@ class PretrainingImagesConfig(ImagesConfig):
             require(len(self.mean) == len(self.std), "data.std", list(self.std), remedy)
         is_rgb8 = given is None and (self.mean == "auto" or len(self.mean) == 3)
         require(self.decode == "cpu" or is_rgb8, "data.decode", self.decode, "is for 8-bit RGB; use data.decode=cpu")
+        remedy = "turns no images; use data.decode=cpu"
+        require(self.decode == "cpu" or self.turns == UPRIGHT, "data.decode", self.decode, remedy)
 
     @property
     def bands_are_known(self) -> bool:
@@ -523,6 +534,11 @@ class PretrainingImagesConfig(ImagesConfig):
     def bands(self) -> Bands:
         """What is made of the images' values."""
         return Bands(len(self.mean), self.normalisation.value_range)
+
+    @property
+    def turns(self) -> Turns:
+        """See `ImagesConfig.turns`."""
+        return Turns(self.do_vflip, self.do_turns)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A crop is a function of its key, such as a seed and a position in the data; no s
 import hashlib
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from bands import resized
+from utils import UPRIGHT, Turns
 
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
@@ -29,13 +30,16 @@ def derive_uniforms(*parts: object) -> list[float]:
 
 @dataclass(frozen=True)
 class Crop:
-    """A box of an image in pixels, and whether it is mirrored."""
+    """A box of an image in pixels, and how it is turned: mirrored first, then upside down, then by quarter turns."""
 
     top: int
     left: int
     height: int
     width: int
     flip: bool
+    vflip: bool = False
+    turns: int = 0
+    """Quarter turns, against the clock."""
 
 
 def draw_crop(width: int, height: int, scale: tuple[float, float], do_hflip: bool, *key: object) -> Crop:
@@ -58,6 +62,15 @@ def draw_crop(width: int, height: int, scale: tuple[float, float], do_hflip: boo
     return Crop((height - h) // 2, (width - w) // 2, h, w, flip)
 
 
+def turned(crop: Crop, turns: Turns, *key: object) -> Crop:
+    """The crop, half of the times upside down, and by 0 to 3 quarter turns alike, as far as asked for: a function of
+    `key`."""
+    if turns == UPRIGHT:
+        return crop
+    u_vflip, u_turns, *_ = derive_uniforms("turned", *key)
+    return replace(crop, vflip=turns.do_vflip and u_vflip < 0.5, turns=int(4 * u_turns) if turns.do_turns else 0)
+
+
 @dataclass(frozen=True)
 class View:
     """A square that boxes are resized to: its side in pixels, and how, bicubic, bilinear or lanczos."""
@@ -72,6 +85,14 @@ def cut(pixels: Shaped[Tensor, "c h w"], crop: Crop, size: int, mode: str = "bic
     In 8-bit fixed point, which torch has on the CPU alone, it takes a third of Pillow's time and is within a grey level
     of it. Lanczos is Pillow's: torch has it from 2.12 on. Deeper images, in [0, 1], stay float32.
     """
+    square = _square(pixels, crop, size, mode)
+    if crop.vflip or crop.turns:
+        square = (square.flip(-2) if crop.vflip else square).rot90(crop.turns, (-2, -1))
+        square = square.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return square
+
+
+def _square(pixels: Shaped[Tensor, "c h w"], crop: Crop, size: int, mode: str) -> Shaped[Tensor, "c size size"]:
     rows, columns = slice(crop.top, crop.top + crop.height), slice(crop.left, crop.left + crop.width)
     if pixels.is_floating_point():
         square = resized(pixels[:, rows, columns], size, size, mode)

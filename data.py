@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from config import ImagesConfig
-from crops import CROP_RATIO, Crop, View, cut, draw_crop
+from crops import CROP_RATIO, Crop, View, cut, draw_crop, turned
 from distributed import gather_objects, ranks_of_this_machine
 from sources import (
     MIXTURE_BLOCK,
@@ -47,7 +47,7 @@ from sources import (
     make_mixture,
     silent_decoders,
 )
-from utils import RGB8, Bands, Normalisation, UserError, derive_seed, largest_divisor
+from utils import RGB8, UPRIGHT, Bands, Normalisation, Turns, UserError, derive_seed, largest_divisor
 
 if TYPE_CHECKING:  # else imported by data.decode=gpu alone
     from speed.device_decode import EncodedCrop, EncodedCrops
@@ -200,6 +200,7 @@ class SampleMaker:
         image_size: int,
         crop_scale: tuple[float, float],
         do_hflip: bool,
+        turns: Turns = UPRIGHT,
         masks: Masks,
         encoded: bool = False,
         interpolation: str = "bicubic",
@@ -213,7 +214,7 @@ class SampleMaker:
         self.seed = seed
         self.image_size = image_size
         self.crop_scale = crop_scale
-        self.do_hflip = do_hflip
+        self.do_hflip, self.turns = do_hflip, turns
         self.masks = masks
         self.encoded = encoded
         self.interpolation = interpolation
@@ -251,7 +252,8 @@ class SampleMaker:
         return crop if self.change_colours is None else self.change_colours(crop, self.seed, *key)
 
     def _draw(self, width: int, height: int, key: tuple[int, ...]) -> Crop:
-        return draw_crop(width, height, self.crop_scale, self.do_hflip, self.seed, *key)
+        crop = draw_crop(width, height, self.crop_scale, self.do_hflip, self.seed, *key)
+        return turned(crop, self.turns, self.seed, *key)
 
     def batch_bytes(self, batch_size: int) -> int:
         """See `Maker`."""
@@ -809,6 +811,7 @@ class PretrainLoader:
                 image_size=images.images_size,
                 crop_scale=images.crop_scale,
                 do_hflip=images.do_hflip,
+                turns=images.turns,
                 masks=masks,
                 encoded=images.decode == "gpu",
                 interpolation=interpolation,

@@ -192,6 +192,17 @@ RGB8 = Bands()
 
 
 @dataclass(frozen=True)
+class Turns:
+    """How crops may be turned, beside being mirrored; see `crops.turned`."""
+
+    do_vflip: bool = False
+    do_turns: bool = False
+
+
+UPRIGHT = Turns()
+
+
+@dataclass(frozen=True)
 class Normalisation:
     """How the values of an image become what a network sees, which travels with its weights.
 

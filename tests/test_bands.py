@@ -495,6 +495,7 @@ def test_every_use_of_an_export_normalises_as_its_training(method, tmp_path):
         (["data.value_range=sixteen"], r"data\.value_range='sixteen': must be one of auto"),
         (["data.mean=[0.5,0.5]"], r"data\.std=.*as many numbers as data\.mean has, 2"),
         (["data.value_range=[0,1]", "data.decode=gpu"], r"data\.decode='gpu': is for 8-bit RGB"),
+        (["data.do_turns=true", "data.decode=gpu"], r"data\.decode='gpu': turns no images; use data\.decode=cpu"),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(overrides, message):

@@ -1,5 +1,6 @@
 """crops.py against torchvision; what a GPU cuts is in test_device_decode.py."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,8 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as v1
 
-from crops import BLUR_RADIUS, Colours, Crop, cut, draw_crop
+from crops import BLUR_RADIUS, Colours, Crop, cut, draw_crop, turned
+from utils import Turns
 
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear", "lanczos"])
@@ -89,3 +91,41 @@ def test_so_many_crops_lose_their_colours_and_so_many_are_blurred():
     assert limits[1] - 1 < min(radii) < max(radii) < limits[0] + 1
     assert not Colours(grayscale=0.0, blur=0.0).change_anything
     assert all(Colours(grayscale=0.0, blur=0.0)(crop, 0, key) is crop for key in range(50))
+
+
+def test_crops_are_turned_as_asked_for_in_every_way_alike_without_moving():
+    pixels = (
+        torch.arange(3 * 30 * 40, dtype=torch.int64).remainder(251).to(torch.uint8).view(30, 40, 3).permute(2, 0, 1)
+    )
+    seen = {}
+    for do_vflip in (False, True):
+        for do_turns in (False, True):
+            ways = []
+            for key in range(400):
+                box = draw_crop(40, 30, (0.3, 1.0), False, 0, key)
+                crop = turned(box, Turns(do_vflip, do_turns), 0, key)
+                assert replace(crop, vflip=False, turns=0) == box, "turning moves the box"
+                ways.append((crop.vflip, crop.turns))
+                if key < 20:
+                    expected = cut(pixels, box, 8)
+                    expected = expected.flip(1) if crop.vflip else expected
+                    actual = cut(pixels, crop, 8)
+                    assert torch.equal(actual, torch.rot90(expected, crop.turns, (1, 2)))
+                    assert actual.stride(0) == 1, "channels are innermost"
+            seen[do_vflip, do_turns] = Counter(ways)
+    assert {key: len(ways) for key, ways in seen.items()} == {
+        (False, False): 1, (True, False): 2, (False, True): 4, (True, True): 8,
+    }  # fmt: skip
+    assert min(seen[True, True].values()) > 25, "ways are as likely as each other"
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_turned_crop_is_what_quarter_turns_against_the_clock_make_of_it(dtype):
+    """A bright corner at the upper left goes to the lower left."""
+    pixels = torch.zeros(1 if dtype == torch.float32 else 3, 16, 16, dtype=dtype)
+    pixels[:, :8, :8] = 1 if dtype == torch.float32 else 255
+    corners = {}
+    for turns in range(4):
+        found = cut(pixels, Crop(0, 0, 16, 16, flip=False, turns=turns), 4)[0]
+        corners[turns] = [bool(found[y, x] == found.max()) for y, x in ((0, 0), (3, 0), (3, 3), (0, 3))].index(True)
+    assert corners == {0: 0, 1: 1, 2: 2, 3: 3}

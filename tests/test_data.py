@@ -46,7 +46,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train_capi
-from crops import Colours, View, cut, draw_crop
+from crops import Colours, View, cut, draw_crop, turned
 from data import (
     DevicePrefetcher,
     PretrainLoader,
@@ -59,7 +59,7 @@ from data import (
 )
 from sources import BadImageError, ImageDataset, ImageStream, Sample, decode_image, make_dataset
 from train_capi import make_loader
-from utils import UserError
+from utils import Turns, UserError
 
 # -------------------------------------------------------------------------------------- crops and batches
 
@@ -127,6 +127,23 @@ def test_crops_are_resized_and_coloured_as_asked():
     assert torch.equal(plain, cut(pixels, box, 56)) and torch.equal(bilinear, cut(pixels, box, 56, "bilinear"))
     assert not torch.equal(plain, bilinear)
     assert torch.equal(grey, colours(plain, cfg.train.seed, 5)) and torch.equal(grey[0], grey[2])
+
+
+def test_crops_and_their_second_view_are_turned_as_asked():
+    content = encode(photo(3, 90, 70))
+    sample = Sample("x", lambda: content)
+    cfg = make_config("data.do_vflip=true", "data.do_turns=true")
+    upright = make_loader(make_config(), dataset=MemoryDataset(1)).maker
+    maker = make_loader(cfg, dataset=MemoryDataset(1), second_view=View(28, "lanczos")).maker
+    changed = 0
+    for key in range(8):
+        crop, second = maker.crop(sample, key)
+        box = draw_crop(90, 70, cfg.data.crop_scale, cfg.data.do_hflip, cfg.train.seed, key)
+        way = turned(box, Turns(do_vflip=True, do_turns=True), cfg.train.seed, key)
+        pixels = sample.pixels(lambda *_: 1)
+        assert torch.equal(crop, cut(pixels, way, 56)) and torch.equal(second, cut(pixels, way, 28, "lanczos"))
+        changed += not torch.equal(crop, upright.crop(sample, key))
+    assert changed >= 5
 
 
 @pytest.mark.parametrize("size", [28, 80])
