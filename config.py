@@ -380,6 +380,11 @@ class StartConfig:
     ramp_iters: int | float = field(metadata=NOT_NEGATIVE)
     """Steps after these in which its learning rate rises from 0 to what it is else; a fraction likewise."""
 
+    @property
+    def tells_parts_apart(self) -> bool:
+        """Whether encoder, predictor and the rest learn differently."""
+        return (self.encoder_lr_mult, self.predictor_lr_mult, self.frozen_iters, self.ramp_iters) != (1, 1, 0, 0)
+
     def steps(self, total_iters: int) -> tuple[int, int]:
         """Steps at which the encoder begins to learn and has its own learning rate."""
         frozen, ramp = (

@@ -95,8 +95,12 @@ def decay_of_matrices(module: nn.Module) -> dict[str, Multipliers]:
     return {name: Multipliers(weight_decay=float(p.ndim > 1)) for name, p in module.named_parameters()}
 
 
-def in_parts(by_name: Mapping[str, Multipliers], part_of: Callable[[str], str]) -> dict[str, Multipliers]:
-    """The same multipliers with the part of each parameter, which follows from its name."""
+def in_parts(
+    by_name: Mapping[str, Multipliers], part_of: Callable[[str], str], start: StartConfig
+) -> Mapping[str, Multipliers]:
+    """The same multipliers with the part of each parameter, which follows from its name, if parts learn differently."""
+    if not start.tells_parts_apart:
+        return by_name
     return {name: replace(own, part=part_of(name)) for name, own in by_name.items()}
 
 

@@ -482,7 +482,7 @@ class CapiState(TrainState[CapiConfig]):
             rope_lr_mult=optim.rope_lr_mult,
             layernorm_wd_mult=optim.layernorm_wd_mult,
         )
-        self.student_optimizer = make_adamw(self.student, optim.betas, in_parts(by_name, part_of))
+        self.student_optimizer = make_adamw(self.student, optim.betas, in_parts(by_name, part_of, optim.start))
         self.optimizers = {"student": (self.student, self.student_optimizer)}
         if cfg.capi.clusters:
             self.clustering_optimizer = make_adamw(self.clustering, cfg.capi.clustering_optimizer.betas)

@@ -75,7 +75,8 @@ class _Rank:
         self.stacks.close()
 
 
-_pool: list[_Rank] = []
+_pool: dict[int, _Rank] = {}
+"""By rank: a process keeps its number. Torch remembers which part of a tensor is whose."""
 
 
 def run_on_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 200) -> list[Any]:
@@ -89,18 +90,15 @@ def run_on_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeo
 
     Raises: RankError with the traceback of every rank that failed or did not answer.
     """
-    while len(_pool) < num_ranks:
-        _pool.append(_Rank())
-    ranks = _pool[:num_ranks]
+    ranks = [_pool.get(number) or _pool.setdefault(number, _Rank()) for number in range(num_ranks)]
     with tempfile.TemporaryDirectory() as folder:
         for number, rank in enumerate(ranks):
             rank.connection.send_bytes(pickle.dumps((function, args, number, num_ranks, f"{folder}/store")))
         outcomes = _collect(ranks, time.monotonic() + timeout_s)
     failed = not all(outcome.ok for outcome in outcomes)
-    spent = _pool if failed else [rank for rank, outcome in zip(ranks, outcomes, strict=True) if outcome.has_compiled]
-    for rank in list(spent):
-        rank.kill()
-        _pool.remove(rank)
+    spent = [number for number, outcome in enumerate(outcomes) if outcome.has_compiled]
+    for number in list(_pool) if failed else spent:
+        _pool.pop(number).kill()
     if not failed:
         return [outcome.result for outcome in outcomes]
     reports = [f"---- rank {i}: {'returned' if each.ok else each.result}" for i, each in enumerate(outcomes)]

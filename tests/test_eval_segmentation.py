@@ -466,7 +466,7 @@ def test_names_of_whole_images_are_not_names_of_pixels(monkeypatch):
         def __len__(self):
             return 1
 
-    monkeypatch.setattr(eval_segmentation, "open_dataset", lambda url, key: Pets())
+    monkeypatch.setattr(eval_segmentation, "open_dataset", lambda *_: Pets())
     sets = eval_segmentation.open_label_sets(eval_segmentation.SegmentationConfig(output_dir="x"))
     assert sets.train.class_names == [] and sets.ignore_labels == [255]
 
