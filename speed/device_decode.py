@@ -7,7 +7,7 @@ decoded, and crops are resized in float32 instead of 8-bit fixed point.
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -91,14 +91,18 @@ class EncodedCrops:
     blob: UInt8[Tensor, " bytes"]
     """The files, one after the other."""
     table: Int64[Tensor, "n 7"]
-    """Bytes of each file, its row in the batch, and the fields of its `Crop`."""
+    """Bytes of each file, its row in the batch, and top, left, height, width and `flip` of its `Crop`."""
     names: list[str]
 
     @classmethod
     def pack(cls, crops: Sequence[Tensor | EncodedCrop]) -> Self:
         """Pack those crops of a batch, given in its order, that are files."""
         files = [(row, crop) for row, crop in enumerate(crops) if isinstance(crop, EncodedCrop)]
-        table = [[len(crop.data), row, *astuple(crop.box)] for row, crop in files]
+        boxes = [crop.box for _, crop in files]  # upright ones: see config.PretrainingImagesConfig
+        table = [
+            [len(crop.data), row, box.top, box.left, box.height, box.width, box.flip]
+            for (row, crop), box in zip(files, boxes, strict=True)
+        ]
         blob = as_bytes_tensor(b"".join(crop.data for _, crop in files)) if files else torch.empty(0).byte()
         names = [crop.name for _, crop in files]
         return cls(len(crops), blob, torch.tensor(table, dtype=torch.int64).view(-1, 7), names)

@@ -662,8 +662,8 @@ def test_another_mixture_is_told_when_a_run_is_continued(caplog):
 def test_what_is_mixed_is_told_before_a_training_and_its_fingerprint_covers_all(root, tmp_path, capsys):
     archive = write_tar(tmp_path / "all.tar", root)
     (tmp_path / "mix.yaml").write_text(f"data: {{dataset: {{{archive}: 3, {root}/a: 1}}}}\n")
-    assert main([str(tmp_path / "mix.yaml"), "train.output_dir=x", "train.device=cpu", "evals=null", "--dry-run",
-                 "efficiency.dataloader_num_workers=0"]) == 0  # fmt: skip
+    own = [f"train.output_dir={tmp_path}", "train.device=cpu", "efficiency.dataloader_num_workers=0", "evals=null"]
+    assert main([str(tmp_path / "mix.yaml"), *own, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "2 data sets with weights: 15 images" in said
     assert f"75.00% {archive}: 10 images, all of them every 13 images" in said

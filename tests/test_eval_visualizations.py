@@ -560,6 +560,10 @@ TRAININGS = {
 
 
 LESS_USED = ("moving average", "latents")
+of_every_method = pytest.mark.parametrize(
+    "trained", [name for name in TRAININGS if name not in LESS_USED], indirect=True, scope="module"
+)
+"""What does not depend on the targets of a method."""
 
 
 @pytest.fixture(
@@ -655,12 +659,14 @@ def test_predictions_follow_from_the_seed_and_differ_where_they_are_stochastic(t
     assert not torch.equal(control.draws[titles[0]], prediction.draws[titles[0]])
 
 
+@of_every_method
 def test_predictions_are_made_at_sizes_that_were_not_trained(trained, place, tmp_path):
     double = f"resolution={2 * trained[3]}"
     assert predictions_of(trained, place, tmp_path, "pictures=[predictions]", double) == 0
     assert pixels(tmp_path / "artifacts" / "predictions" / "visible" / "000000.png").shape[0] == 2 * trained[3]
 
 
+@of_every_method
 def test_a_model_that_predicts_nothing_is_an_error_only_if_it_was_asked_to(place, trained, tmp_path, capsys):
     assert run(place, tmp_path / "asked", "pictures=[norms,predictions]") == 2
     message = capsys.readouterr().err
@@ -670,6 +676,7 @@ def test_a_model_that_predicts_nothing_is_an_error_only_if_it_was_asked_to(place
     assert "predictions" not in results_in(tmp_path / "default")
 
 
+@of_every_method
 def test_a_run_that_is_not_found_or_does_not_fit_is_named(trained, oracle, place, tmp_path, capsys):
     folder, _, model_path, *_ = trained
 
@@ -694,6 +701,7 @@ def test_a_run_that_is_not_found_or_does_not_fit_is_named(trained, oracle, place
     assert "num_images=1: the patches of other images are shown" in alone
 
 
+@of_every_method
 def test_a_damaged_checkpoint_is_an_error_for_who_asks_and_a_warning_for_who_does_not(trained, place, tmp_path, capsys):
     folder, *_ = trained
     shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
