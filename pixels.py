@@ -21,7 +21,17 @@ import torch
 from PIL import Image
 
 from bands import Stored, combined
-from sources import BadImageError, ImageDataset, ImageStream, Sample, damage_named, full_range, has_transparency
+from sources import (
+    BadImageError,
+    ImageDataset,
+    ImageStream,
+    Mixture,
+    Sample,
+    damage_named,
+    full_range,
+    has_transparency,
+    share_out,
+)
 from utils import RGB8, Bands, Normalisation, UserError, derive_seed
 
 logger = logging.getLogger("pixels")
@@ -284,8 +294,7 @@ def measure(
         shard = int(torch.randint(dataset.num_shards, (), generator=rng))
         samples: Iterable[Sample] = itertools.islice(dataset.read_shard(shard), MEASURED_IMAGES)
     else:
-        order = torch.randperm(len(dataset), generator=rng)[:MEASURED_IMAGES]
-        samples = (dataset[index] for index in order.sort().values.tolist())
+        samples = (dataset[index] for index in sorted(_drawn(dataset, rng)))
     read: list[tuple[str, Stored]] = []
     unreadable: list[str] = []
     for sample in samples:
@@ -312,6 +321,17 @@ def measure(
     deviation = np.where(deviation < 1e-6, 1.0, deviation)  # of a band that is the same everywhere
     digits = [tuple(float(f"{x:.4g}") for x in each) for each in (mean, deviation)]
     return Normalisation(value_range, *digits), found
+
+
+def _drawn(dataset: ImageDataset, rng: torch.Generator) -> list[int]:
+    """Images to measure: each once, or of data sets with weights as many as these say, of few images some again."""
+    if not isinstance(dataset, Mixture) or dataset.counts is None:
+        return torch.randperm(len(dataset), generator=rng)[:MEASURED_IMAGES].tolist()
+    drawn = []
+    for number, share in enumerate(share_out(MEASURED_IMAGES, dataset.counts)):
+        images = torch.randint(len(dataset.parts[number]), (share,), generator=rng) + dataset.start_of(number)
+        drawn += images.tolist()
+    return drawn
 
 
 def _range_of(values: list[np.ndarray]) -> tuple[float, float]:

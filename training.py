@@ -65,7 +65,7 @@ from pixels import log_pixels, measure, sample_pixels
 from probe import Probe
 from report import CONTACT_SHEET, DRY_RUN_SHEET, Panel, write_panels
 from sheets import NUM_IMAGES, VALUE_RANGE, Column, Look, as_rgb, normalised_column, write_sheet
-from sources import cache_root, make_dataset
+from sources import cache_root, make_mixture
 from training_evals import Evaluations, plan_evals
 from utils import (
     Normalisation,
@@ -342,7 +342,7 @@ def with_normalisation(cfg: ConfigT, output_dir: Path | None = None) -> ConfigT:
 def _measure(cfg: TrainingConfig) -> Normalisation:
     data: Any = cfg.data
     kept = cache_root() / "image_listings" if cfg.efficiency.cache_dataset else None
-    dataset = make_dataset(data.dataset, listing_cache=kept)
+    dataset = make_mixture(data.dataset, key="data.dataset", listing_cache=kept)
     measured, found = measure(dataset, cfg.in_chans, data.value_range, cfg.train.seed)
     logger.info("measured on %d images of data.dataset: %s", found.num, measured.describe())
     for warning in found.warnings():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -432,6 +433,21 @@ def test_what_was_measured_is_kept_resumed_and_exported(toy, tmp_path, capsys):
     (run / "student.yaml").unlink()
     assert toy_method.main([*toy, where, "--export"]) == 0
     assert {key: config_of(run / "student.yaml")[key] for key in measured} == measured
+
+
+def test_a_mixture_is_measured_by_its_shares(toy, tmp_path, capsys):
+    """Where one data set of two is a hundredth of what is seen, its bright images hardly count."""
+    (tmp_path / "bright").mkdir()
+    for i in range(4):
+        np.save(tmp_path / "bright" / f"{i}.npy", np.full((24, 24, 4), 60_000, np.uint16))
+    where = f"train.output_dir={tmp_path / 'run'}"
+    means = {}
+    for weight in (1, 99):
+        mixture = f"data.dataset={{{tmp_path / 'bright'}: {weight}, {tmp_path / 'images'}: {100 - weight}}}"
+        assert toy_method.main([*toy, where, mixture, "data.value_range=[0,60000]"]) == 0
+        means[weight] = config_of(tmp_path / "run" / "config.yaml")["mean"]
+        shutil.rmtree(tmp_path / "run")
+    assert max(means[1]) < 0.1 and min(means[99]) > 0.9
 
 
 METHODS = {
