@@ -866,9 +866,12 @@ class Run:
     def _draw_sheet(self, batch: Batch) -> None:
         path = self.output_dir / CONTACT_SHEET
         heading = f"first batch after step {self.state.step}"
-        words = write_contact_sheet(path, batch, self._look, self._normalize, heading)
-        logger.info("contact sheet: %s (%s)", path, words)
-        self.meters.picture(self.state.step, path.stem, path)
+        try:
+            words = write_contact_sheet(path, batch, self._look, self._normalize, heading)
+            logger.info("contact sheet: %s (%s)", path, words)
+            self.meters.picture(self.state.step, path.stem, path)
+        except OSError as error:  # no picture is worth a training
+            logger.warning("no contact sheet: %s cannot be written: %s", path, reason(error))
 
     def _log(self, values: Mapping[str, float]) -> None:
         """One line for people. On a terminal the bar has steps and time already."""

@@ -108,6 +108,13 @@ def test_what_a_toy_does_not_export_cannot_be_evaluated(place, tmp_path, capsys)
     assert "evals.mine.model_to_eval='student_ema': must be one of student" in capsys.readouterr().err
 
 
+def test_no_picture_is_worth_a_training(place, finished, tmp_path):
+    (tmp_path / "contact_sheet.png").mkdir()
+    assert toy_method.main(arguments(place, tmp_path)) == 0
+    assert f"no contact sheet: {tmp_path / 'contact_sheet.png'} cannot be written" in (tmp_path / "log.txt").read_text()
+    assert_same_run(tmp_path, finished, exports=("student",))
+
+
 def test_the_commands_of_a_toy_are_those_of_every_training(place, finished, tmp_path):
     script = str(ROOT / "tests" / "toy_method.py")
     shown = run_forked(script, *arguments(place, tmp_path), "--dry-run", PYTHONPATH=str(ROOT))
