@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks: a pool of processes, kept alive between tests that do not compile."""
+"""Run a function on several gloo ranks, in processes of its own."""
 
 import contextlib
 import faulthandler
@@ -75,10 +75,6 @@ class _Rank:
         self.stacks.close()
 
 
-_pool: dict[int, _Rank] = {}
-"""By rank: a process keeps its number. Torch remembers which part of a tensor is whose."""
-
-
 def run_on_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 200) -> list[Any]:
     """Call `function(*args)` on ranks of a fresh gloo process group; what each returned.
 
@@ -90,16 +86,16 @@ def run_on_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeo
 
     Raises: RankError with the traceback of every rank that failed or did not answer.
     """
-    ranks = [_pool.get(number) or _pool.setdefault(number, _Rank()) for number in range(num_ranks)]
+    # Processes that had run other tests before, with other groups, ended now and then in a crash or waited in gloo for
+    # ever; and torch remembers which part of a tensor is whose.
+    ranks = [_Rank() for _ in range(num_ranks)]
     with tempfile.TemporaryDirectory() as folder:
         for number, rank in enumerate(ranks):
             rank.connection.send_bytes(pickle.dumps((function, args, number, num_ranks, f"{folder}/store")))
         outcomes = _collect(ranks, time.monotonic() + timeout_s)
-    failed = not all(outcome.ok for outcome in outcomes)
-    spent = [number for number, outcome in enumerate(outcomes) if outcome.has_compiled]
-    for number in list(_pool) if failed else spent:
-        _pool.pop(number).kill()
-    if not failed:
+    for rank in ranks:
+        rank.kill()
+    if all(outcome.ok for outcome in outcomes):
         return [outcome.result for outcome in outcomes]
     reports = [f"---- rank {i}: {'returned' if each.ok else each.result}" for i, each in enumerate(outcomes)]
     raise RankError("\n".join([f"{function.__name__} failed on {num_ranks} ranks", *reports]))
@@ -109,7 +105,6 @@ class _Outcome(NamedTuple):
     ok: bool
     result: Any
     """What the function returned, or what went wrong in words."""
-    has_compiled: bool = False
 
 
 def _collect(ranks: list[_Rank], deadline: float) -> list[_Outcome]:
@@ -137,9 +132,8 @@ def _serve(connection: Connection, stacks: str) -> None:
         Path(stacks).unlink()  # both have it open, and none is left behind when both are gone
         faulthandler.register(signal.SIGUSR1, file=file)
         faulthandler.enable(file)
-        while True:
-            function, args, rank, num_ranks, store = pickle.loads(connection.recv_bytes())
-            connection.send_bytes(_answer(function, args, rank, num_ranks, store))
+        function, args, rank, num_ranks, store = pickle.loads(connection.recv_bytes())
+        connection.send_bytes(_answer(function, args, rank, num_ranks, store))
 
 
 def _answer(function: Callable[..., Any], args: tuple[Any, ...], rank: int, num_ranks: int, store: str) -> bytes:
@@ -150,23 +144,13 @@ def _answer(function: Callable[..., Any], args: tuple[Any, ...], rank: int, num_
             warnings.simplefilter("error")
             # torch 2.11 does what it has deprecated when it compiles.
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
-            answer = pickle.dumps(_Outcome(True, function(*args), _has_compiled()))
+            answer = pickle.dumps(_Outcome(True, function(*args)))
         gc.collect()  # what is sharded has to be gone before the process group is, or gloo aborts now and then
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:  # noqa: BLE001  # the parent shows it, whatever it is
         return pickle.dumps(_Outcome(False, "failed\n" + traceback.format_exc()))
     return answer
-
-
-def _has_compiled() -> bool:
-    """Whether this process has traced a function.
-
-    It runs no other one then. Twice in two weeks a rank that had compiled, and cleared torch's cache of compiled code,
-    ended in the function after that with `malloc(): unaligned tcache chunk detected`.
-    """
-    tracer = sys.modules.get("torch._dynamo.convert_frame")
-    return tracer is not None and tracer.FRAME_COUNTER > 0
 
 
 @contextlib.contextmanager
