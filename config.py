@@ -546,6 +546,19 @@ class PretrainingImagesConfig(ImagesConfig):
         return Turns(self.do_vflip, self.do_turns)
 
 
+LATER_KEYS: dict[str, Any] = {
+    "optim": {"start": {"encoder_lr_mult": 1.0, "predictor_lr_mult": 1.0, "frozen_iters": 0, "ramp_iters": 0}},
+    "data": {
+        "value_range": None,
+        "mean": list(Normalisation.mean),
+        "std": list(Normalisation.std),
+        "do_vflip": False,
+        "do_turns": False,
+    },
+}
+"""Keys of all methods that earlier checkpoints lack, with the values that those were trained with."""
+
+
 @dataclass(frozen=True)
 class EpochsImagesConfig(ImagesConfig):
     """The same for methods that may count in epochs."""

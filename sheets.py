@@ -44,7 +44,7 @@ class Column(NamedTuple):
 
 
 Look = Callable[["Batch", int], Sequence[Column]]
-"""From a batch on the CPU, with its 8-bit images, to what is drawn of its first so many images beside their crops."""
+"""From a batch on the CPU, with its images as loaded, to what is drawn of its first so many beside their crops."""
 
 
 def as_rgb(images: Shaped[Tensor, "b c h w"]) -> list[UInt8[np.ndarray, "h w 3"]]:

@@ -42,6 +42,7 @@ from checkpoint import SavedState, read_weights
 from config import (
     BETWEEN_0_AND_1,
     COUNT,
+    LATER_KEYS,
     NOT_NEGATIVE,
     EpochsConfig,
     EpochsImagesConfig,
@@ -311,7 +312,7 @@ class CaeState(TrainState[CaeConfig]):
         "decoder",
         "data.images_size",
     )
-    LATER_KEYS: ClassVar[dict[str, Any]] = {"model": {"in_chans": 3}}
+    LATER_KEYS: ClassVar[dict[str, Any]] = {**LATER_KEYS, "model": {"in_chans": 3}}
 
     def __init__(
         self, cfg: CaeConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None

@@ -47,6 +47,7 @@ from config import (
     BETWEEN_0_AND_1,
     COUNT,
     DEFAULT_PRETRAIN_CONFIG,
+    LATER_KEYS,
     NOT_NEGATIVE,
     POSITIVE,
     OptimConfig,
@@ -450,6 +451,7 @@ class CapiState(TrainState[CapiConfig]):
         *(f"capi.{key}" for key in ("num_clusters", "clustering_kwargs.bias", "targets", "queue", "student_head")),
     )
     LATER_KEYS: ClassVar[dict[str, Any]] = {
+        **LATER_KEYS,
         "model": {"predictor": "cross"},
         "capi": {"targets": "clustering", "queue": 0, "student_head": "linear"},
     }

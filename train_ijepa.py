@@ -30,6 +30,7 @@ from checkpoint import SavedState, read_weights
 from config import (
     COUNT,
     FRACTION,
+    LATER_KEYS,
     NOT_NEGATIVE,
     POSITIVE,
     EpochsConfig,
@@ -327,7 +328,7 @@ class IjepaState(TrainState[IjepaConfig]):
     """
 
     MODEL_KEYS = ("model", "predictor.embed_dim", "predictor.depth", "predictor.num_heads", "data.images_size")
-    LATER_KEYS: ClassVar[dict[str, Any]] = {"model": {"in_chans": 3}}
+    LATER_KEYS: ClassVar[dict[str, Any]] = {**LATER_KEYS, "model": {"in_chans": 3}}
 
     def __init__(
         self, cfg: IjepaConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None

@@ -568,9 +568,9 @@ def write_contact_sheet(
 
     Args:
         path: the PNG.
-        batch: of 8-bit images, on any device.
+        batch: of images as the loader gives them, on any device.
         look: see `sheets.Look`.
-        normalize: from 8-bit images to what the networks get.
+        normalize: from these to what the networks get.
         heading: what batch this is.
     """
     num_images = min(NUM_IMAGES, len(batch.images))

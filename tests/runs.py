@@ -1,5 +1,6 @@
 """Commands and tiny training runs that tests start: in this process, in one that is forked, in one that is killed."""
 
+import hashlib
 import importlib
 import json
 import os
@@ -236,3 +237,12 @@ def train_through_kills(
         run.signal(signal.SIGKILL)
         assert run.join() == -signal.SIGKILL
     assert script.main(arguments) == 0
+
+
+def rewrite_config(checkpoint: Path, text: str) -> None:
+    """Give a checkpoint another configuration, and its manifest the sums of that."""
+    (checkpoint / "config.yaml").write_text(text)
+    content, manifest = (checkpoint / "config.yaml").read_bytes(), checkpoint / "manifest.json"
+    sums = json.loads(manifest.read_text())
+    sums["config.yaml"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest.write_text(json.dumps(sums))

@@ -1,12 +1,15 @@
 """Continuing from weights: `optim.start` and the presets configs/continue, of every method."""
 
+import shutil
+
 import golden_cae
 import golden_ijepa
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, seeded
-from runs import make_images, tiny
+from runs import make_images, rewrite_config, tiny
 
 import train_cae
 import train_capi
@@ -64,6 +67,25 @@ def test_the_encoder_is_not_changed_while_the_rest_learns(images, tmp_path, name
     assert not rest or changed, "the rest does not learn"
     moved = {key for key in encoder if not torch.equal(learned[key], begun[key])}
     assert len(moved) > 0.8 * len([key for key in encoder if "freqs" not in key and "pos" not in key])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_checkpoint_from_before_the_keys_continues_without_a_word_about_them(images, tmp_path, name):
+    """Of `optim.start`, and of bands, depth and turns: what they do by default is what was done before."""
+    script, arguments, *_ = METHODS[name]
+    run = arguments(images, tmp_path, "optim.total_iters=2", "train.checkpointing.period=1")
+    assert script.main(run) == 0
+    shutil.rmtree(tmp_path / "checkpoints" / "step_000000002")
+    for checkpoint in (tmp_path / "checkpoints").iterdir():
+        config = yaml.safe_load((checkpoint / "config.yaml").read_text())
+        del config["optim"]["start"]
+        for key in ("value_range", "mean", "std", "do_vflip", "do_turns"):
+            del config["data"][key]
+        rewrite_config(checkpoint, yaml.safe_dump(config))
+    (tmp_path / "log.txt").unlink()
+    assert script.main(run) == 0
+    said = (tmp_path / "log.txt").read_text()
+    assert "loaded " in said and "changed since" not in said and "other than at the checkpoint" not in said
 
 
 @pytest.mark.parametrize(("name", "bands"), [("capi", 5), ("ijepa", 1), ("cae", 2)])
