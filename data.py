@@ -1028,7 +1028,7 @@ class PretrainLoader:
             context = torch.multiprocessing.get_context(self.start_method)
             if self.start_method == "forkserver":
                 # Imported once by the server, not once by every worker.
-                brought = {"torchvision"} & sys.modules.keys()  # by a data set of its own
+                brought = {"torchvision", "timm.data"} & sys.modules.keys()  # by a data set, by augmentations
                 context.set_forkserver_preload(["torch", "numpy", "PIL.Image", *brought])
                 _start_fork_server()
         return DataLoader(
