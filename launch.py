@@ -454,7 +454,7 @@ def _code_files() -> list[tuple[Path, bool]]:
         tracked = untracked = []
     if tracked:
         return [(path, True) for path in tracked] + [(path, False) for path in untracked]
-    patterns = ("*.py", "*.yaml", "configs/**/*.yaml", "baselines/*.py", "speed/*.py", "templates/*")
+    patterns = ("*.py", "*/*.py", "*.yaml", "configs/**/*.yaml", "templates/*")
     return [(path.relative_to(ROOT), True) for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 

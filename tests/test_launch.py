@@ -423,6 +423,13 @@ def test_without_git_the_copy_has_modules_and_configs(repository, tmp_path):
     }  # fmt: skip
 
 
+def test_without_git_the_copy_lacks_no_module_of_this_repository(tmp_path, monkeypatch):
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "*.py", "templates"], check=True, capture_output=True)
+    monkeypatch.setenv("PATH", "")
+    copy_code(tmp_path / "code")
+    assert set(listed.stdout.decode().split()) - files_of(tmp_path / "code") == set()
+
+
 # A script that runs here or as a job.
 
 
