@@ -35,7 +35,8 @@ from typing import NoReturn, TextIO
 
 ROOT = Path(__file__).parent.parent
 OWN_FOLDERS = {
-    str(ROOT / folder) for folder in (".", "baselines", "bench", "demo_data", "experiments", "speed", "tasks", "tests")
+    str(ROOT / folder)
+    for folder in (".", "baselines", "bench", "demo_data", "experiments", "reading", "speed", "tasks", "tests")
 }
 """Where modules of the repository are."""
 PRELOADED = (

@@ -9,14 +9,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from commands import run_forked
 from conftest import PYTHON, ROOT
-from runs import run_forked
 
 LAYERS = [
     {"utils", "default_eval_config", "demo_data"},
-    {"archives", "bands", "weights"},
-    {"config", "distributed", "masking", "model", "sources", "speed.attention", "speed.clustering_triton", "speed.fp8"},
-    {"crops", "keys", "pixels", "speed.recomputing"},
+    {"reading.archives", "reading.bands", "weights"},
+    {"config", "distributed", "masking", "model", "reading.sources", "speed.attention", "speed.clustering_triton",
+     "speed.fp8"},
+    {"keys", "reading.crops", "reading.pixels", "speed.recomputing"},
     {"speed.device_decode"},
     {"cae", "checkpoint", "clustering", "data", "flops", "fsdp", "hubconf", "ijepa", "launch", "metrics", "optim"},
     {"tasks"},
@@ -34,7 +35,7 @@ LAYERS = [
     {"bench", "experiments"},
 ]  # fmt: skip
 LAYER = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
-MODULES = sorted([*ROOT.glob("*.py"), *ROOT.glob("speed/[!_]*.py")])
+MODULES = sorted([*ROOT.glob("*.py"), *ROOT.glob("reading/[!_]*.py"), *ROOT.glob("speed/[!_]*.py")])
 FOLDERS = ("baselines", "bench", "demo_data", "experiments", "tasks")
 """Folders that are placed as a whole: their files may import each other."""
 SOURCES = [*MODULES, *sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))]
@@ -73,7 +74,7 @@ def test_imports_point_down(path):
     place = folder if folder in FOLDERS else name
     assert place in LAYER, f"{name} is not on the map; place it before adding it"
     imported = imported_modules(path) - ({place} if place in FOLDERS else set())
-    assert "speed" not in imported, f"{name} imports from the package instead of from a module on the map"
+    assert not {"reading", "speed"} & imported, f"{name} imports from the package instead of from a module on the map"
     upward = sorted(module for module in imported & LAYER.keys() if LAYER[module] >= LAYER[place])
     assert not upward, f"{name} may only import lower layers, but imports {', '.join(upward)}"
 
@@ -194,7 +195,7 @@ def test_test_files_do_not_import_each_other(path):
     """Not in code that they start in a process of its own either."""
     imported = re.findall(r"^ *(?:import|from) (test_\w+)", path.read_text(), flags=re.MULTILINE)
     assert not imported, (
-        f"{path.name} imports {imported}; what test files share belongs in golden.py, runs.py, samples.py"
+        f"{path.name} imports {imported}; what test files share belongs in golden.py, commands.py, samples.py"
     )
 
 

@@ -32,7 +32,7 @@ import numpy as np
 
 from utils import UserError, locked, replacing
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("archives")
 
 T = TypeVar("T")
 
