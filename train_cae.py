@@ -327,7 +327,7 @@ class CaeState(TrainState[CaeConfig]):
         self.do_teacher = self.compile(do_teacher, "do_teacher")
         self.do_student = self.compile(do_student, "do_student")
         by_name = in_parts(decay_of_matrices(self.student), part_of, cfg.optim.start)
-        self.optimizer = make_adamw(self.student, cfg.optim.betas, by_name)
+        self.optimizer = make_adamw(self.student, cfg.optim.optimizer, cfg.optim.betas, by_name)
         self.optimizers = {"student": (self.student, self.optimizer)}
 
     def load_state_dict(self, saved: SavedState) -> None:

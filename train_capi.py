@@ -49,6 +49,7 @@ from config import (
     DEFAULT_PRETRAIN_CONFIG,
     LATER_KEYS,
     NOT_NEGATIVE,
+    OPTIMIZERS,
     POSITIVE,
     OptimConfig,
     PretrainingImagesConfig,
@@ -123,8 +124,8 @@ class ClusteringHeadConfig:
 class ClusteringOptimizerConfig:
     """The clustering head's own optimizer."""
 
-    optimizer: str = field(metadata=one_of("AdamW"))
-    """The only one so far."""
+    optimizer: str = field(metadata=one_of(*OPTIMIZERS))
+    """AdamW, or AdamW8bit; see optim.optimizer."""
     betas: tuple[float, float] = field(metadata=BETA)
     """Decay per update of the averages of gradients and of their squares."""
     weight_decay: float = field(metadata=NOT_NEGATIVE)
@@ -484,10 +485,12 @@ class CapiState(TrainState[CapiConfig]):
             rope_lr_mult=optim.rope_lr_mult,
             layernorm_wd_mult=optim.layernorm_wd_mult,
         )
-        self.student_optimizer = make_adamw(self.student, optim.betas, in_parts(by_name, part_of, optim.start))
+        by_name = in_parts(by_name, part_of, optim.start)
+        self.student_optimizer = make_adamw(self.student, optim.optimizer, optim.betas, by_name)
         self.optimizers = {"student": (self.student, self.student_optimizer)}
         if cfg.capi.clusters:
-            self.clustering_optimizer = make_adamw(self.clustering, cfg.capi.clustering_optimizer.betas)
+            of_head = cfg.capi.clustering_optimizer
+            self.clustering_optimizer = make_adamw(self.clustering, of_head.optimizer, of_head.betas)
             self.optimizers["clustering"] = (self.clustering, self.clustering_optimizer)
 
     def _make_student(self) -> nn.ModuleDict:

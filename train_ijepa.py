@@ -353,7 +353,9 @@ class IjepaState(TrainState[IjepaConfig]):
         self.do_teacher = self.compile(do_teacher, "do_teacher")
         self.do_student = self.compile(do_student, "do_student")
         by_name = multipliers(self.student, patch_embed_lr_mult=1, rope_lr_mult=1, layernorm_wd_mult=0)
-        self.optimizer = make_adamw(self.student, cfg.optim.betas, in_parts(by_name, part_of, cfg.optim.start))
+        self.optimizer = make_adamw(
+            self.student, cfg.optim.optimizer, cfg.optim.betas, in_parts(by_name, part_of, cfg.optim.start)
+        )
         self.optimizers = {"student": (self.student, self.optimizer)}
         if start is not None and cfg.train.init_optimizer:
             unused = {"predictor.mask_token"} if cfg.predictor.position_noise_std else ()

@@ -60,7 +60,7 @@ from distributed import on_rank_0, pick_device, rank, session, world_size
 from fsdp import Sharding, average_gradients_, divide_like, parallelize
 from launch import StopRequest, claim_output_dir, requeue, was_requeued
 from metrics import FiniteWatch, Metrics, Profile, Throughput
-from optim import grad_norm
+from optim import MOMENTS, grad_norm
 from pixels import log_pixels, measure, sample_pixels
 from probe import Probe
 from report import CONTACT_SHEET, DRY_RUN_SHEET, Panel, write_panels
@@ -379,10 +379,6 @@ def weights_to_start_from(cfg: TrainingConfig, output_dir: Path) -> str | None:
     """`train.init_from`, unless the training continues from a checkpoint."""
     continues = cfg.train.resume_from is not None or Checkpoints(output_dir, keep=1).newest() is not None
     return None if continues else cfg.train.init_from
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps of every weight."""
 
 
 def fill_adamw(

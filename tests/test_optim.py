@@ -74,8 +74,8 @@ def test_parameter_groups_match_golden():
 def test_every_parameter_is_in_exactly_one_group_and_gets_its_multipliers():
     module = student()
     by_name = multipliers(module, patch_embed_lr_mult=0.2, rope_lr_mult=0.0, layernorm_wd_mult=0.1)
-    optimizer = make_adamw(module, (0.9, 0.95), by_name)
-    other = make_adamw(nn.Linear(2, 2), (0.9, 0.95))
+    optimizer = make_adamw(module, "AdamW", (0.9, 0.95), by_name)
+    other = make_adamw(nn.Linear(2, 2), "AdamW", (0.9, 0.95))
     for each in (optimizer, other):
         set_rates_(each, 1e-3, 0.1)
     by_parameter = {p: g for g in optimizer.param_groups for p in g["params"]}
