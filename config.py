@@ -551,6 +551,7 @@ class PretrainingImagesConfig(ImagesConfig):
 
 LATER_KEYS: dict[str, Any] = {
     "optim": {"start": {"encoder_lr_mult": 1.0, "predictor_lr_mult": 1.0, "frozen_iters": 0, "ramp_iters": 0}},
+    "efficiency": {"offload_activations": False},
     "data": {
         "value_range": None,
         "mean": list(Normalisation.mean),
@@ -679,9 +680,12 @@ class EfficiencyConfig:
     """Keep the list of files of an image folder on disk, so that later starts need not read the whole tree."""
     compilation: CompilationConfig
     rematerialization: RematerializationConfig
+    offload_activations: bool
+    """Keep what the student's blocks need in the backward pass in the host's memory until then: slower, in less memory
+    of a CUDA device. With rematerialization, the inputs of the blocks."""
 
     def __post_init__(self) -> None:
-        """Check which precisions go together."""
+        """Check which precisions, and which ways to save memory, go together."""
         require(
             not self.teacher_fp8 or self.param_dtype == "bfloat16",
             "efficiency.teacher_fp8",
@@ -694,6 +698,27 @@ class EfficiencyConfig:
             self.grad_scaler,
             "float16 gradients underflow without it; set it to true, or use efficiency.param_dtype=bfloat16",
         )
+        if self.offload_activations:
+            self._check_offload()
+
+    def _check_offload(self) -> None:
+        require(
+            self.compilation.do_student.disable,
+            "efficiency.offload_activations",
+            True,
+            "compiled code decides itself what it keeps; set efficiency.compilation.do_student.disable=true, or this "
+            "to false",
+        )
+        recomputed = self.rematerialization
+        kept = [operator for operator, again in recomputed.policy.items() if not again]
+        if recomputed.enabled and (kept or not recomputed.default):
+            listed = [] if recomputed.default else ["efficiency.rematerialization.default"]
+            listed += [f"efficiency.rematerialization.policy.{operator}" for operator in kept]
+            raise UserError(
+                "efficiency.offload_activations=True: what recomputation keeps stays on the device, so that little "
+                "would leave it; set efficiency.rematerialization.enabled=false to move all, or true to compute again "
+                f"what lies between the blocks' inputs, which then move: {', '.join(listed)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ from optim import (
     half_cosine,
     in_parts,
     make_adamw,
+    moments_bytes,
     multipliers,
     part_of,
     scheduled_ahead,
@@ -653,10 +654,10 @@ def dry_run(cfg: IjepaConfig) -> str:
     cfg = with_length(cfg)
     sizes = sampled_sizes(cfg)
     with torch.device("meta"):
-        encoder, predictor = (
-            sum(p.numel() for p in m.parameters()) for m in (cfg.make_encoder(), cfg.make_predictor())
-        )
-    state = 4 * (5 * encoder + 4 * predictor) / world_size() / 2**30
+        modules = (cfg.make_encoder(), cfg.make_predictor())
+    encoder, predictor = (sum(p.numel() for p in m.parameters()) for m in modules)
+    moments = sum(moments_bytes(m, cfg.optim.optimizer) for m in modules)
+    state = (4 * (3 * encoder + 2 * predictor) + moments) / world_size() / 2**30
     schedule = ["schedule     step         lr         weight decay momentum"]
     for step in milestones(cfg.optim):
         hyper = hyper_at(step, cfg)

@@ -167,6 +167,10 @@ class TrainState(Generic[ConfigT]):
             from speed.recomputing import recompute_blocks
 
             recompute_blocks(blocks, self.cfg.efficiency.rematerialization)
+        if self.cfg.efficiency.offload_activations and not is_teacher and self.device.type == "cuda":
+            from speed.offloading import offload_blocks
+
+            offload_blocks(blocks)
         if compilation is not None and not compilation.disable and self.compiled:
             from speed.compiling import compile_blocks
 
@@ -1032,8 +1036,13 @@ def _sheet_of_dry_run(
 
 
 def efficiency_warnings(cfg: TrainingConfig, device: torch.device) -> list[str]:
-    """What keeps a training from being fast on this device."""
+    """What keeps a training from being fast, or from saving memory, on this device."""
     recomputed, student = cfg.efficiency.rematerialization.enabled, cfg.efficiency.compilation.do_student
+    if cfg.efficiency.offload_activations and device.type != "cuda":
+        return [
+            f"efficiency.offload_activations=true: does nothing on {device}, whose memory is the host's; it is for "
+            "CUDA devices"
+        ]
     if device.type != "cuda" or not recomputed or not student.disable:
         return []
     return [

@@ -16,7 +16,7 @@ LAYERS = [
     {"utils", "default_eval_config", "demo_data"},
     {"archives", "bands", "weights"},
     {"config", "distributed", "masking", "model", "sources", "speed.attention", "speed.clustering_triton", "speed.fp8"},
-    {"crops", "keys", "pixels", "speed.recomputing"},
+    {"crops", "keys", "pixels", "speed.offloading", "speed.recomputing"},
     {"speed.device_decode"},
     {"cae", "checkpoint", "clustering", "data", "flops", "fsdp", "hubconf", "ijepa", "launch", "metrics", "optim"},
     {"tasks"},
