@@ -712,12 +712,11 @@ class EfficiencyConfig:
         recomputed = self.rematerialization
         kept = [operator for operator, again in recomputed.policy.items() if not again]
         if recomputed.enabled and (kept or not recomputed.default):
-            listed = [] if recomputed.default else ["efficiency.rematerialization.default"]
-            listed += [f"efficiency.rematerialization.policy.{operator}" for operator in kept]
             raise UserError(
-                "efficiency.offload_activations=True: what recomputation keeps stays on the device, so that little "
-                "would leave it; set efficiency.rematerialization.enabled=false to move all, or true to compute again "
-                f"what lies between the blocks' inputs, which then move: {', '.join(listed)}"
+                "efficiency.offload_activations=True: little would leave the device, for what recomputation keeps "
+                f"stays ({', '.join([*kept[:2], '...'])}); set efficiency.rematerialization.enabled=false, and all "
+                "that blocks keep leaves it, or default and each entry of policy there to true, and the blocks' "
+                "inputs do, from which the rest is computed again"
             )
 
 

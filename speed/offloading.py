@@ -33,7 +33,9 @@ def _offloaded(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., A
         weights = {p.untyped_storage().data_ptr() for p in block.parameters() if not isinstance(p, DTensor)}
 
         def pack(x: Tensor) -> tuple[torch.device, Tensor]:
-            if x.nbytes < SMALLEST or x.untyped_storage().data_ptr() in weights:
+            storage = x.untyped_storage()
+            is_view_of_less = storage.nbytes() < x.nbytes  # such as a mask token at all positions
+            if x.nbytes < SMALLEST or is_view_of_less or storage.data_ptr() in weights:
                 return x.device, x
             host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
             return x.device, host.copy_(x, non_blocking=x.is_cuda)

@@ -182,6 +182,13 @@ def test_a_toy_whose_loss_is_not_finite_is_stopped_before_it_is_saved(place, tmp
     assert not list(tmp_path.glob("checkpoints/step_*"))
 
 
+def test_activations_that_cannot_leave_the_device_are_warned_of(place):
+    cfg = load_config(toy_method.ToyConfig, place / "toy.yaml", [*TINY_TRAINING, "efficiency.offload_activations=true"])
+    (line,) = training.efficiency_warnings(cfg, torch.device("cpu"))
+    assert line.startswith("efficiency.offload_activations=true: does nothing on cpu")
+    assert not training.efficiency_warnings(cfg, torch.device("cuda"))
+
+
 @pytest.mark.parametrize("is_compiled", [True, False])
 @pytest.mark.parametrize("recomputed", [True, False])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
