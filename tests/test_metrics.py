@@ -28,6 +28,7 @@ from clustering import (
     prototype_usage,
     soft_cross_entropy,
 )
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from flops import (
     StepShape,
     attention_recomputation_per_image,
@@ -50,6 +51,7 @@ from metrics import (
     read_metrics,
 )
 from model import EncoderDecoder
+from train_capi import CapiConfig, optimizer_bytes
 from utils import UserError
 
 PUBLISHED = StepShape(
@@ -752,6 +754,22 @@ def test_the_memory_estimate_shrinks_with_recomputation_precision_batch_and_rank
     kept = estimate(num_earlier=128)["state"] - estimate()["state"]
     assert kept == pytest.approx(128 * 256 * 1024 * 4 / 2**30), "float32 features of 128 images"
     assert estimate(num_earlier=128)["clustering"] > 128 * 256 * 16384 * 4 / 2**30, "the head has all logits"
+
+
+def test_the_memory_estimate_counts_8_bits_and_what_leaves_the_device():
+    sizes = {"batch_size": 64, "param_bytes": 2, "world_size": 2}
+    plain = device_memory_estimate(PUBLISHED, recompute=False, **sizes)
+    keys = ("optim.optimizer", "capi.clustering_optimizer.optimizer")
+    published = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [f"{key}=AdamW8bit" for key in keys])
+    in_32, in_8 = 8 * plain["parameters"], optimizer_bytes(published)
+    assert in_32 / 4 < in_8 < in_32 / 3.9
+    eight = device_memory_estimate(PUBLISHED, recompute=False, **sizes, optimizer_bytes=in_8)
+    assert plain["state"] - eight["state"] == pytest.approx((in_32 - in_8) / 2 / 2**30)
+    away = device_memory_estimate(PUBLISHED, recompute=False, **sizes, offload=True)
+    assert plain["offloaded"] == 0 and plain["activations"] - away["activations"] < away["offloaded"]
+    assert away["activations"] < plain["activations"] / 10
+    again = device_memory_estimate(PUBLISHED, recompute=True, **sizes, offload=True)
+    assert again["offloaded"] < away["offloaded"] / 20 and again["activations"] == away["activations"]
 
 
 # --- Profiling
