@@ -45,6 +45,7 @@ bench: .venv/.run
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/methods.py
 	$(BIN)/python bench/predictors.py
+	$(BIN)/python bench/optimizers.py
 	$(BIN)/python bench/loading.py
 	$(BIN)/python bench/evaluations.py
 	$(BIN)/python bench/startup.py

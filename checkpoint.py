@@ -42,6 +42,7 @@ from distributed import (
     on_rank_0,
     rank,
     world_size,
+    zeros_by_rows,
 )
 from utils import (
     UserError,
@@ -800,10 +801,12 @@ def _holds_finite_numbers(path: Path) -> bool:
 
 
 def _room_for(state_name: str, described: Any, parameter: Tensor) -> Tensor:
-    """An empty tensor for saved optimizer state: sharded as its parameter if it has one value per weight."""
+    """An empty tensor for saved optimizer state: sharded as its parameter if it has values for each of its rows."""
     dtype, shape = described.properties.dtype, described.size
     if state_name != "step" and shape == parameter.shape:
         return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    if state_name != "step" and shape and parameter.ndim and shape[0] == parameter.shape[0]:
+        return zeros_by_rows(parameter, shape, dtype)
     return torch.zeros(shape, dtype=dtype)
 
 

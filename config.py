@@ -204,6 +204,8 @@ IMAGE_MEAN = within(at_least=0, at_most=1, remedy="must be numbers in [0, 1], on
 IMAGE_STD = within(above=0, remedy="must be numbers above 0, one for each band")
 DEVICE = one_of("auto", "cuda", "mps", "cpu")
 DTYPE = one_of("float32", "bfloat16", "float16")
+OPTIMIZERS = ("AdamW", "AdamW8bit")
+"""See `optim.make_adamw`."""
 
 
 @dataclass(frozen=True)
@@ -416,8 +418,9 @@ class OptimConfig:
     """Forward passes per update: a larger batch in the same memory."""
     clip_grad: float | None = field(metadata=POSITIVE)
     """Largest norm of the student's gradient, or null for no clipping (the paper's choice)."""
-    optimizer: str = field(metadata=one_of("AdamW"))
-    """The only one so far."""
+    optimizer: str = field(metadata=one_of(*OPTIMIZERS))
+    """AdamW; or AdamW8bit, which keeps its averages in 8 bits instead of 32: 2 bytes per weight instead of 8, for an
+    update that takes longer. A run may change from one to the other."""
     betas: tuple[float, float] = field(metadata=BETA)
     """How long it remembers gradients and their squares: decay per update of each average."""
     lr_schedule: ScheduleConfig
@@ -548,6 +551,7 @@ class PretrainingImagesConfig(ImagesConfig):
 
 LATER_KEYS: dict[str, Any] = {
     "optim": {"start": {"encoder_lr_mult": 1.0, "predictor_lr_mult": 1.0, "frozen_iters": 0, "ramp_iters": 0}},
+    "efficiency": {"offload_activations": False},
     "data": {
         "value_range": None,
         "mean": list(Normalisation.mean),
@@ -676,9 +680,12 @@ class EfficiencyConfig:
     """Keep the list of files of an image folder on disk, so that later starts need not read the whole tree."""
     compilation: CompilationConfig
     rematerialization: RematerializationConfig
+    offload_activations: bool
+    """Keep what the student's blocks need in the backward pass in the host's memory until then: slower, in less memory
+    of a CUDA device. With rematerialization, the inputs of the blocks."""
 
     def __post_init__(self) -> None:
-        """Check which precisions go together."""
+        """Check which precisions, and which ways to save memory, go together."""
         require(
             not self.teacher_fp8 or self.param_dtype == "bfloat16",
             "efficiency.teacher_fp8",
@@ -691,6 +698,26 @@ class EfficiencyConfig:
             self.grad_scaler,
             "float16 gradients underflow without it; set it to true, or use efficiency.param_dtype=bfloat16",
         )
+        if self.offload_activations:
+            self._check_offload()
+
+    def _check_offload(self) -> None:
+        require(
+            self.compilation.do_student.disable,
+            "efficiency.offload_activations",
+            True,
+            "compiled code decides itself what it keeps; set efficiency.compilation.do_student.disable=true, or this "
+            "to false",
+        )
+        recomputed = self.rematerialization
+        kept = [operator for operator, again in recomputed.policy.items() if not again]
+        if recomputed.enabled and (kept or not recomputed.default):
+            raise UserError(
+                "efficiency.offload_activations=True: little would leave the device, for what recomputation keeps "
+                f"stays ({', '.join([*kept[:2], '...'])}); set efficiency.rematerialization.enabled=false, and all "
+                "that blocks keep leaves it, or default and each entry of policy there to true, and the blocks' "
+                "inputs do, from which the rest is computed again"
+            )
 
 
 @dataclass(frozen=True)

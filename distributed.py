@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -337,6 +337,16 @@ def all_gather_rows(x: Tensor) -> Tensor:
             dist.broadcast(part, src=source)
         start += count
     return whole
+
+
+def zeros_by_rows(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros with as many rows as a tensor, on its device, and with these divided over ranks as there."""
+    from torch.distributed.tensor import DTensor, zeros
+
+    assert shape[0] == like.shape[0]
+    if not isinstance(like, DTensor):
+        return torch.zeros(*shape, dtype=dtype, device=like.device)
+    return zeros(*shape, dtype=dtype, device_mesh=like.device_mesh, placements=like.placements)
 
 
 def broadcast_object(value: T) -> T:

@@ -412,7 +412,7 @@ class FinetuneState(TrainState[FinetuneConfig]):
             ema_update_(self.model_ema, self.model, 0.0)
             self.modules["model_ema"] = self.model_ema
         by_name = decayed_multipliers(self.model, self.trunk, cfg.optim.layer_decay)
-        self.optimizer = make_adamw(self.model, cfg.optim.betas, by_name)
+        self.optimizer = make_adamw(self.model, cfg.optim.optimizer, cfg.optim.betas, by_name)
         self.optimizers = {"model": (self.model, self.optimizer)}
 
     def _make(

@@ -4,7 +4,7 @@ Blocks and encoders are those of model.py, for every method; the step is CAPI's.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 
@@ -147,8 +147,30 @@ def num_backbone_parameters(shape: StepShape) -> int:
     return blocks + patch_embedding + shape.num_registers * d + mask_token
 
 
+def _kept_values(shape: StepShape, own: int, of_context: int) -> int:
+    """Values per channel that blocks keep of an image: so many of each of their tokens, and, in the cross-attention
+    predictor, of each context token."""
+    values = sum(tower.depth * own * tower.queries for tower in _student_towers(shape))
+    if shape.predictor == "cross":
+        values += shape.decoder_depth * of_context * (shape.num_visible + shape.num_registers)
+    return values
+
+
+def _single_blocks(shape: StepShape) -> list[StepShape]:
+    """Students of one block each, one of the encoder and one of the predictor."""
+    return [replace(shape, encoder_depth=1, decoder_depth=0), replace(shape, encoder_depth=0, decoder_depth=1)]
+
+
 def device_memory_estimate(
-    shape: StepShape, *, batch_size: int, param_bytes: int, recompute: bool, world_size: int, num_earlier: int = 0
+    shape: StepShape,
+    *,
+    batch_size: int,
+    param_bytes: int,
+    recompute: bool,
+    world_size: int,
+    num_earlier: int = 0,
+    optimizer_bytes: int | None = None,
+    offload: bool = False,
 ) -> dict[str, int | float]:
     """A rough estimate, for planning, of what one device holds: exact for weights, a factor 1.5 or so for the rest.
 
@@ -160,23 +182,27 @@ def device_memory_estimate(
         world_size: ranks among which weights, gradients, optimizer state and average are sharded.
         num_earlier: images of earlier batches whose features this device keeps; with them the head has all logits at
             once.
+        optimizer_bytes: of the moments of student and clustering head, on all ranks; None for two float32 ones.
+        offload: whether what blocks keep waits in the host's memory.
 
-    Returns: `parameters` (backbone and both heads, a number), and in GiB: `state` (float32 weights, gradients and two
+    Returns: `parameters` (backbone and both heads, a number), and in GiB: `state` (float32 weights, gradients and
         AdamW moments of student and clustering head, the average, and features of earlier batches), `activations` (of
-        the student, kept for its backward pass), `clustering` (teacher features and logits), and `total`, the state and
-        the larger of those two.
+        the student, kept for its backward pass), `clustering` (teacher features and logits), `total`, the state and
+        the larger of those two; and `offloaded`, what is in the host's memory instead.
     """
     d = shape.embed_dim
     # With a bias; of the student's head, each output has a bias or a magnitude.
     head = shape.num_clusters * (d + 1) if shape.targets == "clustering" else 0
     student = num_backbone_parameters(shape) + sum((width + 1) * out for width, out in _head_layers(shape))
-    state = 4 * (4 * (student + head) + student) / world_size
+    if optimizer_bytes is None:
+        optimizer_bytes = 2 * 4 * (student + head)
+    state = (4 * (2 * (student + head) + student) + optimizer_bytes) / world_size
     # Values per channel that a block keeps of each of its tokens, and in the cross-attention predictor of each context
     # token (keys and values). Without recomputation they were counted on the model with saved_tensors_hooks.
-    own, of_context = (10, 2) if recompute else (28, 8)
-    values = sum(tower.depth * own * tower.queries for tower in _student_towers(shape))
-    if shape.predictor == "cross":
-        values += shape.decoder_depth * of_context * (shape.num_visible + shape.num_registers)
+    all_of_them = (28, 8)
+    values, offloaded = _kept_values(shape, *(all_of_them if not recompute else (1, 1) if offload else (10, 2))), 0
+    if offload:  # in the backward pass, all of one block at a time is back on the device
+        values, offloaded = max(_kept_values(each, *all_of_them) for each in _single_blocks(shape)), values
     activations = batch_size * (values * d * param_bytes + 3 * 4 * shape.num_predict * _target_width(shape))
     logits = 4 * batch_size * shape.num_clusters  # of one position
     budget = 2**28 if world_size == 1 else 2**30  # as clustering.OnlineClustering takes them on a GPU
@@ -193,5 +219,6 @@ def device_memory_estimate(
         "state": state / 2**30,
         "activations": activations / 2**30,
         "clustering": clustering / 2**30,
+        "offloaded": batch_size * offloaded * d * param_bytes / 2**30,
         "total": (state + max(activations, clustering)) / 2**30,
     }

@@ -63,7 +63,7 @@ from keys import answer
 from masking import MaskPlan, PatchMasks, ScatteredBlocks, Uniform
 from metrics import feature_health
 from model import draw_drop_path, load_resized
-from optim import decay_of_matrices, in_parts, make_adamw, part_of, scheduled, set_rates_, started_rates
+from optim import decay_of_matrices, in_parts, make_adamw, moments_bytes, part_of, scheduled, set_rates_, started_rates
 from pictures import PatchPredictor, Prediction
 from reading.crops import View
 from report import Panel
@@ -327,7 +327,7 @@ class CaeState(TrainState[CaeConfig]):
         self.do_teacher = self.compile(do_teacher, "do_teacher")
         self.do_student = self.compile(do_student, "do_student")
         by_name = in_parts(decay_of_matrices(self.student), part_of, cfg.optim.start)
-        self.optimizer = make_adamw(self.student, cfg.optim.betas, by_name)
+        self.optimizer = make_adamw(self.student, cfg.optim.optimizer, cfg.optim.betas, by_name)
         self.optimizers = {"student": (self.student, self.optimizer)}
 
     def load_state_dict(self, saved: SavedState) -> None:
@@ -616,10 +616,10 @@ def dry_run(cfg: CaeConfig) -> str:
     """What a training with this config would be, without training: data, grid, tokens, parameters, schedule."""
     cfg = with_length(cfg)
     with torch.device("meta"):
-        encoder, predictor = (
-            sum(p.numel() for p in m.parameters()) for m in (cfg.make_encoder(), cfg.make_predictor())
-        )
-    state = 4 * 4 * (encoder + predictor) / world_size() / 2**30
+        modules = (cfg.make_encoder(), cfg.make_predictor())
+    encoder, predictor = (sum(p.numel() for p in m.parameters()) for m in modules)
+    moments = sum(moments_bytes(m, cfg.optim.optimizer) for m in modules)
+    state = (4 * 2 * (encoder + predictor) + moments) / world_size() / 2**30
     schedule = ["schedule     step         lr"]
     schedule += [f"             {step:<12} {lr_at(step, cfg):.3g}" for step in milestones(cfg.optim)]
     regressor = cfg.regressor

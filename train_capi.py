@@ -49,6 +49,7 @@ from config import (
     DEFAULT_PRETRAIN_CONFIG,
     LATER_KEYS,
     NOT_NEGATIVE,
+    OPTIMIZERS,
     POSITIVE,
     OptimConfig,
     PretrainingImagesConfig,
@@ -69,7 +70,7 @@ from keys import answer
 from masking import MaskPlan, PatchMasks, draw_positions, make_masking_generator
 from metrics import feature_health
 from model import PREDICTORS, EncoderDecoder, RotaryEmbedding
-from optim import ema_update_, in_parts, make_adamw, multipliers, scheduled, set_rates_, started_rates
+from optim import ema_update_, in_parts, make_adamw, moments_bytes, multipliers, scheduled, set_rates_, started_rates
 from pictures import PatchPredictor, Prediction
 from report import Panel
 from sheets import Column, mark, mask_column
@@ -123,8 +124,8 @@ class ClusteringHeadConfig:
 class ClusteringOptimizerConfig:
     """The clustering head's own optimizer."""
 
-    optimizer: str = field(metadata=one_of("AdamW"))
-    """The only one so far."""
+    optimizer: str = field(metadata=one_of(*OPTIMIZERS))
+    """AdamW, or AdamW8bit; see optim.optimizer."""
     betas: tuple[float, float] = field(metadata=BETA)
     """Decay per update of the averages of gradients and of their squares."""
     weight_decay: float = field(metadata=NOT_NEGATIVE)
@@ -484,10 +485,12 @@ class CapiState(TrainState[CapiConfig]):
             rope_lr_mult=optim.rope_lr_mult,
             layernorm_wd_mult=optim.layernorm_wd_mult,
         )
-        self.student_optimizer = make_adamw(self.student, optim.betas, in_parts(by_name, part_of, optim.start))
+        by_name = in_parts(by_name, part_of, optim.start)
+        self.student_optimizer = make_adamw(self.student, optim.optimizer, optim.betas, by_name)
         self.optimizers = {"student": (self.student, self.student_optimizer)}
         if cfg.capi.clusters:
-            self.clustering_optimizer = make_adamw(self.clustering, cfg.capi.clustering_optimizer.betas)
+            of_head = cfg.capi.clustering_optimizer
+            self.clustering_optimizer = make_adamw(self.clustering, of_head.optimizer, of_head.betas)
             self.optimizers["clustering"] = (self.clustering, self.clustering_optimizer)
 
     def _make_student(self) -> nn.ModuleDict:
@@ -499,9 +502,7 @@ class CapiState(TrainState[CapiConfig]):
         return with_head(backbone, self.cfg)
 
     def _make_clustering(self) -> OnlineClustering:
-        width = self.cfg.model.transformers_kwargs.embed_dim
-        settings = self.cfg.capi
-        head = OnlineClustering(width, settings.num_clusters, **asdict(settings.clustering_kwargs))
+        settings, head = self.cfg.capi, make_clustering(self.cfg)
         if settings.has_kernels:
             from speed.clustering import learn_in_chunks
 
@@ -562,6 +563,12 @@ def make_head(cfg: CapiConfig, num_clusters: int) -> nn.Module:
     if cfg.capi.targets == "latents":
         return LatentHead(width, width)
     return HEADS[cfg.capi.student_head](width, num_clusters)
+
+
+def make_clustering(cfg: CapiConfig) -> OnlineClustering:
+    """The teacher's head."""
+    width = cfg.model.transformers_kwargs.embed_dim
+    return OnlineClustering(width, cfg.capi.num_clusters, **asdict(cfg.capi.clustering_kwargs))
 
 
 def part_of(name: str) -> str:
@@ -821,6 +828,15 @@ def log_line(cfg: CapiConfig, values: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
+def optimizer_bytes(cfg: CapiConfig) -> int:
+    """Bytes that the optimizers of student and clustering head keep, on all ranks together."""
+    with torch.device("meta"):
+        num = moments_bytes(with_head(EncoderDecoder(**cfg.model.kwargs()), cfg), cfg.optim.optimizer)
+        if cfg.capi.clusters:
+            num += moments_bytes(make_clustering(cfg), cfg.capi.clustering_optimizer.optimizer)
+    return num
+
+
 def dry_run(cfg: CapiConfig) -> str:
     """What a training with this config would be, without training: data, grid, tokens, parameters, schedule, memory."""
     plan, shape = mask_plan(cfg), step_shape(cfg)
@@ -834,7 +850,10 @@ def dry_run(cfg: CapiConfig) -> str:
         recompute=cfg.efficiency.rematerialization.enabled,
         world_size=world_size(),
         num_earlier=cfg.capi.queue * cfg.optim.batch_size_per_gpu * cfg.optim.accumulation_steps,
+        optimizer_bytes=optimizer_bytes(cfg),
+        offload=cfg.efficiency.offload_activations,
     )
+    in_host = f"; {memory['offloaded']:.1f} more in the host's memory" if memory["offloaded"] else ""
     schedule = ["schedule     step         lr         momentum" + ("   clustering lr" if cfg.capi.clusters else "")]
     for step in milestones(cfg.optim):
         hyper = hyper_at(step, cfg)
@@ -859,7 +878,7 @@ def dry_run(cfg: CapiConfig) -> str:
         costs=[
             f"memory       about {memory['total']:.1f} GiB per device, an estimate: {memory['state']:.1f} for weights, "
             f"gradients, optimizer and average; {memory['activations']:.1f} for the student's activations; "
-            f"{memory['clustering']:.1f} for teacher and {'clustering' if cfg.capi.clusters else 'targets'}",
+            f"{memory['clustering']:.1f} for teacher and {'clustering' if cfg.capi.clusters else 'targets'}{in_host}",
             f"compute      {training_flops_per_image(shape) / 1e12:.4f} TFLOP per image",
         ],
         schedule=schedule,

@@ -69,6 +69,7 @@ from optim import (
     half_cosine,
     in_parts,
     make_adamw,
+    moments_bytes,
     multipliers,
     part_of,
     scheduled_ahead,
@@ -353,7 +354,9 @@ class IjepaState(TrainState[IjepaConfig]):
         self.do_teacher = self.compile(do_teacher, "do_teacher")
         self.do_student = self.compile(do_student, "do_student")
         by_name = multipliers(self.student, patch_embed_lr_mult=1, rope_lr_mult=1, layernorm_wd_mult=0)
-        self.optimizer = make_adamw(self.student, cfg.optim.betas, in_parts(by_name, part_of, cfg.optim.start))
+        self.optimizer = make_adamw(
+            self.student, cfg.optim.optimizer, cfg.optim.betas, in_parts(by_name, part_of, cfg.optim.start)
+        )
         self.optimizers = {"student": (self.student, self.optimizer)}
         if start is not None and cfg.train.init_optimizer:
             unused = {"predictor.mask_token"} if cfg.predictor.position_noise_std else ()
@@ -651,10 +654,10 @@ def dry_run(cfg: IjepaConfig) -> str:
     cfg = with_length(cfg)
     sizes = sampled_sizes(cfg)
     with torch.device("meta"):
-        encoder, predictor = (
-            sum(p.numel() for p in m.parameters()) for m in (cfg.make_encoder(), cfg.make_predictor())
-        )
-    state = 4 * (5 * encoder + 4 * predictor) / world_size() / 2**30
+        modules = (cfg.make_encoder(), cfg.make_predictor())
+    encoder, predictor = (sum(p.numel() for p in m.parameters()) for m in modules)
+    moments = sum(moments_bytes(m, cfg.optim.optimizer) for m in modules)
+    state = (4 * (3 * encoder + 2 * predictor) + moments) / world_size() / 2**30
     schedule = ["schedule     step         lr         weight decay momentum"]
     for step in milestones(cfg.optim):
         hyper = hyper_at(step, cfg)

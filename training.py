@@ -60,7 +60,7 @@ from distributed import on_rank_0, pick_device, rank, session, world_size
 from fsdp import Sharding, average_gradients_, divide_like, parallelize
 from launch import StopRequest, claim_output_dir, requeue, was_requeued
 from metrics import FiniteWatch, Metrics, Profile, Throughput
-from optim import grad_norm
+from optim import MOMENTS, grad_norm
 from probe import Probe
 from reading.pixels import log_pixels, measure, sample_pixels
 from reading.sources import cache_root, make_mixture
@@ -167,6 +167,10 @@ class TrainState(Generic[ConfigT]):
             from speed.recomputing import recompute_blocks
 
             recompute_blocks(blocks, self.cfg.efficiency.rematerialization)
+        if self.cfg.efficiency.offload_activations and not is_teacher and self.device.type == "cuda":
+            from speed.offloading import offload_blocks
+
+            offload_blocks(blocks)
         if compilation is not None and not compilation.disable and self.compiled:
             from speed.compiling import compile_blocks
 
@@ -379,10 +383,6 @@ def weights_to_start_from(cfg: TrainingConfig, output_dir: Path) -> str | None:
     """`train.init_from`, unless the training continues from a checkpoint."""
     continues = cfg.train.resume_from is not None or Checkpoints(output_dir, keep=1).newest() is not None
     return None if continues else cfg.train.init_from
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps of every weight."""
 
 
 def fill_adamw(
@@ -1036,8 +1036,13 @@ def _sheet_of_dry_run(
 
 
 def efficiency_warnings(cfg: TrainingConfig, device: torch.device) -> list[str]:
-    """What keeps a training from being fast on this device."""
+    """What keeps a training from being fast, or from saving memory, on this device."""
     recomputed, student = cfg.efficiency.rematerialization.enabled, cfg.efficiency.compilation.do_student
+    if cfg.efficiency.offload_activations and device.type != "cuda":
+        return [
+            f"efficiency.offload_activations=true: does nothing on {device}, whose memory is the host's; it is for "
+            "CUDA devices"
+        ]
     if device.type != "cuda" or not recomputed or not student.disable:
         return []
     return [

@@ -49,7 +49,7 @@ from flops import device_memory_estimate, training_flops_per_image
 from fsdp import Bucket, Sharding, overlap_collectives, parallelize
 from model import Block, EncoderDecoder
 from speed.recomputing import recompute_blocks
-from train_capi import CapiConfig, do_student, do_teacher, mask_plan, step_shape, with_head
+from train_capi import CapiConfig, do_student, do_teacher, mask_plan, optimizer_bytes, step_shape, with_head
 from utils import UserError
 
 
@@ -447,7 +447,7 @@ def memory_parts(cfg: CapiConfig, machine: Machine, traced: Traced, peak: int) -
     shares = {
         "weights": 4 * (traced.num_weights + head),
         "gradients": 4 * (traced.num_weights + head),
-        "AdamW": 8 * (traced.num_weights + head),
+        "AdamW": optimizer_bytes(cfg),
         "average": 4 * traced.num_weights,
     }
     parts = {name: size / machine.ranks for name, size in shares.items()}

@@ -17,7 +17,7 @@ LAYERS = [
     {"reading.archives", "reading.bands", "weights"},
     {"config", "distributed", "masking", "model", "reading.sources", "speed.attention", "speed.clustering_triton",
      "speed.fp8"},
-    {"keys", "reading.crops", "reading.pixels", "speed.recomputing"},
+    {"keys", "reading.crops", "reading.pixels", "speed.offloading", "speed.recomputing"},
     {"speed.device_decode"},
     {"cae", "checkpoint", "clustering", "data", "flops", "fsdp", "hubconf", "ijepa", "launch", "metrics", "optim"},
     {"tasks"},

@@ -209,6 +209,19 @@ def test_predictors_are_measured_beside_what_the_author_reports_as_typed(tmp_pat
         assert row["author, as speed"] < counted < row["author, as time"], "what is counted is not what was compared"
 
 
+@pytest.mark.long
+def test_moments_in_8_bits_are_measured_beside_those_in_32_as_typed(tmp_path):
+    results = tmp_path / "results.jsonl"
+    command = ["bench/optimizers.py", *SMALL, "--batch", "2", "--px", "84", "--steps", "1", "--results", results]
+    done = run_forked(*command, timeout=280)
+    assert done.returncode == 0, done.stderr
+    (line,) = map(json.loads, results.read_text().splitlines())
+    whole, eight = line["numbers"]
+    assert whole["bytes per weight"] == 8 > 4 > eight["bytes per weight"] > 2
+    assert whole["step, times AdamW"] == whole["update, times AdamW"] == 1 < eight["update, times AdamW"]
+    assert eight["ViT-L/14 GiB"] < 0.26 * whole["ViT-L/14 GiB"], "nearly all weights are in large matrices"
+
+
 def test_the_loader_is_measured_as_typed(tmp_path):
     results = tmp_path / "results.jsonl"
     done = run_forked("bench/loading.py", "--repeats", "1", "--results", results)

@@ -28,6 +28,7 @@ from clustering import (
     prototype_usage,
     soft_cross_entropy,
 )
+from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from flops import (
     StepShape,
     attention_recomputation_per_image,
@@ -50,6 +51,7 @@ from metrics import (
     read_metrics,
 )
 from model import EncoderDecoder
+from train_capi import CapiConfig, optimizer_bytes
 from utils import UserError
 
 PUBLISHED = StepShape(
@@ -752,6 +754,31 @@ def test_the_memory_estimate_shrinks_with_recomputation_precision_batch_and_rank
     kept = estimate(num_earlier=128)["state"] - estimate()["state"]
     assert kept == pytest.approx(128 * 256 * 1024 * 4 / 2**30), "float32 features of 128 images"
     assert estimate(num_earlier=128)["clustering"] > 128 * 256 * 16384 * 4 / 2**30, "the head has all logits"
+
+
+def test_the_memory_estimate_counts_8_bits():
+    keys = ("optim.optimizer", "capi.clustering_optimizer.optimizer")
+    small = ["model.encoder_kwargs.depth=2", "model.decoder_kwargs.depth=1"]
+    shape = replace(PUBLISHED, encoder_depth=2, decoder_depth=1)
+    sizes: dict[str, Any] = {"batch_size": 64, "param_bytes": 2, "recompute": False, "world_size": 2}
+    in_32 = device_memory_estimate(shape, **sizes)
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*small, *(f"{key}=AdamW8bit" for key in keys)])
+    held = optimizer_bytes(cfg)
+    assert 2 * in_32["parameters"] < held < 2.1 * in_32["parameters"]
+    in_8 = device_memory_estimate(shape, **sizes, optimizer_bytes=held)
+    assert in_32["state"] - in_8["state"] == pytest.approx((8 * in_32["parameters"] - held) / 2 / 2**30)
+
+
+def test_the_memory_estimate_counts_what_leaves_the_device():
+    def estimate(*, recompute: bool, offload: bool) -> dict[str, int | float]:
+        sizes = {"batch_size": 64, "param_bytes": 2, "world_size": 1}
+        return device_memory_estimate(PUBLISHED, recompute=recompute, offload=offload, **sizes)
+
+    stays, leaves = (estimate(recompute=False, offload=offload) for offload in (False, True))
+    assert stays["offloaded"] == 0 and stays["activations"] - leaves["activations"] < leaves["offloaded"]
+    assert leaves["activations"] < stays["activations"] / 10
+    inputs = estimate(recompute=True, offload=True)
+    assert inputs["offloaded"] < leaves["offloaded"] / 20 and inputs["activations"] == leaves["activations"]
 
 
 # --- Profiling

@@ -1,5 +1,8 @@
-"""optim.py: schedules and parameter groups against the golden numbers, and the moving average."""
+"""optim.py: schedules and parameter groups against the golden numbers, moments in 8 bits, and the moving average."""
 
+from copy import deepcopy
+
+import numpy as np
 import pytest
 import torch
 from conftest import load_golden_json
@@ -8,7 +11,19 @@ from torch import nn
 from clustering import L2NormLinear
 from config import DEFAULT_PRETRAIN_CONFIG, ScheduleConfig, load_config
 from model import EncoderDecoder
-from optim import Multipliers, ema_update_, make_adamw, multipliers, scheduled, scheduled_ahead, set_rates_, stepped
+from optim import (
+    AdamW8bit,
+    Multipliers,
+    block_size,
+    ema_update_,
+    make_adamw,
+    moments_bytes,
+    multipliers,
+    scheduled,
+    scheduled_ahead,
+    set_rates_,
+    stepped,
+)
 from train_capi import CapiConfig, hyper_at
 
 
@@ -74,8 +89,8 @@ def test_parameter_groups_match_golden():
 def test_every_parameter_is_in_exactly_one_group_and_gets_its_multipliers():
     module = student()
     by_name = multipliers(module, patch_embed_lr_mult=0.2, rope_lr_mult=0.0, layernorm_wd_mult=0.1)
-    optimizer = make_adamw(module, (0.9, 0.95), by_name)
-    other = make_adamw(nn.Linear(2, 2), (0.9, 0.95))
+    optimizer = make_adamw(module, "AdamW", (0.9, 0.95), by_name)
+    other = make_adamw(nn.Linear(2, 2), "AdamW", (0.9, 0.95))
     for each in (optimizer, other):
         set_rates_(each, 1e-3, 0.1)
     by_parameter = {p: g for g in optimizer.param_groups for p in g["params"]}
@@ -107,3 +122,123 @@ def test_a_stepped_rate_falls_to_a_tenth_at_each_milestone():
     values = [stepped(x, [8, 16, 24]) for x in progress]
     assert values == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.001, 0.001])
     assert stepped(5, []) == 1
+
+
+# --- Moments in 8 bits -----------------------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Two blocks in a row, a row of 196 in one block, rows that nothing divides, and what is small."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in {
+            "wide": (11, 512), "patches": (24, 3, 14, 14), "prime": (20, 257), "bias": (5000,), "small": (8, 8),
+        }.items():  # fmt: skip
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator)))
+
+
+def stepped_by(kind, num_steps, module=None, optimizer=None, first=0):
+    """A module and its optimizer after steps whose gradients have scales from 1e-4 to 1 within a block."""
+    module = Mixed() if module is None else module
+    if optimizer is None:
+        optimizer = make_adamw(module, kind, (0.9, 0.95))
+    for step in range(first, first + num_steps):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in module.parameters():
+            scale = 10 ** (-4 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(99)))
+            parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+        set_rates_(optimizer, 1e-2, 0.1)
+        optimizer.step()
+    return module, optimizer
+
+
+def dynamic_levels(signed: bool) -> np.ndarray:
+    """Decades from 1 down to 1e-6: 64, 32, ..., 1 centres of equal parts; without sign twice as many, and no zero."""
+    levels = [1.0]
+    for decade in range(7):
+        edges = np.linspace(0.1, 1, 2 ** (6 - decade) * (1 if signed else 2) + 1) * 10.0**-decade
+        levels += [*(edges[1:] + edges[:-1]) / 2]
+    return np.sort([*levels, 0.0, *(-x for x in levels if x < 1)] if signed else levels)
+
+
+def rounded(x: np.ndarray, block: int, signed: bool) -> np.ndarray:
+    blocks, levels = x.reshape(-1, block), dynamic_levels(signed)
+    scale = np.abs(blocks).max(1, keepdims=True)
+    nearest = np.abs((blocks / scale)[..., None] - levels).argmin(-1)
+    return (levels[nearest] * scale).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("name", "block"), [("wide", 256), ("patches", 196)])
+def test_8_bit_updates_are_those_of_the_paper(name, block):
+    module, _ = stepped_by("AdamW8bit", 3)
+    weights = getattr(Mixed(), name).detach().double().numpy()
+    average, square = np.zeros_like(weights), np.zeros_like(weights)
+    for step in range(3):
+        gradients = getattr(stepped_by("AdamW8bit", 1, first=step)[0], name).grad.double().numpy()
+        average, square = 0.9 * average + 0.1 * gradients, 0.95 * square + 0.05 * gradients**2
+        update = average / (1 - 0.9 ** (step + 1)) / (np.sqrt(square / (1 - 0.95 ** (step + 1))) + 1e-8)
+        weights = weights * (1 - 1e-2 * 0.1) - 1e-2 * update
+        average, square = rounded(average, block, True), rounded(square, block, False)
+    error = np.abs(getattr(module, name).detach().numpy() - weights)
+    assert np.quantile(error, 0.999) < 1e-6  # what lies half way between two levels may be rounded to either
+    assert error.max() < 1e-2
+
+
+def test_8_bits_follow_32_and_leave_what_does_not_suit_them_in_32():
+    (eight, of_eight), (whole, _) = stepped_by("AdamW8bit", 20), stepped_by("AdamW", 20)
+    for name, parameter in eight.named_parameters():
+        state, other = of_eight.state[parameter], getattr(whole, name)
+        if name in ("wide", "patches"):
+            assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.uint8
+            moved = (other - getattr(Mixed(), name)).abs().mean()
+            assert 0 < (parameter - other).abs().mean() < 0.15 * moved, name
+        else:
+            assert block_size(parameter.shape) is None
+            assert torch.equal(parameter, other), name
+
+
+def test_a_gradient_that_falls_away_moves_a_weight_no_further_than_in_32_bits():
+    """Rounded to zero, a square would leave the average of the gradients a divisor of 1e-8."""
+    ends = []
+    for kind in ("AdamW8bit", "AdamW"):
+        linear = nn.Linear(256, 16, bias=False)
+        nn.init.zeros_(linear.weight)
+        optimizer = make_adamw(linear, kind, (0.9, 0.95))
+        set_rates_(optimizer, 1e-3, 0.0)
+        for small in (2e-4, 0.0, 0.0, 0.0):
+            linear.weight.grad = torch.full_like(linear.weight, small)
+            linear.weight.grad[:, 0] = 1.0
+            optimizer.step()
+        ends.append(linear.weight.detach().abs().max())
+    assert ends[0] < 1.5 * ends[1]
+
+
+def test_moments_take_as_many_bytes_as_a_plan_says():
+    for kind in ("AdamW", "AdamW8bit"):
+        module, optimizer = stepped_by(kind, 1)
+        held = [x.nbytes for state in optimizer.state.values() for key, x in state.items() if key != "step"]
+        assert sum(held) == moments_bytes(module, kind)
+    big = nn.Linear(1024, 1024, bias=False, device="meta")
+    assert moments_bytes(big, "AdamW8bit") / 2**20 == 2 + 8 / 256, "bytes per weight"
+
+
+def test_a_run_changes_from_32_bits_to_8_and_back():
+    module, optimizer = stepped_by("AdamW", 3)
+    before = {name: optimizer.state[p]["exp_avg_sq"].clone() for name, p in module.named_parameters()}
+    saved = optimizer.state_dict()
+    eight = make_adamw(module, "AdamW8bit", (0.9, 0.95))
+    assert isinstance(eight, AdamW8bit)
+    eight.load_state_dict(saved)
+    assert eight.state[module.wide]["exp_avg_sq"].dtype == torch.uint8
+    back = make_adamw(module, "AdamW", (0.9, 0.95))
+    back.load_state_dict(deepcopy(eight.state_dict()))
+    for name, parameter in module.named_parameters():
+        state = back.state[parameter]
+        # Levels lie no further apart than 0.1 and 0.55 of a decade, the two last ones; what is below these is lost.
+        torch.testing.assert_close(state["exp_avg_sq"], before[name], rtol=0.7, atol=1e-6 * before[name].max().item())
+        assert state["step"] == 3
+    for kind, changed in (("AdamW8bit", eight), ("AdamW", back)):
+        stepped_by(kind, 1, module, changed, first=3)
+        assert {float(state["step"]) for state in changed.state.values()} == {4}

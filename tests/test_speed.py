@@ -4,8 +4,10 @@ Its larger modules have files of their own: test_clustering.py, test_clustering_
 """
 
 import dataclasses
+import gc
 import sys
 import textwrap
+import weakref
 from types import ModuleType
 
 import pytest
@@ -17,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import DEFAULT_PRETRAIN_CONFIG, RematerializationConfig, load_config
 from model import Attention, Block, EncoderDecoder
+from speed import offloading
 from speed.attention import attend_by_xformers
 from speed.fp8 import multiply_in_fp8
 from speed.recomputing import recompute_blocks
@@ -139,6 +142,77 @@ def test_disabled_touches_nothing():
 def test_an_unknown_operator_is_named():
     with pytest.raises(UserError, match=r"efficiency\.rematerialization\.policy\.aten::matmull"):
         recompute_blocks([], default_policy(policy={"aten::matmull": True}))
+
+
+# --- Activations in the host's memory --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [None, default_policy(policy={})])
+def test_offloading_changes_no_bit_and_holds_nothing_afterwards(policy, monkeypatch):
+    """Copies are made on a CPU too, where a training makes none."""
+    plain, model = make_model(), make_model()
+    blocks = [m for m in model.modules() if isinstance(m, Block)]
+    if policy is not None:
+        recompute_blocks(blocks, policy)
+    moved, empty_like = [], torch.empty_like
+
+    def recorded(x, **kwargs):
+        copy = empty_like(x, **kwargs)
+        if "pin_memory" in kwargs:
+            moved.append((x.untyped_storage().data_ptr(), weakref.ref(copy)))
+        return copy
+
+    monkeypatch.setattr(torch, "empty_like", recorded)
+    monkeypatch.setattr(offloading, "SMALLEST", 512)
+    offloading.offload_blocks(blocks)
+    gc.disable()  # a training collects by hand
+    try:
+        loss, grads, _ = forward_backward(model)
+        assert all(copy() is None for _, copy in moved), "a copy outlives the backward pass"
+    finally:
+        gc.enable()
+    assert len(moved) == 3 if policy else len(moved) > 30, "inputs: of two blocks, and what the predictor looks at"
+    assert not {p.untyped_storage().data_ptr() for p in model.parameters()} & {place for place, _ in moved}
+    expected_loss, expected, _ = forward_backward(plain)
+    assert torch.equal(loss, expected_loss)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+EAGER = "efficiency.compilation.do_student.disable=true"
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ([], r"compiled code decides itself what it keeps; set efficiency\.compilation\.do_student\.disable=true"),
+        ([EAGER], r"stays \(aten::mm, aten::addmm, \.\.\.\); set efficiency\.rematerialization\.enabled=false"),
+    ],
+)
+def test_offloading_is_refused_where_it_would_do_nothing(more, says):
+    with pytest.raises(UserError, match=rf"efficiency\.offload_activations=True: .*{says}"):
+        load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, ["efficiency.offload_activations=true", *more])
+
+
+@pytest.mark.gpu
+def test_offloading_on_a_gpu_changes_no_bit_and_needs_less_memory():
+    towers = {"embed_dim": 256, "drop_path_rate": 0.0, "block_kwargs": {"attn_kwargs": {"num_heads": 4}}}
+    results, peaks = [], []
+    for offloads in (False, True):
+        torch.manual_seed(0)
+        model = EncoderDecoder(transformers_kwargs=towers, encoder_kwargs={"depth": 12}, decoder_kwargs={"depth": 1})
+        model = model.cuda()
+        if offloads:
+            offloading.offload_blocks(m for m in model.modules() if isinstance(m, Block))
+        images = torch.randn(16, 3, 224, 224, device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16):
+            features = model.forward_pretrain(images)[0]
+        features.float().square().sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+        results.append([features.detach(), *[p.grad for p in model.parameters() if p.grad is not None]])
+        del model
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert peaks[1] < 0.6 * peaks[0]
 
 
 # --- Attention by xformers, and 8-bit floats -------------------------------------------------------------------------

@@ -412,6 +412,17 @@ def test_a_training_starts_from_a_published_optimizer(published, order):
     assert not start(path).optimizer.state, "it was not asked for"
 
 
+def test_a_published_optimizer_goes_on_in_8_bits(published):
+    path, _ = published
+    expected = trained_elsewhere(path, "table first")
+    state = start(path, *WITH_OPTIMIZER, "optim.optimizer=AdamW8bit")
+    kept = {name: state.optimizer.state[p] for name, p in state.student.named_parameters() if p.requires_grad}
+    assert kept.keys() == expected.keys()
+    coarse = {name for name, own in kept.items() if own["exp_avg"].dtype == torch.uint8}
+    assert coarse == {name for name, own in expected.items() if own["exp_avg"].numel() >= 4096}
+    assert coarse and {float(own["step"]) for own in kept.values()} == {3}
+
+
 def test_the_published_optimizer_of_stop_has_no_mask_token(published):
     path, _ = published
     trained_elsewhere(path, "table first", uses_mask_token=False)

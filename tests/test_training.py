@@ -4,6 +4,7 @@ import re
 import signal
 import textwrap
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from ranks import run_on_ranks
 
 import training
+from checkpoint import read_tensors
 from config import load_config
 
 
@@ -39,6 +41,18 @@ def finished(place, tmp_path_factory) -> Path:
     """A run of the toy, never interrupted."""
     run = tmp_path_factory.mktemp("straight")
     assert toy_method.main(arguments(place, run)) == 0
+    return run
+
+
+EIGHT_BITS = ("optim.optimizer=AdamW8bit", "model.embed_dim=64", "optim.batch_size_per_gpu=6")
+"""One of the toy's matrices is then large enough for them."""
+
+
+@pytest.fixture(scope="module")
+def in_8_bits(place, tmp_path_factory) -> Path:
+    """Four steps of a wider toy, never interrupted."""
+    run = tmp_path_factory.mktemp("eight")
+    assert toy_method.main(arguments(place, run, *EIGHT_BITS, "optim.total_iters=4")) == 0
     return run
 
 
@@ -83,6 +97,27 @@ def test_a_toy_on_two_ranks_is_one_on_one(place, finished, tmp_path, mode):
     a, b = (torch.load(run / "student.pth", weights_only=True) for run in (tmp_path, finished))
     for key in b:
         torch.testing.assert_close(a[key], b[key], atol=1e-6, rtol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize(("num_ranks", "mode"), [(None, "none"), (3, "simple"), (2, "fully_shard")])
+def test_moments_in_8_bits_go_on_bit_for_bit_or_on_other_ranks(place, in_8_bits, tmp_path, num_ranks, mode):
+    """Up to rounding there: what lies between two levels may be rounded to the other one."""
+    copytree(in_8_bits / "checkpoints" / "step_000000002", tmp_path / "checkpoints" / "step_000000002")
+    continued = arguments(place, tmp_path, *EIGHT_BITS, f"efficiency.fsdp={mode}", "optim.total_iters=4")
+    if num_ranks is None:
+        assert toy_method.main(continued) == 0
+    else:
+        run_on_ranks(train_on_this_rank, num_ranks, [*continued, f"optim.batch_size_per_gpu={6 // num_ranks}"])
+    a, b = (
+        read_tensors(
+            run / "checkpoints" / "step_000000004", lambda sizes: [key for key in sizes if "mix.weight" in key]
+        )
+        for run in (tmp_path, in_8_bits)
+    )
+    assert a["optimizers.student.backbone.mix.weight.exp_avg"].dtype == torch.uint8
+    for key, there in b.items():
+        distance = (a[key].double() - there.double()).norm()
+        assert distance <= (0 if num_ranks is None else 1e-3 if "exp_avg" in key else 1e-6) * there.double().norm(), key
 
 
 def test_a_toy_is_evaluated_while_it_trains(place, tmp_path):
@@ -145,6 +180,13 @@ def test_a_toy_whose_loss_is_not_finite_is_stopped_before_it_is_saved(place, tmp
     assert toy_method.main(arguments(place, tmp_path)) == 2
     assert "grad_norm became NaN at step 1" in capsys.readouterr().err
     assert not list(tmp_path.glob("checkpoints/step_*"))
+
+
+def test_activations_that_cannot_leave_the_device_are_warned_of(place):
+    cfg = load_config(toy_method.ToyConfig, place / "toy.yaml", [*TINY_TRAINING, "efficiency.offload_activations=true"])
+    (line,) = training.efficiency_warnings(cfg, torch.device("cpu"))
+    assert line.startswith("efficiency.offload_activations=true: does nothing on cpu")
+    assert not training.efficiency_warnings(cfg, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("is_compiled", [True, False])

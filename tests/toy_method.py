@@ -108,7 +108,7 @@ class ToyState(TrainState):
         size = (cfg.model.patch_size, cfg.model.embed_dim, cfg.model.in_chans)
         self.student = self.place(lambda: nn.ModuleDict({"backbone": Backbone(*size), "head": Head(size[1], size[2])}))
         self.modules = {"student": self.student}
-        self.optimizers = {"student": (self.student, make_adamw(self.student, cfg.optim.betas))}
+        self.optimizers = {"student": (self.student, make_adamw(self.student, cfg.optim.optimizer, cfg.optim.betas))}
 
     @torch.no_grad()
     def encode(self, images):
