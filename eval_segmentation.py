@@ -40,7 +40,7 @@ from evaluation import (
     extract,
     my_share,
     open_dataset,
-    square,
+    squashed,
 )
 from labels import choose_images, split_off
 from readouts import DISTANCES, TRAIN_CHUNK, fit_logistic, majority_votes, nearest, spread
@@ -256,7 +256,7 @@ def prepare_pair(
     height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
     target = check_label_image(target, width, height)
     labels = torch.from_numpy(np.array(target.resize((resolution, resolution), Image.Resampling.NEAREST)))
-    return square(image, resolution), labels if numbers is None else numbers[labels.long()]
+    return squashed(image, resolution), labels if numbers is None else numbers[labels.long()]
 
 
 def check_label_image(target: Any, width: int, height: int) -> Image.Image:

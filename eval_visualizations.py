@@ -62,7 +62,7 @@ from evaluation import (
     find_model_file,
     my_share,
     open_dataset,
-    square,
+    squashed,
 )
 from pictures import (
     COLOR_RANGE,
@@ -307,14 +307,14 @@ def read_image(dataset: ImageDataset, number: int, resolution: int, bands: Bands
     Raises: UserError if the file cannot be read.
     """
     try:
-        return square(dataset[number].picture(bands), resolution)
+        return squashed(dataset[number].picture(bands), resolution)
     except BadImageError as error:
         raise UserError(f"{error}; repair or remove the file") from error
 
 
 def prepare_image(image: Image.Image | Tensor, _target: Any, resolution: int) -> tuple[Shaped[Tensor, "c h w"]]:
     """The image as a square of `resolution` pixels; see `evaluation.Prepare`."""
-    return (square(image, resolution),)
+    return (squashed(image, resolution),)
 
 
 def run_model(scene: Scene, measures: Mapping[str, Measure], title: str) -> dict[str, Tensor]:

@@ -63,6 +63,7 @@ from utils import (
     Bands,
     Normalisation,
     UserError,
+    both_sides,
     ending_in_words,
     git_revision,
     import_from_path,
@@ -333,11 +334,13 @@ def open_dataset(url: str, key: str, bands: Bands = RGB8) -> ImageDataset:
     return dataset
 
 
-def square(image: Image.Image | Tensor, size: int) -> Shaped[Tensor, "c size size"]:
-    """The image as a square of `size` pixels, by bicubic resampling: of 8-bit RGB Pillow's, else torch's."""
+def squashed(image: Image.Image | Tensor, size: int | tuple[int, int]) -> Shaped[Tensor, "c h w"]:
+    """All of the image as a square of `size` pixels, or of that height and width, by bicubic resampling: of 8-bit RGB
+    Pillow's, else torch's."""
+    height, width = both_sides(size)
     if isinstance(image, Tensor):
-        return resized(image, size, size)
-    pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC))
+        return resized(image, height, width)
+    pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels).movedim(-1, 0).contiguous()
 
 

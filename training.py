@@ -666,7 +666,7 @@ class Run:
         if cfg.train.probe.every > 0:
             self.probe = Probe(
                 cfg.train.probe,
-                images_size=cfg.data.images_size,
+                images_size=cfg.data.crop_size,
                 batch_size=cfg.optim.batch_size_per_gpu,
                 device=self.device,
                 normalisation=cfg.data.normalisation,
