@@ -58,6 +58,7 @@ from sources import ImageDataset
 from utils import (
     Bands,
     UserError,
+    as_typed,
     as_written,
     both_sides,
     derive_seed,
@@ -119,15 +120,9 @@ def _check_image_size(image_size: int | Sequence[int], patch_size: int, key: str
     if any(side % patch_size for side in sides):
         near = [max(1, round(side / patch_size)) * patch_size for side in sides]
         raise UserError(
-            f"{key}={str(source)!r} has patches of {patch_size} pixels, into which images of {_shown(image_size)} do "
-            f"not divide; choose another image size, such as {_shown(near)}"
+            f"{key}={str(source)!r} has patches of {patch_size} pixels, into which images of {as_typed(image_size)} do "
+            f"not divide; choose another image size, such as {as_typed(near)}"
         )
-
-
-def _shown(image_size: int | Sequence[int]) -> int | list[int]:
-    """As a user types it."""
-    written = as_written(image_size)
-    return written if isinstance(written, int) else list(written)
 
 
 # ------------------------------------------------------------------------------------------------ DALL-E's encoder
@@ -307,10 +302,9 @@ def _load_kmeans(
     if fault:
         raise UserError(f"{key}={str(path)!r} is damaged: {fault}; make it again")
     if as_written(image_size) != cfg.image_size:
-        wanted = _shown(image_size)
         raise UserError(
-            f"{key}={str(path)!r} is for images of {_shown(cfg.image_size)} pixels, not {wanted}; choose that image "
-            f"size, or make another one with cae_tokenizer.py image_size={str(wanted).replace(' ', '')}"
+            f"{key}={str(path)!r} is for images of {as_typed(cfg.image_size)} pixels, not {as_typed(image_size)}; "
+            f"choose that image size, or make another one with cae_tokenizer.py image_size={as_typed(image_size)}"
         )
     try:
         model = _frozen_model(cfg, device)

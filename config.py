@@ -23,7 +23,7 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 
 from default_eval_config import EVALS
-from utils import RGB8, UPRIGHT, Bands, Normalisation, Turns, UserError, as_written, both_sides, closest
+from utils import RGB8, UPRIGHT, Bands, Normalisation, Turns, UserError, as_typed, as_written, both_sides, closest
 
 ROOT = Path(__file__).parent
 MISSING = "???"
@@ -545,7 +545,7 @@ class PretrainingImagesConfig(ImagesConfig):
         is_rgb8 = given is None and (self.mean == "auto" or len(self.mean) == 3)
         require(self.decode == "cpu" or is_rgb8, "data.decode", self.decode, "is for 8-bit RGB; use data.decode=cpu")
         remedy = (
-            f"quarter turns would swap height and width of data.images_size={list(self.crop_size)}; use "
+            f"quarter turns would swap height and width of data.images_size={as_typed(self.images_size)}; use "
             "data.do_turns=false, or squares"
         )
         require(not self.do_turns or isinstance(self.images_size, int), "data.do_turns", self.do_turns, remedy)
@@ -625,13 +625,13 @@ def require_width(section: str, embed_dim: int, num_heads: int) -> None:
 
 def require_whole_patches(images: ImagesConfig, patch_size: int) -> None:
     """Raise unless `model.patch_size` divides `data.images_size`."""
-    sides = list(images.crop_size)
-    nearest = [max(patch_size, round(side / patch_size) * patch_size) for side in sides]
-    if isinstance(images.images_size, int):
-        given, remedy = sides[0], f"must be a multiple of model.patch_size={patch_size}; the nearest is {nearest[0]}"
-    else:
-        given, remedy = sides, f"both must be multiples of model.patch_size={patch_size}; the nearest are {nearest}"
-    require(all(side % patch_size == 0 for side in sides), "data.images_size", given, remedy)
+    if any(side % patch_size for side in images.crop_size):
+        nearest = [max(patch_size, round(side / patch_size) * patch_size) for side in images.crop_size]
+        must = "must be a multiple" if isinstance(images.images_size, int) else "both must be multiples"
+        raise UserError(
+            f"data.images_size={as_typed(images.images_size)}: {must} of model.patch_size={patch_size}; the nearest is "
+            f"{as_typed(nearest)}"
+        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import Normalisation, UserError, both_sides
+from utils import Normalisation, UserError, as_written, both_sides
 from weights import (
     CardText,
     load_backbone_weights,
@@ -1119,7 +1119,7 @@ def encoder_sizes(weights: Mapping[str, Tensor], source: str, *, row_first: bool
         table = weights["pos_embed"]
         _, _, embed_dim = table.shape
         return {
-            "grid_size": position_grid(table, row_first=row_first),
+            "grid_size": as_written(position_grid(table, row_first=row_first)),
             "patch_size": weights["patch_embed.proj.weight"].shape[-1],
             "embed_dim": embed_dim,
             "in_chans": weights["patch_embed.proj.weight"].shape[1],

@@ -24,7 +24,7 @@ from data import normalizer
 from distributed import all_gather_rows, rank, world_size
 from readouts import nearest, weighted_vote
 from sources import BadImageError, ImageStream, make_dataset, match_classes
-from utils import Bands, Normalisation, UserError
+from utils import Bands, Normalisation, UserError, both_sides
 
 logger = logging.getLogger("probe")
 
@@ -38,7 +38,7 @@ class Probe:
 
     Args:
         cfg: what is probed.
-        images_size: images are resized and cropped to this height and width.
+        images_size: images are resized and cropped to squares of so many pixels, or to this height and width.
         batch_size: images per forward pass of a rank.
         device: where features are computed.
         normalisation: of the network.
@@ -51,7 +51,7 @@ class Probe:
         self,
         cfg: ProbeConfig,
         *,
-        images_size: tuple[int, int],
+        images_size: int | tuple[int, int],
         batch_size: int,
         device: torch.device,
         normalisation: Normalisation = Normalisation(),  # noqa: B008  # frozen
@@ -113,7 +113,7 @@ class _Labelled(NamedTuple):
     """`key=url`, for messages."""
 
 
-def _read(url: str | None, key: str, max_images: int, size: tuple[int, int], bands: Bands) -> _Labelled:
+def _read(url: str | None, key: str, max_images: int, size: int | tuple[int, int], bands: Bands) -> _Labelled:
     assert url is not None
     dataset = make_dataset(url, key=key)
     if isinstance(dataset, ImageStream):
@@ -135,9 +135,9 @@ def _read(url: str | None, key: str, max_images: int, size: tuple[int, int], ban
     return _Labelled(torch.stack(images), torch.tensor(labels), names, f"{key}={url}")
 
 
-def fitted(image: Image.Image | Tensor, size: tuple[int, int]) -> Shaped[Tensor, "c h2 w2"]:
-    """The largest box of that shape in the middle of an image, resized to this height and width."""
-    height, width = size
+def fitted(image: Image.Image | Tensor, size: int | tuple[int, int]) -> Shaped[Tensor, "c h2 w2"]:
+    """The largest box of that shape in the middle of an image, resized to this size of `utils.both_sides`."""
+    height, width = both_sides(size)
     if isinstance(image, Tensor):
         (h, w), aspect = image.shape[1:], width / height
         h, w = min(h, max(1, round(w / aspect))), min(w, max(1, round(h * aspect)))

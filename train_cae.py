@@ -80,7 +80,7 @@ from training import (
     weights_to_start_from,
     with_length,
 )
-from utils import Bands, UserError, as_written, both_sides, ending_in_words, setup_logging
+from utils import Bands, UserError, as_typed, both_sides, ending_in_words, setup_logging
 from weights import is_downloaded, local_path, spread_over_bands
 
 logger = logging.getLogger("capi")
@@ -485,14 +485,12 @@ def open_tokenizer(cfg: CaeConfig, device: torch.device) -> Tokenizer:
     section = cfg.tokenizer
     tokenizer = load_tokenizer(section.path, image_size=section.image_size, device=device, key="tokenizer.path")
     own, grid = tokenizer.grid_size, cfg.grid_size
-    fitting = as_written([length * tokenizer.patch_size for length in grid])
-    require(
-        own == grid,
-        "tokenizer.image_size",
-        section.image_size if isinstance(section.image_size, int) else list(section.image_size),
-        f"it gives {own[0]} x {own[1]} tokens, and images have {grid[0]} x {grid[1]} patches; use "
-        f"{fitting if isinstance(fitting, int) else list(fitting)}, or another data.images_size or model.patch_size",
-    )
+    if own != grid:
+        fitting = as_typed([length * tokenizer.patch_size for length in grid])
+        raise UserError(
+            f"tokenizer.image_size={as_typed(section.image_size)}: it gives {own[0]} x {own[1]} tokens, and images "
+            f"have {grid[0]} x {grid[1]} patches; use {fitting}, or another data.images_size or model.patch_size"
+        )
     require(
         tokenizer.vocabulary_size == cfg.decoder.vocabulary_size,
         "decoder.vocabulary_size",
@@ -646,7 +644,8 @@ def dry_run(cfg: CaeConfig) -> str:
             f"length       {length_words(cfg)}",
             f"image        {cfg.data.size_words(cfg.model.patch_size)}",
             f"masks        {mask_words(cfg)}",
-            f"tokenizer    {cfg.decoder.vocabulary_size} tokens at {cfg.tokenizer.image_size} px: {tokenizer}",
+            f"tokenizer    {cfg.decoder.vocabulary_size} tokens at {as_typed(cfg.tokenizer.image_size)} px: "
+            f"{tokenizer}",
             f"parameters   {encoder:,} in the encoder, {predictor:,} in regressor and decoder, of width "
             f"{regressor.embed_dim} with {regressor.num_heads} heads of {regressor.embed_dim // regressor.num_heads}",
         ],

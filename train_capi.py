@@ -84,7 +84,7 @@ from training import (
     warn_of_another_course,
     weights_to_start_from,
 )
-from utils import UserError, as_written, derive_seed, ending_in_words, setup_logging
+from utils import UserError, as_typed, as_written, derive_seed, ending_in_words, setup_logging
 from weights import backbone_part, load_backbone_weights, load_strictly, read_state_dict, spread_over_bands
 
 logger = logging.getLogger("capi")
@@ -545,9 +545,10 @@ class CapiState(TrainState[CapiConfig]):
         if cfg.capi.queue and before != now:
             raise UserError(
                 f"capi.queue={cfg.capi.queue}: the checkpoint {str(saved.path)!r} holds features of updates of "
-                f"{before[0]} images of {before[1]} px, and those of this run have {now[0]} of {now[1]} px; go back to "
-                "that data.images_size, and choose optim.batch_size_per_gpu and optim.accumulation_steps so that their "
-                "product with the number of processes is as before. To export, use export.py"
+                f"{before[0]} images of {as_typed(before[1])} px, and those of this run have {now[0]} of "
+                f"{as_typed(now[1])} px; go back to that data.images_size, and choose optim.batch_size_per_gpu and "
+                "optim.accumulation_steps so that their product with the number of processes is as before. To export, "
+                "use export.py"
             )
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:

@@ -581,7 +581,7 @@ def write_contact_sheet(
     captions = next((column.captions for column in added if not column.pictures), ())
     crops = Column("crop", as_rgb(on_cpu.images[:num_images]), captions)
     height, width = batch.images.shape[-2:]
-    shown = f"{num_images} of {len(batch.sample_ids)} crops of {width} x {height} px, {heading}"
+    shown = f"{num_images} of {len(batch.sample_ids)} crops of {height} x {width} px, {heading}"
     scale = f"What the networks get is drawn from {-VALUE_RANGE} (black) to {VALUE_RANGE} (white): a crop, only paler."
     write_sheet(path, [crops, normalised, *(column for column in added if column.pictures)], [shown, scale])
     return f"{num_images} crops; {normalised.title}"

@@ -178,6 +178,11 @@ def as_written(size: int | Sequence[int]) -> int | tuple[int, int]:
     return height if height == width else (height, width)
 
 
+def as_typed(size: int | Sequence[int]) -> str:
+    """The same as one types it, for messages: `224` or `[224,448]`."""
+    return str(as_written(size)).replace(" ", "").replace("(", "[").replace(")", "]")
+
+
 # --- Values of images ------------------------------------------------------------------------------------------------
 
 

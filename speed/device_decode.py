@@ -25,7 +25,7 @@ from sources import (
     jpeg_decoder,
     silent_decoders,
 )
-from utils import UserError
+from utils import UserError, both_sides
 
 END_OF_JPEG = b"\xff\xd9"
 
@@ -41,7 +41,7 @@ class EncodedCrop:
 
 
 def crop_or_file(
-    sample: Sample, draw: Callable[[int, int], Crop], reduction: Callable[[int, int], int], size: tuple[int, int]
+    sample: Sample, draw: Callable[[int, int], Crop], reduction: Callable[[int, int], int], size: int | tuple[int, int]
 ) -> UInt8[Tensor, "3 h w"] | EncodedCrop:
     """The file of a JPEG that every GPU decodes as it is, with the box to cut from it; of another image, the crop.
 
@@ -50,7 +50,7 @@ def crop_or_file(
         draw: from the (width, height) of an image to a box in it.
         reduction: from (width, height) to the divisor by which a CPU would shrink a JPEG while it decodes it. The box
             is drawn in the image that a CPU would see, so that it is the same wherever the image is decoded.
-        size: height and width of a crop, in pixels.
+        size: of a crop in pixels, as for `crops.cut`.
 
     Raises: BadImageError if the file cannot be read; damage within a JPEG shows only when that is decoded.
     """
@@ -150,7 +150,7 @@ PADDED_VALUES = 2**25
 
 
 def cut_together(
-    pixels: Sequence[UInt8[Tensor, "3 _ _"]], boxes: Sequence[Crop], size: tuple[int, int]
+    pixels: Sequence[UInt8[Tensor, "3 _ _"]], boxes: Sequence[Crop], size: int | tuple[int, int]
 ) -> list[UInt8[Tensor, "n 3 h w"]]:
     """Crops of images of any sizes, in order, in some batches: as `crops.cut`, but in float32 and rounded at the end.
 
@@ -161,11 +161,11 @@ def cut_together(
     Args:
         pixels: one image per box, all on the same device.
         boxes: what to cut out of each.
-        size: height and width of the crops, in pixels.
+        size: of the crops in pixels, as for `crops.cut`.
     """
     if not boxes:
         return []
-    out_height, out_width = size
+    out_height, out_width = both_sides(size)
     lengths = [[box.height for box in boxes], [box.width for box in boxes]]
     flips = [[False for _ in boxes], [box.flip for box in boxes]]
     sizes = [[out_height for _ in boxes], [out_width for _ in boxes]]
@@ -178,7 +178,7 @@ def cut_together(
         for room, image, box in zip(padded, pixels[start:end], boxes[start:end], strict=True):
             part = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
             room[: box.height, :, : box.width] = part.transpose(0, 1)
-        weights = _bicubic_weights(*lines[..., start:end].flatten(1), max(size), max(height, width))
+        weights = _bicubic_weights(*lines[..., start:end].flatten(1), max(out_height, out_width), max(height, width))
         of_rows, of_columns = weights.chunk(2)
         of_rows, of_columns = of_rows[:, :out_height, :height], of_columns[:, :out_width, :width]
         columns = padded.flatten(1, 2).float() @ of_columns.mT  # [n, h*3, out_width]

@@ -134,7 +134,7 @@ def test_crops_and_their_second_view_are_turned_as_asked():
     sample = Sample("x", lambda: content)
     cfg = make_config("data.do_vflip=true", "data.do_turns=true")
     upright = make_loader(make_config(), dataset=MemoryDataset(1)).maker
-    maker = make_loader(cfg, dataset=MemoryDataset(1), second_view=View(28, "lanczos")).maker
+    maker = make_loader(cfg, dataset=MemoryDataset(1), second_view=View((28, 28), "lanczos")).maker
     changed = 0
     for key in range(8):
         crop, second = maker.crop(sample, key)
@@ -150,7 +150,11 @@ def test_crops_and_their_second_view_are_turned_as_asked():
 def test_a_second_view_is_the_same_box_in_another_size_on_the_way_to_the_device(size):
     """A larger one decides how far a JPEG may be shrunk while it is decoded."""
     content = encode(photo(3, 600, 500), "JPEG", quality=95)
-    sample, cfg, view = Sample("x", lambda: content), make_config("data.crop_scale=[0.3,1.0]"), View(size, "lanczos")
+    sample, cfg, view = (
+        Sample("x", lambda: content),
+        make_config("data.crop_scale=[0.3,1.0]"),
+        View((size, size), "lanczos"),
+    )
     maker = make_loader(cfg, dataset=MemoryDataset(1), second_view=view).maker
     assert maker.reduction(600, 500) == (4 if size == 28 else 2)
     views = [maker.crop(sample, key) for key in (5, 6)]
