@@ -229,7 +229,7 @@ class Scene:
 
 def evaluate(cfg: VisualizationsConfig, model: FrozenModel, results: Results) -> None:
     """Draw the pictures that `results` do not have yet."""
-    grid = grid_size(cfg, model)
+    grid, _ = model.grid(cfg.resolution)
     dataset = open_dataset(cfg.dataset_name, "dataset_name", model.bands)
     results.note_data(dataset_name=dataset)
     if len(dataset) < cfg.num_images:
@@ -273,19 +273,6 @@ def evenly_spaced(total: int, num: int) -> list[int]:
     if num >= total:
         return list(range(total))
     return [(i * (total - 1) + (num - 1) // 2) // max(1, num - 1) for i in range(num)]
-
-
-def grid_size(cfg: VisualizationsConfig, model: FrozenModel) -> int:
-    """Patches along the edge of an image.
-
-    Raises: UserError if that is no whole number.
-    """
-    fits = cfg.resolution % model.patch_size == 0
-    lower = cfg.resolution // model.patch_size * model.patch_size
-    near = f"such as {lower or model.patch_size} or {lower + model.patch_size}"
-    remedy = f"must be a multiple of {model.patch_size}, the patch size of {model.name}, {near}"
-    require(fits, "resolution", cfg.resolution, remedy)
-    return cfg.resolution // model.patch_size
 
 
 def check_query(query: list[int] | None, num_images: int, grid: int) -> Query | None:

@@ -63,6 +63,7 @@ from utils import (
     Bands,
     Normalisation,
     UserError,
+    as_typed,
     both_sides,
     ending_in_words,
     git_revision,
@@ -172,10 +173,25 @@ class FrozenModel:
         """What is made of images for this model."""
         return Bands(len(self.normalisation.mean), self.normalisation.value_range)
 
-    def blank(self, resolution: int) -> Shaped[Tensor, "1 c h w"]:
+    def grid(self, resolution: int | Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of patches of images of this resolution: the side of squares in pixels, or both sides.
+
+        Raises: UserError if they do not divide into patches.
+        """
+        sides = both_sides(resolution)
+        if any(side % self.patch_size for side in sides):
+            near = [max(1, round(side / self.patch_size)) * self.patch_size for side in sides]
+            must = "must be a multiple" if isinstance(resolution, int) else "both must be multiples"
+            raise UserError(
+                f"resolution={as_typed(resolution)}: {must} of {self.patch_size}, the patch size of {self.name}; the "
+                f"nearest is {as_typed(near)}"
+            )
+        return sides[0] // self.patch_size, sides[1] // self.patch_size
+
+    def blank(self, resolution: int | Sequence[int]) -> Shaped[Tensor, "1 c h w"]:
         """A black image as the model is called with."""
         deep = self.bands.value_range is not None
-        size = (1, self.bands.num, resolution, resolution)
+        size = (1, self.bands.num, *both_sides(resolution))
         return torch.zeros(size, dtype=torch.float32 if deep else torch.uint8)
 
     @torch.no_grad()

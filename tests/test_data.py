@@ -1332,6 +1332,19 @@ def test_the_loader_caches_the_listing_when_asked(folder, tmp_path, monkeypatch)
         assert bool(list(tmp_path.rglob("*.npz"))) == (switch == "true")
 
 
+@pytest.mark.parametrize("crop", [(56, 112), (112, 28)])
+@pytest.mark.parametrize("size", [(2000, 1500), (700, 300), (3000, 200), (300, 1600)])
+def test_a_jpeg_is_shrunk_no_further_than_long_crops_allow(size, crop):
+    config = make_config(f"data.images_size=[{crop[0]},{crop[1]}]")
+    maker = make_loader(config, dataset=MemoryDataset(1)).maker
+    divisor = maker.reduction(*size)
+    aspect = crop[1] / crop[0]
+    boxes = [draw_crop(*size, config.data.crop_scale, False, key, aspect=aspect) for key in range(2000)]
+    least = min(min(box.height / crop[0], box.width / crop[1]) for box in boxes)
+    assert divisor == 1 or divisor <= 1.01 * least, "some crop has to be enlarged"
+    assert divisor == 8 or 2 * divisor > 0.95 * least, "could be shrunk further"
+
+
 @pytest.mark.parametrize("size", [(2000, 1500), (900, 700), (640, 480), (500, 375), (3000, 200), (100, 100)])
 def test_a_jpeg_is_shrunk_while_decoding_only_as_far_as_no_crop_needs_enlarging(size):
     config = make_config("data.images_size=112")

@@ -345,7 +345,7 @@ def test_command_as_typed(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["resolution=18"], r"resolution=18: must be a multiple of 4, the patch size of .*tiny.py, such as 16 or 20"),
+        (["resolution=18"], r"resolution=18: must be a multiple of 4, the patch size of .*tiny.py; the nearest is 16"),
         (["resolution=2"], "such as 4 or 4|such as 4 or"),
         (["query=[0,4,0]"], r"query=\[0, 4, 0\]: row and column must be below 4"),
         (["query=[7,0,0]"], r"query=\[7, 0, 0\]: the data set has 7 images"),
