@@ -686,12 +686,12 @@ class LatentPredictor(PatchPredictor):
         return predictor.project(features)
 
 
-def load_predictor(checkpoint: Path, resolution: int) -> LatentPredictor:
+def load_predictor(checkpoint: Path, resolution: int | tuple[int, int]) -> LatentPredictor:
     """The student of a training checkpoint; see `PatchPredictor`.
 
     Raises: UserError if it is damaged, or of another method, or images of this size have no grid.
     """
-    sources = [str(checkpoint / "config.yaml"), f"data.images_size={resolution}"]
+    sources = [str(checkpoint / "config.yaml"), f"data.images_size={as_typed(resolution)}"]
     predictor = LatentPredictor(load_config(CaeConfig, DEFAULT_CONFIG, sources))
     load_resized(predictor.student, read_weights(checkpoint, "student"), str(checkpoint), remedy=NETWORKS)
     return predictor

@@ -948,7 +948,9 @@ class PrototypePredictor(HiddenPatchPredictor):
         return features if self.target_head is None else self.target_head.embed(features)
 
 
-def load_predictor(checkpoint: Path, resolution: int) -> HiddenPatchPredictor:  # which takes images of any size
+def load_predictor(
+    checkpoint: Path, resolution: int | tuple[int, int]
+) -> HiddenPatchPredictor:  # of images of any size
     """Student and prototypes of a training checkpoint; see `PatchPredictor`.
 
     Raises: UserError if it is damaged, or of another method.

@@ -92,7 +92,7 @@ from training import (
     weights_to_start_from,
     with_length,
 )
-from utils import ending_in_words, setup_logging
+from utils import as_typed, ending_in_words, setup_logging
 from weights import read_state_dict, spread_over_bands
 
 logger = logging.getLogger("capi")
@@ -725,12 +725,12 @@ class BlockPredictor(PatchPredictor):
         return prediction_targets(features, everywhere)
 
 
-def load_predictor(checkpoint: Path, resolution: int) -> BlockPredictor:
+def load_predictor(checkpoint: Path, resolution: int | tuple[int, int]) -> BlockPredictor:
     """Student and predictor of a training checkpoint; see `PatchPredictor`.
 
     Raises: UserError if it is damaged, or of another method, or images of this size have no grid.
     """
-    sources = [str(checkpoint / "config.yaml"), f"data.images_size={resolution}"]
+    sources = [str(checkpoint / "config.yaml"), f"data.images_size={as_typed(resolution)}"]
     predictor = BlockPredictor(load_config(IjepaConfig, DEFAULT_CONFIG, sources))
     load_resized(predictor.student, read_weights(checkpoint, "student"), str(checkpoint), remedy=NETWORKS)
     return predictor
