@@ -222,6 +222,11 @@ class Scene:
         return (to_bytes(pixels) if pixels.is_floating_point() else pixels).movedim(0, -1)
 
     @property
+    def row_height(self) -> float:
+        """Of a row of pictures in figures, inches, with what is written below."""
+        return 1.5 * self.grid[0] / self.grid[1] + 0.22
+
+    @property
     def shown(self) -> list[int]:
         """Numbers of the images in figures."""
         return self.numbers[: self.cfg.num_overview]
@@ -779,7 +784,7 @@ def predictions_figure(scene: Scene, draws: Sequence[str]) -> "Figure":
     from matplotlib.figure import Figure
 
     titles, rows = ["visible", *draws], len(scene.predicted)
-    figure = Figure(figsize=(1.7 * (len(titles) + 1), 1.72 * rows + 1.1), dpi=100, layout="constrained")
+    figure = Figure(figsize=(1.7 * (len(titles) + 1), scene.row_height * rows + 1.1), dpi=100, layout="constrained")
     axes = figure.subplots(rows, len(titles) + 1, squeeze=False)
     figure.suptitle(
         f"Predicted patches, shown as the patch of {len(scene.numbers) - 1} other images that is most like the "
@@ -1327,7 +1332,8 @@ def draw_overview(scene: Scene, results: Results, columns: Sequence[tuple[type["
 
     about = results.about
     rows = len(scene.shown)
-    figure = Figure(figsize=(1.6 * (len(columns) + 1) + 0.2, 1.72 * rows + 1.1), dpi=100, layout="constrained")
+    size = (1.6 * (len(columns) + 1) + 0.2, scene.row_height * rows + 1.1)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
     axes = figure.subplots(rows, len(columns) + 1, squeeze=False)
     weights = Path(about["weights"]).name if about["weights"] else "without pretrained_weights"
     figure.suptitle(
