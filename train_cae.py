@@ -80,7 +80,7 @@ from training import (
     weights_to_start_from,
     with_length,
 )
-from utils import Bands, UserError, as_typed, both_sides, ending_in_words, setup_logging
+from utils import Bands, UserError, as_typed, as_written, both_sides, ending_in_words, setup_logging
 from weights import is_downloaded, local_path, spread_over_bands
 
 logger = logging.getLogger("capi")
@@ -156,6 +156,10 @@ class TokenizerConfig:
     patch: DALL-E's has patches of 8."""
     description: str | None
     """What it is; written by the training, for those who read the configuration beside an export. Never read by it."""
+
+    def __post_init__(self) -> None:
+        """Write squares as one number."""
+        object.__setattr__(self, "image_size", as_written(self.image_size))
 
 
 @dataclass(frozen=True)
