@@ -53,8 +53,8 @@ from evaluation import (
     squashed,
 )
 from keys import answer
+from reading.sources import ImageDataset
 from readouts import nearest
-from sources import ImageDataset
 from utils import (
     Bands,
     UserError,

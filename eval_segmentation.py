@@ -43,9 +43,9 @@ from evaluation import (
     squashed,
 )
 from labels import choose_images, split_off
+from reading.sources import UNLABELLED, ImageDataset, SegmentationDataset, match_classes
 from readouts import DISTANCES, TRAIN_CHUNK, fit_logistic, majority_votes, nearest, spread
 from report import Score
-from sources import UNLABELLED, ImageDataset, SegmentationDataset, match_classes
 from utils import RGB8, Bands, UserError, as_written, both_sides, derive_seed
 from weights import save_safetensors
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from commands import assert_same_run, make_images, tiny
 from conftest import seeded
 from PIL import Image
-from runs import assert_same_run, make_images, tiny
 
 import cae
 import finetune_classification
