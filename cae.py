@@ -6,6 +6,7 @@ This file is also a model file in the sense of the evaluations: `load_model` bui
 """
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from model import (
     sincos_table,
     untrained_encoder,
 )
-from utils import UserError
+from utils import UserError, as_written, both_sides
 from weights import backbone_part, load_strictly, read_state_dict
 
 DEFAULT_CONFIG = Path(__file__).parent / "default_cae_config.yaml"
@@ -246,8 +247,8 @@ def _init_token(parameter: Tensor) -> None:
     nn.init.trunc_normal_(parameter, std=TOKEN_STD, a=-TOKEN_STD, b=TOKEN_STD)
 
 
-def _table_with_class_row(grid_size: int, dim: int) -> Float[Tensor, "1 n d"]:
-    table = sincos_table((grid_size, grid_size), dim, row_first=True)
+def _table_with_class_row(grid: tuple[int, int], dim: int) -> Float[Tensor, "1 n d"]:
+    table = sincos_table(grid, dim, row_first=True)
     return torch.cat([torch.zeros(1, 1, dim, device=table.device), table], dim=1)
 
 
@@ -258,7 +259,7 @@ class Encoder(Backbone):
     """The ViT of CAE: a class token, then patches with frozen positions, blocks with layer scale, a norm at the end.
 
     Args:
-        grid_size: patches along one side of the images that it is trained on.
+        grid_size: rows and columns of patches of the images that it is trained on, or one number for a square.
         patch_size: side of a patch, pixels.
         embed_dim: channels of a token.
         depth: number of blocks.
@@ -268,7 +269,7 @@ class Encoder(Backbone):
         normalisation: what they go through before; see `Backbone.use_normalisation`.
         layer_scale: by what branches are multiplied at the beginning of a training.
         drop_path_rate: probability that a branch of the last block is dropped, see `linear_rates`.
-        relative_grid: see `add_relative_positions`.
+        relative_grid: see `add_relative_positions`; of a square.
 
     Raises: UserError if the sizes do not fit together.
     """
@@ -292,6 +293,7 @@ features of hidden ones, and a decoder names their visual tokens.""",
   year    = {2023}
 }""",
     )
+    row_first = True
     kept_in_float32 = ("cls_token", "pos_embed", "norm")
     forward_methods = ("encode", "get_intermediate_layers")
     n_registers = num_prefix_tokens = 1  # the class token
@@ -299,7 +301,7 @@ features of hidden ones, and a decoder names their visual tokens.""",
     def __init__(
         self,
         *,
-        grid_size: int,
+        grid_size: int | Sequence[int],
         patch_size: int,
         embed_dim: int,
         depth: int,
@@ -313,7 +315,7 @@ features of hidden ones, and a decoder names their visual tokens.""",
     ) -> None:
         super().__init__()
         self.arguments = {
-            "grid_size": grid_size,
+            "grid_size": as_written(grid_size),
             "patch_size": patch_size,
             "embed_dim": embed_dim,
             "depth": depth,
@@ -325,13 +327,13 @@ features of hidden ones, and a decoder names their visual tokens.""",
             "drop_path_rate": drop_path_rate,
             "relative_grid": relative_grid,
         }
-        self.grid_size, self.patch_size, self.embed_dim, self.n_blocks = grid_size, patch_size, embed_dim, depth
-        self.in_chans = in_chans
+        self.grid_size = both_sides(grid_size)
+        self.patch_size, self.embed_dim, self.n_blocks, self.in_chans = patch_size, embed_dim, depth, in_chans
         self.use_normalisation(normalisation)
         self.layer_scale, self.drop_path_rates = layer_scale, linear_rates(drop_path_rate, depth)
         self.training_notes: dict[str, str] = {}  # what results of evaluations say about the training
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid_size**2, embed_dim), requires_grad=False)
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + math.prod(self.grid_size), embed_dim), requires_grad=False)
         self.patch_embed = PatchEmbed(patch_size, embed_dim, in_chans)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_dim) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
@@ -378,9 +380,8 @@ features of hidden ones, and a decoder names their visual tokens.""",
         self, images: Float[Tensor, "b c h w"], indices: Int[Tensor, " bv"] | None = None
     ) -> Float[Tensor, "b v1 d"]:
         b, grid = images.shape[0], patch_grid(images, self.patch_size)
-        class_row, positions = resize_positions(self.pos_embed, grid, antialias=False).split(
-            [1, grid[0] * grid[1]], dim=1
-        )
+        table = resize_positions(self.pos_embed, grid, antialias=False, own_grid=self.grid_size)
+        class_row, positions = table.split([1, grid[0] * grid[1]], dim=1)
         patches = self.patch_embed(images)
         if indices is not None:
             patches, positions = patches_at(patches, indices, b), patches_at(positions, indices, b)
@@ -480,12 +481,13 @@ class Predictor(nn.Module):
     Raises: UserError if the sizes do not fit together.
     """
 
+    row_first = True
     kept_in_float32 = ("rd_pos_embed", "mask_token")
 
     def __init__(
         self,
         *,
-        grid_size: int,
+        grid_size: int | Sequence[int],
         encoder_dim: int,
         embed_dim: int,
         regressor_depth: int,
@@ -496,13 +498,14 @@ class Predictor(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.grid_size, self.embed_dim, self.layer_scale = grid_size, embed_dim, layer_scale
+        self.grid_size, self.embed_dim, self.layer_scale = both_sides(grid_size), embed_dim, layer_scale
         self.regressor_depth = regressor_depth
         self.drop_path_rates = [
             *linear_rates(drop_path_rate, regressor_depth),
             *linear_rates(drop_path_rate, decoder_depth),
         ]
-        self.rd_pos_embed = nn.Parameter(torch.empty(1, 1 + grid_size**2, embed_dim), requires_grad=False)
+        num_patches = math.prod(self.grid_size)
+        self.rd_pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, embed_dim), requires_grad=False)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.has_projection = encoder_dim != embed_dim
         if self.has_projection:
@@ -586,7 +589,7 @@ def load_model(
         tokenizer = trained_with.get("tokenizer")
         if isinstance(tokenizer, dict) and tokenizer.get("description"):
             notes = {"tokenizer": str(tokenizer["description"])}
-    sizes: dict[str, Any] = {**encoder_sizes(weights, source), "num_heads": num_heads}
+    sizes = {**encoder_sizes(weights, source, row_first=Encoder.row_first), "num_heads": num_heads}
     model = Encoder(**sizes, normalisation=normalisation_beside(config_path, source))
     model.training_notes = notes
     load_strictly(model, weights, source, remedy="Give weights of CAE")

@@ -50,12 +50,23 @@ from evaluation import (
     load_model_file,
     model_name,
     open_dataset,
-    square,
+    squashed,
 )
 from keys import answer
 from reading.sources import ImageDataset
 from readouts import nearest
-from utils import Bands, UserError, derive_seed, ending_in_words, replacing, setup_logging, writing_explained
+from utils import (
+    Bands,
+    UserError,
+    as_typed,
+    as_written,
+    both_sides,
+    derive_seed,
+    ending_in_words,
+    replacing,
+    setup_logging,
+    writing_explained,
+)
 from weights import load_strictly, local_path, not_finite, read_state_dict, save_safetensors
 
 logger = logging.getLogger("tokenizer")
@@ -69,24 +80,33 @@ DALLE_PACKAGES = ("dall_e", "torch.nn")
 class Tokenizer(nn.Module):
     """A frozen network that gives every patch of an image an id from 0 to `vocabulary_size` - 1.
 
-    It is called with square images `[b, c, image_size, image_size]` of values in [0, 1], not normalised, and returns
-    ids `[b, grid_size**2]`, row by row.
+    It is called with images `[b, c, *image_size]` of values in [0, 1], not normalised, and returns ids `[b, n]` of the
+    `grid_size` rows and columns of patches, row by row.
     """
 
     description: str
     """What it is, in a line for logs and results; tokenizers with the same description give the same ids."""
 
-    def __init__(self, *, vocabulary_size: int, image_size: int, patch_size: int, bands: Bands | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        vocabulary_size: int,
+        image_size: int | Sequence[int],
+        patch_size: int,
+        bands: Bands | None = None,
+    ) -> None:
         super().__init__()
         self.bands = bands
         """Of the images that it was made of; None for RGB of any depth."""
-        self.vocabulary_size, self.image_size, self.grid_size = vocabulary_size, image_size, image_size // patch_size
+        self.vocabulary_size, self.patch_size = vocabulary_size, patch_size
+        self.image_size = height, width = both_sides(image_size)
+        self.grid_size = height // patch_size, width // patch_size
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "b c h w"]) -> Int64[Tensor, "b n"]:
         """Ids of the patches, on the device of the images, which must be the tokenizer's."""
         num = 3 if self.bands is None else self.bands.num
-        assert images.shape[1:] == (num, self.image_size, self.image_size), "it was loaded for another image size"
+        assert images.shape[1:] == (num, *self.image_size), "it was loaded for another image size"
         with torch.autocast(images.device.type, enabled=False):  # its precision is its own, whatever is trained
             return self._ids(images)
 
@@ -94,13 +114,14 @@ class Tokenizer(nn.Module):
         raise NotImplementedError
 
 
-def _check_image_size(image_size: int, patch_size: int, key: str, source: object) -> None:
+def _check_image_size(image_size: int | Sequence[int], patch_size: int, key: str, source: object) -> None:
     """Raise UserError if images of that size are no whole number of patches."""
-    if image_size % patch_size:
-        near = max(1, round(image_size / patch_size)) * patch_size
+    sides = both_sides(image_size)
+    if any(side % patch_size for side in sides):
+        near = [max(1, round(side / patch_size)) * patch_size for side in sides]
         raise UserError(
-            f"{key}={str(source)!r} has patches of {patch_size} pixels, into which images of {image_size} do not "
-            f"divide; choose another image size, such as {near}"
+            f"{key}={str(source)!r} has patches of {patch_size} pixels, into which images of {as_typed(image_size)} do "
+            f"not divide; choose another image size, such as {as_typed(near)}"
         )
 
 
@@ -181,7 +202,7 @@ class DalleTokenizer(Tokenizer):
     On CUDA all layers but the last compute in float16, as published.
     """
 
-    def __init__(self, encoder: DalleEncoder, *, image_size: int, device: torch.device) -> None:
+    def __init__(self, encoder: DalleEncoder, *, image_size: int | Sequence[int], device: torch.device) -> None:
         vocabulary_size = len(encoder.blocks.get_submodule("output.conv").get_parameter("b"))
         super().__init__(vocabulary_size=vocabulary_size, image_size=image_size, patch_size=DALLE_PATCH_SIZE)
         self.description = f"DALL-E's encoder, {vocabulary_size} tokens, weights {hash_weights(encoder)[:12]}"
@@ -194,7 +215,9 @@ class DalleTokenizer(Tokenizer):
         return self.encoder(map_pixels(images)).argmax(dim=1).flatten(1)
 
 
-def _load_dalle(state: dict[str, Any], source: str, image_size: int, device: torch.device, key: str) -> DalleTokenizer:
+def _load_dalle(
+    state: dict[str, Any], source: str, image_size: int | Sequence[int], device: torch.device, key: str
+) -> DalleTokenizer:
     _check_image_size(image_size, DALLE_PATCH_SIZE, key, source)
     sizes = {}
     for name, bias in (("width", "blocks.input.b"), ("vocabulary_size", "blocks.output.conv.b")):
@@ -221,15 +244,17 @@ class TokenizerConfig(FrozenModelConfig):
     """File to write, ending in `.safetensors`."""
     vocabulary_size: int = field(default=8192, metadata=within(at_least=2))
     """Number of clusters, each of which is an id."""
-    image_size: int = field(default=224, metadata=COUNT)
-    """Side of the square images that it will be given, in pixels: the patch size of the model times the grid of CAE."""
+    image_size: int | tuple[int, int] = field(default=224, metadata=COUNT)
+    """Pixels of the images that it will be given, the side of squares or [height, width]: the patch size of the model
+    times the grid of CAE."""
     num_images: int = field(default=20_000, metadata=COUNT)
     """Images whose patches are clustered, chosen at random; all of them if there are fewer."""
     patches_per_image: int = field(default=16, metadata=COUNT)
     """Patches of each, chosen at random; all of them if there are fewer."""
 
     def __post_init__(self) -> None:
-        """Check the name of the file."""
+        """Check the name of the file, and write squares as one number."""
+        object.__setattr__(self, "image_size", as_written(self.image_size))
         require(self.output.endswith(".safetensors"), "output", self.output, "must end in .safetensors")
 
 
@@ -265,7 +290,9 @@ class KMeansTokenizer(Tokenizer):
         return nearest(features.flatten(0, 2), self.centres, 1, "L2")[1].view(len(images), -1)
 
 
-def _load_kmeans(centres: Tensor, path: Path, image_size: int, device: torch.device, key: str) -> KMeansTokenizer:
+def _load_kmeans(
+    centres: Tensor, path: Path, image_size: int | Sequence[int], device: torch.device, key: str
+) -> KMeansTokenizer:
     notes = _read_notes(path, key)
     cfg = build(TokenizerConfig, notes["config"])
     if centres.ndim != 2 or len(centres) != cfg.vocabulary_size or not centres.is_floating_point():
@@ -274,10 +301,10 @@ def _load_kmeans(centres: Tensor, path: Path, image_size: int, device: torch.dev
         fault = not_finite([(CENTRES, centres)])
     if fault:
         raise UserError(f"{key}={str(path)!r} is damaged: {fault}; make it again")
-    if image_size != cfg.image_size:
+    if as_written(image_size) != cfg.image_size:
         raise UserError(
-            f"{key}={str(path)!r} is for images of {cfg.image_size} pixels, not {image_size}; choose that image size, "
-            f"or make another one with cae_tokenizer.py image_size={image_size}"
+            f"{key}={str(path)!r} is for images of {as_typed(cfg.image_size)} pixels, not {as_typed(image_size)}; "
+            f"choose that image size, or make another one with cae_tokenizer.py image_size={as_typed(image_size)}"
         )
     try:
         model = _frozen_model(cfg, device)
@@ -309,8 +336,8 @@ def _read_notes(path: Path, key: str) -> dict[str, Any]:
     return notes
 
 
-def _as_square(image: Image.Image | Tensor, _target: Any, size: int) -> tuple[Tensor]:
-    return (square(image, size),)
+def _squashed(image: Image.Image | Tensor, _target: Any, size: tuple[int, int]) -> tuple[Tensor]:
+    return (squashed(image, size),)
 
 
 def sample_patches(cfg: TokenizerConfig, model: FrozenModel, dataset: ImageDataset) -> Float[Tensor, "p d"]:
@@ -318,7 +345,7 @@ def sample_patches(cfg: TokenizerConfig, model: FrozenModel, dataset: ImageDatas
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(derive_seed(cfg.seed, "images")))
     batches = ImageBatches(
         dataset,
-        functools.partial(_as_square, size=cfg.image_size),
+        functools.partial(_squashed, size=both_sides(cfg.image_size)),
         batch_size=cfg.batch_size,
         num_workers=cfg.num_workers,
         indices=order[: cfg.num_images].tolist(),
@@ -422,16 +449,17 @@ def _with_absolute_paths(cfg: TokenizerConfig) -> TokenizerConfig:
 
 
 def load_tokenizer(
-    path: str | Path, *, image_size: int, device: torch.device | str, key: str = "tokenizer"
+    path: str | Path, *, image_size: int | Sequence[int], device: torch.device | str, key: str = "tokenizer"
 ) -> Tokenizer:
-    """The tokenizer of a file, for square images of `image_size` pixels.
+    """The tokenizer of a file, for images of `image_size` pixels.
 
     No code in the file is run. One that this script wrote names a model file, which is.
 
     Args:
         path: what this script wrote; or DALL-E's encoder, as published or as a state dict in a `.pth` or `.safetensors`
             file. An address, such as `DALLE_ENCODER`, is downloaded once into torch's hub folder.
-        image_size: side of the images that it will be called with. DALL-E's patches are of 8 pixels.
+        image_size: of the images that it will be called with: side of squares, or height and width. DALL-E's patches
+            are of 8 pixels.
         device: where it computes.
         key: configuration key that `path` comes from, for messages.
 

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 
 from default_eval_config import EVALS
-from utils import RGB8, UPRIGHT, Bands, Normalisation, Turns, UserError, closest
+from utils import RGB8, UPRIGHT, Bands, Normalisation, Turns, UserError, as_typed, as_written, both_sides, closest
 
 ROOT = Path(__file__).parent
 MISSING = "???"
@@ -448,9 +448,10 @@ class ImagesConfig:
     """Data URL (README lists the sources), or the path of a folder of images or of an archive. Pretraining also takes
     several, as a list, or as a mapping with the weight of each; null as weight leaves one out."""
     crop_scale: tuple[float, float] = field(metadata=within(above=0, at_most=1, ascending=True))
-    """Area range of the random crop, as fractions of the image."""
-    images_size: int = field(metadata=COUNT)
-    """Side of the square crop in pixels, a multiple of model.patch_size."""
+    """Area range of the random crop, as fractions of the image; of crops that are no squares, of the largest box of
+    their shape in the image."""
+    images_size: int | tuple[int, int] = field(metadata=COUNT)
+    """Crop in pixels, multiples of model.patch_size: the side of a square, or [height, width]."""
     do_hflip: bool
     """Flip half of the images."""
     stream_shuffle_block: int = field(metadata=COUNT)
@@ -464,6 +465,26 @@ class ImagesConfig:
     decode: str = field(metadata=one_of("cpu", "gpu"))
     """cpu: the loader's workers decode. gpu: JPEG files go to the CUDA device, which decodes and crops them. The crops
     are the same boxes; colours differ by a few grey levels, since the decoders do."""
+
+    def __post_init__(self) -> None:
+        """Write squares as one number, so that [64, 64] is 64 to checkpoints and exports too."""
+        object.__setattr__(self, "images_size", as_written(self.images_size))
+
+    @property
+    def crop_size(self) -> tuple[int, int]:
+        """Height and width of a crop, pixels."""
+        return both_sides(self.images_size)
+
+    def grid(self, patch_size: int) -> tuple[int, int]:
+        """Rows and columns of patches of a crop."""
+        height, width = self.crop_size
+        return height // patch_size, width // patch_size
+
+    def size_words(self, patch_size: int) -> str:
+        """Crop and patches, for people."""
+        rows, columns = self.grid(patch_size)
+        px = " x ".join(str(side) for side in dict.fromkeys(self.crop_size))
+        return f"{px} px, {rows} x {columns} = {rows * columns} patches of {patch_size} px"
 
     @property
     def only_dataset(self) -> str:
@@ -514,7 +535,9 @@ class PretrainingImagesConfig(ImagesConfig):
     """Turn images by none to three quarters, each as often: likewise."""
 
     def __post_init__(self) -> None:
-        """Check the range, and that 8-bit RGB alone, and nothing turned, is decoded on a GPU."""
+        """Check the range, that crops can be turned, and that 8-bit RGB alone, and nothing turned, is decoded on a
+        GPU."""
+        super().__post_init__()
         given = self.value_range
         if given is not None and not isinstance(given, str):
             remedy = "must be [lowest, highest], the first below the second"
@@ -524,6 +547,11 @@ class PretrainingImagesConfig(ImagesConfig):
             require(len(self.mean) == len(self.std), "data.std", list(self.std), remedy)
         is_rgb8 = given is None and (self.mean == "auto" or len(self.mean) == 3)
         require(self.decode == "cpu" or is_rgb8, "data.decode", self.decode, "is for 8-bit RGB; use data.decode=cpu")
+        remedy = (
+            f"quarter turns would swap height and width of data.images_size={as_typed(self.images_size)}; use "
+            "data.do_turns=false, or squares"
+        )
+        require(not self.do_turns or isinstance(self.images_size, int), "data.do_turns", self.do_turns, remedy)
         remedy = "turns no images; use data.decode=cpu"
         require(self.decode == "cpu" or self.turns == UPRIGHT, "data.decode", self.decode, remedy)
 
@@ -599,11 +627,15 @@ def require_width(section: str, embed_dim: int, num_heads: int) -> None:
         require(embed_dim % number == 0, f"{section}.embed_dim", embed_dim, f"must be a multiple of {what}")
 
 
-def require_whole_patches(images_size: int, patch_size: int) -> None:
+def require_whole_patches(images: ImagesConfig, patch_size: int) -> None:
     """Raise unless `model.patch_size` divides `data.images_size`."""
-    nearest = max(patch_size, round(images_size / patch_size) * patch_size)
-    remedy = f"must be a multiple of model.patch_size={patch_size}; the nearest is {nearest}"
-    require(images_size % patch_size == 0, "data.images_size", images_size, remedy)
+    if any(side % patch_size for side in images.crop_size):
+        nearest = [max(patch_size, round(side / patch_size) * patch_size) for side in images.crop_size]
+        must = "must be a multiple" if isinstance(images.images_size, int) else "both must be multiples"
+        raise UserError(
+            f"data.images_size={as_typed(images.images_size)}: {must} of model.patch_size={patch_size}; the nearest is "
+            f"{as_typed(nearest)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -927,7 +959,8 @@ def build(kind: Any, value: Any, key: str = "", allowed: Allowed | None = None) 
         return {name: each if element is Any else build(element, each, f"{key}.{name}") for name, each in value.items()}
     if kind is not Any or isinstance(value, str):
         (allowed or Allowed()).check(key, value)
-    return tuple(value) if typing.get_origin(kinds[0]) is tuple and isinstance(value, list) else value
+    is_tuple = any(typing.get_origin(each) is tuple for each in kinds)
+    return tuple(value) if is_tuple and isinstance(value, list) else value
 
 
 def allowed_of(schema: Any, name: str) -> Allowed | None:
@@ -1112,7 +1145,8 @@ def kind_words(kind: Any) -> str:
     """What a type other than null is called, with an example after a comma."""
     elements = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
-        return f"a list of {len(elements)} numbers, such as [0.9,0.95]"
+        like = "whole numbers, such as [224,448]" if elements[0] is int else "numbers, such as [0.9,0.95]"
+        return f"a list of {len(elements)} {like}"
     if typing.get_origin(kind) is list:
         return "a list of " + ("texts, such as [a,b]" if elements[0] is str else "numbers, such as [1,2]")
     return WORDS.get(kind, "`key: value` pairs, such as {key: value}")

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from config import ImagesConfig
 from distributed import gather_objects, ranks_of_this_machine
-from reading.crops import CROP_RATIO, Crop, View, cut, draw_crop, turned
+from reading.crops import CROP_RATIO, Crop, View, cut, draw_crop, largest_area, turned
 from reading.sources import (
     MIXTURE_BLOCK,
     BadImageError,
@@ -197,7 +197,7 @@ class SampleMaker:
         self,
         *,
         seed: int,
-        image_size: int,
+        crop_size: tuple[int, int],
         crop_scale: tuple[float, float],
         do_hflip: bool,
         turns: Turns = UPRIGHT,
@@ -212,7 +212,8 @@ class SampleMaker:
         assert not encoded or not own, "the GPU does nothing of this"
         assert change_colours is None or second_view is None, "colours would differ"
         self.seed = seed
-        self.image_size = image_size
+        self.crop_size = crop_size
+        self.aspect = crop_size[1] / crop_size[0]
         self.crop_scale = crop_scale
         self.do_hflip, self.turns = do_hflip, turns
         self.masks = masks
@@ -224,9 +225,12 @@ class SampleMaker:
 
     def reduction(self, width: int, height: int) -> int:
         """The largest divisor of a JPEG's size after which no possible crop has to be enlarged."""
-        smallest_crop = min(math.sqrt(self.crop_scale[0] * width * height * CROP_RATIO[0]), width, height)
-        size = max(self.image_size, 0 if self.second_view is None else self.second_view.size)
-        return next((divisor for divisor in (8, 4, 2) if smallest_crop / divisor >= size), 1)
+        area = self.crop_scale[0] * largest_area(width, height, self.aspect) * CROP_RATIO[0]
+        lowest, narrowest = min(math.sqrt(area / self.aspect), height), min(math.sqrt(area * self.aspect), width)
+        views = [self.crop_size, *([] if self.second_view is None else [self.second_view.size])]
+        height_needed, width_needed = (max(lengths) for lengths in zip(*views, strict=True))
+        fits = (d for d in (8, 4, 2) if lowest / d >= height_needed and narrowest / d >= width_needed)
+        return next(fits, 1)
 
     def make(self, sample: Sample, *key: int) -> "CropViews | EncodedCrop":
         """What `batch` takes: a crop, or with data.decode=gpu the file that it is to be cut from.
@@ -237,7 +241,7 @@ class SampleMaker:
             return self.crop(sample, *key)
         from speed.device_decode import crop_or_file
 
-        return crop_or_file(sample, lambda w, h: self._draw(w, h, key), self.reduction, self.image_size)
+        return crop_or_file(sample, lambda w, h: self._draw(w, h, key), self.reduction, self.crop_size)
 
     def crop(self, sample: Sample, *key: int) -> CropViews:
         """A random crop, flipped half of the times, with the channels innermost in memory; and its second view.
@@ -246,20 +250,20 @@ class SampleMaker:
         """
         pixels = sample.pixels(self.reduction, self.bands)
         box = self._draw(pixels.shape[2], pixels.shape[1], key)
-        crop = cut(pixels, box, self.image_size, self.interpolation)
+        crop = cut(pixels, box, self.crop_size, self.interpolation)
         if self.second_view is not None:
             return crop, cut(pixels, box, self.second_view.size, self.second_view.interpolation)
         return crop if self.change_colours is None else self.change_colours(crop, self.seed, *key)
 
     def _draw(self, width: int, height: int, key: tuple[int, ...]) -> Crop:
-        crop = draw_crop(width, height, self.crop_scale, self.do_hflip, self.seed, *key)
+        crop = draw_crop(width, height, self.crop_scale, self.do_hflip, self.seed, *key, aspect=self.aspect)
         return turned(crop, self.turns, self.seed, *key)
 
     def batch_bytes(self, batch_size: int) -> int:
         """See `Maker`."""
         masks = sum(mask.nbytes for mask in self.masks([(row,) for row in range(batch_size)]).values())
-        view = self.second_view
-        pixels = self.image_size**2 + (0 if view is None else view.size**2)
+        views = [self.crop_size, *([] if self.second_view is None else [self.second_view.size])]
+        pixels = sum(map(math.prod, views))
         values = self.bands.num * (1 if self.bands.value_range is None else 4)
         return batch_size * (values * pixels + 8) + masks
 
@@ -281,7 +285,7 @@ class SampleMaker:
         # Masks before images: the other way around, malloc takes the memory of most batches anew, page by page.
         masks = self.masks(keys)
         return Batch(
-            images=_stack([crop for crop in crops if isinstance(crop, Tensor)], self.image_size),
+            images=_stack([crop for crop in crops if isinstance(crop, Tensor)], self.crop_size),
             masks=masks,
             sample_ids=torch.tensor(sample_ids),
             bad=bad,
@@ -327,10 +331,10 @@ def check_decode(decode: str, device: torch.device) -> None:
         check_device(device)
 
 
-def _stack(crops: Sequence[Tensor], size: int) -> Shaped[Tensor, "b c size size"]:
+def _stack(crops: Sequence[Tensor], size: tuple[int, int]) -> Shaped[Tensor, "b c h w"]:
     """Crops with the channels innermost, in a batch of the same layout: whole images are copied, not single pixels."""
     if not crops:
-        return torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return torch.empty(0, 3, *size, dtype=torch.uint8)
     return torch.stack([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2)
 
 
@@ -808,7 +812,7 @@ class PretrainLoader:
             assert masks is not None
             maker = SampleMaker(
                 seed=seed,
-                image_size=images.images_size,
+                crop_size=images.crop_size,
                 crop_scale=images.crop_scale,
                 do_hflip=images.do_hflip,
                 turns=images.turns,

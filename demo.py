@@ -181,7 +181,7 @@ def evaluations(cfg: CapiConfig, data: str) -> list[list[str]]:
         f"output_dir={run_dir}/predictions",
         f"model_loader_kwargs.pretrained_weights={run_dir}/student_ema.pth",
         f"dataset_name=custom://Images?root='{data}/val/images'",
-        f"resolution={cfg.data.images_size}",
+        f"resolution={max(cfg.data.crop_size)}",
         f"seed={cfg.train.seed}",
     ]
     return [*(["benchmark.py", *own, *shared] for own in keys), ["eval_visualizations.py", *predictions]]
@@ -301,10 +301,10 @@ def draw_visible(cfg: CapiConfig, num_images: int) -> Bool[Tensor, "b hp wp"]:
     plan = mask_plan(cfg)
     masking = make_masking_generator(cfg.data.masking_generator, **cfg.data.masking_generator_kwargs)
     generator = torch.Generator().manual_seed(cfg.train.seed)
-    visible = torch.zeros(num_images, cfg.grid_size**2, dtype=torch.bool)
+    visible = torch.zeros(num_images, plan.num_patches, dtype=torch.bool)
     for row in visible:
         row[draw_positions(plan, masking, generator)[0]] = True
-    return visible.view(num_images, cfg.grid_size, cfg.grid_size)
+    return visible.view(num_images, *cfg.grid_size)
 
 
 def pca_colors(feature_map: Float[Tensor, "b hp wp d"]) -> UInt8[Tensor, "b hp wp 3"]:

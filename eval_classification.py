@@ -1045,14 +1045,7 @@ def representation_shapes(cfg: ClassificationConfig, model: FrozenModel) -> dict
 
     Raises: UserError if the resolution does not fit the patch size, or the model lacks a representation.
     """
-    size, patch = cfg.resolution, model.patch_size
-    require(
-        size % patch == 0,
-        "resolution",
-        size,
-        f"must be a multiple of {patch}, the patch size of {model.name}; the nearest is "
-        f"{max(patch, round(size / patch) * patch)}",
-    )
+    model.grid(cfg.resolution)  # raises
     features = model(model.blank(cfg.resolution))
     names = {"cls", "avg_patch"} | (set(cfg.representations) if "classifiers" in cfg.methods else set())
     return {name: represent(features, name).shape[1:] for name in sorted(names)}

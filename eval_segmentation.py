@@ -40,13 +40,13 @@ from evaluation import (
     extract,
     my_share,
     open_dataset,
-    square,
+    squashed,
 )
 from labels import choose_images, split_off
 from reading.sources import UNLABELLED, ImageDataset, SegmentationDataset, match_classes
 from readouts import DISTANCES, TRAIN_CHUNK, fit_logistic, majority_votes, nearest, spread
 from report import Score
-from utils import RGB8, Bands, UserError, derive_seed
+from utils import RGB8, Bands, UserError, as_written, both_sides, derive_seed
 from weights import save_safetensors
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ class SegmentationConfig(EvaluationConfig):
     """Which of them run: knn, logreg."""
     standardization: str = field(default="StandardScaler", metadata=one_of(*STANDARDIZATIONS))
     """What is done to the features, as fitted on the training images: one of `STANDARDIZATIONS`."""
-    resolution: int = field(default=224, metadata=COUNT)
-    """Images are resized to squares of this many pixels (bicubic), label images too (nearest)."""
+    resolution: int | tuple[int, int] = field(default=224, metadata=COUNT)
+    """Images are resized to squares of so many pixels, or to [height, width] (bicubic), label images too (nearest)."""
     ignore_labels: list[int] | None = field(default=None, metadata=within(at_least=0, below=NUM_LABELS))
     """Labels of pixels that do not count. null: those that the data sets leave out, which are 0 and 255 for ADE20K,
     what classes.txt says for custom://Segmentation, else 255; what one of the sets leaves out counts in none."""
@@ -121,6 +121,10 @@ class SegmentationConfig(EvaluationConfig):
     first choice of them."""
     dump_classifier: bool = False
     """Write the weights of the logistic regression to output_dir/dumps."""
+
+    def __post_init__(self) -> None:
+        """Write squares as one number."""
+        object.__setattr__(self, "resolution", as_written(self.resolution))
 
 
 # ------------------------------------------------------------------------------------------------------ labels
@@ -241,22 +245,26 @@ def warn_of_labels(
 
 
 def prepare_pair(
-    image: Image.Image | Tensor, target: Any, resolution: int, numbers: UInt8[Tensor, "256"] | None = None
+    image: Image.Image | Tensor,
+    target: Any,
+    resolution: int | tuple[int, int],
+    numbers: UInt8[Tensor, "256"] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Image and label image as squares of `resolution` pixels: [bands, h, w], and uint8 [h, w].
+    """Image and label image in the resolution: [bands, h, w], and uint8 [h, w].
 
     Args:
         image: upright.
         target: its label image, which fits the upright image.
-        resolution: see above.
+        resolution: side of squares in pixels, or height and width.
         numbers: what each label becomes, if not itself.
 
     Raises: UserError as `check_label_image`.
     """
     height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
     target = check_label_image(target, width, height)
-    labels = torch.from_numpy(np.array(target.resize((resolution, resolution), Image.Resampling.NEAREST)))
-    return square(image, resolution), labels if numbers is None else numbers[labels.long()]
+    size = both_sides(resolution)
+    labels = torch.from_numpy(np.array(target.resize(size[::-1], Image.Resampling.NEAREST)))
+    return squashed(image, size), labels if numbers is None else numbers[labels.long()]
 
 
 def check_label_image(target: Any, width: int, height: int) -> Image.Image:
@@ -693,16 +701,14 @@ def evaluate(cfg: SegmentationConfig, model: FrozenModel, results: Results) -> N
     if not missing:
         logger.info("nothing to do: %s has %s", results.path, ", ".join(names))
         return
-    if cfg.resolution % model.patch_size:
-        raise UserError(f"resolution={cfg.resolution}: must be a multiple of the model's patch size {model.patch_size}")
+    grid = model.grid(cfg.resolution)
     started = time.monotonic()
     data = TrainingPatches(cfg, model, sets)
     seconds = {"features": time.monotonic() - started}
-    grid = cfg.resolution // model.patch_size
     results.note(
         representation="patch tokens",
         resolution=cfg.resolution,
-        grid=[grid, grid],
+        grid=list(grid),
         standardization=cfg.standardization,
         ignore_labels=sets.ignore_labels,
         own_ignore_labels={labels.key: labels.own_ignore_labels for labels in opened},
@@ -804,7 +810,7 @@ def run_test(
         counts += truth.flatten().bincount(minlength=NUM_LABELS)
 
         def label_images(predict: Predict, features: Tensor = features) -> Tensor:
-            return from_patches(predict(features).cpu(), cfg.resolution, cfg.resolution, model.patch_size)
+            return from_patches(predict(features).cpu(), *both_sides(cfg.resolution), model.patch_size)
 
         predicted = {name: label_images(predict) for name, predict in predictors.items()}
         for name, labels in predicted.items():
@@ -828,7 +834,7 @@ def run_test(
     if is_ignored(counts.nonzero().to(torch.uint8), data.ignore_labels).all():
         raise UserError(f"{test.where}: no pixel has a label beside ignore_labels={data.ignore_labels}")
     warn_of_labels(test, counts, data.ignore_labels, data.class_names)
-    empty = torch.empty(0, cfg.resolution, cfg.resolution, dtype=torch.uint8)
+    empty = torch.empty(0, *both_sides(cfg.resolution), dtype=torch.uint8)
     predictions = {
         name: all_gather_rows(torch.cat([empty, *parts])) for name, parts in dumped.items() if cfg.dump_predictions
     }

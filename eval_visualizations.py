@@ -4,7 +4,7 @@
         dataset_name="custom://Images?root='/data/images'" num_images=64 clustering_checkpoint=runs/my_run
 
 Writes results_visualizations.json, and into output_dir/artifacts: overview.png, and one PNG for each picture of each
-image, `<kind>/<number of the image in the data set>.png`, a square of the resolution with one colour per patch.
+image, `<kind>/<number of the image in the data set>.png`, of the resolution, with one colour per patch.
 
     image_pca/rgb          first three principal components of the image's own patches as red, green, blue
     image_pca/rgb_pnp      the same with signs plus, minus, plus; with rgb these are all eight choices
@@ -34,6 +34,7 @@ import copy
 import functools
 import itertools
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +63,7 @@ from evaluation import (
     find_model_file,
     my_share,
     open_dataset,
-    square,
+    squashed,
 )
 from pictures import (
     COLOR_RANGE,
@@ -78,7 +79,7 @@ from pictures import (
     to_bytes,
 )
 from reading.sources import BadImageError, ImageDataset
-from utils import RGB8, Bands, UserError, derive_seed, import_from_path
+from utils import RGB8, Bands, UserError, as_typed, as_written, derive_seed, import_from_path
 from weights import check_values, read_state_dict
 
 if TYPE_CHECKING:
@@ -114,8 +115,8 @@ class VisualizationsConfig(EvaluationConfig):
     """Data URL of images; labels are not used."""
     num_images: int = field(default=1024, metadata=COUNT)
     """Images that are drawn, evenly spaced over the data set from its first to its last; all if it has fewer."""
-    resolution: int = field(default=224, metadata=COUNT)
-    """Images are resized to squares of this many pixels (bicubic)."""
+    resolution: int | tuple[int, int] = field(default=224, metadata=COUNT)
+    """Images are resized to squares of this many pixels, or to [height, width] (bicubic)."""
     pictures: list[str] = field(
         default_factory=lambda: [name for name in PICTURES if name != "dictionary"],
         metadata=one_of(*PICTURES, not_empty=True),
@@ -172,6 +173,10 @@ class VisualizationsConfig(EvaluationConfig):
         "prediction_draws",
     )
 
+    def __post_init__(self) -> None:
+        """Write squares as one number."""
+        object.__setattr__(self, "resolution", as_written(self.resolution))
+
 
 # ------------------------------------------------------------------------------------------------ the evaluation
 
@@ -193,8 +198,8 @@ class Scene:
     dataset: ImageDataset
     numbers: list[int]
     """Which images of the data set are drawn."""
-    grid: int
-    """Patches along an edge."""
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
     patch_size: int
     query: Query
     folder: Path
@@ -217,6 +222,11 @@ class Scene:
         return (to_bytes(pixels) if pixels.is_floating_point() else pixels).movedim(0, -1)
 
     @property
+    def row_height(self) -> float:
+        """Of a row of pictures in figures, inches, with what is written below."""
+        return 1.5 * self.grid[0] / self.grid[1] + 0.22
+
+    @property
     def shown(self) -> list[int]:
         """Numbers of the images in figures."""
         return self.numbers[: self.cfg.num_overview]
@@ -229,13 +239,13 @@ class Scene:
 
 def evaluate(cfg: VisualizationsConfig, model: FrozenModel, results: Results) -> None:
     """Draw the pictures that `results` do not have yet."""
-    grid = grid_size(cfg, model)
+    grid = rows, columns = model.grid(cfg.resolution)
     dataset = open_dataset(cfg.dataset_name, "dataset_name", model.bands)
     results.note_data(dataset_name=dataset)
     if len(dataset) < cfg.num_images:
         logger.info("num_images=%d: the data set has %d images, all are drawn", cfg.num_images, len(dataset))
     numbers = evenly_spaced(len(dataset), cfg.num_images)
-    query = check_query(cfg.query, len(dataset), grid) or Query(numbers[0], grid // 2, grid // 2)
+    query = check_query(cfg.query, len(dataset), grid) or Query(numbers[0], rows // 2, columns // 2)
     scene = Scene(model, cfg, dataset, numbers, grid, model.patch_size, query, results.artifacts())
     todo = [kind for kind in KINDS if kind.name in cfg.pictures and kind.is_due(scene, results)]
     if not todo:
@@ -258,7 +268,9 @@ def evaluate(cfg: VisualizationsConfig, model: FrozenModel, results: Results) ->
         rows = run_model(scene, measures, "features again")
     for kind in kinds:
         results.add(kind.name, kind.draw(rows))
-    results.note(num_images=len(numbers), images=f"{numbers[0]} to {numbers[-1]} of {len(dataset)}", grid=grid)
+    results.note(
+        num_images=len(numbers), images=f"{numbers[0]} to {numbers[-1]} of {len(dataset)}", grid=as_written(grid)
+    )
     if rank() == 0 and (columns := overview_columns(scene, results)):
         draw_overview(scene, results, columns).savefig(scene.folder / "overview.png")
     logger.info("pictures are in %s", scene.folder)
@@ -275,20 +287,7 @@ def evenly_spaced(total: int, num: int) -> list[int]:
     return [(i * (total - 1) + (num - 1) // 2) // max(1, num - 1) for i in range(num)]
 
 
-def grid_size(cfg: VisualizationsConfig, model: FrozenModel) -> int:
-    """Patches along the edge of an image.
-
-    Raises: UserError if that is no whole number.
-    """
-    fits = cfg.resolution % model.patch_size == 0
-    lower = cfg.resolution // model.patch_size * model.patch_size
-    near = f"such as {lower or model.patch_size} or {lower + model.patch_size}"
-    remedy = f"must be a multiple of {model.patch_size}, the patch size of {model.name}, {near}"
-    require(fits, "resolution", cfg.resolution, remedy)
-    return cfg.resolution // model.patch_size
-
-
-def check_query(query: list[int] | None, num_images: int, grid: int) -> Query | None:
+def check_query(query: list[int] | None, num_images: int, grid: tuple[int, int]) -> Query | None:
     """The patch that the user chose, if any.
 
     Raises: UserError if it does not exist.
@@ -297,24 +296,29 @@ def check_query(query: list[int] | None, num_images: int, grid: int) -> Query | 
         return None
     image, row, column = query
     require(image < num_images, "query", query, f"the data set has {num_images} images, numbered from 0")
-    require(max(row, column) < grid, "query", query, f"row and column must be below {grid}, the patches along an edge")
+    remedy = f"row and column must be below {grid[0]} and {grid[1]}, those of the patches"
+    require(row < grid[0] and column < grid[1], "query", query, remedy)
     return Query(image, row, column)
 
 
-def read_image(dataset: ImageDataset, number: int, resolution: int, bands: Bands = RGB8) -> Shaped[Tensor, "c h w"]:
-    """One image of the data set, as a square for a model of these bands.
+def read_image(
+    dataset: ImageDataset, number: int, resolution: int | tuple[int, int], bands: Bands = RGB8
+) -> Shaped[Tensor, "c h w"]:
+    """One image of the data set in this resolution, for a model of these bands.
 
     Raises: UserError if the file cannot be read.
     """
     try:
-        return square(dataset[number].picture(bands), resolution)
+        return squashed(dataset[number].picture(bands), resolution)
     except BadImageError as error:
         raise UserError(f"{error}; repair or remove the file") from error
 
 
-def prepare_image(image: Image.Image | Tensor, _target: Any, resolution: int) -> tuple[Shaped[Tensor, "c h w"]]:
-    """The image as a square of `resolution` pixels; see `evaluation.Prepare`."""
-    return (square(image, resolution),)
+def prepare_image(
+    image: Image.Image | Tensor, _target: Any, resolution: int | tuple[int, int]
+) -> tuple[Shaped[Tensor, "c h w"]]:
+    """The image in this resolution; see `evaluation.Prepare`."""
+    return (squashed(image, resolution),)
 
 
 def run_model(scene: Scene, measures: Mapping[str, Measure], title: str) -> dict[str, Tensor]:
@@ -406,12 +410,12 @@ def cosine_similarity(x: Float[Tensor, "b n d"], to: Float[Tensor, " d"]) -> Flo
 
 
 def best_matches(
-    similarity: Float[Tensor, "images n"], numbers: Sequence[int], query: Query, num: int, grid: int
+    similarity: Float[Tensor, "images n"], numbers: Sequence[int], query: Query, num: int, columns: int
 ) -> list[list[Any]]:
     """The best patch of each image but the query's, best first: [number of the image, row, column, similarity]."""
     best, place = similarity.max(dim=1)
     order = [i for i in best.argsort(descending=True, stable=True).tolist() if numbers[i] != query.image][:num]
-    return [[numbers[i], *divmod(int(place[i]), grid), round(float(best[i]), 4)] for i in order]
+    return [[numbers[i], *divmod(int(place[i]), columns), round(float(best[i]), 4)] for i in order]
 
 
 class ClusteringHead:
@@ -698,7 +702,7 @@ def save_maps(scene: Scene, kind: str, colors: UInt8[Tensor, "images n 3"]) -> N
 
 def as_squares(values: Tensor, scene: Scene) -> Tensor:
     """Values of the patches [n, ...] as those of the pixels [h, w, ...]."""
-    grid = values.unflatten(0, (scene.grid, scene.grid))
+    grid = values.unflatten(0, scene.grid)
     return grid.repeat_interleave(scene.patch_size, 0).repeat_interleave(scene.patch_size, 1)
 
 
@@ -780,7 +784,7 @@ def predictions_figure(scene: Scene, draws: Sequence[str]) -> "Figure":
     from matplotlib.figure import Figure
 
     titles, rows = ["visible", *draws], len(scene.predicted)
-    figure = Figure(figsize=(1.7 * (len(titles) + 1), 1.72 * rows + 1.1), dpi=100, layout="constrained")
+    figure = Figure(figsize=(1.7 * (len(titles) + 1), scene.row_height * rows + 1.1), dpi=100, layout="constrained")
     axes = figure.subplots(rows, len(titles) + 1, squeeze=False)
     figure.suptitle(
         f"Predicted patches, shown as the patch of {len(scene.numbers) - 1} other images that is most like the "
@@ -839,7 +843,7 @@ def save_patchworks(
 
 
 def _square_at(patch: int, scene: Scene) -> tuple[slice, slice]:
-    row, column = (place * scene.patch_size for place in divmod(patch, scene.grid))
+    row, column = (place * scene.patch_size for place in divmod(patch, scene.grid[1]))
     return slice(row, row + scene.patch_size), slice(column, column + scene.patch_size)
 
 
@@ -944,7 +948,7 @@ class _ImagePca(Kind):
 
     def __init__(self, scene: Scene) -> None:
         super().__init__(scene)
-        where = f"an image of {scene.cfg.resolution} pixels has"
+        where = f"an image of {as_typed(scene.cfg.resolution)} pixels has"
         check_components("image_components", scene, 1, where, "raise resolution")
 
     def measures(self) -> dict[str, Measure]:
@@ -1028,7 +1032,7 @@ class _Nearest(Kind):
 
     def __init__(self, scene: Scene) -> None:
         super().__init__(scene)
-        self.query_feature = scene.query_features[scene.query.row * scene.grid + scene.query.column]
+        self.query_feature = scene.query_features[scene.query.row * scene.grid[1] + scene.query.column]
 
     @classmethod
     def is_due(cls, scene: Scene, results: Results) -> bool:
@@ -1042,7 +1046,7 @@ class _Nearest(Kind):
         low = float(similarity.flatten().kthvalue(max(1, similarity.numel() // 100)).values)
         save_maps(scene, self.name, map_colors(similarity, low, 1.0, "cividis"))
         num = max(MIN_COLUMNS, len(scene.shown)) - 1  # a row of the figure, with the query
-        matches = best_matches(similarity, scene.numbers, scene.query, num, scene.grid)
+        matches = best_matches(similarity, scene.numbers, scene.query, num, scene.grid[1])
         if rank() == 0:
             nearest_figure(scene, similarity, low, matches).savefig(scene.folder / "nearest.png")
         return {
@@ -1265,7 +1269,7 @@ class _Dictionary(Kind):
     looks_again = True
 
     def measures(self) -> dict[str, Measure]:
-        picked = evenly_spaced(self.scene.grid**2, -(-DICTIONARY_PATCHES // len(self.scene.numbers)))
+        picked = evenly_spaced(math.prod(self.scene.grid), -(-DICTIONARY_PATCHES // len(self.scene.numbers)))
         return {"sample": lambda x: x[:, picked]}
 
     def fit(self, rows: Mapping[str, Tensor]) -> None:
@@ -1328,12 +1332,13 @@ def draw_overview(scene: Scene, results: Results, columns: Sequence[tuple[type["
 
     about = results.about
     rows = len(scene.shown)
-    figure = Figure(figsize=(1.6 * (len(columns) + 1) + 0.2, 1.72 * rows + 1.1), dpi=100, layout="constrained")
+    size = (1.6 * (len(columns) + 1) + 0.2, scene.row_height * rows + 1.1)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
     axes = figure.subplots(rows, len(columns) + 1, squeeze=False)
     weights = Path(about["weights"]).name if about["weights"] else "without pretrained_weights"
     figure.suptitle(
         f"{Path(about['model_path']).name}, {weights} ({about['weights_sha256'][:8]})\n"
-        f"{scene.cfg.resolution} pixels, patches of {scene.patch_size}",
+        f"{as_typed(scene.cfg.resolution)} pixels, patches of {scene.patch_size}",
         fontsize=10,
     )
     for row, number in enumerate(scene.shown):

@@ -63,6 +63,8 @@ from utils import (
     Bands,
     Normalisation,
     UserError,
+    as_typed,
+    both_sides,
     ending_in_words,
     git_revision,
     import_from_path,
@@ -171,10 +173,25 @@ class FrozenModel:
         """What is made of images for this model."""
         return Bands(len(self.normalisation.mean), self.normalisation.value_range)
 
-    def blank(self, resolution: int) -> Shaped[Tensor, "1 c h w"]:
+    def grid(self, resolution: int | Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of patches of images of this resolution: the side of squares in pixels, or both sides.
+
+        Raises: UserError if they do not divide into patches.
+        """
+        sides = both_sides(resolution)
+        if any(side % self.patch_size for side in sides):
+            near = [max(1, round(side / self.patch_size)) * self.patch_size for side in sides]
+            must = "must be a multiple" if isinstance(resolution, int) else "both must be multiples"
+            raise UserError(
+                f"resolution={as_typed(resolution)}: {must} of {self.patch_size}, the patch size of {self.name}; the "
+                f"nearest is {as_typed(near)}"
+            )
+        return sides[0] // self.patch_size, sides[1] // self.patch_size
+
+    def blank(self, resolution: int | Sequence[int]) -> Shaped[Tensor, "1 c h w"]:
         """A black image as the model is called with."""
         deep = self.bands.value_range is not None
-        size = (1, self.bands.num, resolution, resolution)
+        size = (1, self.bands.num, *both_sides(resolution))
         return torch.zeros(size, dtype=torch.float32 if deep else torch.uint8)
 
     @torch.no_grad()
@@ -333,11 +350,13 @@ def open_dataset(url: str, key: str, bands: Bands = RGB8) -> ImageDataset:
     return dataset
 
 
-def square(image: Image.Image | Tensor, size: int) -> Shaped[Tensor, "c size size"]:
-    """The image as a square of `size` pixels, by bicubic resampling: of 8-bit RGB Pillow's, else torch's."""
+def squashed(image: Image.Image | Tensor, size: int | tuple[int, int]) -> Shaped[Tensor, "c h w"]:
+    """All of the image as a square of `size` pixels, or of that height and width, by bicubic resampling: of 8-bit RGB
+    Pillow's, else torch's."""
+    height, width = both_sides(size)
     if isinstance(image, Tensor):
-        return resized(image, size, size)
-    pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC))
+        return resized(image, height, width)
+    pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels).movedim(-1, 0).contiguous()
 
 

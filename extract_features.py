@@ -41,7 +41,7 @@ from distributed import barrier, on_rank_0, rank, world_size
 from evaluation import Evaluation, EvaluationConfig, Features, FrozenModel, Results, reader_processes
 from reading.pixels import log_pixels
 from reading.sources import BadImageError, ImageDataset, ImageStream, Sample, make_dataset
-from utils import Bands, UserError, replacing
+from utils import Bands, UserError, as_written, both_sides, replacing
 from weights import save_safetensors
 
 logger = logging.getLogger("features")
@@ -64,10 +64,10 @@ class FeaturesConfig(EvaluationConfig):
         default_factory=lambda: ["global", "mean_patch"], metadata=one_of(*KINDS, not_empty=True)
     )
     """Any of global [d], mean_patch [d], patches [rows, columns, d] and registers [registers, d]."""
-    resolution: int = field(default=224, metadata=COUNT)
-    """Side of the square images that the model sees, in pixels, a multiple of its patch size."""
+    resolution: int | tuple[int, int] = field(default=224, metadata=COUNT)
+    """What the model sees in pixels, multiples of its patch size: the side of squares, or [height, width]."""
     fit: str = field(default="crop", metadata=one_of("crop", "squash"))
-    """How an image becomes a square: crop (its central square) or squash (all of it, distorted)."""
+    """How an image gets that shape: crop (the largest box of it in the middle) or squash (all of it, distorted)."""
     format: str = field(default="safetensors", metadata=one_of("safetensors", "parquet"))
     """safetensors or parquet."""
     feature_dtype: str = field(default="float32", metadata=DTYPE)
@@ -76,7 +76,8 @@ class FeaturesConfig(EvaluationConfig):
     """Images per file. One process holds the features of so many in memory."""
 
     def __post_init__(self) -> None:
-        """Check that the format has the type."""
+        """Write squares as one number, and check that the format has the type."""
+        object.__setattr__(self, "resolution", as_written(self.resolution))
         require(
             self.format != "parquet" or self.feature_dtype != "bfloat16",
             "feature_dtype",
@@ -108,20 +109,28 @@ class Shard(NamedTuple):
 # ------------------------------------------------------------------------------------------------------ images
 
 
-def prepare(image: Image.Image | Tensor, resolution: int, fit: str) -> Shaped[Tensor, "c h w"]:
-    """A square of `resolution` pixels a side: all of the image, distorted, if `fit` is squash, else its centre."""
+def prepare(image: Image.Image | Tensor, resolution: int | tuple[int, int], fit: str) -> Shaped[Tensor, "c h w"]:
+    """A square of `resolution` pixels a side, or of that height and width: all of the image, distorted, if `fit` is
+    squash, else its centre."""
     bicubic = v2.InterpolationMode.BICUBIC
     x = image if isinstance(image, Tensor) else v2.functional.pil_to_tensor(image)
-    size = [resolution, resolution] if fit == "squash" else [resolution]
-    x = v2.functional.resize(x, size, bicubic, antialias=True)
-    return v2.functional.center_crop(x.clamp(0, 1) if x.is_floating_point() else x, [resolution])
+    height, width = size = both_sides(resolution)
+    if fit == "squash":
+        resized_to = size
+    elif height == width:
+        resized_to = [height]  # of the shorter side
+    else:
+        scale = max(height / x.shape[-2], width / x.shape[-1])
+        resized_to = [max(height, round(x.shape[-2] * scale)), max(width, round(x.shape[-1] * scale))]
+    x = v2.functional.resize(x, list(resized_to), bicubic, antialias=True)
+    return v2.functional.center_crop(x.clamp(0, 1) if x.is_floating_point() else x, list(size))
 
 
 Read = tuple[int, str, Tensor | str]
 """Number in the data, name, and the image or why it cannot be read."""
 
 
-def _read(index: int, sample: Sample, resolution: int, fit: str, bands: Bands) -> Read:
+def _read(index: int, sample: Sample, resolution: int | tuple[int, int], fit: str, bands: Bands) -> Read:
     try:
         return index, sample.name, prepare(sample.picture(bands), resolution, fit)
     except BadImageError as error:
@@ -288,11 +297,7 @@ def _read_parquet(path: Path, only_notes: bool) -> Shard:
 
 def extract_features(cfg: FeaturesConfig, model: FrozenModel, results: Results) -> None:
     """Write all shards that are missing; all ranks call this together."""
-    if cfg.resolution % model.patch_size:
-        near = max(1, round(cfg.resolution / model.patch_size)) * model.patch_size
-        raise UserError(
-            f"resolution={cfg.resolution}: must be a multiple of the patch size {model.patch_size}; try {near}"
-        )
+    model.grid(cfg.resolution)  # raises
     dataset = make_dataset(cfg.dataset, key="dataset")
     if rank() == 0:
         log_pixels(dataset, "dataset", model.bands, only_warnings=True)

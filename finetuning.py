@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from checkpoint import Checkpoints, SavedState
 from config import (
     BETWEEN_0_AND_1,
+    COUNT,
     IMAGE_MEAN,
     IMAGE_STD,
     LOADER_KWARGS,
@@ -108,6 +109,14 @@ class FinetuneOptimConfig(EpochsOptimConfig):
 
 
 @dataclass(frozen=True)
+class FinetuneImagesConfig(EpochsImagesConfig):
+    """Images and crops; these are squares."""
+
+    images_size: int = field(metadata=COUNT)
+    """Side of the square crop in pixels, a multiple of the backbone's patch size. Other shapes are for pretraining."""
+
+
+@dataclass(frozen=True)
 class FinetuneConfig(EpochsConfig):
     """What every fine-tuning reads; a task adds its sections."""
 
@@ -116,7 +125,7 @@ class FinetuneConfig(EpochsConfig):
     """Name of the section that the task alone has."""
 
     optim: FinetuneOptimConfig
-    data: EpochsImagesConfig
+    data: FinetuneImagesConfig
     backbone: BackboneConfig
     classes: list[str]
     """Written by the training: what the outputs of the head are, in their order."""

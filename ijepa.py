@@ -5,6 +5,7 @@ This file is also a model file in the sense of the evaluations: `load_model` bui
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from model import (
     sincos_table,
     untrained_encoder,
 )
-from utils import UserError
+from utils import UserError, as_written, both_sides
 from weights import CardText, backbone_part, load_strictly, read_state_dict
 
 DEFAULT_CONFIG = Path(__file__).parent / "default_ijepa_config.yaml"
@@ -135,7 +136,7 @@ class Encoder(Backbone):
     """The ViT of I-JEPA: patches with frozen positions, no class token, no registers, a norm at the end.
 
     Args:
-        grid_size: patches along one side of the images that it is trained on.
+        grid_size: rows and columns of patches of the images that it is trained on, or one number for a square.
         patch_size: side of a patch, pixels.
         embed_dim: channels of a token.
         depth: number of blocks.
@@ -175,6 +176,7 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
   year      = {2024}
 }""",
     )
+    row_first = False
     kept_in_float32 = ("pos_embed", "norm")
     forward_methods = ("encode", "get_intermediate_layers")
     n_registers = num_prefix_tokens = 0
@@ -182,7 +184,7 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
     def __init__(
         self,
         *,
-        grid_size: int,
+        grid_size: int | Sequence[int],
         patch_size: int,
         embed_dim: int,
         depth: int,
@@ -193,7 +195,7 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
     ) -> None:
         super().__init__()
         self.arguments = {
-            "grid_size": grid_size,
+            "grid_size": as_written(grid_size),
             "patch_size": patch_size,
             "embed_dim": embed_dim,
             "depth": depth,
@@ -202,10 +204,10 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
             "in_chans": in_chans,
             "normalisation": None,
         }
-        self.grid_size, self.patch_size, self.embed_dim, self.n_blocks = grid_size, patch_size, embed_dim, depth
-        self.in_chans = in_chans
+        self.grid_size = both_sides(grid_size)
+        self.patch_size, self.embed_dim, self.n_blocks, self.in_chans = patch_size, embed_dim, depth, in_chans
         self.use_normalisation(normalisation)
-        self.pos_embed = nn.Parameter(torch.empty(1, grid_size**2, embed_dim), requires_grad=False)
+        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid_size), embed_dim), requires_grad=False)
         self.patch_embed = PatchEmbed(patch_size, embed_dim, in_chans)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_dim) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
@@ -214,7 +216,7 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
     @torch.no_grad()
     def init_weights(self) -> None:
         """Fill every parameter: also those that come uninitialised from the meta device."""
-        self.pos_embed.copy_(sincos_table((self.grid_size, self.grid_size), self.embed_dim))
+        self.pos_embed.copy_(sincos_table(self.grid_size, self.embed_dim))
         _init_weights(self)
 
     def encode(
@@ -239,7 +241,8 @@ teacher's features of others; or by StoP, *Stochastic Positional Embeddings Impr
 
     def _embed(self, images: Float[Tensor, "b ch h w"]) -> Float[Tensor, "b n d"]:
         grid = patch_grid(images, self.patch_size)
-        return self.patch_embed(images) + resize_positions(self.pos_embed, grid, antialias=False)
+        positions = resize_positions(self.pos_embed, grid, antialias=False, own_grid=self.grid_size)
+        return self.patch_embed(images) + positions
 
     def _run_encoder(
         self, x: Float[Tensor, "b ch h w"], blocks: Sequence[int], *, stop_early: bool
@@ -274,13 +277,17 @@ class Predictor(nn.Module):
     Raises: UserError if the sizes do not fit together.
     """
 
+    row_first = False
     kept_in_float32 = ("predictor_pos_embed", "mask_token", "predictor_norm")
 
-    def __init__(self, *, grid_size: int, encoder_dim: int, embed_dim: int, depth: int, num_heads: int) -> None:
+    def __init__(
+        self, *, grid_size: int | Sequence[int], encoder_dim: int, embed_dim: int, depth: int, num_heads: int
+    ) -> None:
         super().__init__()
-        self.grid_size, self.embed_dim = grid_size, embed_dim
+        self.grid_size, self.embed_dim = both_sides(grid_size), embed_dim
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.predictor_pos_embed = nn.Parameter(torch.empty(1, grid_size**2, embed_dim), requires_grad=False)
+        num_patches = math.prod(self.grid_size)
+        self.predictor_pos_embed = nn.Parameter(torch.empty(1, num_patches, embed_dim), requires_grad=False)
         self.predictor_embed = nn.Linear(encoder_dim, embed_dim)
         self.predictor_blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
@@ -290,7 +297,7 @@ class Predictor(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Fill every parameter: also those that come uninitialised from the meta device."""
-        self.predictor_pos_embed.copy_(sincos_table((self.grid_size, self.grid_size), self.embed_dim))
+        self.predictor_pos_embed.copy_(sincos_table(self.grid_size, self.embed_dim))
         nn.init.normal_(self.mask_token, std=WEIGHT_STD)
         _init_weights(self)
 
@@ -355,7 +362,7 @@ def load_model(
     if num_heads is None:
         known = "16 for ViT-L, H and g, 12 for ViT-B"
         num_heads = int(configuration_with_heads(config_path, source, known)["model"]["num_heads"])
-    sizes: dict[str, Any] = {**encoder_sizes(weights, source), "num_heads": num_heads}
+    sizes = {**encoder_sizes(weights, source, row_first=Encoder.row_first), "num_heads": num_heads}
     model = Encoder(**sizes, normalisation=normalisation_beside(config_path, source))
     load_strictly(model, weights, source, remedy="Give weights of I-JEPA or StoP")
     return model.to(device).eval()

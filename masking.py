@@ -311,11 +311,11 @@ class MultiBlockPlan:
     num_targets: int
     """Target blocks per image, each predicted for itself; 4."""
     context_scale: tuple[float, float]
-    """Area of a context block as a fraction of the image, (0.85, 1); it is a square."""
+    """Area of a context block as a fraction of the image, (0.85, 1); it has the shape of the image."""
     target_scale: tuple[float, float]
     """Area of a target block as a fraction of the image, (0.15, 0.2)."""
     target_aspect: tuple[float, float]
-    """Height / width of a target block, (0.75, 1.5)."""
+    """Height / width of a target block, (0.75, 1.5), in patches: of what shape the image is does not count."""
     min_keep: int
     """A context has more patches than this, 10, after the targets are taken out; else its place is drawn again."""
     allow_overlap: bool
@@ -346,7 +346,7 @@ class MultiBlockPlan:
                     f"masks.target_scale={list(self.target_scale)}: a target block may have no patch on {grid}; use "
                     "larger scales, or more patches: a larger data.images_size or a smaller model.patch_size"
                 )
-        rows, columns = self._size(self.context_scale, (1.0, 1.0), 0.0, 0.0)
+        rows, columns = self._size(self.context_scale, self._shape, 0.0, 0.0)
         if rows * columns <= self.least_kept:
             raise UserError(
                 f"masks.context_scale={list(self.context_scale)}: a context block may have {rows * columns} "
@@ -361,6 +361,11 @@ class MultiBlockPlan:
         return self.height * self.width
 
     @property
+    def _shape(self) -> tuple[float, float]:
+        """The range of height / width of a context block."""
+        return self.height / self.width, self.height / self.width
+
+    @property
     def least_kept(self) -> int:
         """A context has more patches than this."""
         return self.min_keep if self.context_patches is None else max(self.min_keep, self.context_patches - 1)
@@ -371,7 +376,7 @@ class MultiBlockPlan:
         u_aspect = torch.rand(1, generator=generator).item() if self.independent_aspect else u_scale
         target = self._size(self.target_scale, self.target_aspect, u_scale, u_aspect)
         u = torch.rand(1, generator=generator).item()
-        return target, self._size(self.context_scale, (1.0, 1.0), u, u)
+        return target, self._size(self.context_scale, self._shape, u, u)
 
     def draw_blocks(
         self, target_size: tuple[int, int], context_size: tuple[int, int], generator: Generator

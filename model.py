@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import Normalisation, UserError
+from utils import Normalisation, UserError, as_written, both_sides
 from weights import (
     CardText,
     load_backbone_weights,
@@ -876,26 +876,33 @@ def patch_grid(images: Float[Tensor, "b c h w"], patch_size: int) -> tuple[int, 
 
 
 def resize_positions(
-    table: Float[Tensor, "1 n d"], grid: tuple[int, int], *, antialias: bool, offset: float = 0.0
+    table: Float[Tensor, "1 n d"],
+    grid: tuple[int, int],
+    *,
+    antialias: bool,
+    offset: float = 0.0,
+    own_grid: tuple[int, int] | None = None,
 ) -> Float[Tensor, "1 n2 d"]:
-    """Bicubic resizing of a learned or stored position table for a square grid, with or without a class token's row.
+    """Bicubic resizing of a learned or stored position table, with or without a class token's row.
 
     Args:
         table: the rows of the patches, row-major, after at most one for the class token, which is kept.
         grid: rows and columns wanted; those of the table give the table itself.
         antialias: low-pass before shrinking, as MAE and DINOv2 with registers do and DINO and I-JEPA do not.
         offset: DINO, iBOT and DINOv2 without registers enlarge by (n + 0.1) / side instead of n / side.
+        own_grid: rows and columns of the table; None for a square, as those of published models are.
     """
-    side = math.isqrt(table.shape[1])
-    class_row, patches = table.split([table.shape[1] - side * side, side * side], dim=1)
-    if grid == (side, side) and not torch.compiler.is_exporting():  # which would fix the grid of what is exported
+    own_grid = own_grid or both_sides(math.isqrt(table.shape[1]))
+    num_patches = math.prod(own_grid)
+    class_row, patches = table.split([table.shape[1] - num_patches, num_patches], dim=1)
+    if grid == own_grid and not torch.compiler.is_exporting():  # which would fix the grid of what is exported
         return table
-    square = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
+    as_map = patches.unflatten(1, own_grid).permute(0, 3, 1, 2).float()
     if offset:
-        scales = tuple((length + offset) / side for length in grid)
-        resized = F.interpolate(square, scale_factor=scales, mode="bicubic", antialias=antialias)
+        scales = tuple((length + offset) / side for length, side in zip(grid, own_grid, strict=True))
+        resized = F.interpolate(as_map, scale_factor=scales, mode="bicubic", antialias=antialias)
     else:
-        resized = F.interpolate(square, size=grid, mode="bicubic", antialias=antialias)
+        resized = F.interpolate(as_map, size=grid, mode="bicubic", antialias=antialias)
     assert resized.shape[-2:] == grid
     return torch.cat([class_row, resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
@@ -904,19 +911,21 @@ def load_resized(module: nn.Module, weights: Mapping[str, Tensor], source: str, 
     """Copy weights into an encoder or predictor, or several, whose grid of patches may be another one than theirs.
 
     Args:
-        module: filled in place; the first `grid_size` in it says how large its tables of positions are.
+        module: filled in place; the first `grid_size` in it says how large its tables of positions are, and the
+            `row_first` beside it in which order they have sines and cosines.
         weights: by its own keys; those that end in `pos_embed` are resized.
         source: where the weights are from, for messages.
         remedy: what the user can do if they do not fit.
 
     Raises: UserError if they do not fit.
     """
-    sides = (getattr(part, "grid_size", None) for part in module.modules())
-    side = next(side for side in sides if isinstance(side, int))
-    resized = {
-        key: resize_positions(x, (side, side), antialias=False) if key.endswith("pos_embed") else x
-        for key, x in weights.items()
-    }
+    part: Any = next(part for part in module.modules() if hasattr(part, "grid_size"))
+
+    def fitting(table: Tensor) -> Tensor:
+        own_grid = position_grid(table, row_first=part.row_first)
+        return resize_positions(table, part.grid_size, antialias=False, own_grid=own_grid)
+
+    resized = {key: fitting(x) if key.endswith("pos_embed") else x for key, x in weights.items()}
     load_strictly(module, resized, source, remedy=remedy)
 
 
@@ -940,6 +949,37 @@ def sincos_table(grid: tuple[int, int], dim: int, *, row_first: bool = False) ->
     rows, columns = (places.flatten().outer(frequencies) for places in torch.meshgrid(*lines, indexing="ij"))
     angles = (rows, columns) if row_first else (columns, rows)
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float().unsqueeze(0)
+
+
+SAME_POSITION = 1e-4
+"""Difference up to which two numbers of a table are the same. Resizing 14 rows to 224 leaves neighbours 1e-3 apart."""
+
+
+def position_grid(table: Float[Tensor, "1 n d"], *, row_first: bool) -> tuple[int, int]:
+    """Rows and columns of patches that a table of positions is for, with or without a class token's row before them.
+
+    Nothing else in a file of weights says whether 32 patches are 4 x 8 or 2 x 16. In what `sincos_table` gives, also
+    after it was resized, half of the channels say the row alone and half the column alone, so one row of patches ends
+    where the first half changes. Any other table is for a square.
+
+    Args:
+        table: of positions.
+        row_first: as for `sincos_table`.
+    """
+    for patches in (table[0], table[0, 1:]):
+        halves = patches.float().chunk(2, dim=1)
+        of_rows, of_columns = halves if row_first else reversed(halves)
+        same_row = (of_rows - of_rows[:1]).abs().amax(dim=1) < SAME_POSITION
+        columns = int(same_row.long().cumprod(dim=0).sum())
+        if columns == 0 or len(patches) % columns:
+            continue
+        grid = (len(patches) // columns, columns)
+        rows, lines = of_rows.unflatten(0, grid), of_columns.unflatten(0, grid)
+        is_new = (lines[0, 1:] - lines[0, :1]).abs().amax(dim=1) > SAME_POSITION
+        spread = max(float((part - first).abs().max()) for part, first in ((rows, rows[:, :1]), (lines, lines[:1])))
+        if spread < SAME_POSITION and is_new.all():
+            return grid
+    return both_sides(math.isqrt(table.shape[1]))
 
 
 class PatchEmbed(nn.Module):
@@ -1020,8 +1060,8 @@ def untrained_encoder(
     """The encoder that a training configuration describes, at random initialisation.
 
     Args:
-        make: class of the encoder: takes the keys of the section `model`, and the patches along a side of a crop as
-            `grid_size`.
+        make: class of the encoder: takes the keys of the section `model`, and rows and columns of patches of a crop
+            as `grid_size`.
         default: the method's default configuration, on top of which the other one goes.
         config_path: of the configuration.
         num_heads: attention heads in place of its own; None keeps those.
@@ -1036,7 +1076,8 @@ def untrained_encoder(
     config = read_sections(default, config_path, {} if num_heads is None else {"model": {"num_heads": num_heads}})
     try:
         sizes = config["model"]
-        model = make(grid_size=config["data"]["images_size"] // sizes["patch_size"], **sizes)
+        height, width = both_sides(config["data"]["images_size"])
+        model = make(grid_size=(height // sizes["patch_size"], width // sizes["patch_size"]), **sizes)
     except (KeyError, TypeError) as error:
         raise UserError(f"The model section of {config_path} has a wrong key: {error}") from error
     model.use_normalisation(config["data"])
@@ -1064,19 +1105,21 @@ def normalisation_beside(config_path: str | Path | None, source: str) -> dict[st
     return data if isinstance(data, dict) else None
 
 
-def encoder_sizes(weights: Mapping[str, Tensor], source: str) -> dict[str, int]:
+def encoder_sizes(weights: Mapping[str, Tensor], source: str, *, row_first: bool = False) -> dict[str, Any]:
     """Grid, patch, bands, width, depth and hidden width of a ViT with a table of positions, by its weights' shapes.
 
     Args:
         weights: by the names that timm has, with a row for each patch in the table and at most one for a class token.
         source: where they are from, for messages.
+        row_first: as for `sincos_table`.
 
     Raises: UserError if they are not those of such an encoder.
     """
     try:
-        _, num_rows, embed_dim = weights["pos_embed"].shape
+        table = weights["pos_embed"]
+        _, _, embed_dim = table.shape
         return {
-            "grid_size": math.isqrt(num_rows),
+            "grid_size": as_written(position_grid(table, row_first=row_first)),
             "patch_size": weights["patch_embed.proj.weight"].shape[-1],
             "embed_dim": embed_dim,
             "in_chans": weights["patch_embed.proj.weight"].shape[1],

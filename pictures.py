@@ -136,7 +136,7 @@ class PatchPredictor(nn.Module):
     """Student and predictor of a training checkpoint, for pictures of what they predict at hidden patches.
 
     The script that trains a method derives a class from this one, and names what makes it `__predictor_loader__`: a
-    function of the checkpoint's folder and of the resolution of the images, in pixels along an edge.
+    function of the checkpoint's folder and of the resolution of the images, in pixels: a side, or height and width.
     """
 
     student: nn.ModuleDict

@@ -24,7 +24,7 @@ from distributed import all_gather_rows, rank, world_size
 from reading.bands import resized
 from reading.sources import BadImageError, ImageStream, make_dataset, match_classes
 from readouts import nearest, weighted_vote
-from utils import Bands, Normalisation, UserError
+from utils import Bands, Normalisation, UserError, both_sides
 
 logger = logging.getLogger("probe")
 
@@ -38,7 +38,7 @@ class Probe:
 
     Args:
         cfg: what is probed.
-        images_size: images are resized and cropped to squares of this many pixels.
+        images_size: images are resized and cropped to squares of so many pixels, or to this height and width.
         batch_size: images per forward pass of a rank.
         device: where features are computed.
         normalisation: of the network.
@@ -51,7 +51,7 @@ class Probe:
         self,
         cfg: ProbeConfig,
         *,
-        images_size: int,
+        images_size: int | tuple[int, int],
         batch_size: int,
         device: torch.device,
         normalisation: Normalisation = Normalisation(),  # noqa: B008  # frozen
@@ -113,7 +113,7 @@ class _Labelled(NamedTuple):
     """`key=url`, for messages."""
 
 
-def _read(url: str | None, key: str, max_images: int, size: int, bands: Bands) -> _Labelled:
+def _read(url: str | None, key: str, max_images: int, size: int | tuple[int, int], bands: Bands) -> _Labelled:
     assert url is not None
     dataset = make_dataset(url, key=key)
     if isinstance(dataset, ImageStream):
@@ -135,14 +135,16 @@ def _read(url: str | None, key: str, max_images: int, size: int, bands: Bands) -
     return _Labelled(torch.stack(images), torch.tensor(labels), names, f"{key}={url}")
 
 
-def fitted(image: Image.Image | Tensor, size: int) -> Shaped[Tensor, "c size size"]:
-    """The largest square in the middle of an image, as `size` pixels a side."""
+def fitted(image: Image.Image | Tensor, size: int | tuple[int, int]) -> Shaped[Tensor, "c h2 w2"]:
+    """The largest box of that shape in the middle of an image, resized to this size of `utils.both_sides`."""
+    height, width = both_sides(size)
     if isinstance(image, Tensor):
-        side = min(image.shape[1:])
-        top, left = ((length - side) // 2 for length in image.shape[1:])
-        return resized(image[:, top : top + side, left : left + side], size, size)
-    square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.asarray(square).copy()).movedim(-1, 0)
+        (h, w), aspect = image.shape[1:], width / height
+        h, w = min(h, max(1, round(w / aspect))), min(w, max(1, round(h * aspect)))
+        top, left = (image.shape[1] - h) // 2, (image.shape[2] - w) // 2
+        return resized(image[:, top : top + h, left : left + w], height, width)
+    box = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(box).copy()).movedim(-1, 0)
 
 
 def ridge_scores(

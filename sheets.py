@@ -141,7 +141,9 @@ def write_sheet(path: Path, columns: Sequence[Column], heading: Sequence[str]) -
     width = per_line * group
     head = [line for text in heading for line in _wrapped(text, font, width - 2 * GAP)]
     top = GAP + 18 * len(head) + GAP
-    row_height = TILE + caption_height + GAP
+    tiles = [[_fitted(picture) for picture in column.pictures] for column in columns]
+    tile_height = max(tile.height for column in tiles for tile in column)
+    row_height = tile_height + caption_height + GAP
     sheet = Image.new("RGB", (width, top + title_height + rows * row_height), "white")
     draw = ImageDraw.Draw(sheet)
     for number, line in enumerate(head):
@@ -152,11 +154,11 @@ def write_sheet(path: Path, columns: Sequence[Column], heading: Sequence[str]) -
             draw.text((left, top + line_height * number), line, SOFT, small)
     for image in range(num_images):
         y = top + title_height + image // per_line * row_height
-        for place, column in enumerate(columns):
+        for place in range(len(columns)):
             x = GAP + image % per_line * group + place * step
-            sheet.paste(_fitted(column.pictures[image]), (x, y))
+            sheet.paste(tiles[place][image], (x, y))
             for number, line in enumerate(captions[place][image] if captions[place] else ()):
-                draw.text((x, y + TILE + 1 + line_height * number), line, SOFT, small)
+                draw.text((x, y + tile_height + 1 + line_height * number), line, SOFT, small)
     with replacing(path) as temporary:
         sheet.save(temporary, "PNG")
 

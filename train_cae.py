@@ -80,7 +80,7 @@ from training import (
     weights_to_start_from,
     with_length,
 )
-from utils import Bands, UserError, ending_in_words, setup_logging
+from utils import Bands, UserError, as_typed, as_written, both_sides, ending_in_words, setup_logging
 from weights import is_downloaded, local_path, spread_over_bands
 
 logger = logging.getLogger("capi")
@@ -151,10 +151,15 @@ class TokenizerConfig:
 
     path: str
     """File or address: DALL-E's encoder, or what cae_tokenizer.py wrote."""
-    image_size: int = field(metadata=COUNT)
-    """Side of its view of a crop in pixels, so that it gives one token for each patch: DALL-E's has patches of 8."""
+    image_size: int | tuple[int, int] = field(metadata=COUNT)
+    """Its view of a crop in pixels, a side or [height, width] as data.images_size, so that it gives one token for each
+    patch: DALL-E's has patches of 8."""
     description: str | None
     """What it is; written by the training, for those who read the configuration beside an export. Never read by it."""
+
+    def __post_init__(self) -> None:
+        """Write squares as one number."""
+        object.__setattr__(self, "image_size", as_written(self.image_size))
 
 
 @dataclass(frozen=True)
@@ -217,14 +222,19 @@ class CaeConfig(EpochsConfig):
     def __post_init__(self) -> None:
         """Check rules that span sections."""
         super().__post_init__()
-        require_whole_patches(self.data.images_size, self.model.patch_size)
+        require_whole_patches(self.data, self.model.patch_size)
         remedy = "there is no teacher with weights of its own; set it to false"
         require(not self.efficiency.teacher_fp8, "efficiency.teacher_fp8", self.efficiency.teacher_fp8, remedy)
 
     @property
-    def grid_size(self) -> int:
-        """Patches along one side of a crop."""
-        return self.data.images_size // self.model.patch_size
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches of a crop."""
+        return self.data.grid(self.model.patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a crop."""
+        return math.prod(self.grid_size)
 
     def make_encoder(self) -> Encoder:
         """The encoder that this describes."""
@@ -478,14 +488,13 @@ def open_tokenizer(cfg: CaeConfig, device: torch.device) -> Tokenizer:
     """
     section = cfg.tokenizer
     tokenizer = load_tokenizer(section.path, image_size=section.image_size, device=device, key="tokenizer.path")
-    patch_size, grid = section.image_size // tokenizer.grid_size, cfg.grid_size
-    require(
-        tokenizer.grid_size == grid,
-        "tokenizer.image_size",
-        section.image_size,
-        f"it gives {tokenizer.grid_size} x {tokenizer.grid_size} tokens, and images have {grid} x {grid} patches; use "
-        f"{grid * patch_size}, or another data.images_size or model.patch_size",
-    )
+    own, grid = tokenizer.grid_size, cfg.grid_size
+    if own != grid:
+        fitting = as_typed([length * tokenizer.patch_size for length in grid])
+        raise UserError(
+            f"tokenizer.image_size={as_typed(section.image_size)}: it gives {own[0]} x {own[1]} tokens, and images "
+            f"have {grid[0]} x {grid[1]} patches; use {fitting}, or another data.images_size or model.patch_size"
+        )
     require(
         tokenizer.vocabulary_size == cfg.decoder.vocabulary_size,
         "decoder.vocabulary_size",
@@ -533,7 +542,7 @@ def make_loader(cfg: CaeConfig, **place: Any) -> PretrainLoader:
         batch_size=cfg.optim.batch_size_per_gpu,
         num_workers=cfg.efficiency.dataloader_num_workers,
         keep_listing=cfg.efficiency.cache_dataset,
-        second_view=View(cfg.tokenizer.image_size, "lanczos"),
+        second_view=View(both_sides(cfg.tokenizer.image_size), "lanczos"),
         **place,
     )
 
@@ -544,7 +553,7 @@ def make_masks(cfg: CaeConfig, seed: int | None = None) -> PatchMasks:
     Raises: UserError if that leaves nothing to see or to predict, or blocks do not fit the grid.
     """
     data = cfg.data
-    plan = MaskPlan(cfg.grid_size, cfg.grid_size, data.mask_ratio, prediction_subsampling=1.0)
+    plan = MaskPlan(*cfg.grid_size, data.mask_ratio, prediction_subsampling=1.0)
     is_uniform = data.masking_generator == "Uniform"
     masks = PatchMasks(
         plan,
@@ -637,10 +646,10 @@ def dry_run(cfg: CaeConfig) -> str:
         look=functools.partial(look, cfg),
         sizes=[
             f"length       {length_words(cfg)}",
-            f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {cfg.grid_size**2} patches "
-            f"of {cfg.model.patch_size} px",
+            f"image        {cfg.data.size_words(cfg.model.patch_size)}",
             f"masks        {mask_words(cfg)}",
-            f"tokenizer    {cfg.decoder.vocabulary_size} tokens at {cfg.tokenizer.image_size} px: {tokenizer}",
+            f"tokenizer    {cfg.decoder.vocabulary_size} tokens at {as_typed(cfg.tokenizer.image_size)} px: "
+            f"{tokenizer}",
             f"parameters   {encoder:,} in the encoder, {predictor:,} in regressor and decoder, of width "
             f"{regressor.embed_dim} with {regressor.num_heads} heads of {regressor.embed_dim // regressor.num_heads}",
         ],
@@ -667,7 +676,7 @@ class LatentPredictor(PatchPredictor):
     def forward(self, image: Float[Tensor, "3 h w"], seed: int, num_draws: int) -> Prediction:
         """See `PatchPredictor.forward`; the prediction is deterministic."""
         masks = make_masks(self.cfg, seed)([(0,)])
-        seen = torch.zeros(self.cfg.grid_size**2, dtype=torch.bool).index_fill(0, masks["visible_indices"], True)
+        seen = torch.zeros(self.cfg.num_patches, dtype=torch.bool).index_fill(0, masks["visible_indices"], True)
         visible, hidden = (masks[f"{name}_indices"].to(image.device) for name in ("visible", "predict"))
         encoder: Any = self.student["backbone"]
         context = encoder.encode(image.unsqueeze(0), visible)[:, 1:]
@@ -681,12 +690,12 @@ class LatentPredictor(PatchPredictor):
         return predictor.project(features)
 
 
-def load_predictor(checkpoint: Path, resolution: int) -> LatentPredictor:
+def load_predictor(checkpoint: Path, resolution: int | tuple[int, int]) -> LatentPredictor:
     """The student of a training checkpoint; see `PatchPredictor`.
 
     Raises: UserError if it is damaged, or of another method, or images of this size have no grid.
     """
-    sources = [str(checkpoint / "config.yaml"), f"data.images_size={resolution}"]
+    sources = [str(checkpoint / "config.yaml"), f"data.images_size={as_typed(resolution)}"]
     predictor = LatentPredictor(load_config(CaeConfig, DEFAULT_CONFIG, sources))
     load_resized(predictor.student, read_weights(checkpoint, "student"), str(checkpoint), remedy=NETWORKS)
     return predictor

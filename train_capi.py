@@ -85,7 +85,7 @@ from training import (
     warn_of_another_course,
     weights_to_start_from,
 )
-from utils import UserError, derive_seed, ending_in_words, setup_logging
+from utils import UserError, as_typed, as_written, derive_seed, ending_in_words, setup_logging
 from weights import backbone_part, load_backbone_weights, load_strictly, read_state_dict, spread_over_bands
 
 logger = logging.getLogger("capi")
@@ -377,12 +377,17 @@ class CapiConfig(TrainingConfig):
         self.capi.clustering_optimizer.lr_schedule.check(
             "capi.clustering_optimizer.lr_schedule", self.optim.total_iters
         )
-        require_whole_patches(self.data.images_size, self.model.patch_size)
+        require_whole_patches(self.data, self.model.patch_size)
 
     @property
-    def grid_size(self) -> int:
-        """Patches along one side of a crop."""
-        return self.data.images_size // self.model.patch_size
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches of a crop."""
+        return self.data.grid(self.model.patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a crop."""
+        return math.prod(self.grid_size)
 
 
 @dataclass(frozen=True)
@@ -529,21 +534,22 @@ class CapiState(TrainState[CapiConfig]):
     def _make_queue(self) -> FeatureQueue:
         cfg, optim = self.cfg, self.cfg.optim
         num_images, width = optim.batch_size_per_gpu * optim.accumulation_steps, cfg.model.transformers_kwargs.embed_dim
-        rows = torch.zeros(cfg.capi.queue, num_images, cfg.grid_size**2, width, device=self.device)
+        rows = torch.zeros(cfg.capi.queue, num_images, cfg.num_patches, width, device=self.device)
         return FeatureQueue(joined_along(rows, 1) if cfg.capi.queue else rows)
 
     def check(self, saved: SavedState) -> None:
         """Raise UserError if the queue there has batches of another size."""
         optim, cfg = saved.config["optim"], self.cfg
         num_images = optim["batch_size_per_gpu"] * optim["accumulation_steps"] * saved.world_size
-        before = (num_images, saved.config["data"]["images_size"])
+        before = (num_images, as_written(saved.config["data"]["images_size"]))
         now = (global_batch_size(cfg.optim), cfg.data.images_size)
         if cfg.capi.queue and before != now:
             raise UserError(
                 f"capi.queue={cfg.capi.queue}: the checkpoint {str(saved.path)!r} holds features of updates of "
-                f"{before[0]} images of {before[1]} px, and those of this run have {now[0]} of {now[1]} px; go back to "
-                "that data.images_size, and choose optim.batch_size_per_gpu and optim.accumulation_steps so that their "
-                "product with the number of processes is as before. To export, use export.py"
+                f"{before[0]} images of {as_typed(before[1])} px, and those of this run have {now[0]} of "
+                f"{as_typed(now[1])} px; go back to that data.images_size, and choose optim.batch_size_per_gpu and "
+                "optim.accumulation_steps so that their product with the number of processes is as before. To export, "
+                "use export.py"
             )
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
@@ -773,7 +779,7 @@ def mask_plan(cfg: CapiConfig) -> MaskPlan:
 
     Raises: UserError if nothing would be visible or predicted.
     """
-    return MaskPlan(cfg.grid_size, cfg.grid_size, cfg.data.mask_ratio, cfg.data.prediction_subsampling)
+    return MaskPlan(*cfg.grid_size, cfg.data.mask_ratio, cfg.data.prediction_subsampling)
 
 
 def step_shape(cfg: CapiConfig) -> StepShape:
@@ -869,8 +875,7 @@ def dry_run(cfg: CapiConfig) -> str:
         functools.partial(make_loader, cfg),
         look=functools.partial(look, cfg),
         sizes=[
-            f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {plan.num_patches} patches "
-            f"of {cfg.model.patch_size} px",
+            f"image        {cfg.data.size_words(cfg.model.patch_size)}",
             f"tokens       {plan.num_visible} visible, {plan.num_masked} masked, {plan.num_predict} of them predicted; "
             f"{cfg.model.n_registers} registers",
             f"parameters   {parameters:,} in the backbone; {heads[cfg.capi.targets]}",
@@ -962,7 +967,9 @@ class PrototypePredictor(HiddenPatchPredictor):
         return features if self.target_head is None else self.target_head.embed(features)
 
 
-def load_predictor(checkpoint: Path, resolution: int) -> HiddenPatchPredictor:  # which takes images of any size
+def load_predictor(
+    checkpoint: Path, resolution: int | tuple[int, int]
+) -> HiddenPatchPredictor:  # of images of any size
     """Student and prototypes of a training checkpoint; see `PatchPredictor`.
 
     Raises: UserError if it is damaged, or of another method.

@@ -16,6 +16,7 @@ with command_line(__doc__, __name__) as parser:
 
 import functools
 import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -92,7 +93,7 @@ from training import (
     weights_to_start_from,
     with_length,
 )
-from utils import ending_in_words, setup_logging
+from utils import as_typed, ending_in_words, setup_logging
 from weights import read_state_dict, spread_over_bands
 
 logger = logging.getLogger("capi")
@@ -244,13 +245,18 @@ class IjepaConfig(EpochsConfig):
     def __post_init__(self) -> None:
         """Check rules that span sections."""
         super().__post_init__()
-        require_whole_patches(self.data.images_size, self.model.patch_size)
+        require_whole_patches(self.data, self.model.patch_size)
         require_width("predictor", self.predictor.embed_dim, self.predictor_heads)
 
     @property
-    def grid_size(self) -> int:
-        """Patches along one side of a crop."""
-        return self.data.images_size // self.model.patch_size
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches of a crop."""
+        return self.data.grid(self.model.patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a crop."""
+        return math.prod(self.grid_size)
 
     @property
     def predictor_heads(self) -> int:
@@ -479,7 +485,7 @@ def train_step(
 
 def panels(cfg: IjepaConfig) -> list[Panel]:
     """The curves of a training's metrics that its reports show."""
-    patches = cfg.grid_size**2
+    patches = cfg.num_patches
     return [
         Panel("Smooth L1 loss", "per channel of a normalised feature", {"loss": ""}),
         Panel("Effective rank of the teacher's features", "dimensions", {"teacher_rank": ""}),
@@ -573,7 +579,7 @@ def mask_plan(cfg: IjepaConfig) -> MultiBlockPlan:
 
     Raises: UserError if some leave nothing to see or nothing to predict.
     """
-    return MultiBlockPlan(cfg.grid_size, cfg.grid_size, **asdict(cfg.masks))
+    return MultiBlockPlan(*cfg.grid_size, **asdict(cfg.masks))
 
 
 @dataclass(frozen=True)
@@ -601,7 +607,7 @@ def step_flops_per_image(cfg: IjepaConfig, sizes: MaskSizes) -> float:
         cfg: of the training.
         sizes: of contexts and targets, on average.
     """
-    model, predictor, masks, patches = cfg.model, cfg.predictor, cfg.masks, cfg.grid_size**2
+    model, predictor, masks, patches = cfg.model, cfg.predictor, cfg.masks, cfg.num_patches
     embedding = embedding_flops(patches, model.patch_size, model.embed_dim, model.in_chans)
     encoder = functools.partial(block_flops, model.embed_dim, mlp_dim=model.mlp_dim)
     tokens = sizes.context + sizes.target
@@ -619,7 +625,7 @@ def opening(cfg: IjepaConfig, state: IjepaState, sizes: MaskSizes) -> str:
         sum(p.numel() for p in state.student[name].parameters()) / 1e6 for name in ("backbone", "predictor")
     )
     return (
-        f"{encoder:.1f}M encoder and {predictor:.1f}M predictor parameters; {cfg.grid_size**2} patches per image: "
+        f"{encoder:.1f}M encoder and {predictor:.1f}M predictor parameters; {cfg.num_patches} patches per image: "
         f"{mask_words(cfg, sizes)}; {length_words(cfg)}"
     )
 
@@ -628,25 +634,25 @@ def mask_words(cfg: IjepaConfig, sizes: MaskSizes) -> str:
     """How much is seen and predicted."""
     return (
         f"{cfg.masks.num_contexts} context of about {sizes.context:.1f} patches "
-        f"({sizes.context / cfg.grid_size**2:.0%}), {cfg.masks.num_targets} targets of about {sizes.target:.1f}"
+        f"({sizes.context / cfg.num_patches:.0%}), {cfg.masks.num_targets} targets of about {sizes.target:.1f}"
     )
 
 
 def warnings(cfg: IjepaConfig, sizes: MaskSizes) -> list[str]:
     """What is not going to go well."""
-    share, batch = sizes.context / cfg.grid_size**2, cfg.optim.batch_size_per_gpu
+    share, batch = sizes.context / cfg.num_patches, cfg.optim.batch_size_per_gpu
     if cfg.masks.context_patches is not None or share < 1.3 * PUBLISHED_CONTEXT:
         return []
     return [
         f"contexts show about {share:.0%} of an image, as they are cut to the smallest of the {batch} images in a "
         f"forward pass (optim.batch_size_per_gpu); with 128, as published, about {PUBLISHED_CONTEXT:.0%}. "
-        f"masks.context_patches={round(PUBLISHED_CONTEXT * cfg.grid_size**2)} shows as much with any batch"
+        f"masks.context_patches={round(PUBLISHED_CONTEXT * cfg.num_patches)} shows as much with any batch"
     ]
 
 
 def log_line(cfg: IjepaConfig, values: Mapping[str, float]) -> str:
     """How it goes, in a line of the log."""
-    return f"loss {values['loss']:.4f}  context {values['context_patches']:.1f} of {cfg.grid_size**2} patches"
+    return f"loss {values['loss']:.4f}  context {values['context_patches']:.1f} of {cfg.num_patches} patches"
 
 
 def dry_run(cfg: IjepaConfig) -> str:
@@ -669,8 +675,7 @@ def dry_run(cfg: IjepaConfig) -> str:
         look=functools.partial(look, cfg),
         sizes=[
             f"length       {length_words(cfg)}",
-            f"image        {cfg.data.images_size} px, {cfg.grid_size} x {cfg.grid_size} = {cfg.grid_size**2} patches "
-            f"of {cfg.model.patch_size} px",
+            f"image        {cfg.data.size_words(cfg.model.patch_size)}",
             f"tokens       {mask_words(cfg, sizes)}",
             f"positions    {f'stochastic, standard deviation {noise:g}' if noise else 'exact'}",
             f"parameters   {encoder:,} in the encoder, {predictor:,} in the predictor",
@@ -700,7 +705,7 @@ class BlockPredictor(PatchPredictor):
         batch = [(number,) for number in range(self.cfg.optim.batch_size_per_gpu)]
         masks = MultiBlockMasks(mask_plan(self.cfg), seed)(batch)
         context, targets = masks["context_indices"][:1, :1], masks["target_indices"][:, :1]
-        visible = torch.zeros(self.cfg.grid_size**2, dtype=torch.bool).index_fill(0, context.flatten(), True)
+        visible = torch.zeros(self.cfg.num_patches, dtype=torch.bool).index_fill(0, context.flatten(), True)
         context, targets = context.to(image.device), targets.to(image.device)
         encoder: Any = self.student["backbone"]
         encoded = encoder.encode(image.unsqueeze(0), context)
@@ -723,12 +728,12 @@ class BlockPredictor(PatchPredictor):
         return prediction_targets(features, everywhere)
 
 
-def load_predictor(checkpoint: Path, resolution: int) -> BlockPredictor:
+def load_predictor(checkpoint: Path, resolution: int | tuple[int, int]) -> BlockPredictor:
     """Student and predictor of a training checkpoint; see `PatchPredictor`.
 
     Raises: UserError if it is damaged, or of another method, or images of this size have no grid.
     """
-    sources = [str(checkpoint / "config.yaml"), f"data.images_size={resolution}"]
+    sources = [str(checkpoint / "config.yaml"), f"data.images_size={as_typed(resolution)}"]
     predictor = BlockPredictor(load_config(IjepaConfig, DEFAULT_CONFIG, sources))
     load_resized(predictor.student, read_weights(checkpoint, "student"), str(checkpoint), remedy=NETWORKS)
     return predictor

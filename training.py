@@ -581,7 +581,7 @@ def write_contact_sheet(
     captions = next((column.captions for column in added if not column.pictures), ())
     crops = Column("crop", as_rgb(on_cpu.images[:num_images]), captions)
     height, width = batch.images.shape[-2:]
-    shown = f"{num_images} of {len(batch.sample_ids)} crops of {width} x {height} px, {heading}"
+    shown = f"{num_images} of {len(batch.sample_ids)} crops of {height} x {width} px, {heading}"
     scale = f"What the networks get is drawn from {-VALUE_RANGE} (black) to {VALUE_RANGE} (white): a crop, only paler."
     write_sheet(path, [crops, normalised, *(column for column in added if column.pictures)], [shown, scale])
     return f"{num_images} crops; {normalised.title}"
@@ -666,7 +666,7 @@ class Run:
         if cfg.train.probe.every > 0:
             self.probe = Probe(
                 cfg.train.probe,
-                images_size=cfg.data.images_size,
+                images_size=cfg.data.crop_size,
                 batch_size=cfg.optim.batch_size_per_gpu,
                 device=self.device,
                 normalisation=cfg.data.normalisation,

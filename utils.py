@@ -166,6 +166,23 @@ def largest_divisor(number: int, limit: int) -> int:
     return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)
 
 
+def both_sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width, in pixels or patches, of what is given as the side of a square or as [height, width]."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def as_written(size: int | Sequence[int]) -> int | tuple[int, int]:
+    """The one way in which configurations and files have a size: a square as its side, as always, else both sides."""
+    height, width = both_sides(size)
+    return height if height == width else (height, width)
+
+
+def as_typed(size: int | Sequence[int]) -> str:
+    """The same as one types it, for messages: `224` or `[224,448]`."""
+    return str(as_written(size)).replace(" ", "").replace("(", "[").replace(")", "]")
+
+
 # --- Values of images ------------------------------------------------------------------------------------------------
 
 

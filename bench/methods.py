@@ -42,6 +42,7 @@ from train_cae import CaeConfig, CaeState
 from train_capi import CapiConfig, step_shape
 from train_ijepa import IjepaConfig, IjepaState
 from training import TrainState
+from utils import both_sides
 
 PATCH = 16
 
@@ -84,10 +85,10 @@ def ijepa(sources: Sequence[str], device: torch.device, noise_std: float = 0.0) 
     small = [f"model={{patch_size: {PATCH}, embed_dim: 384, depth: 12, num_heads: 6}}"]
     small += ["predictor={embed_dim: 192, depth: 6}", f"predictor.position_noise_std={noise_std}"]
     cfg = load_config(IjepaConfig, train_ijepa.DEFAULT_CONFIG, [*small, *sources])
-    quarter = f"masks.context_patches={cfg.grid_size**2 // 4}"
+    quarter = f"masks.context_patches={cfg.num_patches // 4}"
     cfg = load_config(IjepaConfig, train_ijepa.DEFAULT_CONFIG, [*small, *sources, quarter])
     state, b = IjepaState(cfg, device), cfg.optim.batch_size_per_gpu
-    images = torch.randn(b, 3, cfg.data.images_size, cfg.data.images_size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(b, 3, *cfg.data.crop_size, generator=torch.Generator().manual_seed(0))
     draw = MultiBlockMasks(train_ijepa.mask_plan(cfg), seed=0)
 
     def step() -> torch.Tensor:
@@ -112,10 +113,10 @@ def cae(sources: Sequence[str], device: torch.device) -> Repeated:
     )
     state, b, masks = CaeState(cfg, device), cfg.optim.batch_size_per_gpu, train_cae.make_masks(cfg)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(b, 3, cfg.data.images_size, cfg.data.images_size, generator=generator)
-    size = cfg.tokenizer.image_size
-    second = torch.randint(256, (b, 3, size, size), generator=generator, dtype=torch.uint8)
-    shape = (b, cfg.grid_size**2)
+    images = torch.randn(b, 3, *cfg.data.crop_size, generator=generator)
+    size = both_sides(cfg.tokenizer.image_size)
+    second = torch.randint(256, (b, 3, *size), generator=generator, dtype=torch.uint8)
+    shape = (b, cfg.num_patches)
     tokens = torch.randint(cfg.decoder.vocabulary_size, shape, generator=generator).to(device)
 
     def step() -> torch.Tensor:

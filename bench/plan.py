@@ -270,9 +270,9 @@ def trace_step(cfg: CapiConfig, ranks: int, sharding: Sharding) -> Traced:
     recompute_blocks((m for m in student.modules() if isinstance(m, Block)), cfg.efficiency.rematerialization)
     student = divided(student, sharding, mode)
     teacher = divided(make().requires_grad_(False).eval(), sharding, mode)["backbone"]
-    masks, batch, size = mask_plan(cfg), cfg.optim.batch_size_per_gpu, cfg.data.images_size
+    masks, batch = mask_plan(cfg), cfg.optim.batch_size_per_gpu
     with mode:
-        images = torch.empty(batch, cfg.model.in_chans, size, size)
+        images = torch.empty(batch, cfg.model.in_chans, *cfg.data.crop_size)
         visible = torch.empty(batch * masks.num_visible, dtype=torch.int64)
         predict = torch.empty(batch * masks.num_predict, dtype=torch.int64)
         targets = torch.empty(len(predict), cfg.capi.num_clusters)

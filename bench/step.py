@@ -73,12 +73,12 @@ def configure(args: argparse.Namespace, device: torch.device, batch: int, mode: 
 
 def make_batch(cfg: CapiConfig, device: torch.device) -> Batch:
     """Noise, with masks as in training."""
-    plan, size, b = mask_plan(cfg), cfg.data.images_size, cfg.optim.batch_size_per_gpu
+    plan, b = mask_plan(cfg), cfg.optim.batch_size_per_gpu
     generator = make_masking_generator(cfg.data.masking_generator, **cfg.data.masking_generator_kwargs)
     random = torch.Generator().manual_seed(0)
     drawn = [draw_positions(plan, generator, random) for _ in range(b)]
     visible, predict = (torch.cat([d[k] + i * plan.num_patches for i, d in enumerate(drawn)]) for k in (0, 1))
-    images = torch.randn(b, cfg.model.in_chans, size, size, generator=random)
+    images = torch.randn(b, cfg.model.in_chans, *cfg.data.crop_size, generator=random)
     return Batch(
         images=images, masks={"visible_indices": visible, "predict_indices": predict}, sample_ids=torch.arange(b)
     ).to(device)

@@ -1,4 +1,4 @@
-"""Crops: draw a random box of an image, cut it out as a square, and change its colours.
+"""Crops: draw a random box of an image, cut it out in the size that is trained on, and change its colours.
 
 A crop is a function of its key, such as a seed and a position in the data; no state is kept.
 """
@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from reading.bands import resized
-from utils import UPRIGHT, Turns
+from utils import UPRIGHT, Turns, both_sides
 
 CROP_RATIO = (3 / 4, 4 / 3)
+"""By how much a box may be wider than it will be, relative to its height: how much crops are distorted."""
 CROP_ATTEMPTS = 10
 
 
@@ -42,23 +43,33 @@ class Crop:
     """Quarter turns, against the clock."""
 
 
-def draw_crop(width: int, height: int, scale: tuple[float, float], do_hflip: bool, *key: object) -> Crop:
+def largest_area(width: int, height: int, aspect: float) -> float:
+    """Of which the area of a box is a fraction, in pixels: the image, for squares as torchvision has it; for others the
+    largest box of their shape in it. A long box of most of a square image, or of another long one, would never fit."""
+    return width * height if aspect == 1 else min(width / aspect, height) ** 2 * aspect
+
+
+def draw_crop(
+    width: int, height: int, scale: tuple[float, float], do_hflip: bool, *key: object, aspect: float = 1.0
+) -> Crop:
     """A random crop as torchvision's RandomResizedCrop and RandomHorizontalFlip describe it, a function of `key`.
 
-    Area uniform in `scale`, aspect ratio log-uniform in `CROP_RATIO`, place uniform; ten attempts to find one that
-    fits, then the middle of the image, as much of it as has a permitted ratio.
+    Area uniform in `scale` times `largest_area`, width / height log-uniform in `CROP_RATIO` times `aspect`, which is
+    that of the crop, so that no distortion is in the middle; place uniform. Ten attempts to find one that fits, then
+    the middle of the image, as much of it as has a permitted ratio.
     """
     low, high = map(math.log, CROP_RATIO)
     flip = False
     for attempt in range(CROP_ATTEMPTS):
         u_area, u_ratio, u_top, u_left, u_flip = derive_uniforms("crop", attempt, *key)
         flip = do_hflip and (u_flip < 0.5 if attempt == 0 else flip)
-        area = width * height * (scale[0] + u_area * (scale[1] - scale[0]))
-        ratio = math.exp(low + u_ratio * (high - low))
+        area = largest_area(width, height, aspect) * (scale[0] + u_area * (scale[1] - scale[0]))
+        ratio = aspect * math.exp(low + u_ratio * (high - low))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return Crop(int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w, flip)
-    w, h = min(width, round(height * CROP_RATIO[1])), min(height, round(width / CROP_RATIO[0]))
+    narrowest, widest = (aspect * ratio for ratio in CROP_RATIO)
+    w, h = max(1, min(width, round(height * widest))), max(1, min(height, round(width / narrowest)))
     return Crop((height - h) // 2, (width - w) // 2, h, w, flip)
 
 
@@ -73,44 +84,52 @@ def turned(crop: Crop, turns: Turns, *key: object) -> Crop:
 
 @dataclass(frozen=True)
 class View:
-    """A square that boxes are resized to: its side in pixels, and how, bicubic, bilinear or lanczos."""
+    """What boxes are resized to: height and width in pixels, and how, bicubic, bilinear or lanczos."""
 
-    size: int
+    size: tuple[int, int]
     interpolation: str
 
 
-def cut(pixels: Shaped[Tensor, "c h w"], crop: Crop, size: int, mode: str = "bicubic") -> Shaped[Tensor, "c size size"]:
-    """The crop as a square of `size` pixels, antialiased as `View` names it, with the channels innermost in memory.
+def cut(
+    pixels: Shaped[Tensor, "c h w"], crop: Crop, size: int | tuple[int, int], mode: str = "bicubic"
+) -> Shaped[Tensor, "c h2 w2"]:
+    """The crop in the size of pixels that `utils.both_sides` takes, antialiased as `View` names it, with the channels
+    innermost in memory.
 
     In 8-bit fixed point, which torch has on the CPU alone, it takes a third of Pillow's time and is within a grey level
     of it. Lanczos is Pillow's: torch has it from 2.12 on. Deeper images, in [0, 1], stay float32.
     """
-    square = _square(pixels, crop, size, mode)
+    height, width = both_sides(size)
+    assert height == width or not crop.turns, "quarter turns are for squares: see config.PretrainingImagesConfig"
+    cropped = _upright(pixels, crop, height, width, mode)
     if crop.vflip or crop.turns:
-        square = (square.flip(-2) if crop.vflip else square).rot90(crop.turns, (-2, -1))
-        square = square.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    return square
+        cropped = (cropped.flip(-2) if crop.vflip else cropped).rot90(crop.turns, (-2, -1))
+        cropped = cropped.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return cropped
 
 
-def _square(pixels: Shaped[Tensor, "c h w"], crop: Crop, size: int, mode: str) -> Shaped[Tensor, "c size size"]:
+def _upright(
+    pixels: Shaped[Tensor, "c h w"], crop: Crop, height: int, width: int, mode: str
+) -> Shaped[Tensor, "c height width"]:
     rows, columns = slice(crop.top, crop.top + crop.height), slice(crop.left, crop.left + crop.width)
     if pixels.is_floating_point():
-        square = resized(pixels[:, rows, columns], size, size, mode)
-        square = square.flip(-1) if crop.flip else square
-        return square.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        cropped = resized(pixels[:, rows, columns], height, width, mode)
+        cropped = cropped.flip(-1) if crop.flip else cropped
+        return cropped.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     if mode == "lanczos" and len(pixels) != 3:
         # Pillow's, band by band, rounds to the nearest level.
-        square = resized(pixels[:, rows, columns], size, size, mode)
-        return (square.flip(-1) if crop.flip else square).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        cropped = resized(pixels[:, rows, columns], height, width, mode)
+        return (cropped.flip(-1) if crop.flip else cropped).permute(1, 2, 0).contiguous().permute(2, 0, 1)
     if mode == "lanczos":
         image = Image.fromarray(pixels.permute(1, 2, 0)[rows, columns].numpy())
-        square = torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.LANCZOS))).permute(2, 0, 1)
-        return square.flip(-1) if crop.flip else square
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        cropped = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return cropped.flip(-1) if crop.flip else cropped
     # One axis more while the channels are innermost, so that its stride is that of a batch: else torch would take the
     # layout for that of a single channel, and transpose the result.
     box = pixels.permute(1, 2, 0)[None, rows, columns].permute(0, 3, 1, 2)
-    square = interpolate(box, size=(size, size), mode=mode, antialias=True)
-    return (square.flip(-1) if crop.flip else square)[0]
+    cropped = interpolate(box, size=(height, width), mode=mode, antialias=True)
+    return (cropped.flip(-1) if crop.flip else cropped)[0]
 
 
 BLUR_RADIUS = (0.1, 2.0)
@@ -133,7 +152,7 @@ class Colours:
         """Whether there are such crops."""
         return self.grayscale > 0 or self.blur > 0
 
-    def __call__(self, crop: UInt8[Tensor, "3 size size"], *key: object) -> UInt8[Tensor, "3 size size"]:
+    def __call__(self, crop: UInt8[Tensor, "3 h w"], *key: object) -> UInt8[Tensor, "3 h w"]:
         """The crop, changed or not, with the channels innermost in memory."""
         u_grayscale, u_blur, u_radius, *_ = derive_uniforms("colours", *key)
         if u_grayscale >= self.grayscale and u_blur >= self.blur:

@@ -25,7 +25,7 @@ from reading.sources import (
     jpeg_decoder,
     silent_decoders,
 )
-from utils import UserError
+from utils import UserError, both_sides
 
 END_OF_JPEG = b"\xff\xd9"
 
@@ -41,8 +41,8 @@ class EncodedCrop:
 
 
 def crop_or_file(
-    sample: Sample, draw: Callable[[int, int], Crop], reduction: Callable[[int, int], int], size: int
-) -> UInt8[Tensor, "3 size size"] | EncodedCrop:
+    sample: Sample, draw: Callable[[int, int], Crop], reduction: Callable[[int, int], int], size: int | tuple[int, int]
+) -> UInt8[Tensor, "3 h w"] | EncodedCrop:
     """The file of a JPEG that every GPU decodes as it is, with the box to cut from it; of another image, the crop.
 
     Args:
@@ -50,7 +50,7 @@ def crop_or_file(
         draw: from the (width, height) of an image to a box in it.
         reduction: from (width, height) to the divisor by which a CPU would shrink a JPEG while it decodes it. The box
             is drawn in the image that a CPU would see, so that it is the same wherever the image is decoded.
-        size: of a crop, in pixels.
+        size: of a crop in pixels, as for `crops.cut`.
 
     Raises: BadImageError if the file cannot be read; damage within a JPEG shows only when that is decoded.
     """
@@ -140,8 +140,9 @@ class EncodedCrops:
             place[row] = place[max((other for other in readable if other < row), default=max(readable))]
         # To the device before crops are queued there: a copy from memory that is not pinned waits for them.
         order = torch.tensor([place[row] for row in range(self.num_rows)]).to(device)
-        squares = cut_together([pixels for _, pixels, _ in crops], [box for *_, box in crops], others.shape[-1])
-        return torch.cat([others.to(device, non_blocking=True), *squares])[order], list(bad.values())
+        height, width = others.shape[-2:]
+        cut_out = cut_together([pixels for _, pixels, _ in crops], [box for *_, box in crops], (height, width))
+        return torch.cat([others.to(device, non_blocking=True), *cut_out])[order], list(bad.values())
 
 
 PADDED_VALUES = 2**25
@@ -149,8 +150,8 @@ PADDED_VALUES = 2**25
 
 
 def cut_together(
-    pixels: Sequence[UInt8[Tensor, "3 _ _"]], boxes: Sequence[Crop], size: int
-) -> list[UInt8[Tensor, "n 3 size size"]]:
+    pixels: Sequence[UInt8[Tensor, "3 _ _"]], boxes: Sequence[Crop], size: int | tuple[int, int]
+) -> list[UInt8[Tensor, "n 3 h w"]]:
     """Crops of images of any sizes, in order, in some batches: as `crops.cut`, but in float32 and rounded at the end.
 
     Resizing is linear, and the same for all columns, then for all rows: two matrix products. Boxes are padded to the
@@ -160,14 +161,16 @@ def cut_together(
     Args:
         pixels: one image per box, all on the same device.
         boxes: what to cut out of each.
-        size: of the crops, in pixels.
+        size: of the crops in pixels, as for `crops.cut`.
     """
     if not boxes:
         return []
+    out_height, out_width = both_sides(size)
     lengths = [[box.height for box in boxes], [box.width for box in boxes]]
     flips = [[False for _ in boxes], [box.flip for box in boxes]]
-    lines = torch.tensor([lengths, flips]).to(pixels[0].device)  # [lengths and flips, rows and columns, boxes]
-    squares, start = [], 0
+    sizes = [[out_height for _ in boxes], [out_width for _ in boxes]]
+    lines = torch.tensor([lengths, flips, sizes]).to(pixels[0].device)  # [those three, rows and columns, boxes]
+    cut_out, start = [], 0
     while start < len(boxes):
         end, height, width = _fitting(boxes, start)
         # [n, h, 3, w], so that neither product needs another order of the axes. What is beyond a box counts 0 times.
@@ -175,13 +178,15 @@ def cut_together(
         for room, image, box in zip(padded, pixels[start:end], boxes[start:end], strict=True):
             part = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
             room[: box.height, :, : box.width] = part.transpose(0, 1)
-        weights = _bicubic_weights(*lines[..., start:end].flatten(1), size, max(height, width))
+        weights = _bicubic_weights(*lines[..., start:end].flatten(1), max(out_height, out_width), max(height, width))
         of_rows, of_columns = weights.chunk(2)
-        columns = padded.flatten(1, 2).float() @ of_columns[..., :width].mT  # [n, h*3, size]
-        square = (of_rows[..., :height] @ columns.view(-1, height, 3 * size)).view(-1, size, 3, size)
-        squares.append(square.round_().clamp_(0, 255).to(torch.uint8).transpose(1, 2))
+        of_rows, of_columns = of_rows[:, :out_height, :height], of_columns[:, :out_width, :width]
+        columns = padded.flatten(1, 2).float() @ of_columns.mT  # [n, h*3, out_width]
+        crops = of_rows @ columns.view(-1, height, 3 * out_width)
+        crops = crops.view(-1, out_height, 3, out_width)
+        cut_out.append(crops.round_().clamp_(0, 255).to(torch.uint8).transpose(1, 2))
         start = end
-    return squares
+    return cut_out
 
 
 def _fitting(boxes: Sequence[Crop], start: int) -> tuple[int, int, int]:
@@ -196,17 +201,19 @@ def _fitting(boxes: Sequence[Crop], start: int) -> tuple[int, int, int]:
 
 
 def _bicubic_weights(
-    lengths: Int64[Tensor, " n"], flips: Int64[Tensor, " n"], size: int, longest: int
+    lengths: Int64[Tensor, " n"], flips: Int64[Tensor, " n"], sizes: Int64[Tensor, " n"], size: int, longest: int
 ) -> Float[Tensor, "n size longest"]:
-    """By how much each pixel of a line of `lengths` counts in each of the `size` that it is resized to.
+    """By how much each pixel of a line of `lengths` counts in each of the `sizes` that it is resized to.
+
+    `size` is the largest of these; what is beyond a line's own means nothing.
 
     Keys' cubic with a = -1/2, stretched where the line shrinks, as Pillow and torch have it with antialiasing. The
     cubic of 0 <= x < 2 is (1 - x) (2 - x)^2 / 2, plus (1 - x)^2 (2 x - 1) where x < 1.
     """
-    lengths, flips = lengths.view(-1, 1, 1), flips.view(-1, 1, 1)
-    scale = lengths / size
+    lengths, flips, sizes = (each.view(-1, 1, 1) for each in (lengths, flips, sizes))
+    scale = lengths / sizes
     target = torch.arange(size, device=lengths.device).view(-1, 1)
-    target = torch.where(flips > 0, size - 1 - target, target)
+    target = torch.where(flips > 0, sizes - 1 - target, target)
     pixel = torch.arange(longest, device=lengths.device)
     near = 1 - ((pixel + 0.5 - (target + 0.5) * scale) / scale.clamp_min(1)).abs_()
     far = (near + 1).clamp_min_(0)

@@ -87,7 +87,7 @@ NARROW = "regressor.embed_dim=16"
 class GoldenTokenizer:
     """Gives the hidden patches of the images of the vectors their labels, and the others something else."""
 
-    vocabulary_size, grid_size, description = 16, 4, "labels of the vectors"
+    vocabulary_size, patch_size, grid_size, description = 16, 8, (4, 4), "labels of the vectors"
 
     def __init__(self) -> None:
         self.ids = torch.full((32,), 7).index_copy(0, PREDICT_INDICES, LABELS).view(2, 16)

@@ -57,7 +57,7 @@ def test_dalle_encoder_equals_its_vectors(golden_encoder):
     torch.testing.assert_close(top[0] - top[1], torch.tensor(GOLDEN["argmax_margins"]), **close)
     tokenizer = DalleTokenizer(golden_encoder, image_size=32, device=CPU)
     assert tokenizer(golden_image()).tolist() == GOLDEN["argmax"]
-    assert (tokenizer.vocabulary_size, tokenizer.grid_size) == (8192, 4)
+    assert (tokenizer.vocabulary_size, tokenizer.grid_size) == (8192, (4, 4))
 
 
 def test_dalle_encoder_has_the_published_keys():
@@ -126,7 +126,7 @@ def test_the_published_file_and_files_of_its_tensors_give_the_same_ids(published
         assert torch.equal(tokenizer(images), expected(images)), path
         assert tokenizer.description == expected.description
         assert tokenizer.description.startswith("DALL-E's encoder, 50 tokens, weights ")
-        assert (tokenizer.vocabulary_size, tokenizer.grid_size) == (50, 3)
+        assert (tokenizer.vocabulary_size, tokenizer.grid_size) == (50, (3, 3))
 
 
 def test_an_address_is_downloaded_to_the_folder_of_torch_hub_or_placed_there_by_hand(published, tmp_path, monkeypatch):
@@ -249,7 +249,7 @@ def test_kmeans_finds_the_partition_of_patches_that_can_be_separated(images, tmp
     batch = torch.stack([torch.from_numpy(np.array(x)).permute(2, 0, 1) for x in pictures]).float() / 255
     ids = tokenizer(batch)
     assert ids.shape == (10, 16) and ids.dtype == torch.int64
-    assert (tokenizer.vocabulary_size, tokenizer.grid_size) == (8, 4)
+    assert (tokenizer.vocabulary_size, tokenizer.grid_size) == (8, (4, 4))
     pairs = set(zip(ids.flatten().tolist(), np.concatenate(colours).tolist(), strict=True))
     assert len(pairs) == 8, f"clusters are not colours: {sorted(pairs)}"
     assert len({cluster for cluster, _ in pairs}) == len({colour for _, colour in pairs}) == 8

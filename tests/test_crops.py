@@ -23,15 +23,37 @@ def test_a_crop_is_that_of_torchvision_on_a_pillow_image_within_rounding(box, la
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if layout == "channels outermost":
         pixels = pixels.contiguous()
-    resized = v1.resized_crop(image, *box, [56, 56], v1.InterpolationMode(mode))
+    resized = v1.resized_crop(image, *box, [56, 28], v1.InterpolationMode(mode))
     for flip, oracle in ((False, resized), (True, v1.hflip(resized))):
-        crop = cut(pixels, Crop(*box, flip=flip), 56, mode)
-        assert (crop.dtype, crop.shape) == (torch.uint8, (3, 56, 56))
+        crop = cut(pixels, Crop(*box, flip=flip), (56, 28), mode)
+        assert (crop.dtype, crop.shape) == (torch.uint8, (3, 56, 28))
         error = (crop.permute(1, 2, 0).numpy().astype(int) - np.asarray(oracle)).__abs__()
         assert error.max() <= 1, "more than rounding"
         assert error.mean() < 0.1, "systematically different"
     if layout == "channels innermost" and box[2] > 1:
         assert crop.permute(1, 2, 0).is_contiguous(), "torch transposed the crop"
+
+
+@pytest.mark.parametrize("size", [(500, 375), (800, 200), (200, 800), (3, 2), (1, 40)])
+@pytest.mark.parametrize("aspect", [2.0, 0.25, 4.0])
+def test_boxes_have_the_shape_of_the_crop_whatever_that_of_the_image(size, aspect):
+    """Of most of a square, no box is long: areas count in the largest that fits."""
+    width, height = size
+    drawn = [draw_crop(*size, (0.5, 1.0), False, key, aspect=aspect) for key in range(400)]
+    for crop in drawn:
+        assert crop.top >= 0 and crop.left >= 0 and crop.height >= 1 and crop.width >= 1
+        assert crop.top + crop.height <= height and crop.left + crop.width <= width
+    if min(size) < 100:
+        return
+    largest = min(width, height * aspect) * min(height, width / aspect)
+    areas, distortions = (
+        np.array([f(c.width, c.height) for c in drawn])
+        for f in (lambda w, h: w * h / largest, lambda w, h: w / h / aspect)
+    )
+    assert 0.48 < areas.min() < 0.55 and areas.max() > 0.85
+    assert 0.73 < distortions.min() < 0.85 and 1.2 < distortions.max() < 1.36
+    assert abs(np.log(distortions).mean()) < 0.05, "no distortion is not in the middle"
+    assert len({(crop.top, crop.left) for crop in drawn}) > 100, "boxes are always in the same place"
 
 
 def test_boxes_and_flips_are_distributed_like_those_of_torchvision():

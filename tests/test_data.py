@@ -134,7 +134,7 @@ def test_crops_and_their_second_view_are_turned_as_asked():
     sample = Sample("x", lambda: content)
     cfg = make_config("data.do_vflip=true", "data.do_turns=true")
     upright = make_loader(make_config(), dataset=MemoryDataset(1)).maker
-    maker = make_loader(cfg, dataset=MemoryDataset(1), second_view=View(28, "lanczos")).maker
+    maker = make_loader(cfg, dataset=MemoryDataset(1), second_view=View((28, 28), "lanczos")).maker
     changed = 0
     for key in range(8):
         crop, second = maker.crop(sample, key)
@@ -150,7 +150,11 @@ def test_crops_and_their_second_view_are_turned_as_asked():
 def test_a_second_view_is_the_same_box_in_another_size_on_the_way_to_the_device(size):
     """A larger one decides how far a JPEG may be shrunk while it is decoded."""
     content = encode(photo(3, 600, 500), "JPEG", quality=95)
-    sample, cfg, view = Sample("x", lambda: content), make_config("data.crop_scale=[0.3,1.0]"), View(size, "lanczos")
+    sample, cfg, view = (
+        Sample("x", lambda: content),
+        make_config("data.crop_scale=[0.3,1.0]"),
+        View((size, size), "lanczos"),
+    )
     maker = make_loader(cfg, dataset=MemoryDataset(1), second_view=view).maker
     assert maker.reduction(600, 500) == (4 if size == 28 else 2)
     views = [maker.crop(sample, key) for key in (5, 6)]
@@ -1326,6 +1330,19 @@ def test_the_loader_caches_the_listing_when_asked(folder, tmp_path, monkeypatch)
     for switch in ("false", "true"):
         make_loader(make_config(f"data.dataset={folder}", f"efficiency.cache_dataset={switch}")).close()
         assert bool(list(tmp_path.rglob("*.npz"))) == (switch == "true")
+
+
+@pytest.mark.parametrize("crop", [(56, 112), (112, 28)])
+@pytest.mark.parametrize("size", [(2000, 1500), (700, 300), (3000, 200), (300, 1600)])
+def test_a_jpeg_is_shrunk_no_further_than_long_crops_allow(size, crop):
+    config = make_config(f"data.images_size=[{crop[0]},{crop[1]}]")
+    maker = make_loader(config, dataset=MemoryDataset(1)).maker
+    divisor = maker.reduction(*size)
+    aspect = crop[1] / crop[0]
+    boxes = [draw_crop(*size, config.data.crop_scale, False, key, aspect=aspect) for key in range(2000)]
+    least = min(min(box.height / crop[0], box.width / crop[1]) for box in boxes)
+    assert divisor == 1 or divisor <= 1.01 * least, "some crop has to be enlarged"
+    assert divisor == 8 or 2 * divisor > 0.95 * least, "could be shrunk further"
 
 
 @pytest.mark.parametrize("size", [(2000, 1500), (900, 700), (640, 480), (500, 375), (3000, 200), (100, 100)])

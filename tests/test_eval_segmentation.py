@@ -222,6 +222,18 @@ def test_the_command_learns_colours(finished):
     assert about["ignore_labels"] == [255] and about["resolution"] == 32 and about["seconds"] > 0
 
 
+def test_images_are_scored_in_a_shape_that_is_no_square(data, tmp_path):
+    more = ("resolution=[16,32]", "classifiers=[knn]", "num_pictures=1", "dump_predictions=true")
+    assert eval_segmentation.main(arguments(data, tmp_path, *more)) == 0
+    found = results_in(tmp_path)
+    assert found["about"]["grid"] == [2, 4] and found["about"]["num_train_patches"] == 20 * 8
+    predicted = load_file(tmp_path / "dumps" / "predictions_knn.safetensors")["labels"]
+    masks = [Image.open(p).resize((32, 16), Image.Resampling.NEAREST) for p in sorted(data.glob("val/masks/*.png"))]
+    truth = torch.stack([torch.from_numpy(np.array(mask)) for mask in masks])
+    again = segmentation_metrics(confusion_matrix(truth, predicted, (255,)), (255,))
+    assert again["mIoU"] == pytest.approx(found["results"]["knn"]["mIoU"]) and again["mIoU"] > 0.5
+
+
 def test_the_dumps_give_the_scores_again(finished, data):
     found, dumps = results_in(finished), finished / "dumps"
     truth = torch.stack([torch.from_numpy(np.array(Image.open(p))) for p in sorted(data.glob("val/masks/*.png"))])
@@ -340,7 +352,7 @@ def test_a_class_that_validation_lacks_is_named(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("resolution=30", ("resolution=30", "patch size 8")),
+        ("resolution=30", ("resolution=30", "of 8, the patch size of")),
         ("knn_ks=[1,100000]", ("knn_ks", "fewer")),
         ("knn_distances=[manhattan]", ("knn_distances='manhattan'", "cosine")),
         ("standardization=zca", ("standardization='zca'", "StandardScaler")),

@@ -439,7 +439,7 @@ def test_every_preset_is_in_the_table_with_what_was_run():
 def test_a_preset_follows_the_rule(name, config, images, dataset_images, monkeypatch):
     monkeypatch.chdir(ROOT)
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [config, f"experiments/presets/{name}.yaml"])
-    follows = rule.recommended(*(int(number.replace(",", "")) for number in (images, dataset_images)), cfg.grid_size**2)
+    follows = rule.recommended(*(int(number.replace(",", "")) for number in (images, dataset_images)), cfg.num_patches)
     num_gpus = max(1, cfg.launcher.num_nodes * cfg.launcher.gpus_per_node) if "gpu" in name else 1
     assert cfg.optim.batch_size_per_gpu * cfg.optim.accumulation_steps * num_gpus == follows["optim"].pop(
         "batch_size_per_gpu"

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -97,6 +98,17 @@ def test_features_are_those_of_the_model(images, weights, tmp_path, file_format)
         "registers": expected.registers,
     }.items():
         torch.testing.assert_close(joined(out, kind), want, atol=1e-5, rtol=0, msg=kind)
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash"])
+def test_images_are_seen_in_a_shape_that_is_no_square(images, weights, tmp_path, fit):
+    assert extract(images, weights, tmp_path, "features=[patches]", "resolution=[8,24]", f"fit={fit}") == 0
+    assert joined(tmp_path, "patches").shape == (10, 2, 6, 32)
+    picture = photo(3, 90, 60)
+    box = (0, 15, 90, 45) if fit == "crop" else (0, 0, 90, 60)
+    oracle = np.asarray(picture.resize((24, 8), Image.Resampling.BICUBIC, box), float)
+    seen = extract_features.prepare(picture, (8, 24), fit).movedim(0, -1).numpy()
+    assert np.abs(seen - oracle).mean() < 2
 
 
 def test_other_programs_read_the_files(images, weights, tmp_path):
@@ -309,7 +321,7 @@ def test_a_folder_that_has_changed_is_not_mixed_with_what_it_was(weights, tmp_pa
     [
         ("features=[globl]", "must be one of global, mean_patch, patches, registers"),
         ("features=[]", "name at least one of"),
-        ("resolution=10", "resolution=10: must be a multiple of the patch size 4; try 8"),
+        ("resolution=10", "resolution=10: must be a multiple of 4, the patch size of"),
         ("feature_dtype=bfloat16", "parquet has no such type"),
         ("dataset=/no/such/folder", "dataset=/no/such/folder"),
         ("shard_size=0", "shard_size=0: must be at least 1"),

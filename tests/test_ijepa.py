@@ -441,6 +441,20 @@ def test_the_last_row_and_column_are_never_drawn_unless_they_may_be(reach_border
     assert border[:-1, :-1].all()
 
 
+@pytest.mark.parametrize(("height", "width"), [(8, 24), (24, 8), (14, 14)])
+def test_contexts_have_the_shape_of_the_image_and_targets_that_of_their_own(height, width):
+    """A square context of most of a long image does not fit into it."""
+    long = plan(height, width=width, reach_border=True, allow_overlap=True)
+    for seed in range(20):
+        target, context = long.draw_sizes(seeded(seed))
+        assert context[0] * context[1] >= 0.8 * height * width
+        assert 0.85 < context[0] / context[1] / (height / width) < 1.15
+        assert 0.5 < target[0] / target[1] < 2
+    masks = MultiBlockMasks(long, seed=0)([(i,) for i in range(150)])
+    assert len(masks["context_indices"].unique()) == height * width, "some patches are never seen"
+    assert len(masks["target_indices"].unique()) == height * width, "some patches are never predicted"
+
+
 def test_context_and_targets_do_not_overlap_unless_they_may():
     for allowed in (False, True):
         masks = MultiBlockMasks(plan(14, allow_overlap=allowed), seed=3)([(i,) for i in range(8)])

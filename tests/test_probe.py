@@ -13,7 +13,7 @@ from samples import make_config
 from sklearn.linear_model import Ridge
 
 from config import ProbeConfig
-from probe import RIDGE, Probe, ridge_scores
+from probe import RIDGE, Probe, fitted, ridge_scores
 from utils import UserError
 
 
@@ -164,3 +164,17 @@ def test_a_probe_of_no_neighbours_is_refused():
 def test_images_without_class_labels_are_refused(urls, tmp_path):
     with pytest.raises(UserError, match="has the label None; a probe needs class numbers"):
         make_probe(urls, train_dataset=str(make_images(tmp_path / "images")))
+
+
+@pytest.mark.parametrize("size", [(10, 20), (20, 10), (9, 24)])
+@pytest.mark.parametrize("shape", [(30, 90), (90, 30), (40, 40)])
+def test_images_are_seen_in_the_shape_of_the_crops_without_distortion(shape, size):
+    """A circle in the middle stays one, of as many pixels as the largest box allows."""
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    distance = np.hypot(rows - (shape[0] - 1) / 2, columns - (shape[1] - 1) / 2)
+    pixels = np.repeat(np.uint8(255 * (distance < 5))[..., None], 3, axis=2)
+    scale = max(size[0] / shape[0], size[1] / shape[1])
+    for image in (Image.fromarray(pixels), torch.from_numpy(pixels).permute(2, 0, 1)):
+        seen = fitted(image, size)
+        assert (seen.dtype, seen.shape) == (torch.uint8, (3, *size))
+        assert seen[0].float().mean() / 255 * seen[0].numel() == pytest.approx(np.pi * (5 * scale) ** 2, rel=0.1)

@@ -151,6 +151,7 @@ def alone_with(images, tmp_path_factory):
         ("capi.targets=ema_head", "simple"),
         pytest.param("capi.targets=ema_head", "fully_shard", marks=pytest.mark.long),
         ("capi.targets=latents", "simple"),
+        ("data.images_size=[8,24]", "simple"),
     ],
 )
 def test_a_run_with_another_choice_of_the_paper_on_ranks_equals_one_alone(alone_with, images, tmp_path, variant, mode):
