@@ -103,7 +103,7 @@ SIZES = (
     None,
 )
 """Keys of width, blocks, heads and hidden channels of the encoder."""
-KEEPS_ALL = "configs/continue/capi_from_dinov3.yaml describes an encoder that keeps what DINOv3 has"
+KEEPS_ALL = "the encoder of configs/continue/capi_from_dinov3.yaml has a place for more of it"
 PREDICTOR = ("decoder.", "dec_norm.", "mask_token")
 """Names of the predictor's parameters in the backbone begin with one of these."""
 TARGETS = ("clustering", "ema_head", "latents")

@@ -86,6 +86,7 @@ DROPPED = {
     "mlp": "biases of the MLPs",
 }
 """What the log calls weights that an encoder has no place for, by the beginning of their names."""
+TO_RMS = "LayerNorm to RMSNorm"
 PREFIX = re.compile(r"^(?:module|vit|dinov2|dinov2_with_registers|dinov3_vit)\.")
 GATED = re.compile(r".*\.mlp\.(?:w1|w2|w3|w12|gate_proj|fc1_[gx]|weights_in)\..*")
 PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}
@@ -198,11 +199,23 @@ def read(file: Mapping[str, Any], source: str, encoder: nn.Module) -> PublishedV
         needed.add("cls_token")
     if missing := sorted(needed - weights.keys()):
         raise UserError(f"{begin} is incomplete: it has no {', '.join(missing[:5])}; get it again, or another file")
+    width, hidden = (len(weights[name]) for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"))
+    if misshapen := [
+        f"{name} {list(x.shape)}" for name, x in weights.items() if not _has_shape(name, x, width, hidden)
+    ]:
+        raise UserError(
+            f"{begin}: shapes as in no plain vision transformer of width {width}: {', '.join(misshapen[:5])}; get it "
+            "again, or another file"
+        )
     beside = _config_beside(source)
-    heads = beside.get("num_attention_heads")
+    heads, base = beside.get("num_attention_heads"), beside.get("rope_theta", BASE)
+    if not isinstance(heads, int | None) or not isinstance(base, int | float) or base <= 1:
+        raise UserError(
+            f"{begin}: the config.json beside it has num_attention_heads={heads!r} and rope_theta={base!r}; correct it"
+        )
     if heads is None and "periods" in weights:
-        heads = len(weights["patch_embed.proj.weight"]) // (4 * len(weights["periods"]))
-    return PublishedViT(source, weights, heads, float(beside.get("rope_theta", BASE)))
+        heads = width // (4 * len(weights["periods"]))
+    return PublishedViT(source, weights, heads, float(base))
 
 
 def common_name(key: str, layouts: Collection[str] | None = None) -> str | None:
@@ -217,13 +230,27 @@ def _depth(weights: StateDict) -> int:
     return max((int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), default=0) + 1
 
 
+def _has_shape(name: str, x: Tensor, width: int, hidden: int) -> bool:
+    part, kind = _part(name), name.rpartition(".")[2]
+    if part == "patch_embed.proj.weight":
+        return x.ndim == 4 and x.shape[2] == x.shape[3]
+    if part in ("cls_token", "registers", "pos_embed"):
+        return x.ndim == 3 and x.shape[::2] == (1, width)
+    if part == "periods":
+        return x.ndim == 1
+    sides = (
+        (width, hidden) if part.startswith("mlp.fc2") else (hidden, width) if part.startswith("mlp") else (width,) * 2
+    )
+    return x.shape == (sides if kind == "weight" and "norm" not in part else sides[:1])
+
+
 def _apart(weights: StateDict) -> StateDict:
     """Queries, keys and values apart, without the biases of keys that are masked."""
     apart: StateDict = {}
     for name, x in weights.items():
         stem, _, kind = name.rpartition(".")
         if stem.endswith(".attn.qkv") and kind != "bias_mask":
-            thirds = zip("qkv", x.chunk(3), strict=True)
+            thirds = zip("qkv", x.tensor_split(3), strict=True)
             apart |= {f"{stem.removesuffix('qkv')}{part}.{kind}": third for part, third in thirds}
         elif kind != "bias_mask":
             apart[name] = x
@@ -269,7 +296,7 @@ class Report:
             "dropped": self.dropped,
             "not in the file": self.fresh,
         }
-        return [f"{kind}: {', '.join(parts)}" for kind, parts in kinds.items() if parts]
+        return [f"{kind}: {'; '.join(parts)}" for kind, parts in kinds.items() if parts]
 
 
 def fit(
@@ -307,6 +334,10 @@ def fit(
     if say:
         _tell(vit, report, grid_size * encoder.patch_size, hint)
     return own | spread_over_bands({key: _made(weights, name, own[key]) for key, name in names.items()}, encoder)
+
+
+def _counted(registers: int) -> str:
+    return f"{registers} register{'s' if registers != 1 else ''}"
 
 
 def _part(name: str) -> str:
@@ -362,7 +393,9 @@ def _fit_patches(weights: StateDict, vit: PublishedViT, encoder: Any, report: Re
     if size == vit.patch_size:
         report.taken.append("patch embedding")
     else:
-        weights[key] = library("timm.layers").resample_patch_embed(weights[key], [size, size])
+        weights[key] = library(
+            "timm.layers", f"model.patch_size={size}, of patches of {vit.patch_size} px,"
+        ).resample_patch_embed(weights[key], [size, size])
         report.changed.append(
             f"patch embedding from {vit.patch_size} to {size} px, by timm's resample_patch_embed "
             f"(model.patch_size={vit.patch_size} keeps it)"
@@ -404,7 +437,7 @@ def _fit_positions(
                 patches = torch.cat([class_row, patches], dim=1)
             weights["pos_embed"] = patches
         else:
-            report.dropped.append("positions, a table; this encoder turns queries and keys by them")
+            report.dropped.append("the table of positions, which this encoder does without")
         if "pos_embed" not in parts and class_row.numel() and "cls_token" in weights:
             weights["cls_token"] = weights["cls_token"] + class_row
     elif "freqs" in parts:
@@ -420,19 +453,19 @@ def _fit_tokens(weights: StateDict, vit: PublishedViT, encoder: Any, own: StateD
     registers = weights.pop("registers", torch.zeros(1, 0, vit.width))
     if "cls_token" in own:
         (report.taken if "cls_token" in weights else report.fresh).append("class token")
-        report.dropped += [f"{registers.shape[1]} registers"] if registers.shape[1] else []
+        report.dropped += [_counted(registers.shape[1])] if registers.shape[1] else []
         return
     class_token = weights.pop("cls_token", torch.zeros(1, 0, vit.width))
     if "registers" not in own:
         report.dropped += ["class token"] if class_token.shape[1] else []
-        report.dropped += [f"{registers.shape[1]} registers"] if registers.shape[1] else []
+        report.dropped += [_counted(registers.shape[1])] if registers.shape[1] else []
         return
     tokens = torch.cat([class_token, registers], dim=1)
     given, wanted = tokens.shape[1], encoder.n_registers
     weights["registers"] = torch.cat([tokens[:, :wanted], own["registers"][:, given:]], dim=1)
-    report.taken.append(f"class token and registers as {min(given, wanted)} registers")
-    report.dropped += [f"{given - wanted} registers"] if given > wanted else []
-    report.fresh += [f"{wanted - given} registers"] if given < wanted else []
+    report.taken.append(f"class token and registers, as {_counted(min(given, wanted))}")
+    report.dropped += [_counted(given - wanted)] if given > wanted else []
+    report.fresh += [_counted(wanted - given)] if given < wanted else []
     if vit.family == "DINOv3" and (encoder.register_coordinates != "centre" or encoder.scale_reg_to_visible):
         report.changed.append("registers, which have places here")
 
@@ -452,7 +485,7 @@ def _fit_norms_and_biases(weights: StateDict, encoder: Any, parts: set[str], rep
         if x.any() and words not in said:
             said.append(words)
     if any(isinstance(module, nn.RMSNorm) for module in encoder.modules()):
-        report.changed.append("LayerNorm to RMSNorm")
+        report.changed.append(TO_RMS)
     if "norm.weight" in parts:
         (report.taken if has_final else report.fresh).append("final norm")
 
@@ -467,4 +500,6 @@ def _tell(vit: PublishedViT, report: Report, image_size: int, hint: str) -> None
     if report.is_exact:
         logger.info("the encoder computes what the file's does, on images of %d px", image_size)
     else:
-        logger.warning("the encoder starts near what the file's computes, not at it%s", f"; {hint}" if hint else "")
+        has_remedy = hint and {TO_RMS, *DROPPED.values()} & {*report.changed, *report.dropped}
+        remedy = f"; {hint}" if has_remedy else ""
+        logger.warning("so this encoder does not compute what the file's does%s", remedy)
