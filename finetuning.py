@@ -53,6 +53,7 @@ from training import (
     describe,
     global_batch_size,
     milestones,
+    nothing_to_export,
     run_command,
     sent_to,
     warn_of_another_course,
@@ -788,6 +789,8 @@ def main(task: Task[Any], parser: argparse.ArgumentParser, arguments: Sequence[s
 
     def state_to_export(cfg: FinetuneConfig, device: torch.device) -> FinetuneState:
         checkpoint = newest_checkpoint(cfg, Path(cfg.train.output_dir))
+        if checkpoint is None:
+            raise nothing_to_export(cfg)
         return make_state(task, prepared(cfg, checkpoint), device, with_weights=False, compiled=False)
 
     return run_command(
