@@ -279,7 +279,7 @@ def labelled(tmp_path_factory):
     train = write_masks(folder / "all") / "train"
     write_coco(folder / "coco")
     for unused in (train / "masks", folder / "coco" / "part"):  # so that numbers differ
-        shutil.copy(unused / "1.png", unused / "00.png")
+        shutil.copy(unused / "0.png", unused / "00.png")
     old(write_zip(folder / "all.zip", folder / "all"))
     write_tar(folder / "train.tar", train)
     for kind in ("images", "masks"):
