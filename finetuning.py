@@ -168,7 +168,8 @@ def build_backbone(cfg: BackboneConfig, image_size: int, *, with_weights: bool) 
     if bands != (3, None):
         raise UserError(
             f"backbone.model_loader_kwargs={cfg.model_loader_kwargs}: the model takes {bands[0]} bands with "
-            f"data.value_range={bands[1]}, and fine-tuning gives it 8-bit RGB; give a model that was trained on that"
+            f"data.value_range={bands[1]}, and fine-tuning gives it 8-bit RGB; give a model that was trained on that, "
+            "or evaluate this one frozen: eval_classification.py and eval_segmentation.py give it its bands"
         )
     for part in backbone.modules():
         if isinstance(part, Residual):  # stochastic depth is that of `Trunk`, whose draws can be repeated

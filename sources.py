@@ -319,7 +319,17 @@ def turn_upright(pixels: UInt8[Tensor, "c h w"], orientation: int) -> UInt8[Tens
 def _opened(data: bytes | Image.Image) -> Image.Image:
     if is_array_file(data):  # of 8-bit RGB, which looks the same from every reader
         return Image.fromarray(decode_bands(data, RGB8).permute(1, 2, 0).contiguous().numpy())
-    return Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+    if not isinstance(data, bytes):
+        return data
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        if data[:4] not in (b"II*\0", b"MM\0*"):
+            raise
+        raise ValueError(
+            "a TIFF that is no 8-bit RGB, such as one of many bands; pretraining reads those with model.in_chans and "
+            "data.value_range, and evaluations with a model that was trained so"
+        ) from error
 
 
 def _divisor(image: Image.Image, reduction: Callable[[int, int], int] | None) -> int:
