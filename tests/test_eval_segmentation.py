@@ -204,7 +204,8 @@ def test_images_of_many_bands_are_segmented_and_drawn(data, tmp_path):
         (tmp_path / part / "images").mkdir()
         for path in (data / part / "images").iterdir():
             deep = np.tile(np.asarray(Image.open(path)).astype(np.uint16) * 40, (1, 1, 2))[..., :5]
-            tifffile.imwrite(tmp_path / part / "images" / f"{path.stem}.tif", deep, photometric="minisblack")
+            file = tmp_path / part / "images" / f"{path.stem}.tif"
+            tifffile.imwrite(file, deep, photometric="minisblack", planarconfig="contig")
     settings = {"value_range": [0, 10200], "mean": [0.4] * 5, "std": [0.3] * 5}
     model = {**TINY["config_override"]["model"], "in_chans": 5}
     kwargs = {"config_override": {"model": model, "data": settings}}
