@@ -53,8 +53,8 @@ from config import (
 from evaluation import SPEED_KEYS, check_same_data, choose_output_dir, find_loader, hash_loader, model_name
 from keys import answer
 from launch import ROOT, NotedRun, Status, SubmittedJob, claim_output_dir
+from reading.sources import is_folder, make_dataset
 from report import check_entry, check_run, read_results, text_table, write_report
-from sources import is_folder, make_dataset
 from utils import (
     UserError,
     did_you_mean,

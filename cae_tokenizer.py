@@ -53,8 +53,8 @@ from evaluation import (
     square,
 )
 from keys import answer
+from reading.sources import ImageDataset
 from readouts import nearest
-from sources import ImageDataset
 from utils import Bands, UserError, derive_seed, ending_in_words, replacing, setup_logging, writing_explained
 from weights import load_strictly, local_path, not_finite, read_state_dict, save_safetensors
 

@@ -34,9 +34,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from config import ImagesConfig
-from crops import CROP_RATIO, Crop, View, cut, draw_crop, turned
 from distributed import gather_objects, ranks_of_this_machine
-from sources import (
+from reading.crops import CROP_RATIO, Crop, View, cut, draw_crop, turned
+from reading.sources import (
     MIXTURE_BLOCK,
     BadImageError,
     ImageDataset,

@@ -46,8 +46,8 @@ from evaluation import EvaluationConfig, FrozenModel, load_model_file
 from masking import draw_positions, make_masking_generator
 from metrics import read_metrics
 from pictures import Moments, project, rgb_colors, show, standardize
+from reading.sources import ImageDataset, SegmentationDataset, make_dataset
 from report import GREEN, VERMILLION, columns, draw_curves, percent, write_report
-from sources import ImageDataset, SegmentationDataset, make_dataset
 from train_capi import CapiConfig, mask_plan, panels
 from utils import UserError, ending_in_words, start_python
 

@@ -80,6 +80,7 @@ from labels import (
     read_image_list,
 )
 from optim import scheduled, stepped, warmed_half_cosine
+from reading.sources import BadImageError
 from readouts import (
     SCALINGS,
     AttentiveProbes,
@@ -102,7 +103,6 @@ from readouts import (
     train_step,
 )
 from report import Score
-from sources import BadImageError
 from utils import RGB8, Bands, UserError, derive_seed, due
 
 logger = logging.getLogger("eval_classification")

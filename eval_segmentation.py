@@ -43,10 +43,10 @@ from evaluation import (
     square,
 )
 from labels import choose_images, split_off
+from reading.sources import UNLABELLED, ImageDataset, SegmentationDataset, match_classes
 from readouts import DISTANCES, TRAIN_CHUNK, fit_logistic, majority_votes, nearest, spread
 from report import Score
 from sheets import as_rgb
-from sources import UNLABELLED, ImageDataset, SegmentationDataset, match_classes
 from utils import RGB8, Bands, UserError, derive_seed
 from weights import save_safetensors
 

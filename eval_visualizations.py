@@ -77,7 +77,7 @@ from pictures import (
     standardize,
     to_bytes,
 )
-from sources import BadImageError, ImageDataset
+from reading.sources import BadImageError, ImageDataset
 from utils import RGB8, Bands, UserError, derive_seed, import_from_path
 from weights import check_values, read_state_dict
 

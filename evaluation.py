@@ -30,7 +30,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bands import resized
 from config import (
     COUNT,
     DEVICE,
@@ -55,9 +54,10 @@ from data import (
 from distributed import all_gather_rows, barrier, broadcast_object, gather_objects, on_rank_0, rank, session, world_size
 from keys import answer
 from launch import claim_output_dir
-from pixels import log_pixels
+from reading.bands import resized
+from reading.pixels import log_pixels
+from reading.sources import BadImageError, ImageDataset, ImageStream, make_dataset
 from report import Score
-from sources import BadImageError, ImageDataset, ImageStream, make_dataset
 from utils import (
     RGB8,
     Bands,

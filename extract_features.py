@@ -39,8 +39,8 @@ from config import COUNT, DTYPE, MISSING, changed_keys, one_of, require
 from data import read_batches, worker_poll_s
 from distributed import barrier, on_rank_0, rank, world_size
 from evaluation import Evaluation, EvaluationConfig, Features, FrozenModel, Results, reader_processes
-from pixels import log_pixels
-from sources import BadImageError, ImageDataset, ImageStream, Sample, make_dataset
+from reading.pixels import log_pixels
+from reading.sources import BadImageError, ImageDataset, ImageStream, Sample, make_dataset
 from utils import Bands, UserError, replacing
 from weights import save_safetensors
 

@@ -31,16 +31,16 @@ from torch import Tensor, nn
 
 import finetuning
 from config import BETWEEN_0_AND_1, FRACTION, NOT_NEGATIVE, one_of, require
-from crops import cut, draw_crop
 from data import Batch, PretrainLoader, seeded
 from distributed import rank
 from evaluation import FrozenModel, ImageBatches, Results, extract
 from finetuning import FinetuneConfig, Task, Trunk
 from labels import Labelled, choose_rows, first_labels, label_list, open_labelled, pad
 from pictures import show
+from reading.crops import cut, draw_crop
+from reading.sources import ImageDataset, Sample, match_classes, parse_data_url
 from report import Score
 from sheets import Column
-from sources import ImageDataset, Sample, match_classes, parse_data_url
 from utils import UserError, derive_seed
 
 NORM_EPS = 1e-6

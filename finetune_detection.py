@@ -31,16 +31,16 @@ from torch import Tensor, nn
 
 import finetuning
 from config import BETWEEN_0_AND_1, COUNT, NOT_NEGATIVE, POSITIVE, one_of, require, within
-from crops import derive_uniforms
 from data import Batch, PretrainLoader
 from distributed import gather_objects, on_rank_0, rank
 from evaluation import FrozenModel, ImageBatches, Results
 from finetuning import FinetuneConfig, Task, Trunk
 from optim import scheduled, stepped
 from pictures import show
+from reading.crops import derive_uniforms
+from reading.sources import BadImageError, Sample, match_classes
 from report import Score
 from sheets import Column, as_rgb, class_colours, draw_boxes
-from sources import BadImageError, Sample, match_classes
 from tasks.coco import (
     CocoImages,
     Objects,

@@ -44,8 +44,8 @@ from eval_segmentation import (
 from evaluation import FrozenModel, ImageBatches, Results, open_dataset
 from finetuning import FinetuneConfig, Task, Trunk
 from optim import scheduled
+from reading.sources import UNLABELLED, ImageDataset, Sample, SegmentationDataset, match_classes, parse_data_url
 from sheets import Column, class_colours
-from sources import UNLABELLED, ImageDataset, Sample, SegmentationDataset, match_classes, parse_data_url
 from tasks.pyramid import SimplePyramid, SyncedBatchNorm, synchronise_
 from utils import UserError, derive_seed
 

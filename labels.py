@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from distributed import gather_objects, rank
 from evaluation import my_share, open_dataset
-from sources import BadImageError, HubDataset, ImageDataset, TorchvisionDataset, match_classes
+from reading.sources import BadImageError, HubDataset, ImageDataset, TorchvisionDataset, match_classes
 from utils import RGB8, Bands, UserError
 
 logger = logging.getLogger("labels")

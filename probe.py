@@ -18,12 +18,12 @@ from jaxtyping import Float, Int64, Shaped
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bands import resized
 from config import ProbeConfig
 from data import normalizer
 from distributed import all_gather_rows, rank, world_size
+from reading.bands import resized
+from reading.sources import BadImageError, ImageStream, make_dataset, match_classes
 from readouts import nearest, weighted_vote
-from sources import BadImageError, ImageStream, make_dataset, match_classes
 from utils import Bands, Normalisation, UserError
 
 logger = logging.getLogger("probe")

@@ -57,7 +57,6 @@ from config import (
     require_whole_patches,
     within,
 )
-from crops import View
 from data import Batch, PretrainLoader
 from distributed import mean_over_ranks, world_size
 from flops import block_flops, embedding_flops
@@ -67,6 +66,7 @@ from metrics import feature_health
 from model import draw_drop_path, load_resized
 from optim import decay_of_matrices, in_parts, make_adamw, part_of, scheduled, set_rates_, started_rates
 from pictures import PatchPredictor, Prediction
+from reading.crops import View
 from report import Panel
 from sheets import Column, as_rgb, mark, mask_column
 from training import (

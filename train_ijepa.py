@@ -48,7 +48,6 @@ from config import (
     require_width,
     within,
 )
-from crops import Colours
 from data import Batch, PretrainLoader
 from distributed import mean_over_ranks, world_size
 from flops import block_flops, embedding_flops
@@ -78,6 +77,7 @@ from optim import (
     started_rates,
 )
 from pictures import PatchPredictor, Prediction
+from reading.crops import Colours
 from report import Panel
 from sheets import Column, mark, mask_column
 from training import (

@@ -61,11 +61,11 @@ from fsdp import Sharding, average_gradients_, divide_like, parallelize
 from launch import StopRequest, claim_output_dir, requeue, was_requeued
 from metrics import FiniteWatch, Metrics, Profile, Throughput
 from optim import grad_norm
-from pixels import log_pixels, measure, sample_pixels
 from probe import Probe
+from reading.pixels import log_pixels, measure, sample_pixels
+from reading.sources import cache_root, make_mixture
 from report import CONTACT_SHEET, DRY_RUN_SHEET, Panel, write_panels
 from sheets import NUM_IMAGES, VALUE_RANGE, Column, Look, as_rgb, normalised_column, write_sheet
-from sources import cache_root, make_mixture
 from training_evals import Evaluations, plan_evals
 from utils import (
     Normalisation,

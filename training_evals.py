@@ -22,8 +22,8 @@ from config import EvalConfig, LauncherConfig, chosen_evals, dump_yaml
 from distributed import any_rank, broadcast_object, on_rank_0, rank
 from launch import ROOT, ScriptRun, StopRequest, SubmittedJob
 from metrics import Metrics, read_metrics
+from reading.sources import is_on_disk
 from report import PICTURES_EACH, pictures_of, read_results, score_rows
-from sources import is_on_disk
 from utils import UserError, due, end_process, remove
 
 logger = logging.getLogger("evals")

@@ -35,9 +35,9 @@ from torch import Tensor
 from torchvision import transforms
 
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
-from crops import cut, draw_crop
 from data import IMAGENET_MEAN, IMAGENET_STD, normalize
-from sources import as_bytes_tensor, decode_pixels, jpeg_decoder, silent_decoders
+from reading.crops import cut, draw_crop
+from reading.sources import as_bytes_tensor, decode_pixels, jpeg_decoder, silent_decoders
 from train_capi import CapiConfig, make_loader
 
 WIDTH, HEIGHT, SIZE, BATCH = 500, 400, 224, 64

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from crops import Crop, cut
-from sources import (
+from reading.crops import Crop, cut
+from reading.sources import (
     Sample,
     as_bytes_tensor,
     damage_named,

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64, UInt8
 from torch import Tensor
 
-from sources import (
+from reading.sources import (
     ArchivedImages,
     DataUrl,
     ImageDataset,

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from commands import make_images, run_main, tiny
 from PIL import Image
-from runs import make_images, run_main, tiny
 
 import finetune_classification
 import finetune_detection

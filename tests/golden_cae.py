@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from commands import TINY_TRAINING
 from conftest import load_golden_json, seeded
 from golden_ijepa import hashed
-from runs import TINY_TRAINING
 from torch import Tensor, nn
 
 from cae import Encoder, Predictor

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from commands import TINY_TRAINING
 from conftest import load_golden_json
-from runs import TINY_TRAINING
 from torch import Tensor, nn
 
 from config import load_config

@@ -33,7 +33,7 @@ def forked(function: Callable[..., Any], *args: Any, daemon: bool = False) -> Fo
     hand, and looking through it takes as long again.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "runs", "train_capi", "torch._inductor.compile_fx", "datasets"])
+    context.set_forkserver_preload(["pytest", "commands", "train_capi", "torch._inductor.compile_fx", "datasets"])
     return context.Process(target=_begin, args=(sys.executable, function, args), daemon=daemon)
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
-from sources import ImageDataset, ImageStream, Sample
+from reading.sources import ImageDataset, ImageStream, Sample
 from train_capi import CapiConfig
 
 COLOURS = {"blue": (30, 40, 220), "green": (40, 200, 50), "red": (210, 40, 30)}

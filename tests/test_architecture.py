@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from commands import run_forked
 from conftest import PYTHON, ROOT
-from runs import run_forked
 
 LAYERS = [
     {"utils", "default_eval_config", "demo_data"},
@@ -194,7 +194,7 @@ def test_test_files_do_not_import_each_other(path):
     """Not in code that they start in a process of its own either."""
     imported = re.findall(r"^ *(?:import|from) (test_\w+)", path.read_text(), flags=re.MULTILINE)
     assert not imported, (
-        f"{path.name} imports {imported}; what test files share belongs in golden.py, runs.py, samples.py"
+        f"{path.name} imports {imported}; what test files share belongs in golden.py, commands.py, samples.py"
     )
 
 

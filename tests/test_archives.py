@@ -21,12 +21,12 @@ import torch
 from finetunes import write_coco, write_masks
 from samples import MemoryDataset, MemoryStream, encode, folder_url, ids, make_config, photo, take, through_json
 
-import archives
 import finetune_classification
-from archives import expand_braces, split_place
 from data import EpochOrder, MixtureOrder
 from labels import open_labelled
-from sources import BadImageError, Mixture, is_folder, is_on_disk, make_dataset, make_mixture, share_out
+from reading import archives
+from reading.archives import expand_braces, split_place
+from reading.sources import BadImageError, Mixture, is_folder, is_on_disk, make_dataset, make_mixture, share_out
 from tasks.coco import open_coco
 from train_capi import main, make_loader
 from utils import UserError
@@ -768,7 +768,9 @@ def test_wrong_mixtures_are_refused(root, monkeypatch):
                         ("[]", "must not be empty"), ("[/a,/a]", "must not have a value twice"),
                         ("{/a: x}", "must be a number")):  # fmt: skip
         assert what in message(f"data.dataset={wrong}")
-    monkeypatch.setattr("sources.make_dataset", lambda url, **_: MemoryStream(3) if "hf" in url else MemoryDataset(3))
+    monkeypatch.setattr(
+        "reading.sources.make_dataset", lambda url, **_: MemoryStream(3) if "hf" in url else MemoryDataset(3)
+    )
     assert "hf://x is a stream, and a mixture needs random access" in message("data.dataset=[hf://x,/a]")
     mixed = make_config("data.dataset=[/a,/b]").data
     with pytest.raises(UserError, match="only pretraining mixes several data sets"):

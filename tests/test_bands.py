@@ -21,16 +21,16 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 from samples import encode, make_config, photo
 
-import bands
 import train_capi
 import train_ijepa
-from bands import decode_bands, read_stored, resized
 from config import load_config
-from crops import Crop, cut
 from data import PretrainLoader, normalize
 from evaluation import FrozenModel, FrozenModelConfig, load_model_file
-from pixels import measure, sample_pixels
-from sources import BadImageError, ImageDataset, ImageStream, Sample, make_dataset
+from reading import bands
+from reading.bands import decode_bands, read_stored, resized
+from reading.crops import Crop, cut
+from reading.pixels import measure, sample_pixels
+from reading.sources import BadImageError, ImageDataset, ImageStream, Sample, make_dataset
 from utils import RGB8, Bands, Normalisation, UserError
 
 H, W = 20, 24
@@ -358,7 +358,7 @@ def test_measured_statistics_are_those_of_the_pixels_and_follow_from_the_seed(tm
 
 
 def test_a_sample_of_a_large_set_depends_on_the_seed_alone(monkeypatch):
-    monkeypatch.setattr("pixels.MEASURED_IMAGES", 4)
+    monkeypatch.setattr("reading.pixels.MEASURED_IMAGES", 4)
     asked = []
 
     class Watched(MemoryBands):

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import run_forked
 from conftest import GOLDEN, ROOT, run_cli
-from runs import run_forked
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 

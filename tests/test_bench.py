@@ -12,8 +12,8 @@ import textwrap
 
 import pytest
 import torch
+from commands import run_forked
 from conftest import PYTHON, ROOT, run_cli
-from runs import run_forked
 
 sys.path.append(str(ROOT / "bench"))  # where the scripts look for each other; last, for it has a clustering.py too
 

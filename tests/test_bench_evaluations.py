@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from runs import run_forked
+from commands import run_forked
 
 
 @pytest.mark.long

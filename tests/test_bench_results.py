@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from commands import run_forked
 from conftest import ROOT
-from runs import run_forked
 
 sys.path.append(str(ROOT / "bench"))
 

@@ -19,8 +19,8 @@ from samples import encode, photo
 import benchmark
 import config
 from launch import claim_output_dir
+from reading.sources import make_dataset
 from report import Panel, write_panels
-from sources import make_dataset
 from utils import UserError
 
 STUB = """

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import run_forked
 from conftest import load_golden_json, seeded
 from golden_ijepa import fill
 from PIL import Image
 from ranks import run_on_ranks
-from runs import run_forked
 from safetensors.torch import load_file, save_file
 
 import cae_tokenizer

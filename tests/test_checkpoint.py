@@ -25,10 +25,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from commands import run_forked
 from conftest import ROOT
 from golden import tiny_model
 from ranks import run_on_ranks
-from runs import run_forked
 from torch import Tensor, nn
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import FileSystemReader

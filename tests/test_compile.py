@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from commands import make_images, run_forked, run_main, tiny
 from conftest import PYTHON, ROOT
-from runs import make_images, run_forked, run_main, tiny
 from torch import fx
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import make_images, rewrite_config, tiny
 from conftest import ROOT, seeded
-from runs import make_images, rewrite_config, tiny
 
 import train_cae
 import train_capi

@@ -11,7 +11,7 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as v1
 
-from crops import BLUR_RADIUS, Colours, Crop, cut, draw_crop, turned
+from reading.crops import BLUR_RADIUS, Colours, Crop, cut, draw_crop, turned
 from utils import Turns
 
 

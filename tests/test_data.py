@@ -26,10 +26,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import TINY
 from conftest import PYTHON, ROOT
 from PIL import Image
 from ranks import exit_codes
-from runs import TINY
 from samples import (
     MemoryDataset,
     MemoryStream,
@@ -46,7 +46,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train_capi
-from crops import Colours, View, cut, draw_crop, turned
 from data import (
     DevicePrefetcher,
     PretrainLoader,
@@ -57,7 +56,8 @@ from data import (
     merge_positions,
     normalize,
 )
-from sources import BadImageError, ImageDataset, ImageStream, Sample, decode_image, make_dataset
+from reading.crops import Colours, View, cut, draw_crop, turned
+from reading.sources import BadImageError, ImageDataset, ImageStream, Sample, decode_image, make_dataset
 from train_capi import make_loader
 from utils import Turns, UserError
 

@@ -17,7 +17,7 @@ import eval_visualizations
 import train_capi
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from demo_data import flower_beds
-from sources import make_dataset
+from reading.sources import make_dataset
 from train_capi import CapiConfig
 
 SMALL = [

@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import run_forked, run_main, tiny
 from conftest import ROOT
 from PIL import Image
-from runs import run_forked, run_main, tiny
 from samples import encode, make_config, photo
 from torch.nn.functional import interpolate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as v1
 
-from crops import Crop
 from data import DevicePrefetcher, check_decode
-from sources import BadImageError, Sample, as_bytes_tensor, decode_image, jpeg_decoder, silent_decoders
+from reading.crops import Crop
+from reading.sources import BadImageError, Sample, as_bytes_tensor, decode_image, jpeg_decoder, silent_decoders
 from speed import device_decode
 from speed.device_decode import EncodedCrop, EncodedCrops, crop_or_file, cut_together
 from train_capi import make_loader

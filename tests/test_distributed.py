@@ -6,9 +6,9 @@ from datetime import timedelta
 
 import pytest
 import torch
+from commands import run_forked
 from conftest import ROOT
 from ranks import exit_codes, run_on_ranks
-from runs import run_forked
 from torch.cuda._utils import _get_device_index
 
 import distributed

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from commands import run_forked
 from conftest import GOLDEN, ROOT, load_golden_json, run_cli, seeded
 from PIL import Image
 from ranks import run_on_ranks
-from runs import run_forked
 from safetensors.torch import load_file
 from sklearn.decomposition import PCA
 from sklearn.metrics import confusion_matrix as sklearn_confusion
@@ -389,7 +389,7 @@ def test_help_is_instant_and_shows_how(tmp_path):
 
 
 def test_the_demo_data_has_names_for_its_labels():
-    from sources import make_dataset
+    from reading.sources import make_dataset
 
     dataset = make_dataset(f"custom://Segmentation?root='{ROOT}/demo_data/emoji_on_scenes/val'")
     assert dataset.class_names[0] == "background" and len(dataset.class_names) == 7
@@ -476,7 +476,7 @@ def test_labels_that_are_likely_a_mistake_are_pointed_out(own, tmp_path, capsys)
 
 
 def test_names_of_whole_images_are_not_names_of_pixels(monkeypatch):
-    from sources import ImageDataset
+    from reading.sources import ImageDataset
 
     class Pets(ImageDataset):
         class_names = ("cat", "dog")

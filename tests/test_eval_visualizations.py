@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import make_images, tiny
 from conftest import ROOT, run_cli, seeded
 from golden_cae import NARROW, save_tokenizer
 from golden_cae import tiny_run as cae_run
 from golden_ijepa import STOP_NOISE, tiny_run
 from PIL import Image
 from ranks import run_on_ranks
-from runs import make_images, tiny
 from torch import nn
 
 import eval_visualizations as vis
@@ -25,8 +25,8 @@ from checkpoint import Checkpoints
 from clustering import OnlineClustering, normalize_features
 from config import load_config
 from evaluation import EvaluationConfig, FrozenModel, hash_weights, load_model_file
+from reading.sources import make_dataset
 from report import write_report
-from sources import make_dataset
 from utils import UserError
 
 WIDTH = 16

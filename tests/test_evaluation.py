@@ -18,9 +18,9 @@ import omegaconf
 import pytest
 import torch
 import yaml
+from commands import FAKE_EVALUATION, make_images
 from conftest import ROOT, seeded
 from ranks import exit_codes, run_on_ranks
-from runs import FAKE_EVALUATION, make_images
 from samples import encode, photo
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,8 +43,8 @@ from evaluation import (
     my_share,
     open_dataset,
 )
+from reading.sources import ImageDataset, Sample
 from report import Score
-from sources import ImageDataset, Sample
 from utils import UserError
 
 CPU = torch.device("cpu")

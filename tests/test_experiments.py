@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import toy_method
 import yaml
+from commands import FAKE_EVALUATION, TINY_TRAINING, make_images, run_forked
 from conftest import PYTHON, ROOT
 from PIL import Image
-from runs import FAKE_EVALUATION, TINY_TRAINING, make_images, run_forked
 
 import train_capi
 import train_distributed

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from commands import make_images, run_forked, run_main, tiny
 from golden_ijepa import tiny_run
 from ranks import run_on_ranks
-from runs import make_images, run_forked, run_main, tiny
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 

@@ -127,7 +127,7 @@ def test_what_cannot_be_read_is_left_out_and_listed(images, weights, tmp_path, c
 
 
 def broken_number(images: Path) -> int:
-    from sources import make_dataset
+    from reading.sources import make_dataset
 
     dataset = make_dataset(str(images), key="dataset")
     return next(i for i in range(len(dataset)) if "broken" in dataset[i].name)

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from commands import logged_steps, run_forked
 from conftest import ROOT, seeded
 from finetunes import CASES, CLASS_COLOURS, COMMON, pretrain, write_classes
 from PIL import Image
-from runs import logged_steps, run_forked
 
 import eval_finetuned
 import finetune_classification as script

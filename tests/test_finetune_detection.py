@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from commands import TINY as TINY_PRETRAINING
+from commands import metrics_of, run_forked
 from conftest import ROOT, run_cli, seeded
 from finetunes import CASES, CATEGORIES, COMMON, SIZE, objects_content, train_on_this_rank, write_coco
 from PIL import Image
 from pycocotools import mask as rle
 from ranks import run_on_ranks
-from runs import TINY as TINY_PRETRAINING
-from runs import metrics_of, run_forked
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import generalized_box_iou
@@ -29,7 +29,7 @@ import finetuning
 from config import load_config, to_yaml
 from data import normalize
 from demo_data import coco_from_masks
-from sources import BadImageError, Sample
+from reading.sources import BadImageError, Sample
 from tasks import coco
 from tasks.mask_rcnn import (
     MASK_POOL,

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from commands import metrics_of, run_forked
 from conftest import ROOT, seeded
 from finetunes import (
     CASES,
@@ -24,7 +25,6 @@ from finetunes import (
 )
 from PIL import Image
 from ranks import run_on_ranks
-from runs import metrics_of, run_forked
 
 import cae
 import eval_finetuned
@@ -34,7 +34,7 @@ import finetuning
 from config import load_config
 from data import Batch, normalize
 from finetuning import layer_scales
-from sources import UNLABELLED, SegmentationDataset
+from reading.sources import UNLABELLED, SegmentationDataset
 from utils import UserError
 
 CASE = CASES["segmentation"]

@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 import torch
+from commands import assert_close_runs, assert_same_run, train_through_kills
 from conftest import ROOT, seeded
 from finetunes import CASES, pretrain, train_on_this_rank
 from golden_cae import CAE, IMAGES, fill
 from ranks import run_on_ranks
-from runs import assert_close_runs, assert_same_run, train_through_kills
 from torch import nn
 
 import finetune_classification

@@ -4,9 +4,9 @@ import textwrap
 
 import pytest
 import torch
+from commands import make_images, metrics_of, run_main, tiny
 from conftest import ROOT, load_golden_json, run_cli
 from golden import frequencies, golden_batches, golden_part, golden_state
-from runs import make_images, metrics_of, run_main, tiny
 
 import train_capi
 from train_capi import hyper_at

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run_forked
 from conftest import ROOT, run_cli
 from golden_cae import TINY_RUN as CAE_RUN
 from golden_ijepa import TINY_RUN
 from omegaconf import OmegaConf
-from runs import run_forked
 
 import export
 import hubconf

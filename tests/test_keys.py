@@ -7,9 +7,9 @@ import sys
 from typing import Any
 
 import pytest
+from commands import run_forked
 from conftest import ROOT
 from jsonschema import Draft202012Validator
-from runs import run_forked
 
 import keys
 import train_distributed

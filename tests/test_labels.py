@@ -7,7 +7,7 @@ import torch
 from samples import Listed, folder_url, save_colour_folders
 
 from labels import choose_images, choose_rows, open_labelled, open_splits, split_off
-from sources import Fields, HubDataset
+from reading.sources import Fields, HubDataset
 from utils import UserError
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run_forked
 from conftest import ROOT, load_golden, load_golden_json, seeded
 from golden import tiny_model
-from runs import run_forked
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

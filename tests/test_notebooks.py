@@ -5,8 +5,8 @@ import re
 import nbclient
 import nbformat
 import pytest
+from commands import make_images
 from conftest import ROOT
-from runs import make_images
 
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 TINY = ["model.encoder_kwargs.depth=1", "model.decoder_kwargs.depth=1", "optim.batch_size_per_gpu=4"]

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import make_images, run_forked, run_main, tiny
 from PIL import Image
-from runs import make_images, run_forked, run_main, tiny
 from samples import encode, photo
 
-import pixels
-from pixels import sample_pixels
-from sources import ImageStream, Sample, make_dataset
+from reading import pixels
+from reading.pixels import sample_pixels
+from reading.sources import ImageStream, Sample, make_dataset
 
 
 def tiff(values, *, extra=()):

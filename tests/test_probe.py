@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import assert_same_run, make_images, metrics_of, run_main, tiny
 from conftest import seeded
 from PIL import Image
 from ranks import run_on_ranks
-from runs import assert_same_run, make_images, metrics_of, run_main, tiny
 from samples import make_config
 from sklearn.linear_model import Ridge
 

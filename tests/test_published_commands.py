@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import FAKE_EVALUATION, TINY, make_images, run_main
 from conftest import ROOT
-from runs import FAKE_EVALUATION, TINY, make_images, run_main
 
 import benchmark
 import eval_classification

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from commands import TINY, make_images, run_forked, run_main
 from conftest import ROOT, run_cli
 from PIL import Image
-from runs import TINY, make_images, run_forked, run_main
 
 import finetune_classification
 import finetune_detection
@@ -25,7 +25,7 @@ import train_capi
 import train_ijepa
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from model import EncoderDecoder
-from sources import SEGMENTATION_SETS, parse_data_url
+from reading.sources import SEGMENTATION_SETS, parse_data_url
 from train_capi import CapiConfig
 from utils import import_from_path
 

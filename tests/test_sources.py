@@ -18,8 +18,8 @@ import pytest
 from PIL import Image, features
 from samples import age, encode, photo
 
-import sources
-from sources import (
+from reading import sources
+from reading.sources import (
     BadImageError,
     Fields,
     Sample,

@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from commands import make_images, run_forked, tiny
 from conftest import ROOT, needs_fp8_on_a_cpu
-from runs import make_images, run_forked, tiny
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -10,8 +10,8 @@ import golden_ijepa
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import make_images, tiny
 from conftest import ROOT, seeded
-from runs import make_images, tiny
 
 import cae
 import ijepa

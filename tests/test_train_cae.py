@@ -12,6 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from commands import (
+    assert_close_runs,
+    assert_same_but_for_values,
+    assert_same_run,
+    make_images,
+    metrics_of,
+    probed_and_evaluated,
+    train_through_kills,
+    untrained,
+)
 from conftest import ROOT
 from golden_cae import (
     CAE,
@@ -28,16 +38,6 @@ from golden_cae import (
     tiny_run,
 )
 from ranks import run_on_ranks
-from runs import (
-    assert_close_runs,
-    assert_same_but_for_values,
-    assert_same_run,
-    make_images,
-    metrics_of,
-    probed_and_evaluated,
-    train_through_kills,
-    untrained,
-)
 from torch import Tensor
 
 import export

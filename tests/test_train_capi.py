@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, load_golden_json, needs_fp8_on_a_cpu, run_cli, seeded
-from golden import DROP_PATH, GOLDEN_CONFIG, NAIVE, frequencies, golden_batches, golden_part, golden_state
-from runs import (
+from commands import (
     KillableRun,
     assert_same_but_for_values,
     assert_same_run,
@@ -27,6 +25,8 @@ from runs import (
     tiny,
     untrained,
 )
+from conftest import ROOT, load_golden_json, needs_fp8_on_a_cpu, run_cli, seeded
+from golden import DROP_PATH, GOLDEN_CONFIG, NAIVE, frequencies, golden_batches, golden_part, golden_state
 from torch import Tensor
 
 import train_capi

@@ -12,8 +12,8 @@ import golden_ijepa
 import pytest
 import slurm
 import yaml
+from commands import FAKE_EVALUATION, logged_steps, make_images, metrics_of, run_forked, tiny
 from conftest import PYTHON, ROOT, run_cli
-from runs import FAKE_EVALUATION, logged_steps, make_images, metrics_of, run_forked, tiny
 
 import train_distributed
 

@@ -11,6 +11,16 @@ import pytest
 import torch
 import torch._dynamo
 import torch.distributed as dist
+from commands import (
+    assert_close_runs,
+    assert_same_but_for_values,
+    assert_same_run,
+    make_images,
+    metrics_of,
+    probed_and_evaluated,
+    train_through_kills,
+    untrained,
+)
 from conftest import ROOT
 from golden_ijepa import (
     GOLDEN_CONFIG,
@@ -23,16 +33,6 @@ from golden_ijepa import (
     tiny_run,
 )
 from ranks import run_on_ranks
-from runs import (
-    assert_close_runs,
-    assert_same_but_for_values,
-    assert_same_run,
-    make_images,
-    metrics_of,
-    probed_and_evaluated,
-    train_through_kills,
-    untrained,
-)
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -515,7 +515,7 @@ def test_weights_of_another_method_or_size_are_refused_in_words(published, tmp_p
 
 
 def test_a_checkpoint_of_another_method_is_refused_in_words(images, tmp_path, capsys):
-    from runs import run_main, tiny
+    from commands import run_main, tiny
 
     assert run_main(tiny(images, tmp_path, "optim.total_iters=2")) == 0
     assert train_ijepa.main(tiny_run(images, tmp_path)) == 2

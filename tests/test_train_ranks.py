@@ -12,10 +12,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from commands import assert_close_runs, assert_same_run, make_images, tiny
 from conftest import load_golden_json
 from golden import META, NUM_PATCHES, frequencies, golden_batches, golden_part, golden_state
 from ranks import exit_codes, run_on_ranks
-from runs import assert_close_runs, assert_same_run, make_images, tiny
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 import toy_method
 import yaml
+from commands import FAKE_EVALUATION, TINY_TRAINING, assert_same_run, make_images, metrics_of, run_forked
 from conftest import ROOT
 from PIL import Image
 from ranks import run_on_ranks
-from runs import FAKE_EVALUATION, TINY_TRAINING, assert_same_run, make_images, metrics_of, run_forked
 
 import training
 from config import load_config

@@ -6,16 +6,16 @@ import textwrap
 
 import pytest
 import yaml
+from commands import FAKE_EVALUATION, make_images, metrics_of, run_main, tiny
 from conftest import ROOT
 from PIL import Image
 from ranks import exit_codes
-from runs import FAKE_EVALUATION, make_images, metrics_of, run_main, tiny
 
 from config import DEFAULT_PRETRAIN_CONFIG, EvalConfig, chosen_evals, load_config, to_yaml
 from default_eval_config import EVALS
 from launch import StopRequest
 from metrics import Metrics
-from sources import is_on_disk
+from reading.sources import is_on_disk
 from train_capi import CapiConfig
 from training_evals import OF_RANKS, Evaluations, Landed, plan_evals
 from utils import UserError

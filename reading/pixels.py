@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bands import Stored, combined
-from sources import (
+from reading.bands import Stored, combined
+from reading.sources import (
     BadImageError,
     ImageDataset,
     ImageStream,

@@ -50,7 +50,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from archives import (
+from reading.archives import (
     REMOTE_PACKAGES,
     ArchiveError,
     Index,
@@ -67,7 +67,7 @@ from archives import (
     split_place,
     stored_file,
 )
-from bands import ARRAY_ENDINGS, Stored, decode_bands, is_array_file, read_stored
+from reading.bands import ARRAY_ENDINGS, Stored, decode_bands, is_array_file, read_stored
 from utils import RGB8, Bands, UserError, did_you_mean, hash_file, locked, replacing
 from weights import fetch
 

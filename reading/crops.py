@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from bands import resized
+from reading.bands import resized
 from utils import UPRIGHT, Turns
 
 CROP_RATIO = (3 / 4, 4 / 3)
