@@ -46,6 +46,7 @@ from labels import choose_images, split_off
 from reading.sources import UNLABELLED, ImageDataset, SegmentationDataset, match_classes
 from readouts import DISTANCES, TRAIN_CHUNK, fit_logistic, majority_votes, nearest, spread
 from report import Score
+from sheets import as_rgb
 from utils import RGB8, Bands, UserError, as_written, both_sides, derive_seed
 from weights import save_safetensors
 
@@ -826,7 +827,7 @@ def run_test(
                 dumped[name].append(labels)
         for i in range(len(images)):
             if position + i in drawn:
-                shown = {"image": images[i].movedim(0, -1).numpy(), "truth": truth[i].numpy()}
+                shown = {"image": as_rgb(images[i : i + 1])[0], "truth": truth[i].numpy()}
                 pictures.append(shown | {name: labels[i].numpy() for name, labels in predicted.items()})
         position += len(images)
     for confusion in itertools.chain([counts], confusions.values(), *few_confusions.values()):

@@ -54,6 +54,7 @@ from training import (
     describe,
     global_batch_size,
     milestones,
+    nothing_to_export,
     run_command,
     sent_to,
     warn_of_another_course,
@@ -176,7 +177,8 @@ def build_backbone(cfg: BackboneConfig, image_size: int, *, with_weights: bool) 
     if bands != (3, None):
         raise UserError(
             f"backbone.model_loader_kwargs={cfg.model_loader_kwargs}: the model takes {bands[0]} bands with "
-            f"data.value_range={bands[1]}, and fine-tuning gives it 8-bit RGB; give a model that was trained on that"
+            f"data.value_range={bands[1]}, and fine-tuning gives it 8-bit RGB; give a model that was trained on that, "
+            "or evaluate this one frozen: eval_classification.py and eval_segmentation.py give it its bands"
         )
     for part in backbone.modules():
         if isinstance(part, Residual):  # stochastic depth is that of `Trunk`, whose draws can be repeated
@@ -797,6 +799,8 @@ def main(task: Task[Any], parser: argparse.ArgumentParser, arguments: Sequence[s
 
     def state_to_export(cfg: FinetuneConfig, device: torch.device) -> FinetuneState:
         checkpoint = newest_checkpoint(cfg, Path(cfg.train.output_dir))
+        if checkpoint is None:
+            raise nothing_to_export(cfg)
         return make_state(task, prepared(cfg, checkpoint), device, with_weights=False, compiled=False)
 
     return run_command(

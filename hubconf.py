@@ -110,6 +110,7 @@ VIT_L14: dict[str, _Any] = {
         "drop_path_rate": 0.2,
         "block_kwargs": {
             "drop_path_type": "efficient",
+            "mlp_bias": False,
             "attn_kwargs": {
                 "num_heads": 16,
                 "qkv_bias": False,

@@ -274,12 +274,13 @@ class Block(nn.Module):
         norm_layer: Any,
         drop_path_rate: float = 0.0,
         drop_path_type: str = "efficient",
+        mlp_bias: bool = False,
         attn_kwargs: Mapping[str, Any],
     ) -> None:
         super().__init__()
         drop = {"drop_path_rate": drop_path_rate, "drop_path_type": drop_path_type}
         self.residual1 = Residual(norm_layer(dim), Attention(dim, **attn_kwargs), **drop)
-        self.residual2 = Residual(norm_layer(dim), Mlp(dim), **drop)
+        self.residual2 = Residual(norm_layer(dim), Mlp(dim, bias=mlp_bias), **drop)
 
     def forward(
         self,
@@ -577,7 +578,8 @@ class EncoderDecoder(Backbone):
         norm_layer_type: name of a norm in `torch.nn`; `norm_layer_kwargs` are its arguments, `final_norm_kwargs` come
             on top for the norm after the last block.
         n_registers: learned tokens beside the patches.
-        register_coordinates: `edge` spreads them over the border of the image, `zeros` puts them at the corner.
+        register_coordinates: `edge` spreads them over the border of the image, `zeros` puts them at the corner,
+            `centre` in the middle.
         scale_reg_to_visible: map their coordinates into the bounding box of each image's visible patches.
         transformers_kwargs: what both towers share: `embed_dim`, `drop_path_rate`, `block_kwargs`.
         encoder_kwargs: the encoder's `depth`.
@@ -1007,14 +1009,14 @@ def grid_coordinates(num_rows: int, num_columns: int, device: torch.device) -> F
 
 
 def edge_coordinates(num_registers: int, kind: str, device: torch.device | None = None) -> Float[Tensor, "r 2"]:
-    """Coordinates of the registers: walking round the unit square (`edge`), or all at its origin (`zeros`).
+    """Coordinates of the registers: walking round the unit square (`edge`), or all at its origin (`zeros`) or `centre`.
 
     Raises: UserError if `edge` has a number of registers that is no multiple of 4, or for another kind.
     """
-    if kind == "zeros":
-        return torch.zeros(num_registers, 2, device=device)
+    if kind in ("zeros", "centre"):
+        return torch.full((num_registers, 2), 0.5 if kind == "centre" else 0.0, device=device)
     if kind != "edge":
-        raise UserError(f"register_coordinates={kind!r} must be one of edge, zeros")
+        raise UserError(f"register_coordinates={kind!r} must be one of edge, zeros, centre")
     if num_registers % 4:
         raise UserError(
             f"n_registers={num_registers} must be a multiple of 4 with register_coordinates='edge' (a quarter per side)"

@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from baselines import starting
 from cae import (
     DEFAULT_CONFIG,
     Encoder,
@@ -365,12 +366,18 @@ class CaeState(TrainState[CaeConfig]):
 def start_from(student: nn.ModuleDict, path_or_url: str) -> None:
     """Copy the weights of `train.init_from` into a fresh student, and say what stays random.
 
-    That is the predictor, if the file lacks it: an export of the encoder, or what the authors publish.
+    That is the predictor, if the file lacks it: an export of the encoder, or what the authors publish, or the encoder
+    of another method.
 
     Raises: UserError if the weights do not fit.
     """
     file = read_file(path_or_url, key="train.init_from")
-    parts = {"backbone": read_encoder(file, path_or_url), "predictor": read_predictor(file)}
+    encoder: Any = student["backbone"]
+    vit = starting.read(file, path_or_url, encoder)
+    if vit is None:
+        parts = {"backbone": read_encoder(file, path_or_url), "predictor": read_predictor(file)}
+    else:
+        parts = {"backbone": starting.fit(vit, encoder, grid=encoder.grid_size), "predictor": {}}
     for name, weights in parts.items():
         if weights:
             fitting = spread_over_bands(weights, student[name])

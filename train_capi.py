@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from baselines import starting
 from checkpoint import SavedState, read_weights
 from clustering import (
     HEADS,
@@ -86,7 +87,7 @@ from training import (
     weights_to_start_from,
 )
 from utils import UserError, as_typed, as_written, derive_seed, ending_in_words, setup_logging
-from weights import backbone_part, load_backbone_weights, load_strictly, read_state_dict, spread_over_bands
+from weights import backbone_part, load_backbone_weights, load_strictly, spread_over_bands
 
 logger = logging.getLogger("capi")
 
@@ -96,6 +97,14 @@ FINITE = ("capi_loss", "grad_norm")
 """Scalars of a step that must be finite."""
 FINITE_OF_CLUSTERING = ("clustering_loss", "clustering_grad_norm")
 """Those of a step that has a clustering head."""
+SIZES = (
+    "model.transformers_kwargs.embed_dim",
+    "model.encoder_kwargs.depth",
+    "model.transformers_kwargs.block_kwargs.attn_kwargs.num_heads",
+    None,
+)
+"""Keys of width, blocks, heads and hidden channels of the encoder."""
+KEEPS_ALL = "the encoder of configs/continue/capi_from_dinov3.yaml has a place for more of it"
 PREDICTOR = ("decoder.", "dec_norm.", "mask_token")
 """Names of the predictor's parameters in the backbone begin with one of these."""
 TARGETS = ("clustering", "ema_head", "latents")
@@ -261,6 +270,8 @@ class BlockConfig:
 
     drop_path_type: str = field(metadata=one_of("efficient", "naive"))
     """efficient (the branch runs on a subset of the images) or naive (its result is masked)."""
+    mlp_bias: bool
+    """Whether the linear layers of the MLPs have a bias."""
     attn_kwargs: AttentionConfig
 
 
@@ -303,8 +314,8 @@ class ModelConfig:
     """What is different for the norm after the last block."""
     n_registers: int = field(metadata=NOT_NEGATIVE)
     """Learned tokens beside the patches, 16."""
-    register_coordinates: str = field(metadata=one_of("edge", "zeros"))
-    """edge (spread over the border of the image, so a multiple of 4) or zeros."""
+    register_coordinates: str = field(metadata=one_of("edge", "zeros", "centre"))
+    """edge (spread over the border of the image, so a multiple of 4), zeros (its corner) or centre."""
     scale_reg_to_visible: bool
     """Map the registers' coordinates into the bounding box of each image's visible patches."""
     out_layer: int = field(metadata=within())
@@ -337,7 +348,7 @@ class ModelConfig:
                 "model.n_registers",
                 self.n_registers,
                 "must be a multiple of 4 with model.register_coordinates=edge (one quarter per side); "
-                "change it, or use model.register_coordinates=zeros",
+                "change it, or use model.register_coordinates=centre",
             )
         towers = self.transformers_kwargs
         heads = towers.block_kwargs.attn_kwargs.num_heads
@@ -458,7 +469,7 @@ class CapiState(TrainState[CapiConfig]):
     )
     LATER_KEYS: ClassVar[dict[str, Any]] = {
         **LATER_KEYS,
-        "model": {"predictor": "cross"},
+        "model": {"predictor": "cross", "transformers_kwargs": {"block_kwargs": {"mlp_bias": False}}},
         "capi": {"targets": "clustering", "queue": 0, "student_head": "linear"},
     }
 
@@ -470,7 +481,9 @@ class CapiState(TrainState[CapiConfig]):
         self.student = self.place(
             self._make_student,
             compilation.do_student,
-            load=None if init_from is None else functools.partial(start_from, path_or_url=init_from),
+            load=None
+            if init_from is None
+            else functools.partial(start_from, path_or_url=init_from, grid=cfg.grid_size),
         )
         self.student_ema = self.place(self._make_student, compilation.do_teacher, is_teacher=True)
         ema_update_(self.student_ema, self.student, 0.0)
@@ -584,16 +597,32 @@ def part_of(name: str) -> str:
     return "predictor" if name.startswith(tuple(f"backbone.{part}" for part in PREDICTOR)) else "encoder"
 
 
-def start_from(student: nn.ModuleDict, path_or_url: str) -> None:
+def start_from(student: nn.ModuleDict, path_or_url: str, grid: tuple[int, int]) -> None:
     """Copy the weights of `train.init_from` into a fresh student's backbone, and say what stays random.
 
     A predictor that is missing as a whole does; one that a fused student has no use for is left out. The heads stay
     random: the released weights have no clustering head, and the student's is of no use with the prototypes of another.
 
+    Args:
+        student: filled in place.
+        path_or_url: what this method publishes or exports, or an encoder of another one.
+        grid: rows and columns of patches of the images.
+
     Raises: UserError if the weights do not fit.
     """
     backbone: Any = student["backbone"]
-    weights = backbone_part(read_state_dict(path_or_url, key="train.init_from"), path_or_url)
+    file = starting.read_file(path_or_url)
+    vit = starting.read(file, path_or_url, backbone)
+    if vit is not None:
+        load_strictly(
+            backbone,
+            starting.fit(vit, backbone, grid=grid, keys=SIZES, hint=KEEPS_ALL),
+            path_or_url,
+            remedy="Give another file",
+        )
+        logger.info("predictor, mask token, the student's head and the clustering head start random")
+        return
+    weights = backbone_part(file, path_or_url)
     tower, note = PREDICTOR[:2], ""
     has_predictor = any(key.startswith("decoder.blocks.") for key in weights)
     if backbone.decoder is None and has_predictor:

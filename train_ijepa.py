@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from baselines import starting
 from checkpoint import SavedState, read_weights
 from config import (
     COUNT,
@@ -94,7 +95,7 @@ from training import (
     with_length,
 )
 from utils import as_typed, ending_in_words, setup_logging
-from weights import read_state_dict, spread_over_bands
+from weights import spread_over_bands
 
 logger = logging.getLogger("capi")
 
@@ -398,14 +399,24 @@ class IjepaState(TrainState[IjepaConfig]):
 
 @dataclass(frozen=True)
 class StartingWeights:
-    """The file of `train.init_from`: an export of a training, or what the authors publish."""
+    """The file of `train.init_from`: an export of a training, or what these or other authors publish."""
 
     path_or_url: str
 
     @functools.cached_property
     def file(self) -> dict[str, Any]:
         """What it holds."""
-        return read_state_dict(self.path_or_url, key="train.init_from")
+        return starting.read_file(self.path_or_url)
+
+    def encoder_for(self, backbone: Any, name: str) -> dict[str, Tensor]:
+        """The weights of one of the encoders of a published file, or the one in it, for a fresh encoder.
+
+        Raises: UserError if there is none, or another method's that does not fit.
+        """
+        vit = starting.read(self.file, self.path_or_url, backbone)
+        if vit is not None:
+            return starting.fit(vit, backbone, grid=backbone.grid_size, say=name == "encoder")
+        return spread_over_bands(read_encoder(self.file, self.path_or_url, name), backbone)
 
     def fill_student(self, student: nn.ModuleDict) -> None:
         """Copy encoder and, if the file has one, predictor into a fresh student, and say what stays random.
@@ -413,7 +424,7 @@ class StartingWeights:
         Raises: UserError if the weights do not fit.
         """
         source = self.path_or_url
-        encoder = spread_over_bands(read_encoder(self.file, source, "encoder"), student["backbone"])
+        encoder = self.encoder_for(student["backbone"], "encoder")
         load_resized(student["backbone"], encoder, source, remedy=NETWORKS)
         prefix = "predictor."
         predictor = {key.removeprefix(prefix): x for key, x in self.file.items() if key.startswith(prefix)}
@@ -430,7 +441,7 @@ class StartingWeights:
         Raises: UserError if the weights do not fit.
         """
         source = self.path_or_url
-        encoder = spread_over_bands(read_encoder(self.file, source, "target_encoder"), student_ema["backbone"])
+        encoder = self.encoder_for(student_ema["backbone"], "target_encoder")
         load_resized(student_ema["backbone"], encoder, source, remedy=NETWORKS)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:

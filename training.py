@@ -550,8 +550,13 @@ def export_newest(state: TrainState[Any], output_dir: Path) -> list[Path]:
         check=state.check,
     )
     if restore(state, checkpoints) is None:
-        raise UserError(f"train.output_dir={cfg.train.output_dir!r} has no checkpoint to export; train first")
+        raise nothing_to_export(cfg)
     return export_all(state, output_dir)
+
+
+def nothing_to_export(cfg: TrainingConfig) -> UserError:
+    """What to say of a run without any checkpoint."""
+    return UserError(f"train.output_dir={cfg.train.output_dir!r} has no checkpoint to export; train first")
 
 
 # --- What is going to be seen ----------------------------------------------------------------------------------------

@@ -41,13 +41,13 @@ def look_up(model_name: str, models: Mapping[str, Entry]) -> Entry:
     raise UserError(f"model_name={model_name!r} is unknown to this loader{hint}{all_names}")
 
 
-def library(name: str) -> Any:
-    """Import an optional package. Raises: UserError that says how to install it."""
+def library(name: str, user: str = "This baseline") -> Any:
+    """Import an optional package. Raises: UserError that says how to install it, and what needs it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         remedy = f"in {str(Path(__file__).parent.parent)!r}: pip install -c constraints.txt -e '.[baselines]'"
-        raise UserError(f"This baseline needs {name} ({error}); {remedy}") from error
+        raise UserError(f"{user} needs {name} ({error}); {remedy}") from error
 
 
 def create_vit(architecture: str, **kwargs: Any) -> nn.Module:

@@ -319,7 +319,17 @@ def turn_upright(pixels: UInt8[Tensor, "c h w"], orientation: int) -> UInt8[Tens
 def _opened(data: bytes | Image.Image) -> Image.Image:
     if is_array_file(data):  # of 8-bit RGB, which looks the same from every reader
         return Image.fromarray(decode_bands(data, RGB8).permute(1, 2, 0).contiguous().numpy())
-    return Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+    if not isinstance(data, bytes):
+        return data
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        if data[:4] not in (b"II*\0", b"MM\0*"):
+            raise
+        raise ValueError(
+            "a TIFF that is no 8-bit RGB, such as one of many bands; pretraining reads those with model.in_chans and "
+            "data.value_range, and evaluations with a model that was trained so"
+        ) from error
 
 
 def _divisor(image: Image.Image, reduction: Callable[[int, int], int] | None) -> int:
@@ -1155,50 +1165,147 @@ class SegmentationDataset(ImageDataset):
         return Sample(str(image), functools.partial(read_file, image), functools.partial(_read_labels, labels))
 
 
+class ArchivedSegmentation(SegmentationDataset):
+    """Pairs of images and label images of two data sets.
+
+    Args:
+        images: of which at least these or
+        masks: those are in an archive.
+        rows: numbers in them of each pair.
+        ignore_labels: labels of pixels that do not count.
+        class_names: name of each label from 0 on, as far as they are known.
+    """
+
+    def __init__(
+        self,
+        images: ImageDataset,
+        masks: ImageDataset,
+        rows: Sequence[tuple[int, int]],
+        ignore_labels: Sequence[int],
+        class_names: Sequence[str],
+    ) -> None:
+        super().__init__([], ignore_labels, class_names)
+        self.images, self.masks, self.rows = images, masks, torch.tensor(rows, dtype=torch.int64)
+
+    def fingerprint(self) -> str:
+        """A hash of those of images and label images, of their pairs and of what labels mean."""
+        parts = [self.images.fingerprint(), self.masks.fingerprint(), self.rows.tolist()]
+        return hashlib.sha256(json.dumps([*parts, self.ignore_labels, self.names]).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, mask = (
+            part[row] for part, row in zip((self.images, self.masks), self.rows[index].tolist(), strict=True)
+        )
+        return Sample(image.name, image.read, functools.partial(_read_archived_labels, mask))
+
+
+def _read_archived_labels(mask: Sample) -> Image.Image:
+    return decode_mask(mask.read(), mask.name)
+
+
 def _make_segmentation_folder(url: DataUrl) -> SegmentationDataset:
     """`custom://Segmentation?root='/data/train'`: images and masks of the same file names, but for the ending.
 
-    Class names come from classes.txt, a name a line, in that folder or the one above. Pixels do not count whose label's
-    name is in parentheses, such as `(void)`, nor those of label 255, unless it has a name.
+    Folder, images and masks may each be an archive, or a folder of one. Class names come from classes.txt, a name a
+    line, in that folder or the one above. Pixels do not count whose label's name is in parentheses, such as `(void)`,
+    nor those of label 255, unless it has a name.
     """
     url.take(("root", "images", "masks"))
+    if any(is_remote(str(url.kwargs.get(name))) for name in ("root", "images", "masks")):
+        raise url.error("label images are read from this machine; copy them, and give that folder or archive")
     root = url.folder("root")
-    given = str(url.kwargs["root"])
-    if is_remote(given) or re.search(r"\.(tar|zip)(/|$)", given, re.IGNORECASE):
-        raise url.error("label images are read from folders of this machine; unpack or copy it, and give that folder")
-    images = _by_stem(url, ImageFolder(url, root / url.folder("images", "images")))
-    masks = _by_stem(url, ImageFolder(url, root / url.folder("masks", "masks")))
-    alone = [path for stem, path in images.items() if stem not in masks]
+    places = [root / url.folder(kind, kind) for kind in ("images", "masks")]
+    images, masks = (archived_images(url, place) or ImageFolder(url, place) for place in places)
+    image_of, mask_of = (_by_stem(url, *each) for each in zip((images, masks), places, strict=True))
+    alone = [stem for stem in image_of if stem not in mask_of]
     if alone:
-        folder = root / url.folder("masks", "masks")
-        raise url.error(f"{len(alone)} images have no mask of the same name in {folder}, such as {alone[0].name}")
-    if len(masks) > len(images):
-        unused = next(path for stem, path in masks.items() if stem not in images)
-        logger.warning("%s: %d masks have no image, such as %s", url.text, len(masks) - len(images), unused)
+        first = Path(images[image_of[alone[0]]].name).name
+        raise url.error(f"{len(alone)} images have no mask of the same name in {places[1]}, such as {first}")
+    if len(mask_of) > len(image_of):
+        unused = next(masks[row].name for stem, row in mask_of.items() if stem not in image_of)
+        logger.warning("%s: %d masks have no image, such as %s", url.text, len(mask_of) - len(image_of), unused)
     names = _read_class_names(url, root)
     ignore_labels = [label for label, name in enumerate(names) if name.startswith("(") and name.endswith(")")]
     if len(names) <= UNLABELLED:
         ignore_labels.append(UNLABELLED)
-    return SegmentationDataset([(path, masks[stem]) for stem, path in images.items()], ignore_labels, names)
+    rows = [(row, mask_of[stem]) for stem, row in image_of.items()]
+    if isinstance(images, ImageFolder) and isinstance(masks, ImageFolder):
+        pairs = [(images.root / images.paths[i], masks.root / masks.paths[j]) for i, j in rows]
+        return SegmentationDataset(pairs, ignore_labels, names)
+    return ArchivedSegmentation(images, masks, rows, ignore_labels, names)
 
 
-def _by_stem(url: DataUrl, folder: ImageFolder) -> dict[str, Path]:
-    by_stem: dict[str, Path] = {}
-    for path in folder.paths:
-        stem, file = str(Path(path).with_suffix("")), folder.root / path
+def archived_images(url: DataUrl, place: Path) -> ArchivedImages | None:
+    """The images of an archive, or of a folder in one, on this machine; None if a path names no archive.
+
+    Raises: UserError if it cannot be read, or has no images.
+    """
+    try:
+        archive = split_place(str(place))
+    except ValueError as error:
+        raise url.error(str(error)) from error
+    return None if archive is None else _open_archives(url, [archive[0]], archive[1], None, None)
+
+
+def paths_below(images: ArchivedImages, place: Path) -> list[str]:
+    """Where each of `archived_images` is, below the place that it was opened with."""
+    archive = split_place(str(place))
+    assert archive is not None
+    return [path.removeprefix(f"{archive[1]}/" if archive[1] else "") for path in images.paths]
+
+
+def _by_stem(url: DataUrl, images: ImageFolder | ArchivedImages, place: Path) -> dict[str, int]:
+    """The number of each image by its name below a place, without the ending."""
+    by_stem: dict[str, int] = {}
+    paths = images.paths if isinstance(images, ImageFolder) else paths_below(images, place)
+    for row, path in enumerate(paths):
+        stem = str(Path(path).with_suffix(""))
         if stem in by_stem:
-            raise url.error(f"{by_stem[stem]} and {file} have the same name but for the ending; remove one")
-        by_stem[stem] = file
+            both = f"{images[by_stem[stem]].name} and {images[row].name}"
+            raise url.error(f"{both} have the same name but for the ending; remove one")
+        by_stem[stem] = row
     return by_stem
 
 
-def _read_class_names(url: DataUrl, root: Path) -> list[str]:
+class _ClassFiles:
+    """Says which files have class names, as `archives.Names`."""
+
+    NAME = "classes.txt"
+
+    def __init__(self) -> None:
+        self.left_out = Counter[str]()
+
+    def is_image(self, name: str, is_file: Callable[[], bool]) -> bool:
+        return name == self.NAME and is_file()
+
+
+def _find_class_names(root: Path) -> tuple[str, bytes] | None:
+    """Place and content of the file of class names of a folder or archive."""
+    archive = split_place(str(root))
+    if archive is not None:
+        file, below = stored_file(archive[0]), PurePosixPath(archive[1])
+        inside = ArchivedImages([file], index_all([file], _ClassFiles, "", None))
+        row_of = {path: row for row, path in enumerate(inside.paths)}
+        for folder in (below, below.parent):
+            if (row := row_of.get(str(folder / _ClassFiles.NAME))) is not None:
+                return inside[row].name, inside[row].read()  # pyright: ignore[reportReturnType]  # bytes, of an archive
+        root = Path(archive[0])
     path = next((path for path in (root / "classes.txt", root.parent / "classes.txt") if path.is_file()), None)
-    if path is None:
-        return []
+    return None if path is None else (str(path), path.read_bytes())
+
+
+def _read_class_names(url: DataUrl, root: Path) -> list[str]:
+    path = root
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        found = _find_class_names(root)
+        if found is None:
+            return []
+        path, data = found
+        names = [line.strip() for line in data.decode("utf-8-sig").rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError, ValueError, ArchiveError) as error:
         raise url.error(f"{path} cannot be read: {error}; it has a class name a line, as UTF-8") from error
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None or len(names) > 256:

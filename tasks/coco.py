@@ -26,12 +26,15 @@ from jaxtyping import Bool, Float64, Int64, UInt8
 from torch import Tensor
 
 from reading.sources import (
+    ArchivedImages,
     DataUrl,
     ImageDataset,
     PathList,
     Sample,
+    archived_images,
     files_fingerprint,
     parse_data_url,
+    paths_below,
     read_file,
     silent_decoders,
 )
@@ -372,17 +375,25 @@ def run_lengths(segmentation: Any, height: int, width: int) -> Any:
 
 
 class CocoImages(ImageDataset):
-    """Images of a folder, whose target is what the file of annotations says of them, as `Objects`.
+    """Images of a folder or archive, whose target is what the file of annotations says of them, as `Objects`.
 
     Args:
         annotations: of the images.
-        root: folder of the images.
+        root: folder of the images, which may be one in an archive.
         where: the data, as `key=value`, for messages.
         rows: which images; None for all.
+        archived: images of the archive, and the number there of each in the file of annotations; None for a folder.
     """
 
-    def __init__(self, annotations: Annotations, root: Path, where: str, rows: Sequence[int] | None = None) -> None:
-        self.annotations, self.root, self.where = annotations, root, where
+    def __init__(
+        self,
+        annotations: Annotations,
+        root: Path,
+        where: str,
+        rows: Sequence[int] | None = None,
+        archived: tuple[ArchivedImages, Int64[Tensor, " images"]] | None = None,
+    ) -> None:
+        self.annotations, self.root, self.where, self.archived = annotations, root, where, archived
         self.rows = torch.arange(len(annotations.names)) if rows is None else torch.tensor(rows, dtype=torch.int64)
 
     def with_objects(self) -> "CocoImages":
@@ -398,7 +409,7 @@ class CocoImages(ImageDataset):
                 f"{self.where}: no image of {self.annotations.path} has an object to learn; annotations is empty, or "
                 "all of it is left out or of crowds (iscrowd)"
             )
-        return CocoImages(self.annotations, self.root, self.where, rows)
+        return CocoImages(self.annotations, self.root, self.where, rows, self.archived)
 
     @property
     def class_names(self) -> list[str]:
@@ -409,8 +420,14 @@ class CocoImages(ImageDataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        path = self.root / self.annotations.names[int(self.rows[index])]
-        return Sample(str(path), functools.partial(read_file, path), functools.partial(self.objects, index))
+        target = functools.partial(self.objects, index)
+        row = int(self.rows[index])
+        if self.archived is not None:
+            images, row_in = self.archived
+            image = images[int(row_in[row])]
+            return Sample(image.name, image.read, target)
+        path = self.root / self.annotations.names[row]
+        return Sample(str(path), functools.partial(read_file, path), target)
 
     def objects(self, index: int) -> Objects:
         """What is known of an image."""
@@ -428,8 +445,11 @@ class CocoImages(ImageDataset):
         return self.annotations.image_ids[int(self.rows[index])]
 
     def fingerprint(self) -> str:
-        """A hash of the file of annotations and of images, as `files_fingerprint` takes them."""
+        """A hash of the file of annotations and of images, as `files_fingerprint` takes them, or of their archive."""
         a = self.annotations
+        if self.archived is not None:
+            about = f"{a.digest} {self.archived[0].fingerprint()} {self.archived[1][self.rows].tolist()}"
+            return hashlib.sha256(about.encode()).hexdigest()
         paths = [self.root / a.names[row] for row in self.rows.tolist()]
         return files_fingerprint(paths, a.digest.encode())
 
@@ -442,6 +462,8 @@ class CocoImages(ImageDataset):
 
 def open_coco(url: str, key: str, *, masks: bool) -> CocoImages:
     """The data set of a data URL, `custom://COCO?images='FOLDER'&annotations='FILE'`, or of a folder that holds both.
+
+    The images may be in an archive: 'data.zip', or a folder of it, 'data.zip/train'.
 
     Args:
         url: as the user gave it.
@@ -463,14 +485,23 @@ def open_coco(url: str, key: str, *, masks: bool) -> CocoImages:
             "detection reads COCO's format: give custom://COCO?images='FOLDER'&annotations='FILE.json', or a folder "
             "with the images and one JSON file"
         )
-    if not root.is_dir():
-        raise parsed.error(f"there is no folder {root}; give that of the images")
+    images = archived_images(parsed, root)
+    if images is None and not root.is_dir():
+        raise parsed.error(f"there is no folder {root}; give that of the images, or an archive of them")
     annotations = read_annotations(path, where, masks=masks)
+    if images is not None:
+        rows = _find_archived(annotations, images, root, where)
+        return CocoImages(annotations, root, where, archived=(images, rows))
     _check_files(annotations, root, where)
     return CocoImages(annotations, root, where)
 
 
 def _only_json(url: DataUrl, folder: Path) -> Path:
+    if folder.is_file():
+        raise url.error(
+            f"{folder} is no folder; unpack the annotations, and give custom://COCO?images='{folder}'"
+            "&annotations='FILE.json'"
+        )
     found = sorted(folder.glob("*.json")) if folder.is_dir() else []
     if len(found) != 1:
         listed = f": {', '.join(path.name for path in found[:5])}" if found else ""
@@ -492,10 +523,30 @@ def _check_files(annotations: Annotations, root: Path, where: str) -> None:
             missing += 1
             example = example or f"file_name={name!r} of image id={annotations.image_ids[row]!r}"
     if missing:
-        raise UserError(
-            f"{where}: {missing} of {len(annotations.names)} images of {annotations.path} are not in {root}, the first "
-            f"is {example}; give the folder that file_name begins in, or remove these images from the file"
-        )
+        raise _missing(annotations, root, where, missing, example)
+
+
+def _find_archived(
+    annotations: Annotations, images: ArchivedImages, root: Path, where: str
+) -> Int64[Tensor, " images"]:
+    """The number in an archive of each image of a file of annotations."""
+    row_of = {path: row for row, path in enumerate(paths_below(images, root))}
+    rows, missing, example = [], 0, ""
+    for row, name in enumerate(annotations.names):
+        rows.append(row_of.get(name, -1))
+        if rows[-1] < 0:
+            missing += 1
+            example = example or f"file_name={name!r} of image id={annotations.image_ids[row]!r}"
+    if missing:
+        raise _missing(annotations, root, where, missing, f"{example}, where one is called {next(iter(row_of))!r}")
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _missing(annotations: Annotations, root: Path, where: str, number: int, example: str) -> UserError:
+    return UserError(
+        f"{where}: {number} of {len(annotations.names)} images of {annotations.path} are not in {root}, the first "
+        f"is {example}; give the folder that file_name begins in, or remove these images from the file"
+    )
 
 
 # --- Average precision -----------------------------------------------------------------------------------------------

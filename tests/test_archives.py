@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import tarfile
 import threading
 import zipfile
@@ -17,6 +18,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from finetunes import write_coco, write_masks
 from samples import MemoryDataset, MemoryStream, encode, folder_url, ids, make_config, photo, take, through_json
 
 import finetune_classification
@@ -25,6 +27,7 @@ from labels import open_labelled
 from reading import archives
 from reading.archives import expand_braces, split_place
 from reading.sources import BadImageError, Mixture, is_folder, is_on_disk, make_dataset, make_mixture, share_out
+from tasks.coco import open_coco
 from train_capi import main, make_loader
 from utils import UserError
 
@@ -264,8 +267,82 @@ def test_what_cannot_be_read_in_place_is_refused_with_a_remedy(root, tmp_path, m
     assert "cache= is for remote places" in refusal(f"custom://Images?root='{archive}'&cache='/x'")
     assert "cache= is for remote places" in refusal(f"custom://Images?root='{root}'&cache='/x'")
     assert "several folders are a list" in refusal(f"{root}/{{a,b}}")
-    assert "unpack or copy it" in refusal(f"custom://Segmentation?root='{archive}'")
-    assert "unpack or copy it" in refusal("custom://Segmentation?root='s3://bucket/x'")
+    assert f"no images below images in {archive}" in refusal(f"custom://Segmentation?root='{archive}'")
+    assert "copy them, and give" in refusal("custom://Segmentation?root='s3://bucket/x'")
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """A folder of label images and one of annotations, and the archives of all or parts of them."""
+    folder = tmp_path_factory.mktemp("labelled")
+    (folder / "all").mkdir()
+    train = write_masks(folder / "all") / "train"
+    write_coco(folder / "coco")
+    for unused in (train / "masks", folder / "coco" / "part"):  # so that numbers differ
+        shutil.copy(unused / "0.png", unused / "00.png")
+    old(write_zip(folder / "all.zip", folder / "all"))
+    write_tar(folder / "train.tar", train)
+    for kind in ("images", "masks"):
+        write_tar(train / f"{kind}.tar", train / kind)
+    write_zip(folder / "coco.zip", folder / "coco", zipfile.ZIP_DEFLATED)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("place", "names"),
+    [
+        ("root='{}/all.zip/train'", True),
+        ("root='{}/train.tar'", False),
+        ("root='{}/all/train'&images='images.tar'&masks='masks.tar'", True),
+        ("root='{}/all/train'&masks='masks.tar'", True),
+    ],
+)
+def test_label_images_in_archives_are_those_of_the_folder(labelled, place, names):
+    plain = make_dataset(f"custom://Segmentation?root='{labelled}/all/train'")
+    url = f"custom://Segmentation?{place.format(labelled)}"
+    packed = pickle.loads(pickle.dumps(make_dataset(url)))
+    assert is_folder(url) and len(packed) == len(plain) > 1
+    for one, other in zip(packed, plain, strict=True):
+        assert one.read() == other.read()
+        assert np.array_equal(one.target(), other.target())
+    assert packed.class_names == (plain.class_names if names else [])
+    assert packed.ignore_labels == (plain.ignore_labels if names else [255])
+    assert packed.fingerprint() == make_dataset(url).fingerprint() != plain.fingerprint()
+
+
+def test_what_is_wrong_with_archived_label_images_is_named(labelled, tmp_path):
+    train = labelled / "all" / "train"
+    first = train / "masks" / "0.png"
+    archive = write_tar(tmp_path / "x.tar", train, [p for p in files_of(train) if p != first and p.suffix == ".png"])
+    assert f"1 images have no mask of the same name in {archive}/masks, such as {first.name}" in refusal(
+        f"custom://Segmentation?root='{archive}'"
+    )
+    damaged = bytearray((labelled / "all.zip").read_bytes())
+    damaged[damaged.index(first.read_bytes()) + 60] ^= 255
+    (tmp_path / "bad.zip").write_bytes(damaged)
+    sample = make_dataset(f"custom://Segmentation?root='{tmp_path}/bad.zip/train'")[0]
+    sample.read()
+    with pytest.raises(BadImageError, match=r"label: .*checksum"):
+        sample.target()
+    (tmp_path / "classes.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"x\.tar.*classes\.txt cannot be read: .*as UTF-8"):
+        make_dataset(f"custom://Segmentation?root='{write_tar(tmp_path / 'x.tar', train)}'")
+
+
+def test_annotated_images_in_archives_are_those_of_the_folder(labelled):
+    annotations = f"annotations='{labelled}/coco/annotations.json'"
+    plain = open_coco(str(labelled / "coco"), "x", masks=True)
+    url = f"custom://COCO?images='{labelled}/coco.zip'&{annotations}"
+    packed = pickle.loads(pickle.dumps(open_coco(url, "x", masks=True))).with_objects()
+    assert len(packed) == len(plain.with_objects()) > 1
+    for one, other in zip(packed, plain.with_objects(), strict=True):
+        assert one.read() == other.read()
+        assert torch.equal(one.target().boxes, other.target().boxes)
+    assert packed.fingerprint() != plain.with_objects().fingerprint()
+    with pytest.raises(UserError, match=r"are not in .*coco\.zip/part, .*file_name='part/0\.png'.* called '0\.png'"):
+        open_coco(f"custom://COCO?images='{labelled}/coco.zip/part'&{annotations}", "x", masks=True)
+    with pytest.raises(UserError, match=r"coco\.zip is no folder; unpack the annotations"):
+        open_coco(f"{labelled}/coco.zip", "x", masks=True)
 
 
 def test_links_in_a_tar_file_are_counted_and_a_later_member_replaces_an_earlier_one(tmp_path, caplog):

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from commands import run_forked
 from conftest import GOLDEN, ROOT, load_golden_json, run_cli, seeded
@@ -195,6 +196,23 @@ def arguments(data, output_dir, *more):
         "logreg_max_iter=50",
         *more,
     ]
+
+
+def test_images_of_many_bands_are_segmented_and_drawn(data, tmp_path):
+    for part in ("train", "val"):
+        shutil.copytree(data / part / "masks", tmp_path / part / "masks")
+        (tmp_path / part / "images").mkdir()
+        for path in (data / part / "images").iterdir():
+            deep = np.tile(np.asarray(Image.open(path)).astype(np.uint16) * 40, (1, 1, 2))[..., :5]
+            file = tmp_path / part / "images" / f"{path.stem}.tif"
+            tifffile.imwrite(file, deep, photometric="minisblack", planarconfig="contig")
+    settings = {"value_range": [0, 10200], "mean": [0.4] * 5, "std": [0.3] * 5}
+    model = {**TINY["config_override"]["model"], "in_chans": 5}
+    kwargs = {"config_override": {"model": model, "data": settings}}
+    own = [f"model_loader_kwargs={json.dumps(kwargs)}", "classifiers=[knn]", "num_pictures=1"]
+    sources = arguments(tmp_path, tmp_path / "out", *own)
+    assert eval_segmentation.main(sources) == 0
+    assert (tmp_path / "out" / "artifacts" / "segmentation.png").is_file()
 
 
 def results_in(folder):

@@ -319,6 +319,18 @@ def test_a_run_goes_on_without_the_weights_that_it_began_with_and_is_exported_wi
     assert model(torch.zeros(1, 3, 16, 24)).feature_map.shape == (1, 4, 6, 32)
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_folder_without_checkpoint_is_named_before_any_network_is_built(arguments, tmp_path, capsys, name, is_there):
+    if is_there:
+        (tmp_path / "run").mkdir()
+    run = arguments(name, "run", "data.dataset=gone", weights=tmp_path / "gone.pth")
+    assert CASES[name].script.main([*run, "--export"]) == 2
+    said = capsys.readouterr().err
+    assert f"train.output_dir='{tmp_path / 'run'}' has no checkpoint to export; train first" in said
+    assert "Traceback" not in said
+
+
 STEPS_ARE_RANKS = ["optim.ema_momentum=0.5", "backbone.drop_path_rate=0.3", "optim.accumulation_steps=2"]
 IMAGES_ARE_SHARED = [
     "backbone.drop_path_rate=0",

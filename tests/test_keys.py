@@ -98,7 +98,7 @@ def test_the_script_of_a_job_answers_for_it(capfd):
 def script_of(path: Any) -> str:
     """The script that reads a YAML file of this repository."""
     if path.parent.name == "continue":
-        return f"train_{path.stem}"
+        return f"train_{path.stem.partition('_')[0]}"
     sections = set(read_yaml(path))
     for section, script in {
         "trainings": "compare",
