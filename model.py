@@ -4,6 +4,7 @@ Needs torch alone. It knows nothing of configs, ranks or training; `train_capi.p
 This file is also a model file in the sense of the evaluations: `load_model` builds a backbone from weights on disk.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -966,11 +967,12 @@ def position_grid(table: Float[Tensor, "1 n d"], *, row_first: bool) -> tuple[in
 
     Args:
         table: of positions.
-        row_first: as for `sincos_table`.
+        row_first: as for `sincos_table`: which order to try first. A table of the other one, out of another encoder,
+            is told apart by itself, unless there is one row or one column.
     """
-    for patches in (table[0], table[0, 1:]):
+    for swapped, patches in itertools.product((False, True), (table[0], table[0, 1:])):
         halves = patches.float().chunk(2, dim=1)
-        of_rows, of_columns = halves if row_first else reversed(halves)
+        of_rows, of_columns = halves if row_first is not swapped else reversed(halves)
         same_row = (of_rows - of_rows[:1]).abs().amax(dim=1) < SAME_POSITION
         columns = int(same_row.long().cumprod(dim=0).sum())
         if columns == 0 or len(patches) % columns:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines._shared import Grid, StateDict, library, resize_antialiased, resize_like_dino
+from model import position_grid
 from utils import UserError
 from weights import check_values, local_path, read_state_dict, spread_over_bands
 
@@ -436,6 +437,12 @@ def _fit_positions(
             before = (math.isqrt(table.shape[1]),) * 2
             resized = f", resized from {_crossed(before)} to {_crossed(grid)} patches" if before != grid else ""
             report.taken.append(f"positions{resized}")
+            if grid[0] != grid[1] and position_grid(patches, row_first=encoder.row_first) != grid:
+                raise UserError(
+                    f"train.init_from={vit.source!r}: its table of positions is learned, and of {math.prod(grid)} rows "
+                    f"of one nothing would tell that they are {_crossed(grid)} patches; set data.images_size to a "
+                    "number, for squares"
+                )
             if "cls_token" in parts:
                 class_row = class_row if class_row.numel() else torch.zeros(1, 1, vit.width)
                 patches = torch.cat([class_row, patches], dim=1)

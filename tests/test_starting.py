@@ -179,6 +179,17 @@ def test_crops_that_are_no_squares_keep_rotary_positions_exact():
     torch.testing.assert_close(tokens_here(encoder, images), tokens_of(source, images), rtol=1e-5, atol=1e-5)
 
 
+def test_a_learned_table_is_for_squares():
+    """MAE's, of sines and cosines, tells its grid in any size."""
+    learned = timm_vit(init_values=1.0).state_dict()
+    with pytest.raises(UserError, match=r"positions is learned.* 2 x 6 patches; set data.images_size to a num"):
+        start(cae_encoder(grid_size=(2, 6)), learned, grid_size=(2, 6))
+    encoder = cae_encoder(grid_size=(2, 6))
+    own = learned | {"pos_embed": model.sincos_table((4, 4), WIDTH)}  # as MAE has them: columns first
+    own["pos_embed"] = torch.cat([torch.zeros(1, 1, WIDTH), own["pos_embed"].view(1, 16, WIDTH)], dim=1)
+    assert model.position_grid(start(encoder, own, grid_size=(2, 6)).pos_embed, row_first=True) == (2, 6)
+
+
 def test_the_names_of_files_are_those_of_state_dicts(tmp_path):
     """Transformers writes other names than its models have."""
     for kind in ("ViTMAE", "Dinov2", "DINOv3ViT"):
