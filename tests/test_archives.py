@@ -317,9 +317,10 @@ def test_what_is_wrong_with_archived_label_images_is_named(labelled, tmp_path):
     assert f"1 images have no mask of the same name in {archive}/masks, such as {first.name}" in refusal(
         f"custom://Segmentation?root='{archive}'"
     )
-    damaged = bytearray((labelled / "all.zip").read_bytes())
-    damaged[damaged.index(first.read_bytes()) + 60] ^= 255
-    (tmp_path / "bad.zip").write_bytes(damaged)
+    damaged = bytearray(first.read_bytes())
+    damaged[60] ^= 255
+    content = (labelled / "all.zip").read_bytes()
+    (tmp_path / "bad.zip").write_bytes(content.replace(first.read_bytes(), damaged))  # its copy too
     sample = make_dataset(f"custom://Segmentation?root='{tmp_path}/bad.zip/train'")[0]
     sample.read()
     with pytest.raises(BadImageError, match=r"label: .*checksum"):

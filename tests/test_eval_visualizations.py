@@ -476,7 +476,7 @@ def oracle(place):
     cfg = EvaluationConfig(output_dir="unused")
     model = FrozenModel(load_model_file(str(place / "predicting.py"), {}), cfg, torch.device("cpu"), "predicting.py")
     dataset = make_dataset(f"custom://Images?root='{place / 'images'}'")
-    squares = torch.stack([vis.square(dataset[i].image(), 16) for i in range(len(dataset))])
+    squares = torch.stack([vis.squashed(dataset[i].image(), 16) for i in range(len(dataset))])
     features = model(squares).feature_map.flatten(1, 2)
     student = nn.Module()
     student.register_buffer("wanted", torch.stack([2 * features[at] for at in IN_STORE]))
