@@ -327,8 +327,8 @@ def _opened(data: bytes | Image.Image) -> Image.Image:
         if data[:4] not in (b"II*\0", b"MM\0*"):
             raise
         raise ValueError(
-            "a TIFF that is no 8-bit RGB, such as one of many bands; pretraining reads those with model.in_chans and "
-            "data.value_range, and evaluations with a model that was trained so"
+            "a TIFF that is damaged, or no 8-bit RGB, such as one of many bands; pretraining reads those with "
+            "model.in_chans and data.value_range, and evaluations with a model that was trained so"
         ) from error
 
 
