@@ -23,7 +23,19 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 
 from default_eval_config import EVALS
-from utils import RGB8, UPRIGHT, Bands, Normalisation, Turns, UserError, as_typed, as_written, both_sides, closest
+from utils import (
+    RGB8,
+    UPRIGHT,
+    Bands,
+    Normalisation,
+    Turns,
+    UserError,
+    as_typed,
+    as_written,
+    both_sides,
+    closest,
+    of_this_code,
+)
 
 ROOT = Path(__file__).parent
 MISSING = "???"
@@ -811,7 +823,7 @@ def find_file(path_name: str, key: str) -> Path:
     """A file as seen from the current folder, else from that of this one."""
     for path in (Path(path_name), ROOT / path_name):
         if path.is_file():
-            return path
+            return of_this_code(path)
     raise UserError(f"{key}={path_name}: there is no such file")
 
 

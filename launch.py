@@ -420,7 +420,7 @@ class Job:
 def copy_code(destination: Path, *, leave_out: Path | None = None) -> None:
     """Copy this repository: what git tracks, and new files that it does not ignore; in a copy without git, the modules.
 
-    A file `REVISION` says which commit it was.
+    A file `REVISION` says which commit it was, and `ORIGIN` which folder, see `utils.of_this_code`.
 
     Args:
         destination: folder to make.
@@ -438,6 +438,7 @@ def copy_code(destination: Path, *, leave_out: Path | None = None) -> None:
         (destination / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, destination / path)
     (destination / "REVISION").write_text(f"{git_revision() or 'unknown'}\n")
+    (destination / "ORIGIN").write_text(f"{ROOT.resolve()}\n")
 
 
 def _code_files() -> list[tuple[Path, bool]]:

@@ -382,6 +382,7 @@ def import_from_path(path: Path) -> ModuleType:
     """
     if path.suffix != ".py":
         raise UserError(f"{path}: not a Python file; its name must end in .py")
+    path = of_this_code(path)
     folder = path.resolve().parent
     try:
         if folder == Path(__file__).resolve().parent and path.stem.isidentifier():
@@ -389,6 +390,20 @@ def import_from_path(path: Path) -> ModuleType:
         return FolderOfModules(folder, f"{folder.name}_at_{abs(hash(folder)):x}".replace(".", "_")).run(path)
     except (ImportError, SyntaxError) as error:
         raise UserError(f"{path} cannot be imported: {error}") from error
+
+
+def of_this_code(path: Path) -> Path:
+    """The file of the code that runs, for one of the folder of which it is a copy for a job; any other as it is.
+
+    A job runs in the folder where it was submitted, so that `model.py` would be another module than the one that the
+    code imports, and perhaps have changed since.
+    """
+    here = Path(__file__).resolve().parent
+    try:
+        copied = here / path.resolve().relative_to((here / "ORIGIN").read_text().strip())
+    except (OSError, ValueError):
+        return path
+    return copied if copied.is_file() else path
 
 
 _ONE_AT_A_TIME = threading.RLock()

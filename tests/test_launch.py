@@ -2,12 +2,13 @@ import os
 import signal
 import socket
 import subprocess
+import textwrap
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PYTHON, ROOT
+from conftest import PYTHON, ROOT, run_cli
 from ranks import run_on_ranks
 
 import distributed
@@ -400,6 +401,7 @@ def test_the_copy_of_the_code_has_what_git_has_and_new_files(repository, tmp_pat
     copy_code(tmp_path / "code", leave_out=repository / "runs")
     assert files_of(tmp_path / "code") == {
         "train.py", "default.yaml", ".gitignore", "configs/small.yaml", "speed/kernels.py", "new.py", "REVISION",
+        "ORIGIN",
     }  # fmt: skip
     assert (tmp_path / "code" / "train.py").read_text() == "changed"
     assert "data.bin (1 MiB, not in git) is not copied" in caplog.text
@@ -419,7 +421,7 @@ def test_what_another_run_has_compiled_is_no_code(repository, tmp_path, monkeypa
 def test_without_git_the_copy_has_modules_and_configs(repository, tmp_path):
     copy_code(tmp_path / "code")
     assert files_of(tmp_path / "code") == {
-        "train.py", "new.py", "default.yaml", "configs/small.yaml", "speed/kernels.py", "REVISION",
+        "train.py", "new.py", "default.yaml", "configs/small.yaml", "speed/kernels.py", "REVISION", "ORIGIN",
     }  # fmt: skip
 
 
@@ -428,6 +430,24 @@ def test_without_git_the_copy_lacks_no_module_of_this_repository(tmp_path, monke
     monkeypatch.setenv("PATH", "")
     copy_code(tmp_path / "code")
     assert set(listed.stdout.decode().split()) - files_of(tmp_path / "code") == set()
+
+
+def test_a_job_takes_modules_from_its_copy_of_the_code_wherever_it_runs(tmp_path):
+    """Else `model.py` of the folder where it was submitted would be another module than the one that the code knows."""
+    copy_code(tmp_path / "code")
+    (tmp_path / "mine.py").write_text("")
+    code = """
+        import sys; sys.path.insert(0, sys.argv[1])
+        from pathlib import Path
+        import config, model, utils
+        for path in ("model.py", sys.argv[2] + "/model.py"):
+            assert utils.import_from_path(Path(path)) is model, path
+        assert config.find_file("eval_segmentation.py", "evals") == Path(sys.argv[1], "eval_segmentation.py").resolve()
+        own = Path(sys.argv[1]).parent / "mine.py"
+        assert utils.of_this_code(own) == own
+    """
+    done = run_cli("-c", textwrap.dedent(code), str(tmp_path / "code"), str(ROOT), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 # A script that runs here or as a job.

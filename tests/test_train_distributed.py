@@ -1,5 +1,7 @@
 import contextlib
+import functools
 import json
+import operator
 import os
 import re
 import signal
@@ -14,11 +16,18 @@ import slurm
 import yaml
 from commands import FAKE_EVALUATION, logged_steps, make_images, metrics_of, run_forked, tiny
 from conftest import PYTHON, ROOT, run_cli
+from finetunes import CASES, pretrain
 
 import train_distributed
 
 ENDLESS = ["optim.total_iters=100000", "train.checkpointing.period=100000"]
 """Runs that are only ended, and only saved, by a signal. Tests compare the steps that all of them made."""
+
+WRITTEN = {
+    "train_cae.py": ["tokenizer.description"],
+    "finetune_classification.py": ["classes", "data.images_per_epoch", "backbone.architecture", "backbone.arguments"],
+}
+"""Keys of a run's configuration that the training fills in, by script."""
 
 ON_CPUS = ["launcher.num_nodes=2", "launcher.gpus_per_node=0", "launcher.cpus_per_task=1"]
 
@@ -229,6 +238,14 @@ def test_what_sbatch_refuses_is_said(cluster, images, tmp_path):
     assert list((tmp_path / "run" / "jobs").iterdir()) == []
 
 
+def tiny_fine_tuning(images: Path, output_dir: Path) -> list[str]:
+    case, folder = CASES["classification"], images.parent / "labelled"
+    if not folder.exists():
+        case.write(folder)
+        pretrain(folder)
+    return case.arguments(folder, f"pretrained_weights={folder / 'run' / 'student_ema.pth'}", output_dir)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "tiny_of", "grace_s"),
@@ -237,6 +254,7 @@ def test_what_sbatch_refuses_is_said(cluster, images, tmp_path):
         ("train_capi.py", tiny, 0),
         ("train_ijepa.py", golden_ijepa.tiny_run, 30),
         ("train_cae.py", golden_cae.tiny_run, 30),
+        ("finetune_classification.py", tiny_fine_tuning, 30),
     ],
 )
 def test_a_preempted_job_is_requeued_once_and_goes_on_as_if_nothing_had_been(
@@ -268,8 +286,10 @@ def test_a_preempted_job_is_requeued_once_and_goes_on_as_if_nothing_had_been(
     assert (folder / "code" / script).read_text() == (ROOT / script).read_text()
     assert (folder / f"{job.number}_submission.sh").exists()
     submitted, ran = (yaml.safe_load((where / "config.yaml").read_text()) for where in (folder, out))
-    for cfg in (submitted, ran):
-        cfg.get("tokenizer", {}).pop("description", None)  # which the training writes
+    for key in WRITTEN.get(script, ()):
+        for cfg in (submitted, ran):
+            *sections, name = key.split(".")
+            functools.reduce(operator.getitem, sections, cfg).pop(name)
     assert submitted == ran
 
     straight = tmp_path / "straight"
