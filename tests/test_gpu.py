@@ -1,13 +1,22 @@
 """What only a GPU can show: `make gpu`."""
 
+import json
 import textwrap
+from functools import partial
 
 import pytest
 import torch
-from commands import make_images, metrics_of, run_main, tiny
+from commands import metrics_of
 from conftest import ROOT, load_golden_json, run_cli
+from finetunes import CASES, pretrain, segmentation_url, write_classes, write_coco, write_masks
 from golden import frequencies, golden_batches, golden_part, golden_state
+from methods import METHODS, images_for_all
+from safetensors.torch import load_file
 
+import eval_classification
+import eval_segmentation
+import eval_visualizations
+import extract_features
 import train_capi
 from train_capi import hyper_at
 
@@ -120,18 +129,95 @@ def test_eight_steps_on_a_gpu_follow_the_golden_trajectory(dtype):
             assert error <= weight * (after - before[key]).norm(), f"{name}.{key}"
 
 
+IN_8_BITS = ["optim.optimizer=AdamW8bit", "capi.clustering_optimizer.optimizer=AdamW8bit"]
+CONTINUED = {
+    **{name: (name, []) for name in METHODS},
+    "capi, fused": ("capi", ["model.predictor=fused"]),
+    "capi, moving-average head": ("capi", ["capi.targets=ema_head", "capi.student_head=mlp"]),
+    "capi, queue": ("capi", ["capi.queue=2"]),
+    "capi, moments in 8 bits": ("capi", IN_8_BITS),
+    "capi, not square": ("capi", ["data.images_size=[16,24]"]),
+    **{name: (name, []) for name in CASES if name != "detection"},  # torchvision draws proposals on the device
+    "segmentation, UperNet": ("segmentation", ["segmentation.head=uper"]),
+}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    return pretrain(tmp_path_factory.mktemp("pretrained"))
+
+
 @pytest.mark.usefixtures("without_tf32")
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_a_run_of_a_cpu_continues_on_a_gpu_as_it_would_have_on_the_cpu(tmp_path, dtype):
-    images = make_images(tmp_path / "images")
-    assert run_main(tiny(images, tmp_path / "cpu")) == 0
+@pytest.mark.parametrize("name", CONTINUED)
+def test_a_run_of_a_cpu_continues_on_a_gpu_as_it_would_have_on_the_cpu(tmp_path, pretrained, name, dtype):
+    what, own = CONTINUED[name]
+    if what in METHODS:
+        script, images = METHODS[what].script, images_for_all(tmp_path / "images")
+        arguments = partial(METHODS[what].tiny_run, images)
+    else:
+        script = CASES[what].script
+        CASES[what].write(tmp_path)
+        arguments = partial(CASES[what].arguments, tmp_path, f"pretrained_weights={pretrained}")
+    assert script.main(arguments(tmp_path / "cpu", *own)) == 0
     checkpoint = tmp_path / "cpu" / "checkpoints" / "step_000000002"
     overrides = ["train.device=cuda", f"efficiency.param_dtype={dtype}", f"train.resume_from={checkpoint}"]
-    assert run_main(tiny(images, tmp_path / "cuda", *overrides)) == 0
-    expected, actual = metrics_of(tmp_path / "cpu")[2:], metrics_of(tmp_path / "cuda")
+    assert script.main(arguments(tmp_path / "cuda", *own, *overrides)) == 0
+    on_cpu, on_gpu = ({r["step"]: r for r in metrics_of(tmp_path / run) if "loss" in r} for run in ("cpu", "cuda"))
     loss, norm, _ = TOLERANCES[dtype]
-    assert [record["step"] for record in actual] == [3, 4, 5, 6]
-    for on_cpu, on_gpu in zip(expected, actual, strict=True):
-        for name in ("capi_loss", "clustering_loss", "target_entropy"):
-            assert on_gpu[name] == pytest.approx(on_cpu[name], rel=loss), f"{name} of step {on_cpu['step']}"
-        assert on_gpu["grad_norm"] == pytest.approx(on_cpu["grad_norm"], rel=norm), f"step {on_cpu['step']}"
+    assert [*on_gpu] == [3, 4, 5, 6]
+    for step, record in on_gpu.items():
+        for key in {"loss", "capi_loss", "clustering_loss", "target_entropy"} & record.keys():
+            assert record[key] == pytest.approx(on_cpu[step][key], rel=loss), f"{key} of step {step}"
+        assert record["grad_norm"] == pytest.approx(on_cpu[step]["grad_norm"], rel=norm), f"step {step}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_a_detector_learns_on_a_gpu(tmp_path, pretrained, dtype):
+    write_coco(tmp_path / "train", num=4)
+    own = ["train.device=cuda", f"efficiency.param_dtype={dtype}", "optim.total_iters=40", "train.log_loss_every=10"]
+    own += ["optim.lr_schedule.base_value=1e-2"]
+    case, model = CASES["detection"], f"pretrained_weights={pretrained}"
+    assert case.script.main(case.arguments(tmp_path, model, tmp_path / "run", *own)) == 0
+    losses = [record["loss"] for record in metrics_of(tmp_path / "run") if "loss" in record]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+def scores_of(folder):
+    """All numbers of an evaluation's results that are scores."""
+    (path,) = folder.glob("results*.json")
+    results = json.loads(path.read_text())["results"]
+    return {
+        f"{method}/{name}": value
+        for method, found in results.items()
+        for name, value in found.items()
+        if isinstance(value, float) and name in {"top1", "mIoU", "accuracy"}
+    }
+
+
+@pytest.mark.usefixtures("without_tf32")
+def test_evaluations_and_features_of_a_gpu_are_those_of_a_cpu(tmp_path, pretrained):
+    masks, classes = write_masks(tmp_path), write_classes(tmp_path / "classes")
+    folder = f"torchvision://ImageFolder?root='{classes}/%s'"
+    labels = [f"train_dataset_name={folder % 'train'}", f"test_dataset_names={folder % 'test'}"]
+    labels += ["n_iters=20", "warmup_iters=2", "batch_size_per_gpu=4", "val_proportion=0.3", "knn_k=[3]"]
+    labels += ["learning_rates=[1e-2]", "resize=16", "methods=[knn,logreg,few_label,classifiers]"]
+    pixels = [f"{part}_dataset_name={segmentation_url(masks / part)}" for part in ("train", "test")]
+    pixels += ["knn_ks=[3]", "knn_distances=[cosine,L2,inner_product]", "ignore_labels=[1]"]
+    pictures = [f"dataset_name={segmentation_url(masks / 'test')}"]
+    scripts = {eval_classification: labels, eval_segmentation: pixels, eval_visualizations: pictures}
+    scripts[extract_features] = [f"dataset={masks / 'test' / 'images'}"]
+    for script, own in scripts.items():
+        for device in ("cpu", "cuda"):
+            output_dir = tmp_path / script.__name__ / device
+            model = f"model_loader_kwargs.pretrained_weights={pretrained}"
+            common = [model, f"device={device}", f"output_dir={output_dir}", "resolution=16", "num_workers=0"]
+            assert script.main([*own, *common]) == 0, (script, device)
+        on_cpu, on_gpu = (tmp_path / script.__name__ / device for device in ("cpu", "cuda"))
+        if script in {eval_classification, eval_segmentation}:
+            expected = scores_of(on_cpu)
+            assert len(expected) > 1 and scores_of(on_gpu) == pytest.approx(expected, abs=0.09)  # of 12 images
+    for path in sorted((tmp_path / "extract_features" / "cpu").rglob("*.safetensors")):
+        other = load_file(tmp_path / "extract_features" / "cuda" / path.relative_to(tmp_path / "extract_features/cpu"))
+        for name, values in load_file(path).items():
+            torch.testing.assert_close(other[name], values, atol=2e-3, rtol=2e-3)

@@ -3,57 +3,39 @@
 import math
 import shutil
 
-import golden_cae
-import golden_ijepa
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from commands import assert_same_run, make_images, tiny
+from commands import assert_same_run
 from conftest import seeded
+from methods import METHODS, images_for_all
 from PIL import Image
 
-import cae
 import finetune_classification
 import hubconf
-import ijepa
-import model
 import train_cae
 import train_capi
-import train_ijepa
 from model import position_grid, resize_positions, sincos_table
 
-
-def run_of_stop(images, output_dir, *overrides):
-    return golden_ijepa.tiny_run(images, output_dir, golden_ijepa.STOP_NOISE, *overrides)
-
-
-METHODS = {
-    "capi": (train_capi, tiny, 4, model.load_model, "student_ema"),
-    "ijepa": (train_ijepa, golden_ijepa.tiny_run, 4, ijepa.load_model, "student_ema"),
-    "stop": (train_ijepa, run_of_stop, 4, ijepa.load_model, "student_ema"),
-    "cae": (train_cae, golden_cae.tiny_run, 8, cae.load_model, "student"),
-}
-"""Script, arguments of a tiny run, patch size, loader, and name of an export."""
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Twice as wide as high."""
-    folder = make_images(tmp_path_factory.mktemp("data") / "images", size=40)
+    folder = images_for_all(tmp_path_factory.mktemp("data") / "images")
     for path in folder.iterdir():
         Image.open(path).resize((160, 80)).save(path)
-    golden_cae.save_tokenizer(folder)
     return folder
 
 
 def arguments(name, images, output_dir, rows, columns, *more):
     """Of a run of two steps with so many rows and columns of patches."""
-    _, run, patch, *_ = METHODS[name]
-    size = f"[{rows * patch},{columns * patch}]"
+    method = METHODS[name]
+    size = f"[{rows * method.patch},{columns * method.patch}]"
     sizes = [f"data.images_size={size}", *([f"tokenizer.image_size={size}"] if name == "cae" else [])]
-    return run(images, output_dir, "optim.total_iters=2", "train.checkpointing.period=1", *sizes, *more)
+    return method.tiny_run(images, output_dir, "optim.total_iters=2", "train.checkpointing.period=1", *sizes, *more)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +46,7 @@ def wide(images, tmp_path_factory):
     def of(name):
         if name not in runs:
             runs[name] = tmp_path_factory.mktemp(name)
-            assert METHODS[name][0].main(arguments(name, images, runs[name], 4, 8)) == 0
+            assert METHODS[name].script.main(arguments(name, images, runs[name], 4, 8)) == 0
         return runs[name]
 
     return of
@@ -74,27 +56,28 @@ def wide(images, tmp_path_factory):
 def test_an_interrupted_run_is_the_uninterrupted_one(images, wide, tmp_path, name):
     shutil.copytree(wide(name), tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "step_000000002")
-    (tmp_path / f"{METHODS[name][-1]}.pth").unlink()
-    assert METHODS[name][0].main(arguments(name, images, tmp_path, 4, 8)) == 0
+    (tmp_path / f"{METHODS[name].export}.pth").unlink()
+    assert METHODS[name].script.main(arguments(name, images, tmp_path, 4, 8)) == 0
     assert "continuing" in (tmp_path / "log.txt").read_text().rpartition("starting at")[2]
-    assert_same_run(tmp_path, wide(name), [METHODS[name][-1]])
+    assert_same_run(tmp_path, wide(name), [METHODS[name].export])
 
 
 @every_method
 def test_a_square_as_two_numbers_is_the_same_as_one(images, tmp_path, name):
-    script, _, patch, _, export = METHODS[name]
+    method = METHODS[name]
+    patch = method.patch
     for run, size in (("two", []), ("one", [f"data.images_size={8 * patch}"])):
-        assert script.main(arguments(name, images, tmp_path / run, 8, 8, *size)) == 0
+        assert method.script.main(arguments(name, images, tmp_path / run, 8, 8, *size)) == 0
         written = yaml.safe_load((tmp_path / run / "config.yaml").read_text())
         assert written["data"]["images_size"] == 8 * patch
         assert name != "cae" or written["tokenizer"]["image_size"] == 8 * patch
-    assert_same_run(tmp_path / "two", tmp_path / "one", [export])
+    assert_same_run(tmp_path / "two", tmp_path / "one", [method.export])
 
 
 @every_method
 def test_a_model_is_loaded_with_its_grid_by_every_way(wide, tmp_path, name):
-    _, _, patch, load, export = METHODS[name]
-    weights = wide(name) / f"{export}.pth"
+    patch, load = METHODS[name].patch, METHODS[name].load_model
+    weights = wide(name) / f"{METHODS[name].export}.pth"
     loaded = load(pretrained_weights=weights)
     if name != "capi":
         assert loaded.grid_size == (4, 8) and loaded.arguments["grid_size"] == (4, 8)
@@ -104,7 +87,7 @@ def test_a_model_is_loaded_with_its_grid_by_every_way(wide, tmp_path, name):
     assert {k: x.shape for k, x in untrained.state_dict().items()} == {
         k: x.shape for k, x in loaded.state_dict().items()
     }
-    by_hub = getattr(hubconf, "ijepa" if name == "stop" else name)(wide(name) / f"{export}.pth")
+    by_hub = getattr(hubconf, "ijepa" if name == "stop" else name)(weights)
     by_hub.save_pretrained(tmp_path)
     again = type(by_hub).from_pretrained(tmp_path)
     x = torch.randn(2, 3, 4 * patch, 8 * patch, generator=seeded(0))
@@ -118,10 +101,10 @@ def test_a_model_is_loaded_with_its_grid_by_every_way(wide, tmp_path, name):
 @pytest.mark.parametrize("name", ["ijepa", "cae"])
 @pytest.mark.parametrize("grid", [(8, 4), (6, 6)])
 def test_a_training_starts_from_weights_of_another_grid(images, wide, tmp_path, name, grid):
-    script, _, _, load, export = METHODS[name]
+    load, export = METHODS[name].load_model, METHODS[name].export
     start = wide(name) / f"{export}.pth"
     more = [f"train.init_from={start}", "optim.total_iters=1"]
-    assert script.main(arguments(name, images, tmp_path, *grid, *more)) == 0
+    assert METHODS[name].script.main(arguments(name, images, tmp_path, *grid, *more)) == 0
     before, after = (
         load(pretrained_weights=path).pos_embed[:, -n:]
         for path, n in ((start, 32), (tmp_path / f"{export}.pth", math.prod(grid)))
