@@ -4,6 +4,7 @@ AdamW keeps two moments of each weight, averages of its gradients and of their s
 """
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -214,12 +215,8 @@ class AdamW8bit(torch.optim.Optimizer):
         """Update what has a gradient."""
         assert closure is None
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            update = functools.partial(
-                adamw, max_exp_avg_sqs=[], amsgrad=False, maximize=False, fused=True,
-                beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-            )  # fmt: skip
             whole: list[list[Tensor]] = [[], [], [], [], []]
+            steps = []
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -228,13 +225,18 @@ class AdamW8bit(torch.optim.Optimizer):
                     state.update(_fresh_state(parameter))
                 weights, grads = _own(parameter), _own(parameter.grad)
                 if size := block_size(parameter.shape):
-                    _update_blocks(weights, grads, _Kept.of(state, size), state["step"], update)
+                    kept = _Kept.of(state, size)
+                    weights, grads = weights.view(-1, size), grads.reshape(-1, size)
+                    update = _update_by_kernel if has_kernel(weights.device) else _update_blocks
+                    update(weights, grads, kept, state["step"], group)
+                    steps.append(state["step"])
                 else:
                     own = (weights, grads, _own(state["exp_avg"]), _own(state["exp_avg_sq"]), state["step"])
                     for listed, tensor in zip(whole, own, strict=True):
                         listed.append(tensor)
-            params, grads, averages, squares, steps = whole
-            update(params, grads, averages, squares, state_steps=steps)
+            _update(whole, group)
+            if steps:
+                torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what an optimizer of either kind had; its tensors become this one's."""
@@ -328,22 +330,52 @@ class _Kept(NamedTuple):
         self.codes.copy_(_Levels.on(x.device, self.signed).nearest(relative))
 
 
+def _update(parts: Sequence[list[Tensor]], group: Mapping[str, Any]) -> None:
+    """AdamW in 32 bits, of torch, on lists of weights, gradients, averages, squares and steps, which it counts."""
+    weights, grads, averages, squares, steps = parts
+    beta1, beta2 = group["betas"]
+    adamw(
+        weights, grads, averages, squares, [], steps, amsgrad=False, maximize=False, fused=True,
+        beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+    )  # fmt: skip
+
+
 def _update_blocks(
-    weights: Tensor, grads: Tensor, kept: Sequence[_Kept], step: Tensor, update: Callable[..., None]
+    weights: Tensor, grads: Tensor, kept: Sequence[_Kept], step: Tensor, group: Mapping[str, Any]
 ) -> None:
-    """Update this rank's part of a parameter, and of its moments, some blocks at a time: so many that temporary tensors
-    stay small, on a CPU within its cache."""
-    num_blocks, size = kept[0].codes.shape
-    weights, grads = weights.view(num_blocks, size), grads.reshape(num_blocks, size)
+    """Update this rank's part [blocks, size] of a parameter, and of its moments, some blocks at a time: so many that
+    temporary tensors stay small, on a CPU within its cache."""
+    num_blocks, size = weights.shape
     at_once = max(1, (2**18 if weights.device.type == "cpu" else 2**24) // size)
     for start in range(0, num_blocks, at_once):
         part = slice(start, start + at_once)
         here = [_Kept(codes[part], scales[part], signed) for codes, scales, signed in kept]
         moments = [each.read() for each in here]
-        update([weights[part]], [grads[part]], *([moment] for moment in moments), state_steps=[step.clone()])
+        _update([[tensor] for tensor in (weights[part], grads[part], *moments, step.clone())], group)
         for each, moment in zip(here, moments, strict=True):
             each.write_(moment)
-    step += 1
+
+
+@functools.cache
+def has_kernel(device: torch.device) -> bool:
+    """Whether 8-bit moments are updated in one pass there, by `speed/adamw_triton.py`."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def _update_by_kernel(
+    weights: Tensor, grads: Tensor, kept: Sequence[_Kept], step: Tensor, group: Mapping[str, Any]
+) -> None:
+    """The same in one pass on a GPU."""
+    from speed.adamw_triton import update_blocks  # here, for it needs triton
+
+    update_blocks(
+        weights,
+        grads,
+        [(each.codes, each.scales) for each in kept],
+        [_Levels.on(weights.device, each.signed) for each in kept],
+        step,
+        **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
+    )
 
 
 def _fresh_state(parameter: Tensor) -> dict[str, Tensor]:

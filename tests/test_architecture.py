@@ -15,8 +15,8 @@ from conftest import PYTHON, ROOT
 LAYERS = [
     {"utils", "default_eval_config", "demo_data"},
     {"reading.archives", "reading.bands", "weights"},
-    {"config", "distributed", "masking", "model", "reading.sources", "speed.attention", "speed.clustering_triton",
-     "speed.fp8"},
+    {"config", "distributed", "masking", "model", "reading.sources", "speed.adamw_triton", "speed.attention",
+     "speed.clustering_triton", "speed.fp8"},
     {"keys", "reading.crops", "reading.pixels", "speed.offloading", "speed.recomputing"},
     {"speed.device_decode"},
     {"cae", "checkpoint", "clustering", "data", "flops", "fsdp", "hubconf", "ijepa", "launch", "metrics", "optim"},

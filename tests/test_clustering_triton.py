@@ -94,24 +94,32 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import speed.clustering_triton as kernels
+from speed import adamw_triton
 
 warnings.simplefilter("error")  # as in the tests that need a GPU
 names = ("rows_at_once", "columns_at_once")
+numbers = {"log_beta1": -0.1, "log_beta2": -0.05, "beta1": 0.9, "beta2": 0.95, "smallest": adamw_triton.SMALLEST}
+numbers |= {"blocks_at_once": adamw_triton.BLOCKS, "columns": 256}
 types = {"logits": "*bf16", "slots": "*i32", "largest": "*i32"}
-types |= dict.fromkeys(("b", "k", "stride", "num_groups"), "i32")
-types |= dict.fromkeys(("scale", "shift", "eps", "pred_scale"), "fp32") | dict.fromkeys(names, "constexpr")
+types |= dict.fromkeys(("averages", "squares", "signed_table", "table"), "*u8")
+types |= dict.fromkeys(("b", "k", "stride", "num_groups", "num_blocks", "size"), "i32")
+types |= dict.fromkeys(("scale", "shift", "eps", "pred_scale", "lr", "weight_decay"), "fp32")
+types |= dict.fromkeys((*names, *numbers), "constexpr")
 few, held = (kernels.ROWS, kernels.COLUMNS), kernels.held_shape(512, 16384)
+few, held = ({**numbers, **dict(zip(names, shape))} for shape in (few, held))
 for kernel, sizes, num_warps in (
     (kernels.column_kernel, few, 4),
     (kernels.round_kernel, few, 4),
     (kernels.learn_kernel, few, 8),
     (kernels.largest_kernel, few, 4),
-    (kernels.held_round_kernel, held, kernels.warps(held, kernels.ROUND_VALUES)),
-    (kernels.held_learn_kernel, held, kernels.warps(held, kernels.LEARN_VALUES)),
+    (kernels.held_round_kernel, held, kernels.warps(kernels.held_shape(512, 16384), kernels.ROUND_VALUES)),
+    (kernels.held_learn_kernel, held, kernels.warps(kernels.held_shape(512, 16384), kernels.LEARN_VALUES)),
+    (adamw_triton.update_kernel, few, 4),
 ):
-    constants = {(i,): sizes[names.index(name)] for i, name in enumerate(kernel.arg_names) if name in names}
+    constants = {(i,): sizes[name] for i, name in enumerate(kernel.arg_names) if name in sizes}
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
-    divided_by_16 = [(i,) for i, name in enumerate(kernel.arg_names) if name == "stride" or signature[name][0] == "*"]
+    divided = [name in ("stride", "size") or signature[name][0] == "*" for name in kernel.arg_names]
+    divided_by_16 = [(i,) for i, is_divided in enumerate(divided) if is_divided]
     known = dict.fromkeys(divided_by_16, [["tt.divisibility", 16]])
     source = ASTSource(kernel, signature, constants, known)
     for capability in map(int, sys.argv[1:]):
@@ -137,7 +145,7 @@ def test_kernels_compile_to_machine_code_of_gpus(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert all(int(shared) < 48 * 1024 for _, _, shared, _ in lines), "more shared memory than a program gets unasked"
     assert all(is_wide == "True" for *_, is_wide in lines), "logits are not read 16 bytes at a time for every k"
 

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from commands import metrics_of
-from conftest import ROOT, load_golden_json, run_cli
+from conftest import ROOT, load_golden_json, run_cli, seeded
 from finetunes import CASES, pretrain, segmentation_url, write_classes, write_coco, write_masks
 from golden import frequencies, golden_batches, golden_part, golden_state
 from methods import METHODS, images_for_all
@@ -18,6 +18,7 @@ import eval_segmentation
 import eval_visualizations
 import extract_features
 import train_capi
+from optim import make_adamw, set_rates_
 from train_capi import hyper_at
 
 pytestmark = pytest.mark.gpu
@@ -127,6 +128,29 @@ def test_eight_steps_on_a_gpu_follow_the_golden_trajectory(dtype):
         for key, after in golden_part(f"final.{name}.").items():
             error = (module.state_dict()[key].cpu() - after).norm()
             assert error <= weight * (after - before[key]).norm(), f"{name}.{key}"
+
+
+def test_moments_in_8_bits_are_updated_on_a_gpu_as_on_a_cpu_without_waiting_for_it():
+    """A few values lie half way between two levels, and the next update differs by that."""
+    weights = {}
+    for device in ("cpu", "cuda"):
+        linear = torch.nn.Linear(300, 400, bias=False, device=device)
+        torch.nn.init.zeros_(linear.weight)
+        optimizer = make_adamw(linear, "AdamW8bit", (0.9, 0.95))
+        for step in range(4):
+            scale = 10 ** (-4 * torch.rand(400, 300, generator=seeded(99)))
+            linear.weight.grad = (scale * torch.randn(400, 300, generator=seeded(step))).to(device)
+            set_rates_(optimizer, 1e-2, 0.1)
+            if device == "cuda" and step > 0:  # the first time it compiles
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        weights[device] = linear.weight.detach().cpu()
+    error = (weights["cuda"] - weights["cpu"]).abs()
+    assert error.quantile(0.999) < 1e-6
+    assert error.max() < 1e-2
 
 
 IN_8_BITS = ["optim.optimizer=AdamW8bit", "capi.clustering_optimizer.optimizer=AdamW8bit"]

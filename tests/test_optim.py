@@ -8,6 +8,7 @@ import torch
 from conftest import load_golden_json
 from torch import nn
 
+import optim
 from clustering import L2NormLinear
 from config import DEFAULT_PRETRAIN_CONFIG, ScheduleConfig, load_config
 from model import EncoderDecoder
@@ -170,6 +171,17 @@ def rounded(x: np.ndarray, block: int, signed: bool) -> np.ndarray:
     return (levels[nearest] * scale).reshape(x.shape)
 
 
+@pytest.fixture(params=["torch", "triton"])
+def updated_by(request, monkeypatch):
+    """Plainly, and by the kernel for GPUs, in Triton's interpreter where there is none."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU, which is tested")
+        monkeypatch.setattr(optim, "has_kernel", lambda device: True)
+
+
+@pytest.mark.usefixtures("updated_by")
 @pytest.mark.parametrize(("name", "block"), [("wide", 256), ("patches", 196)])
 def test_8_bit_updates_are_those_of_the_paper(name, block):
     module, _ = stepped_by("AdamW8bit", 3)
@@ -186,6 +198,7 @@ def test_8_bit_updates_are_those_of_the_paper(name, block):
     assert error.max() < 1e-2
 
 
+@pytest.mark.usefixtures("updated_by")
 def test_8_bits_follow_32_and_leave_what_does_not_suit_them_in_32():
     (eight, of_eight), (whole, _) = stepped_by("AdamW8bit", 20), stepped_by("AdamW", 20)
     for name, parameter in eight.named_parameters():
@@ -199,6 +212,7 @@ def test_8_bits_follow_32_and_leave_what_does_not_suit_them_in_32():
             assert torch.equal(parameter, other), name
 
 
+@pytest.mark.usefixtures("updated_by")
 def test_a_gradient_that_falls_away_moves_a_weight_no_further_than_in_32_bits():
     """Rounded to zero, a square would leave the average of the gradients a divisor of 1e-8."""
     ends = []
