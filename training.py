@@ -209,7 +209,7 @@ class TrainState(Generic[ConfigT]):
         """Forget the gradients of the last update."""
         for _, optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        if self.device.type == "cuda":  # elsewhere it would import the compiler, a second, for nothing
+        if "torch._inductor.cudagraph_trees" in sys.modules:  # if not, this would import the compiler, for no graph
             # What the graphs of the last step gave, gradients above all, is not needed any more.
             torch.compiler.cudagraph_mark_step_begin()
 

@@ -1,5 +1,6 @@
 """What several test files share: golden files, seeded generators, and running a command as a user types it."""
 
+import contextlib
 import gc
 import json
 import os
@@ -7,7 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator
+import warnings
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,18 @@ def load_golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def load_golden_json(name: str) -> Any:
     return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+@contextlib.contextmanager
+def never_waiting() -> Iterator[None]:
+    """What waits for the GPU in the block is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it does not detect everything yet
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 # What a shell starts in the background, or `nohup` starts, ignores these, and so would all that tests start and signal.

@@ -15,6 +15,7 @@ import torch
 from commands import make_images, run_forked, tiny
 from conftest import ROOT, needs_fp8_on_a_cpu
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import DEFAULT_PRETRAIN_CONFIG, RematerializationConfig, load_config
@@ -205,9 +206,11 @@ def test_offloading_on_a_gpu_changes_no_bit_and_needs_less_memory():
             offloading.offload_blocks(m for m in model.modules() if isinstance(m, Block))
         images = torch.randn(16, 3, 224, 224, device="cuda")
         torch.cuda.reset_peak_memory_stats()
-        with torch.autocast("cuda", torch.bfloat16):
-            features = model.forward_pretrain(images)[0]
-        features.float().square().sum().backward()
+        # The faster kernels add up gradients in whatever order they come, so that no two passes have the same bits.
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+            with torch.autocast("cuda", torch.bfloat16):
+                features = model.forward_pretrain(images)[0]
+            features.float().square().sum().backward()
         peaks.append(torch.cuda.max_memory_allocated())
         results.append([features.detach(), *[p.grad for p in model.parameters() if p.grad is not None]])
         del model
@@ -275,7 +278,10 @@ def test_attention_by_xformers_on_a_gpu_is_that_of_torch():
     results = []
     for by_xformers in (False, True):
         if by_xformers:
-            attend_by_xformers(attention_of(model), torch.device("cuda"), torch.bfloat16)
+            try:
+                attend_by_xformers(attention_of(model), torch.device("cuda"), torch.bfloat16)
+            except UserError as error:  # it is installed without kernels
+                pytest.skip(str(error))
         model.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
             features = model.forward_pretrain(images)[0]
