@@ -103,7 +103,7 @@ from readouts import (
     train_step,
 )
 from report import Score
-from utils import RGB8, Bands, UserError, derive_seed, due
+from utils import RGB8, Bands, UserError, as_typed, as_written, both_sides, derive_seed, due
 
 logger = logging.getLogger("eval_classification")
 
@@ -149,10 +149,11 @@ class ClassificationConfig(EvaluationConfig):
     """A data URL, or several by name: `test_dataset_names.v2=...`."""
     num_classes: int | None = field(default=None, metadata=within(at_least=2))
     """null: as many as the training set names, or its largest label + 1."""
-    resolution: int = field(default=224, metadata=COUNT)
-    """Side of the square that the model sees, in pixels."""
+    resolution: int | tuple[int, int] = field(default=224, metadata=COUNT)
+    """Side of the square that the model sees, in pixels, or [height, width]."""
     resize: int | None = field(default=None, metadata=COUNT)
-    """Shorter side of a test image before its centre is cut out; null for 256/224 of the resolution."""
+    """Shorter side of a test image before its centre is cut out; null for 256/224 of the resolution. With [height,
+    width] that of a box of this shape, which the test image then just covers."""
     resize_interpolation: str = field(default="bicubic", metadata=one_of("bicubic", "bilinear"))
     """How a test image is resized: bicubic or bilinear, both antialiased."""
     methods: list[str] = field(
@@ -237,7 +238,8 @@ class ClassificationConfig(EvaluationConfig):
     """linear_probe, attentive_probe: passes of the linear warm-up, before a half cosine."""
 
     def __post_init__(self) -> None:
-        """Check rules that span keys."""
+        """Write squares as one number, and check rules that span keys."""
+        object.__setattr__(self, "resolution", as_written(self.resolution))
         require(
             self.warmup_iters < self.n_iters,
             "warmup_iters",
@@ -245,10 +247,10 @@ class ClassificationConfig(EvaluationConfig):
             f"must be 0 or more and below n_iters={self.n_iters}",
         )
         require(
-            self.test_resize >= self.resolution,
+            self.resize is None or self.resize >= min(both_sides(self.resolution)),
             "resize",
             self.resize,
-            f"must be at least resolution={self.resolution}, which is cut out of it",
+            f"must be at least resolution={as_typed(self.resolution)}, of two sides the shorter: it is cut out of that",
         )
         require(
             all(epoch < self.vissl_epochs for epoch in self.vissl_decay_epochs),
@@ -276,9 +278,12 @@ class ClassificationConfig(EvaluationConfig):
         )
 
     @property
-    def test_resize(self) -> int:
-        """Shorter side of a test image before its centre is cut out."""
-        return round(self.resolution * RESIZE_OF_RESOLUTION) if self.resize is None else self.resize
+    def test_box(self) -> tuple[int, int]:
+        """Height and width of what a test image just covers before its centre is cut out."""
+        sides = both_sides(self.resolution)
+        times = RESIZE_OF_RESOLUTION if self.resize is None else self.resize / min(sides)
+        height, width = (round(side * times) for side in sides)
+        return height, width
 
     @property
     def grid(self) -> list[tuple[float, float]]:
@@ -298,20 +303,24 @@ class CentreCropped:
     """Resize, cut out the centre, and hand over the labels; see `evaluation.Prepare`."""
 
     def __init__(self, cfg: ClassificationConfig, num_labels: int) -> None:
-        self.num_labels = num_labels
-        self.transform = v2.Compose(
-            [
-                v2.Resize(
-                    cfg.test_resize, interpolation=v2.InterpolationMode(cfg.resize_interpolation), antialias=True
-                ),
-                v2.CenterCrop(cfg.resolution),
-                v2.PILToTensor(),
-            ]
-        )
+        self.num_labels, self.box = num_labels, cfg.test_box
+        self.interpolation = v2.InterpolationMode(cfg.resize_interpolation)
+        self.cut = v2.Compose([v2.CenterCrop(both_sides(cfg.resolution)), v2.PILToTensor()])
 
     def __call__(self, image: Image.Image | Tensor, target: Any) -> tuple[Shaped[Tensor, "c h w"], Tensor]:
         """An image of a test or validation set, or of the training set for methods without augmentation."""
-        return in_range(self.transform(image)), pad([label_list(target, "label")], self.num_labels)[0]
+        size = image.shape[-2:] if isinstance(image, Tensor) else image.size[::-1]
+        resize = v2.Resize(covering_size(size, self.box), self.interpolation, antialias=True)
+        return in_range(self.cut(resize(image))), pad([label_list(target, "label")], self.num_labels)[0]
+
+
+def covering_size(size: Sequence[int], box: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an image, first as they are and then, in the same proportion, so that it just covers a box;
+    for a square box as torchvision's `Resize` rounds them."""
+    (height, width), (box_height, box_width) = size, box
+    if box_height * width >= box_width * height:
+        return box_height, box_height * width // height
+    return box_width * height // width, box_width
 
 
 def image_batches(
@@ -371,8 +380,10 @@ class TrainBatches(Dataset[Any]):
     ) -> None:
         self.seed, self.data, self.indices, self.bands = cfg.seed, data, indices, bands
         low, high = cfg.crop_scale
+        height, width = both_sides(cfg.resolution)
+        ratio = (3 / 4 * (width / height), 4 / 3 * (width / height))
         bicubic = v2.InterpolationMode.BICUBIC
-        crop = crop_kind(cfg.resolution, (low, high), interpolation=bicubic, antialias=True)
+        crop = crop_kind((height, width), (low, high), ratio, interpolation=bicubic, antialias=True)
         self.transform = v2.Compose([crop, v2.RandomHorizontalFlip(0.5), v2.PILToTensor()])
 
     def __getitem__(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor] | UserError:
@@ -404,7 +415,9 @@ def train_batches(
     order = EpochOrder(len(indices), derive_seed(cfg.seed, "classification order"))
     start = step * cfg.batch_size_per_gpu * world_size()
     num_bytes = bands.num * (1 if bands.value_range is None else 4)
-    num_workers = reader_processes(cfg.num_workers, cfg.batch_size_per_gpu * num_bytes * cfg.resolution**2)
+    num_workers = reader_processes(
+        cfg.num_workers, cfg.batch_size_per_gpu * num_bytes * math.prod(both_sides(cfg.resolution))
+    )
     loader = DataLoader(
         TrainBatches(cfg, data, indices, crop_kind, bands),
         batch_size=None,
@@ -1009,7 +1022,11 @@ def evaluate_low_shot(cfg: ClassificationConfig, model: FrozenModel, results: Re
         values = accuracies(model, test, images, "avg_patch", list(variants.values()))
         metrics |= {f"{name}{suffix}": value for name, value in zip(variants, values, strict=True)}
     settings = {"representation": "avg_patch", "penalty": cfg.low_shot_penalty, "num_labels": len(chosen), **settings}
-    sizes = {"resolution": cfg.resolution, "resize": cfg.test_resize, "interpolation": cfg.resize_interpolation}
+    sizes = {
+        "resolution": cfg.resolution,
+        "resize": as_written(cfg.test_box),
+        "interpolation": cfg.resize_interpolation,
+    }
     results.add(LOW_SHOT_RESULT, {**metrics, "settings": settings | sizes})
 
 
@@ -1084,7 +1101,7 @@ def evaluate(cfg: ClassificationConfig, model: FrozenModel, results: Results) ->
             f"test{suffix}": len(test.mapping) for suffix, test in splits.tests.items() if test.mapping is not None
         },
         dims={name: list(shape) for name, shape in shapes.items()},
-        test_resize=cfg.test_resize,
+        test_resize=as_written(cfg.test_box),
     )
     num_fit = len(splits.fit)
     recipes: dict[str, Callable[[], Recipe]] = {

@@ -32,7 +32,15 @@ from PIL import Image
 
 from config import read_yaml
 from metrics import read_metrics
-from utils import UserError, ending_in_words, git_revision, setup_logging, write_text_atomically, writing_explained
+from utils import (
+    UserError,
+    as_typed,
+    ending_in_words,
+    git_revision,
+    setup_logging,
+    write_text_atomically,
+    writing_explained,
+)
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -412,7 +420,7 @@ def _setting(config: Mapping[str, Any]) -> str:
         if isinstance(config.get(key), str)
     ]
     if config.get("resolution") is not None:
-        words.append(f"{config['resolution']} px")
+        words.append(f"{as_typed(config['resolution'])} px")
     return ", ".join(words)
 
 

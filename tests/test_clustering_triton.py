@@ -163,9 +163,12 @@ def test_kernels_match_plain_torch_on_a_gpu_without_waiting_for_it(dtype):
     for kernel in ("torch", "triton", "triton"):
         head.zero_grad()
         learn_in_chunks(head, kernel=kernel, device=x.device, chunk=4)
-        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            with never_waiting() if len(results) == 2 else contextlib.nullcontext():  # the first time it compiles
-                step = head.step(x, indices)
+        compiles = len(results) < 2
+        with (
+            torch.autocast("cuda", dtype, enabled=dtype != torch.float32),
+            contextlib.nullcontext() if compiles else never_waiting(),
+        ):
+            step = head.step(x, indices)
         results.append((step.targets, step.loss, [parameter.grad for parameter in head.parameters()]))
     torch.testing.assert_close(results[1], results[2], rtol=0, atol=0)
     tolerance = 1e-3 if dtype == torch.float32 else 1e-2

@@ -129,6 +129,37 @@ def test_images_are_resized_and_their_centre_is_cut_out(images, resize, shorter,
     assert labels.tolist() == [2, 1, -1]
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "more", "resized"),
+    [
+        (60, 90, [], (24, 37)),  # it covers 18 x 37
+        (30, 90, [], (18, 54)),
+        (60, 90, ["resize=20"], (26, 40)),
+        (20, 40, ["resize=16"], (16, 32)),  # nothing is cut off
+    ],
+)
+def test_of_an_image_that_is_no_square_the_centre_is_cut_out(images, height, width, more, resized):
+    cfg = config(images, "out", "resolution=[16,32]", *more)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    crop, _ = CentreCropped(cfg, 1)(image, 0)
+    left, top = round((resized[1] - 32) / 2), round((resized[0] - 16) / 2)
+    whole = image.resize(resized[::-1], Image.Resampling.BICUBIC)
+    assert np.array_equal(crop.movedim(0, -1).numpy(), np.asarray(whole.crop((left, top, left + 32, top + 16))))
+
+
+def test_a_model_is_evaluated_on_images_that_are_no_squares(images, tmp_path):
+    """A colour is a class, and is seen in crops of any shape; [16, 16] is what 16 is."""
+    methods = "methods=[classifiers,knn,logreg,few_label,linear_probe,attentive_probe]"
+    short = ["probe_epochs=2", "probe_warmup_epochs=1", methods]
+    for name, more in {"wide": ["resolution=[8,16]"], "pair": ["resolution=[16,16]"], "one": []}.items():
+        EVALUATION.run(config(images, tmp_path / name, *short, *more), torch.device("cpu"))
+    wide, pair, one = (results_of(tmp_path / name) for name in ("wide", "pair", "one"))
+    assert wide["results"]["knn_avg_patch"]["settings"]["resolution"] == [8, 16]
+    assert wide["results"]["logreg_avg_patch"]["top1"] > 0.6
+    assert wide["results"].keys() == one["results"].keys()
+    assert pair["results"] == one["results"]
+
+
 def test_knn_equals_a_vote_over_sorted_distances_in_float64(images, tmp_path):
     cfg = config(images, tmp_path, "methods=[knn]", "resize=16")
     torch.manual_seed(cfg.seed)
@@ -610,6 +641,8 @@ def test_what_is_done_is_skipped(images, tmp_path, monkeypatch):
         (["num_classes=2"], "train': label 2 is out of range: there are 2 classes, counted from 0; set num_classes"),
         (["val_proportion=0.995"], "of 60 training images, 100% for validation leave none"),
         (["resize=8"], "resize=8: must be at least resolution=16"),
+        (["resize=8", "resolution=[12,24]"], "resize=8: must be at least resolution=[12,24], of two sides the shorter"),
+        (["resolution=[16,18]"], "resolution=[16,18]: both must be multiples of 4, the patch size of"),
         (["warmup_iters=6"], "warmup_iters=6: must be 0 or more and below n_iters=6"),
         (["knn_k=[1000]", "methods=[knn]"], "knn_k=[1000]: there are 60 training images"),
         (["methods=[vissl]", "vissl_blocks=4"], "vissl_blocks=4: model_path="),
