@@ -651,6 +651,7 @@ def dry_run(cfg: CaeConfig) -> str:
         cfg,
         functools.partial(make_loader, cfg),
         look=functools.partial(look, cfg),
+        make_state=CaeState,
         sizes=[
             f"length       {length_words(cfg)}",
             f"image        {cfg.data.size_words(cfg.model.patch_size)}",

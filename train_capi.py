@@ -903,6 +903,7 @@ def dry_run(cfg: CapiConfig) -> str:
         cfg,
         functools.partial(make_loader, cfg),
         look=functools.partial(look, cfg),
+        make_state=CapiState,
         sizes=[
             f"image        {cfg.data.size_words(cfg.model.patch_size)}",
             f"tokens       {plan.num_visible} visible, {plan.num_masked} masked, {plan.num_predict} of them predicted; "

@@ -684,6 +684,7 @@ def dry_run(cfg: IjepaConfig) -> str:
         cfg,
         functools.partial(make_loader, cfg),
         look=functools.partial(look, cfg),
+        make_state=IjepaState,
         sizes=[
             f"length       {length_words(cfg)}",
             f"image        {cfg.data.size_words(cfg.model.patch_size)}",

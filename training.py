@@ -986,6 +986,7 @@ def describe(
     warnings: Sequence[str],
     look: Look = _no_columns,
     normalize: Callable[[Tensor], Tensor] | None = None,
+    make_state: Callable[..., TrainState[Any]] | None = None,
 ) -> str:
     """What a training with this config would be, without training: the text of `--dry-run`.
 
@@ -996,8 +997,13 @@ def describe(
         schedule: lines of a table, one per step of `milestones`, under a head.
         warnings: what is not going to go well.
         look, normalize: as for `Run`.
+        make_state: takes config, device, `compiled` and `init_from`. With `train.init_from` the networks are built on
+            the CPU: what is not taken of the weights is logged, and what does not fit is an error now.
     """
     device, optim, data = pick_device(cfg.train.device), cfg.optim, cfg.data
+    init_from = weights_to_start_from(cfg, Path(cfg.train.output_dir))
+    if make_state is not None and init_from is not None:
+        make_state(cfg, torch.device("cpu"), compiled=False, init_from=init_from)
     check_decode(cfg.data.decode, device)
     place = {"rank": 0, "world_size": 1, "position": None, "pin_memory": False, "bad_files_path": None}
     with make_loader(**place, decode_device=device) as loader:
@@ -1010,6 +1016,7 @@ def describe(
         *(f"pixels       {line}" for line in pixels.lines()),
         *([f"normalised   {data.normalisation.describe()}"] if isinstance(data, PretrainingImagesConfig) else []),
         f"pictures     {sheet}",
+        *([f"start        {init_from}"] if init_from is not None else []),
         f"batch        {global_batch_size(optim)} images = {optim.batch_size_per_gpu} per forward pass x "
         f"{optim.accumulation_steps} accumulation steps x {world_size()} process(es)",
         *sizes,

@@ -37,6 +37,22 @@ def weights_of(run, export):
     return torch.load(run / f"{export}.pth", weights_only=True)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_dry_run_reads_the_weights_that_a_training_would_start_from(images, tmp_path, capsys, name):
+    script, arguments, export, *_ = METHODS[name]
+    assert script.main(arguments(images, tmp_path / "first", "optim.total_iters=1")) == 0
+    start = tmp_path / "first" / f"{export}.pth"
+    dry = arguments(images, tmp_path / "second", f"train.init_from={start}", "--dry-run")
+    assert script.main(dry) == 0
+    assert f"start        {start}" in capsys.readouterr().out
+    weights = torch.load(start, weights_only=True)
+    torch.save({key: x for key, x in weights.items() if "blocks.0" not in key}, start)
+    assert script.main(dry) == 2
+    assert str(start) in capsys.readouterr().err
+    assert script.main(arguments(images, tmp_path / "third", "--dry-run")) == 0
+    assert "start        " not in capsys.readouterr().out
+
+
 def test_the_encoder_waits_and_then_its_learning_rate_rises():
     start = StartConfig(encoder_lr_mult=0.5, predictor_lr_mult=2.0, frozen_iters=2, ramp_iters=0.2)
     rates = [started_rates(step, start, 20) for step in range(8)]

@@ -383,9 +383,10 @@ def test_a_training_starts_from_published_weights(images, tmp_path, name):
         torch.testing.assert_close(tokens_here(encoder, IMAGES), tokens_of(source, IMAGES), rtol=1e-5, atol=1e-5)
 
 
-def test_another_width_is_an_error_with_the_overrides_to_type(images, tmp_path, capsys):
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["training", "dry run"])
+def test_another_width_is_an_error_with_the_overrides_to_type(images, tmp_path, capsys, more):
     torch.save(timm_vit(embed_dim=64, depth=3).state_dict(), tmp_path / "source.pth")
     arguments = tiny(images, tmp_path / "run", f"train.init_from={tmp_path / 'source.pth'}")
-    assert train_capi.main(arguments) == 2
+    assert train_capi.main([*arguments, *more]) == 2
     said = capsys.readouterr().err
     assert "set model.transformers_kwargs.embed_dim=64 model.encoder_kwargs.depth=3" in said and "Traceback" not in said
