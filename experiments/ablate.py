@@ -6,6 +6,7 @@ It is compare.py for another kind of table: `shared` has the script and its conf
 overrides by which it differs, and `metrics` the columns that show how a training went. All else is as there.
 """
 
+import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from utils import add_sources, command_line
 with command_line(__doc__, __name__) as parser:
     add_sources(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the trainings and stop")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
 
 import compare
 

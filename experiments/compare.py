@@ -8,6 +8,7 @@ A method is an entry of the YAML file; `table.TableConfig` has all keys, experim
 Exit code 1 if a part failed; the others are done and reported.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -18,11 +19,15 @@ from utils import add_sources, command_line
 with command_line(__doc__, __name__) as parser:
     add_sources(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the trainings and stop")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # see `side_by_side`
 
-import argparse
 import contextlib
 import json
-from collections.abc import Sequence
+import logging
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 from summary import summarise, text_table, write_report
 from table import TableConfig, Training, evaluate, plan, planned_steps, train
@@ -30,11 +35,26 @@ from table import TableConfig, Training, evaluate, plan, planned_steps, train
 from config import check_evaluation, dump_yaml, load_config
 from keys import answer
 from launch import Status, claim_output_dir
-from utils import UserError, ending_in_words, setup_logging, write_text_atomically
+from utils import (
+    UserError,
+    ended_with_block,
+    ending_in_words,
+    setup_logging,
+    start_python,
+    write_text_atomically,
+)
+
+logger = logging.getLogger("compare")
+
+POLL_S = 0.2
 
 
-def make_table(cfg: TableConfig) -> int:
+def make_table(cfg: TableConfig, sources: Sequence[str]) -> int:
     """Do what is left to do, and write the results after each part of it. Returns the exit code.
+
+    Args:
+        cfg: of the table.
+        sources: of which it was made.
 
     Raises: UserError for what can be seen before anything runs.
     """
@@ -46,8 +66,9 @@ def make_table(cfg: TableConfig) -> int:
             check_evaluation(f"evaluations.{name}", entry)
         trainings = plan(cfg, keep=True)
         statuses = {training.title: Status("not started") for training in trainings}
-        for training in trainings:
-            statuses[training.title] = advance(training, trainings, cfg, evaluated=bool(evaluations))
+        ended = in_turn(trainings, cfg) if cfg.at_once == 1 else side_by_side(trainings, cfg, sources)
+        for training, status in ended:
+            statuses[training.title] = status
             content = summarise(cfg, trainings, statuses)
             write_text_atomically(base / "results.json", json.dumps(content, indent=2) + "\n")
         content = summarise(cfg, trainings, statuses)
@@ -57,8 +78,77 @@ def make_table(cfg: TableConfig) -> int:
     return 1 if any(status.word == "failed" for status in statuses.values()) else 0
 
 
-def advance(training: Training, trainings: Sequence[Training], cfg: TableConfig, *, evaluated: bool) -> Status:
+def in_turn(trainings: Sequence[Training], cfg: TableConfig) -> Iterator[tuple[Training, Status]]:
+    """Each training with its evaluations, in this process, and how it stands then."""
+    for training in trainings:
+        yield training, advance(training, trainings, cfg)
+
+
+def side_by_side(
+    trainings: Sequence[Training], cfg: TableConfig, sources: Sequence[str]
+) -> Iterator[tuple[Training, Status]]:
+    """The same, `cfg.at_once` of them at a time, each in a process of its own, which is this command with `--part`.
+
+    What a process says besides that of its scripts goes to `part.txt` in the folder of the training.
+    """
+    waiting = list(trainings)
+    running: list[tuple[Training, subprocess.Popen[str]]] = []
+    with contextlib.ExitStack() as ends:
+        try:
+            while waiting or running:
+                unfinished = {(each.name, each.seed) for each in [*waiting, *(training for training, _ in running)]}
+                for training in list(waiting):
+                    needed = {(name, training.seed) for name in training.needs}
+                    if len(running) < cfg.at_once and not needed & unfinished:
+                        waiting.remove(training)
+                        running.append((training, ends.enter_context(start_part(training, sources))))
+                        logger.info("%s starts; %d wait", training.title, len(waiting))
+                time.sleep(POLL_S)
+                for training, process in [each for each in running if each[1].poll() is not None]:
+                    running.remove((training, process))
+                    yield training, told_by(training, process)
+        except BaseException:  # the end of the block waits for one after the other
+            for _, process in running:
+                process.terminate()
+            raise
+
+
+@contextlib.contextmanager
+def start_part(training: Training, sources: Sequence[str]) -> "Iterator[subprocess.Popen[str]]":
+    """A process that advances one training, and ends with this block."""
+    training.folder.mkdir(parents=True, exist_ok=True)
+    command = [__file__, *sources, f"--part={training.title}"]
+    with (
+        (training.folder / "part.txt").open("w") as said,
+        start_python(command, stdout=subprocess.PIPE, stderr=said, text=True) as process,
+        ended_with_block(process),
+    ):
+        yield process
+
+
+def told_by(training: Training, process: "subprocess.Popen[str]") -> Status:
+    """How a training stands, by the last line of the process that advanced it."""
+    assert process.stdout is not None
+    lines = process.stdout.read().splitlines()
+    try:
+        status = Status(**json.loads(lines[-1]))
+    except (IndexError, ValueError, TypeError):
+        status = Status("failed", f"exit code {process.returncode}, see {training.folder / 'part.txt'}")
+    logger.info("%s: %s %s", training.title, status.word, status.message)
+    return status
+
+
+def advance_part(cfg: TableConfig, title: str) -> int:
+    """Advance one training of a table that another process makes, and print how it stands. Returns the exit code."""
+    trainings = plan(cfg, keep=True)
+    training = next(each for each in trainings if each.title == title)
+    sys.stdout.write(json.dumps(asdict(advance(training, trainings, cfg))) + "\n")
+    return 0
+
+
+def advance(training: Training, trainings: Sequence[Training], cfg: TableConfig) -> Status:
     """Train and evaluate as far as it is not done; a mistake that shows here is a failure of this training alone."""
+    evaluated = any(entry is not None for entry in cfg.evaluations.values())
     others = {other.name: other for other in trainings if other.seed == training.seed}
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
@@ -96,7 +186,9 @@ def main(arguments: Sequence[str] | None = None, own_parser: argparse.ArgumentPa
     answer(args, TableConfig, sources)
     cfg = load_config(TableConfig, None, sources)
     try:
-        return show(cfg) if args.dry_run else make_table(cfg)
+        if args.part is not None:
+            return advance_part(cfg, args.part)
+        return show(cfg) if args.dry_run else make_table(cfg, sources)
     except KeyboardInterrupt as error:
         error.add_note("the same command goes on")
         raise

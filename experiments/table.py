@@ -150,6 +150,8 @@ class TableConfig:
     """Where trainings and evaluations run, as for benchmark.py: here, or each as a Slurm job of this size."""
     nproc_per_node: int = field(default=1, metadata=COUNT)
     """Processes of each training and evaluation here."""
+    at_once: int = field(default=1, metadata=COUNT)
+    """Trainings here side by side, each with its evaluations: for a GPU that one small training does not fill."""
     retry: bool = False
     """Submit Slurm jobs again that ended without finishing."""
     device: str | None = field(default=None, metadata=DEVICE)
@@ -167,7 +169,14 @@ class TableConfig:
             self.budget.cpu_seconds,
             "is measured on this machine; with launcher=slurm give budget.images",
         )
-        require(is_local or self.nproc_per_node == 1, "nproc_per_node", self.nproc_per_node, "is for launcher=local")
+        for key in ("nproc_per_node", "at_once"):
+            require(is_local or getattr(self, key) == 1, key, getattr(self, key), "is for launcher=local")
+        require(
+            self.at_once == 1 or self.budget.cpu_seconds is None,
+            "at_once",
+            self.at_once,
+            "must be 1 with budget.cpu_seconds, which is measured on an otherwise idle machine",
+        )
 
     @property
     def num_ranks(self) -> int:

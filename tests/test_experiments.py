@@ -4,9 +4,11 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,69 @@ def test_a_table_has_means_and_deviations_over_seeds_and_is_not_made_twice(here,
     assert [starts(name, seed) for name in ("low", "high") for seed in (0, 1)] == [1] * 4
 
 
+@pytest.mark.long
+def test_a_table_whose_trainings_run_side_by_side_is_the_same(here, capsys):
+    """Also one of them that fails, and one that reads another's run."""
+    table = {
+        "high": {"overrides": ["lr=0.5"]},
+        "reader": {"overrides": ["reads=<high>/weights.json"]},
+        "bad": {"overrides": ["fails_at=2"]},
+        "low": {"overrides": ["lr=0.25"]},
+    }
+    write_table(here, seeds=[0], trainings=table)
+    found = {}
+    for at_once in (1, 3):
+        assert compare.main(["table.yaml", f"output_dir=out_{at_once}", f"at_once={at_once}"]) == 1
+        told = capsys.readouterr().out.replace("out_1", "out").replace("out_3", "out")
+        content = json.loads(Path(f"out_{at_once}/results.json").read_text())
+        means = {name: row["mean"] | {"CPU minutes": 0} for name, row in content["rows"].items()}
+        found[at_once] = means, [line for line in told.splitlines() if "failed" in line]
+    assert found[1] == found[3]
+    assert found[1][0]["reader"]["pets/knn/top1"] == pytest.approx(0.5)
+
+
+TOGETHER = """
+import os, time
+Path(f"here_{cfg['lr']}").write_text(str(os.getpid()))
+end = time.monotonic() + 60
+while not all(Path(f"here_{lr}").exists() for lr in (0.25, 0.5)) or Path("stay").exists():
+    assert time.monotonic() < end
+    time.sleep(0.05)
+"""
+
+
+def wait_for_each_other(here):
+    """Let the two trainings of the table end only after both have begun, and not while there is a file `stay`."""
+    lines = textwrap.indent(TOGETHER, "    ")
+    (here / "train_stub.py").write_text(
+        TRAINING.replace('    path = folder / "metrics.jsonl"', f'{lines}    path = folder / "metrics.jsonl"')
+    )
+    write_table(here, seeds=[0], evaluations={})
+
+
+def test_trainings_run_at_the_same_time(here):
+    wait_for_each_other(here)
+    assert compare.main(["table.yaml", "at_once=2"]) == 0
+
+
+def test_what_runs_side_by_side_ends_with_the_command_and_goes_on_with_the_next(here):
+    wait_for_each_other(here)
+    (here / "stay").touch()
+    command = subprocess.Popen([sys.executable, str(ROOT / "experiments" / "compare.py"), "table.yaml", "at_once=2"])
+    end = time.monotonic() + 100
+    while not all((here / f"here_{lr}").exists() for lr in (0.25, 0.5)):
+        assert time.monotonic() < end and command.poll() is None
+        time.sleep(0.05)
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(60) == 128 + signal.SIGTERM
+    for lr in (0.25, 0.5):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((here / f"here_{lr}").read_text()), 0)
+    (here / "stay").unlink()
+    assert compare.main(["table.yaml", "at_once=2"]) == 0
+    assert (starts("low"), starts("high")) == (2, 2)
+
+
 def test_a_training_that_failed_leaves_the_others_alone_and_goes_on_where_it_was(here, capsys):
     write_table(here, seeds=[0], trainings={"bad": {"overrides": ["fails_at=2"]}, "good": {}})
     assert compare.main(["table.yaml"]) == 1
@@ -277,6 +342,9 @@ def test_other_trainings_are_not_mixed_into_a_table(here, sources, message, caps
         (["evaluations.pets.file=nowhere.py"], "evaluations.pets.file=nowhere.py: there is no such file"),
         (["launcher=slurm", "budget.cpu_seconds=3", "budget.images=null"], "is measured on this machine"),
         (["trainings.low.lr=3"], "unknown key trainings.low.lr"),
+        (["launcher=slurm", "at_once=2"], "at_once=2: is for launcher=local"),
+        (["at_once=2", "budget.cpu_seconds=3", "budget.images=null"], "at_once=2: must be 1 with budget.cpu_seconds"),
+        (["at_once=0"], "at_once=0: must be"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(here, sources, message, capfd):
