@@ -8,6 +8,7 @@ interrupted: the same command goes on, and does not repeat what is done. In the 
     <training>/config.yaml           its configuration, as its script resolved it
     <training>/seed_0/config.yaml    the same with length, seed and output folder, which is what runs
     <training>/seed_0/log.txt        what that run said, or jobs/ of Slurm
+    <training>/seed_0/part.txt       what was said besides, where trainings ran side by side
     <training>/seed_0/asked.json     what was asked for, the length, the processor time of each start
     <training>/seed_0/run            train.output_dir
     <training>/seed_0/before         a script that was run before it
