@@ -68,6 +68,7 @@ bench() { # NAME SECONDS SCRIPT OPTIONS...
 step "ViT-L/14 step, batch 512, eager, then compiled" 330 --model vitl14 --batch 512 --mode compiled
 bench "clustering head" 60 bench/clustering.py --chunks 2 4 auto
 part "tests that need a GPU" 90 "$PYTHON" -m pytest -q -p no:cacheprovider -m "gpu and not (slow or network)"
+bench "moments in 8 bits, ViT-L/14" 60 bench/optimizers.py --model vitl14 --batch 32 efficiency.rematerialization.enabled=false
 step "ViT-S/14 step, compiled" 80 --batch 256 --mode compiled
 step "ViT-S/14 step, CUDA graphs" 80 --batch 256 --mode cudagraphs
 bench "evaluations" 40 bench/evaluations.py knn linear attentive --device cuda

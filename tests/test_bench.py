@@ -383,7 +383,7 @@ def run_gpu_benchmark(folder, cases, **environment):
     )
     assert done.returncode == 1, done.stderr
     table = done.stdout.split("\n\n")[-1].splitlines()
-    assert len(table) == 9
+    assert len(table) == 10
     return done.stdout, {line.split("  ")[0]: line for line in table}, copy.parent / "runs" / "bench_gpu"
 
 
