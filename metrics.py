@@ -530,6 +530,11 @@ class Throughput:
         return rates
 
 
+def rounded_speed(speed: float) -> str:
+    """Images per second for people: a step of a detector takes a minute on a CPU, which is not 0.0."""
+    return f"{speed:.1f}" if speed >= 1 else f"{speed:.2g}"
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Largest memory so far: tensors on a CUDA device, else the resident set of this process."""
     if device.type == "cuda":

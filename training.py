@@ -59,7 +59,7 @@ from data import (
 from distributed import on_rank_0, pick_device, rank, session, world_size
 from fsdp import Sharding, average_gradients_, divide_like, parallelize
 from launch import StopRequest, claim_output_dir, requeue, was_requeued
-from metrics import FiniteWatch, Metrics, Profile, Throughput
+from metrics import FiniteWatch, Metrics, Profile, Throughput, rounded_speed
 from optim import MOMENTS, grad_norm
 from probe import Probe
 from reading.pixels import log_pixels, measure, sample_pixels
@@ -883,8 +883,15 @@ class Run:
         mfu = f", MFU {values['mfu']:.1%}" if "mfu" in values else ""
         minutes, seconds = divmod(round(values["eta_s"]), 60)
         logger.info(
-            "step %d/%d  %s  lr %.1e  |  %.1f img/s%s, data wait %.0f%%, %.1f GiB, %d:%02d left",
-            *(values["step"], self.total, self._log_line(values), values["lr"], values["images_per_s"], mfu),
+            "step %d/%d  %s  lr %.1e  |  %s img/s%s, data wait %.0f%%, %.1f GiB, %d:%02d left",
+            *(
+                values["step"],
+                self.total,
+                self._log_line(values),
+                values["lr"],
+                rounded_speed(values["images_per_s"]),
+                mfu,
+            ),
             *(100 * values["data_wait"], values["memory_gib"], minutes, seconds),
         )
         self.bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)

@@ -49,6 +49,7 @@ from metrics import (
     norm_stats,
     peak_flops,
     read_metrics,
+    rounded_speed,
 )
 from model import EncoderDecoder
 from train_capi import CapiConfig, optimizer_bytes
@@ -225,6 +226,11 @@ def test_damaged_lines_are_told_and_left_out_where_that_is_asked_for(tmp_path):
 def test_a_missing_metrics_file_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no metrics file"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(("speed", "words"), [(1234.56, "1234.6"), (1.04, "1.0"), (0.0187, "0.019"), (0.5, "0.5")])
+def test_slow_steps_have_a_speed_too(speed, words):
+    assert rounded_speed(speed) == words
 
 
 @pytest.mark.gpu
