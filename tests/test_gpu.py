@@ -149,15 +149,19 @@ def test_moments_in_8_bits_are_updated_on_a_gpu_as_on_a_cpu_without_waiting_for_
 
 
 IN_8_BITS = ["optim.optimizer=AdamW8bit", "capi.clustering_optimizer.optimizer=AdamW8bit"]
+SAME_DROPOUT = [
+    "segmentation.dropout=0"
+]  # torch draws it on the device, as StoP's noise is, and torchvision's proposals
 CONTINUED = {
-    **{name: (name, []) for name in METHODS},
+    **{name: (name, []) for name in METHODS if name != "stop"},
     "capi, fused": ("capi", ["model.predictor=fused"]),
     "capi, moving-average head": ("capi", ["capi.targets=ema_head", "capi.student_head=mlp"]),
     "capi, queue": ("capi", ["capi.queue=2"]),
     "capi, moments in 8 bits": ("capi", IN_8_BITS),
     "capi, not square": ("capi", ["data.images_size=[16,24]"]),
-    **{name: (name, []) for name in CASES if name != "detection"},  # torchvision draws proposals on the device
-    "segmentation, UperNet": ("segmentation", ["segmentation.head=uper"]),
+    "classification": ("classification", []),
+    "segmentation": ("segmentation", SAME_DROPOUT),
+    "segmentation, UperNet": ("segmentation", ["segmentation.head=uper", *SAME_DROPOUT]),
 }
 
 
@@ -184,11 +188,22 @@ def test_a_run_of_a_cpu_continues_on_a_gpu_as_it_would_have_on_the_cpu(tmp_path,
     assert script.main(arguments(tmp_path / "cuda", *own, *overrides)) == 0
     on_cpu, on_gpu = ({r["step"]: r for r in metrics_of(tmp_path / run) if "loss" in r} for run in ("cpu", "cuda"))
     loss, norm, _ = TOLERANCES[dtype]
+    if own == IN_8_BITS:  # a moment half way between two levels goes to either
+        loss, norm = max(loss, 1e-3), max(norm, 1e-2)
     assert [*on_gpu] == [3, 4, 5, 6]
     for step, record in on_gpu.items():
         for key in {"loss", "capi_loss", "clustering_loss", "target_entropy"} & record.keys():
             assert record[key] == pytest.approx(on_cpu[step][key], rel=loss), f"{key} of step {step}"
         assert record["grad_norm"] == pytest.approx(on_cpu[step]["grad_norm"], rel=norm), f"step {step}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_stop_trains_on_a_gpu(tmp_path, dtype):
+    images = images_for_all(tmp_path / "images")
+    own = ["train.device=cuda", f"efficiency.param_dtype={dtype}"]
+    assert METHODS["stop"].script.main(METHODS["stop"].tiny_run(images, tmp_path / "run", *own)) == 0
+    losses = [record["loss"] for record in metrics_of(tmp_path / "run") if "loss" in record]
+    assert len(losses) == 6 and 0 < losses[-1] < 2
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
