@@ -107,10 +107,9 @@ def side_by_side(
                 for training, process in [each for each in running if each[1].poll() is not None]:
                     running.remove((training, process))
                     yield training, told_by(training, process)
-        except BaseException:  # the end of the block waits for one after the other
+        finally:  # of an interruption: the end of the block asks and waits for one after the other
             for _, process in running:
                 process.terminate()
-            raise
 
 
 @contextlib.contextmanager
