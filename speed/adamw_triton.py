@@ -1,6 +1,6 @@
 """A Triton kernel for GPUs of the update that `optim.AdamW8bit` makes, one launch for each parameter.
 
-Step by step in torch an update is some fifty kernels for a parameter, and each reads and writes 32-bit values. Here a
+Step by step in torch an update is some thirty kernels for a parameter, and each reads and writes 32-bit values. Here a
 program reads a few blocks of weights, gradients and 8-bit moments once, and writes the new ones.
 """
 

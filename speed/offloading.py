@@ -17,9 +17,9 @@ def offload_blocks(blocks: Iterable[nn.Module]) -> None:
     """Make each block move what it keeps for the backward pass to the host, and back when that needs it.
 
     The way of `torch.autograd.graph.save_on_cpu`: copies take their turn among the kernels of the device, so that
-    nothing waits but the device. Unlike there, a tensor comes back with the strides that it had, on which the choice of
-    a kernel may depend, and weights stay where they are; gathered ones do go. Where a block is recomputed, that is
-    what it is given, its inputs; what the policy of recomputation keeps stays.
+    nothing waits but the device. Unlike there, a tensor without gaps comes back with the strides that it had, on which
+    the choice of a kernel may depend, and weights stay where they are; gathered ones do go. Where a block is
+    recomputed, that is what it is given, its inputs; what the policy of recomputation keeps stays.
     """
     for block in blocks:
         block.forward = _offloaded(block, block.forward)

@@ -149,9 +149,8 @@ def test_moments_in_8_bits_are_updated_on_a_gpu_as_on_a_cpu_without_waiting_for_
 
 
 IN_8_BITS = ["optim.optimizer=AdamW8bit", "capi.clustering_optimizer.optimizer=AdamW8bit"]
-SAME_DROPOUT = [
-    "segmentation.dropout=0"
-]  # torch draws it on the device, as StoP's noise is, and torchvision's proposals
+# Torch draws it on the device, where StoP's noise and torchvision's proposals are drawn, too.
+WITHOUT_DROPOUT = ["segmentation.dropout=0"]
 CONTINUED = {
     **{name: (name, []) for name in METHODS if name != "stop"},
     "capi, fused": ("capi", ["model.predictor=fused"]),
@@ -160,8 +159,8 @@ CONTINUED = {
     "capi, moments in 8 bits": ("capi", IN_8_BITS),
     "capi, not square": ("capi", ["data.images_size=[16,24]"]),
     "classification": ("classification", []),
-    "segmentation": ("segmentation", SAME_DROPOUT),
-    "segmentation, UperNet": ("segmentation", ["segmentation.head=uper", *SAME_DROPOUT]),
+    "segmentation": ("segmentation", WITHOUT_DROPOUT),
+    "segmentation, UperNet": ("segmentation", ["segmentation.head=uper", *WITHOUT_DROPOUT]),
 }
 
 
