@@ -263,7 +263,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _average(grad, ctx.gathering, ctx.own_rows).to(ctx.own_dtype), None, None
+        return _average(grad, ctx.gathering, ctx.own_rows, ctx.own_dtype), None, None
 
 
 def _all_gather(own: Tensor, gathering: _Gathering) -> Tensor:
@@ -277,7 +277,7 @@ def _all_gather(own: Tensor, gathering: _Gathering) -> Tensor:
     return full if len(full) == gathering.rows else full[: gathering.rows]
 
 
-def _average(grad: Tensor, gathering: _Gathering, own_rows: int | None) -> Tensor:
+def _average(grad: Tensor, gathering: _Gathering, own_rows: int | None, dtype: torch.dtype) -> Tensor:
     """Average over ranks of a whole gradient, cut to the own rows."""
     collectives = torch.ops._c10d_functional
     grad = grad.to(gathering.reduce_dtype)
@@ -291,8 +291,10 @@ def _average(grad: Tensor, gathering: _Gathering, own_rows: int | None) -> Tenso
         padded = _pad_rows(grad, gathering.rows_per_rank * gathering.world_size).contiguous()
         started = collectives.reduce_scatter_tensor(padded, "sum", gathering.world_size, gathering.group_name)
         own = collectives.wait_tensor(started)
-        own = own if len(own) == own_rows else own[:own_rows]
-    return own if early else own / gathering.world_size
+    own = (own if early else own / gathering.world_size).to(dtype)
+    # Cut last: arithmetic on no rows would give strides of its own, which torch up to 2.11 takes for another layout of
+    # the whole gradient, so that the ranks without rows, and no others, would wait for each other in a collective.
+    return own if own_rows is None or len(own) == own_rows else own[:own_rows]
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:

@@ -209,8 +209,9 @@ class TrainState(Generic[ConfigT]):
         """Forget the gradients of the last update."""
         for _, optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        if "torch._inductor.cudagraph_trees" in sys.modules:  # if not, this would import the compiler, for no graph
-            # What the graphs of the last step gave, gradients above all, is not needed any more.
+        if self.cfg.efficiency.compilation.cuda_graphs:  # if not, this would import the compiler, for no graph
+            # What the graphs of the last step gave, gradients above all, is not needed any more. The first step says so
+            # too: without any such mark, torch lets every call of a graph overwrite what earlier calls gave.
             torch.compiler.cudagraph_mark_step_begin()
 
     def backward(self, loss: Float[Tensor, ""]) -> None:

@@ -141,8 +141,9 @@ def tiny_run(images: Path | str, output_dir: Path, *overrides: str) -> list[str]
 
 
 def save_tokenizer(images: Path) -> None:
-    """A small random encoder of DALL-E's kind, in a file that `tiny_run` names."""
+    """A small random encoder of DALL-E's kind, in a file that `tiny_run` names; nothing in it overflows float16."""
     encoder = DalleEncoder(width=4, vocabulary_size=16)
     for parameter in encoder.parameters():
-        nn.init.normal_(parameter, generator=seeded(parameter.numel()))
+        std = math.sqrt(2 * parameter.shape[0] / parameter.numel()) if parameter.ndim > 1 else 0.1
+        nn.init.normal_(parameter, std=std, generator=seeded(parameter.numel()))
     torch.save(encoder.state_dict(), f"{images}.tokenizer.pth")

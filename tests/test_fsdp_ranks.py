@@ -61,6 +61,7 @@ class Odd(nn.Module):
         self.same = nn.Linear(3, 5, bias=False)
         self.same.weight = self.linear.weight
         self.frozen = nn.Parameter(torch.randn(4), requires_grad=False)
+        self.token = nn.Parameter(torch.randn(1, 1, 3))
         self.offset: Tensor
         self.register_buffer("offset", torch.randn(3))
 
@@ -152,6 +153,11 @@ def gradients(make: Any, run: Any, data: Tensor, how: Sharding, steps: int = 1) 
         out = run(module, my_part(data))
         out.mean().backward()
         outputs.append(out.detach())
+        for parameter in module.parameters():
+            if isinstance(parameter, DTensor) and parameter.grad is not None:
+                own = parameter.grad
+                assert isinstance(own, DTensor) and own.placements == parameter.placements
+                assert own.to_local().stride() == parameter.to_local().stride(), "torch 2.11 would copy on some ranks"
     average_gradients_(module, how)
     return {"out": outputs[-1], "grads": {k: whole(p.grad) for k, p in module.named_parameters() if p.requires_grad}}
 

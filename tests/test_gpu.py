@@ -149,7 +149,7 @@ def test_moments_in_8_bits_are_updated_on_a_gpu_as_on_a_cpu_without_waiting_for_
 
 
 IN_8_BITS = ["optim.optimizer=AdamW8bit", "capi.clustering_optimizer.optimizer=AdamW8bit"]
-# Torch draws it on the device, where StoP's noise and torchvision's proposals are drawn, too.
+# Torch draws it on the device, where StoP's noise, torchvision's proposals and the pixels of erased parts are drawn, too.
 WITHOUT_DROPOUT = ["segmentation.dropout=0"]
 CONTINUED = {
     **{name: (name, []) for name in METHODS if name != "stop"},
@@ -158,7 +158,7 @@ CONTINUED = {
     "capi, queue": ("capi", ["capi.queue=2"]),
     "capi, moments in 8 bits": ("capi", IN_8_BITS),
     "capi, not square": ("capi", ["data.images_size=[16,24]"]),
-    "classification": ("classification", []),
+    "classification": ("classification", ["classification.random_erasing=0"]),
     "segmentation": ("segmentation", WITHOUT_DROPOUT),
     "segmentation, UperNet": ("segmentation", ["segmentation.head=uper", *WITHOUT_DROPOUT]),
 }
@@ -189,10 +189,11 @@ def test_a_run_of_a_cpu_continues_on_a_gpu_as_it_would_have_on_the_cpu(tmp_path,
     loss, norm, _ = TOLERANCES[dtype]
     if own == IN_8_BITS:  # a moment half way between two levels goes to either
         loss, norm = max(loss, 1e-3), max(norm, 1e-2)
+    tolerances = {"target_entropy": norm}  # a balance of four images makes entropy as sensitive as a gradient
     assert [*on_gpu] == [3, 4, 5, 6]
     for step, record in on_gpu.items():
         for key in {"loss", "capi_loss", "clustering_loss", "target_entropy"} & record.keys():
-            assert record[key] == pytest.approx(on_cpu[step][key], rel=loss), f"{key} of step {step}"
+            assert record[key] == pytest.approx(on_cpu[step][key], rel=tolerances.get(key, loss)), f"{key} of step {step}"
         assert record["grad_norm"] == pytest.approx(on_cpu[step]["grad_norm"], rel=norm), f"step {step}"
 
 
