@@ -96,10 +96,9 @@ def side_by_side(
     with contextlib.ExitStack() as ends:
         try:
             while waiting or running:
-                unfinished = {(each.name, each.seed) for each in [*waiting, *(training for training, _ in running)]}
+                unfinished = [*waiting, *(training for training, _ in running)]
                 for training in list(waiting):
-                    needed = {(name, training.seed) for name in training.needs}
-                    if len(running) < cfg.at_once and not needed & unfinished:
+                    if len(running) < cfg.at_once and has_what_it_reads(training, unfinished):
                         waiting.remove(training)
                         running.append((training, ends.enter_context(start_part(training, sources))))
                         logger.info("%s starts; %d wait", training.title, len(waiting))
@@ -110,6 +109,12 @@ def side_by_side(
         finally:  # of an interruption: the end of the block asks and waits for one after the other
             for _, process in running:
                 process.terminate()
+
+
+def has_what_it_reads(training: Training, unfinished: Sequence[Training]) -> bool:
+    """Whether none of the trainings that are still to be done, or only evaluated, has yet to make what it reads."""
+    read = (each for each in unfinished if each.seed == training.seed and each.name in training.needs)
+    return all(each.is_done() for each in read)
 
 
 @contextlib.contextmanager

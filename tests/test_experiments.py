@@ -245,6 +245,20 @@ def test_what_runs_side_by_side_ends_with_the_command_and_goes_on_with_the_next(
     assert (starts("low"), starts("high")) == (2, 2)
 
 
+def test_a_training_waits_for_the_weights_that_it_reads_and_not_for_their_evaluation(here):
+    lines = """
+import time
+end = time.monotonic() + 60
+while "/first/" in cfg["output_dir"] and not Path("out/second/seed_0/run/starts").exists():
+    assert time.monotonic() < end
+    time.sleep(0.05)
+"""
+    (here / "eval_stub.py").write_text(EVALUATION + lines)
+    table = {"first": {}, "second": {"overrides": ["reads=<first>/weights.json"]}}
+    write_table(here, seeds=[0], trainings=table)
+    assert compare.main(["table.yaml", "at_once=2"]) == 0
+
+
 def test_a_training_that_failed_leaves_the_others_alone_and_goes_on_where_it_was(here, capsys):
     write_table(here, seeds=[0], trainings={"bad": {"overrides": ["fails_at=2"]}, "good": {}})
     assert compare.main(["table.yaml"]) == 1
