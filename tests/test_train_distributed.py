@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import slurm
 import yaml
 from commands import FAKE_EVALUATION, logged_steps, make_images, metrics_of, run_forked, tiny
-from conftest import PYTHON, ROOT, run_cli
+from conftest import ROOT, run_cli
 from finetunes import CASES, pretrain
 
 import train_distributed
@@ -151,12 +152,27 @@ def test_the_defaults_and_train_capi_work_as_a_user_types_it(images, tmp_path):
 # On a real Slurm.
 
 
+UNHURRIED = """
+import sys, time
+
+def wait(event, arguments):
+    if event == "open" and str(arguments[0]).endswith("metrics.jsonl") and "a" in str(arguments[1]):
+        time.sleep(0.3)
+
+sys.addaudithook(wait)
+"""
+"""Makes a line of metrics take its time: jobs that only wait for a signal leave the processors to other tests."""
+
+
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(tmp_path_factory):
     refusal = slurm.why_not_here()
     if refusal:
         pytest.skip(refusal)
+    site = tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(UNHURRIED)
     with slurm.slurm() as started:
+        started.environ["PYTHONPATH"] = str(site)
         yield started
 
 
@@ -199,15 +215,7 @@ class Submitted:
 def run_on_two_ranks(script: str, arguments: list[str], output_dir: Path, steps: int) -> None:
     """The same training without a cluster, until it has made `steps` steps."""
     process = subprocess.Popen(
-        [
-            PYTHON,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            script,
-            *arguments,
-        ],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *arguments],
         cwd=ROOT,
         env=os.environ | {"JAXTYPING_DISABLE": "1"},
         start_new_session=True,
