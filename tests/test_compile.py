@@ -15,6 +15,7 @@ import pytest
 import torch
 from commands import make_images, run_forked, run_main, tiny
 from conftest import PYTHON, ROOT
+from golden import golden_state
 from torch import fx
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -206,6 +207,15 @@ def test_cuda_graphs_and_divided_weights_do_not_go_together(monkeypatch):
     monkeypatch.setattr("speed.compiling.is_distributed", lambda: True)
     with pytest.raises(UserError, match=r"cuda_graphs=true: not with weights divided"):
         compile_function(torch.sin, cfg.do_student, "x", torch.device("cuda"), sharding, cuda_graphs=True)
+
+
+@pytest.mark.parametrize("cuda_graphs", ["true", "false"])
+def test_steps_are_marked_for_cuda_graphs_from_the_first_one_on_and_for_nothing_else(cuda_graphs, monkeypatch):
+    marks = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append("step"))
+    compiled = [f"efficiency.compilation.{name}.disable=false" for name in ("do_teacher", "do_student")]
+    golden_state(*compiled, f"efficiency.compilation.cuda_graphs={cuda_graphs}").zero_grad()
+    assert marks == (["step"] if cuda_graphs == "true" else [])
 
 
 def test_cuda_graphs_need_compiled_functions():
