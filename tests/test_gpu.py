@@ -149,7 +149,7 @@ def test_moments_in_8_bits_are_updated_on_a_gpu_as_on_a_cpu_without_waiting_for_
 
 
 IN_8_BITS = ["optim.optimizer=AdamW8bit", "capi.clustering_optimizer.optimizer=AdamW8bit"]
-# Torch draws it on the device, where StoP's noise, torchvision's proposals and the pixels of erased parts are drawn, too.
+# Torch draws it on the device, where StoP's noise, torchvision's proposals and erased pixels are drawn, too.
 WITHOUT_DROPOUT = ["segmentation.dropout=0"]
 CONTINUED = {
     **{name: (name, []) for name in METHODS if name != "stop"},
@@ -193,7 +193,9 @@ def test_a_run_of_a_cpu_continues_on_a_gpu_as_it_would_have_on_the_cpu(tmp_path,
     assert [*on_gpu] == [3, 4, 5, 6]
     for step, record in on_gpu.items():
         for key in {"loss", "capi_loss", "clustering_loss", "target_entropy"} & record.keys():
-            assert record[key] == pytest.approx(on_cpu[step][key], rel=tolerances.get(key, loss)), f"{key} of step {step}"
+            assert record[key] == pytest.approx(on_cpu[step][key], rel=tolerances.get(key, loss)), (
+                f"{key} of step {step}"
+            )
         assert record["grad_norm"] == pytest.approx(on_cpu[step]["grad_norm"], rel=norm), f"step {step}"
 
 
