@@ -292,8 +292,8 @@ def _average(grad: Tensor, gathering: _Gathering, own_rows: int | None, dtype: t
         started = collectives.reduce_scatter_tensor(padded, "sum", gathering.world_size, gathering.group_name)
         own = collectives.wait_tensor(started)
     own = (own if early else own / gathering.world_size).to(dtype)
-    # Cut last: arithmetic on no rows would give strides of its own, which torch up to 2.11 takes for another layout of
-    # the whole gradient, so that the ranks without rows, and no others, would wait for each other in a collective.
+    # Cut last: arithmetic on no rows would give strides of its own, which torch 2.11 takes for another layout of the
+    # whole gradient, so that the ranks without rows, and no others, would wait for each other in a collective.
     return own if own_rows is None or len(own) == own_rows else own[:own_rows]
 
 

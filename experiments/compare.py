@@ -112,7 +112,7 @@ def side_by_side(
 
 
 def has_what_it_reads(training: Training, unfinished: Sequence[Training]) -> bool:
-    """Whether none of the trainings that are still to be done, or only evaluated, has yet to make what it reads."""
+    """Whether the trainings that it reads have made their weights, or have ended without; others are unfinished."""
     read = (each for each in unfinished if each.seed == training.seed and each.name in training.needs)
     return all(each.is_done() for each in read)
 

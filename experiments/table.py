@@ -298,8 +298,10 @@ class Training(Part):
 
     def is_done(self) -> bool:
         """Whether all steps are done and the weights are there."""
+        if not self.weights.is_file():  # asked first, and often: metrics are long
+            return False
         records, planned = self.records(), self.num_steps
-        return planned is not None and bool(records) and records[-1]["step"] >= planned and self.weights.is_file()
+        return planned is not None and bool(records) and records[-1]["step"] >= planned
 
     def status(self) -> Status:
         """How it stands; a training that was asked to stop ends well, but is not done."""

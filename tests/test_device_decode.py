@@ -142,7 +142,7 @@ def test_crops_are_those_of_torchvision_on_pillow_images_within_rounding():
             error = np.abs(crop.permute(1, 2, 0).numpy().astype(int) - oracle)
             # Pillow rounds and clips between the two directions, which shows in noise: floats overshoot there.
             assert error.max() <= 16, f"{box}: more than rounding"
-            assert error.mean() < 0.45, f"{box}: systematically different"
+            assert error.mean() < 0.4, f"{box}: systematically different"
 
 
 @pytest.mark.parametrize(("most_values", "size"), [(1, (56, 56)), (100_000, (30, 91)), (2**25, (64, 40))])

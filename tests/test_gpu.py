@@ -149,13 +149,14 @@ def test_moments_in_8_bits_are_updated_on_a_gpu_as_on_a_cpu_without_waiting_for_
 
 
 IN_8_BITS = ["optim.optimizer=AdamW8bit", "capi.clustering_optimizer.optimizer=AdamW8bit"]
+QUEUE = ["capi.queue=2"]
 # Torch draws it on the device, where StoP's noise, torchvision's proposals and erased pixels are drawn, too.
 WITHOUT_DROPOUT = ["segmentation.dropout=0"]
 CONTINUED = {
     **{name: (name, []) for name in METHODS if name != "stop"},
     "capi, fused": ("capi", ["model.predictor=fused"]),
     "capi, moving-average head": ("capi", ["capi.targets=ema_head", "capi.student_head=mlp"]),
-    "capi, queue": ("capi", ["capi.queue=2"]),
+    "capi, queue": ("capi", QUEUE),
     "capi, moments in 8 bits": ("capi", IN_8_BITS),
     "capi, not square": ("capi", ["data.images_size=[16,24]"]),
     "classification": ("classification", ["classification.random_erasing=0"]),
@@ -189,13 +190,13 @@ def test_a_run_of_a_cpu_continues_on_a_gpu_as_it_would_have_on_the_cpu(tmp_path,
     loss, norm, _ = TOLERANCES[dtype]
     if own == IN_8_BITS:  # a moment half way between two levels goes to either
         loss, norm = max(loss, 1e-3), max(norm, 1e-2)
-    tolerances = {"target_entropy": norm}  # a balance of four images makes entropy as sensitive as a gradient
+    # Four images and two earlier batches balance: an entropy that is as sensitive as a gradient.
+    entropy = norm if own == QUEUE and dtype == "bfloat16" else loss
     assert [*on_gpu] == [3, 4, 5, 6]
     for step, record in on_gpu.items():
         for key in {"loss", "capi_loss", "clustering_loss", "target_entropy"} & record.keys():
-            assert record[key] == pytest.approx(on_cpu[step][key], rel=tolerances.get(key, loss)), (
-                f"{key} of step {step}"
-            )
+            allowed = entropy if key == "target_entropy" else loss
+            assert record[key] == pytest.approx(on_cpu[step][key], rel=allowed), f"{key} of step {step}"
         assert record["grad_norm"] == pytest.approx(on_cpu[step]["grad_norm"], rel=norm), f"step {step}"
 
 
