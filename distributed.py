@@ -9,11 +9,13 @@ import gc
 import hashlib
 import logging
 import os
+import platform
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -383,3 +385,13 @@ def pick_device(name: str, place: Place = ALONE, *, key: str = "train.device") -
             f"per machine (torchrun --nproc-per-node, launcher.gpus_per_node), or use {key}=cpu"
         )
     return torch.device("cuda", index)
+
+
+def device_model(device: torch.device) -> str:
+    """What was computed on, in words: the model of the GPU or of the processor, as the system says it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")  # Linux; without a model's name on some processors
+    said = re.search(r"^model name\s*:\s*(.+?)\s*$", info.read_text() if info.is_file() else "", re.MULTILINE)
+    processor = said[1] if said else platform.processor() or platform.machine()
+    return processor if device.type == "cpu" else f"{device.type} of {processor}"

@@ -51,7 +51,17 @@ from data import (
     worker_poll_s,
     workers_that_fit,
 )
-from distributed import all_gather_rows, barrier, broadcast_object, gather_objects, on_rank_0, rank, session, world_size
+from distributed import (
+    all_gather_rows,
+    barrier,
+    broadcast_object,
+    device_model,
+    gather_objects,
+    on_rank_0,
+    rank,
+    session,
+    world_size,
+)
 from keys import answer
 from launch import claim_output_dir
 from reading.bands import resized
@@ -738,7 +748,7 @@ def describe(model: FrozenModel, cfg: EvaluationConfig) -> dict[str, Any]:
         "commit": git_revision(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+        "device": device_model(model.device),
         "num_ranks": world_size(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

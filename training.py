@@ -56,7 +56,7 @@ from data import (
     merge_positions,
     normalizer,
 )
-from distributed import on_rank_0, pick_device, rank, session, world_size
+from distributed import device_model, on_rank_0, pick_device, rank, session, world_size
 from fsdp import Sharding, average_gradients_, divide_like, parallelize
 from launch import StopRequest, claim_output_dir, requeue, was_requeued
 from metrics import FiniteWatch, Metrics, Profile, Throughput, rounded_speed
@@ -689,8 +689,8 @@ class Run:
         self._waited = 0.0
 
     def _open_log(self, saved: SavedState | None, opening: str, warnings: Sequence[str]) -> None:
-        versions = (torch.__version__, self.device, world_size(), git_revision())
-        logger.info("torch %s on %s, %d process(es), code %s", *versions)
+        versions = (torch.__version__, self.device, device_model(self.device), world_size(), git_revision())
+        logger.info("torch %s on %s (%s), %d process(es), code %s", *versions)
         logger.info("%s", opening)
         if isinstance(self.cfg.data, PretrainingImagesConfig):
             logger.info("normalised: %s", self.cfg.data.normalisation.describe())

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository is not i
 import torch
 
 from config import argument
+from distributed import device_model
 from utils import git_revision
 
 RESULTS = Path(__file__).parent / "results.jsonl"
@@ -68,14 +69,8 @@ def hardware() -> str:
     """The GPU, or the processor and the number of threads that torch uses."""
     if torch.cuda.is_available():
         memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-        return f"{torch.cuda.get_device_name(0)}, {memory_gib:.0f} GiB"
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = names[0] if names else name
+        return f"{device_model(torch.device('cuda', 0))}, {memory_gib:.0f} GiB"
+    name = device_model(torch.device("cpu"))
     return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} shared cores"
 
 

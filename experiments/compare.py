@@ -167,9 +167,7 @@ def show(cfg: TableConfig) -> int:
     for training in plan(cfg, keep=False):
         if training.preparation is not None and not training.preparation.is_done():
             sys.stdout.write(f"{training.preparation.title}: {training.preparation.script}\n")
-        length = training.num_steps
-        if length is None and cfg.budget.images is not None:
-            length = planned_steps(training, cfg)
+        length = planned_steps(training, cfg) if training.num_steps is None else training.num_steps
         words = "as many steps as a calibration tells" if length is None else f"{length} steps"
         per_step = training.images_per_step(cfg.num_ranks)
         sys.stdout.write(f"{training.title}: {words} of {per_step} images\n    {training.command(length)}\n")

@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import statistics
 import time
@@ -71,7 +70,7 @@ def summarise(cfg: TableConfig, trainings: Sequence[Training], statuses: Mapping
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "code": git_revision(),
         "versions": {"python": platform.python_version(), "torch": importlib.metadata.version("torch")},
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "evaluated on": sorted({device for training in trainings for device in devices_of(training)}),
         "columns": {name: score._asdict() for name, score in columns.items()},
         "rows": rows,
         "notices": notices(cfg, trainings, statuses, rows),
@@ -127,6 +126,13 @@ def scores_of(
         if content.get("random") and row.values[1] is not None:
             untrained[name] = row.values[1]
     return own, untrained
+
+
+def devices_of(training: Training) -> set[str]:
+    """The models of GPU or processor that evaluated a training; a Slurm job's are not those of this machine."""
+    path = training.folder / "evaluation" / "results.json"
+    entries = read_results(path)["evaluations"].values() if path.is_file() else ()
+    return {entry["about"]["device"] for entry in entries if "device" in entry.get("about", {})}
 
 
 def moments(columns: Sequence[str], values: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -246,7 +252,7 @@ def pictures(trainings: Sequence[Training], base: Path) -> str:
 
 def about(content: Mapping[str, Any]) -> str:
     """How the table was made."""
-    made = {key: content[key] for key in ("date", "code", "versions", "machine", "budget", "seeds")}
+    made = {key: content[key] for key in ("date", "code", "versions", "evaluated on", "budget", "seeds")}
     commands = {name: row["command"] for name, row in content["rows"].items() if row["command"]}
     folders = {name: next(iter(row["seeds"].values()))["folder"] for name, row in content["rows"].items()}
     tables = [

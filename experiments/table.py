@@ -486,20 +486,20 @@ def run(part: Part, cfg: TableConfig) -> Status:
         return run_here(part, cfg.nproc_per_node)
 
 
-def planned_steps(training: Training, cfg: TableConfig) -> int:
-    """How many steps the budget is: the same for all seeds, of which the first one is measured."""
+def planned_steps(training: Training, cfg: TableConfig) -> int | None:
+    """How many steps the budget is; None if what a step takes was measured for none of the seeds, whose steps are as
+    many."""
     per_step = training.images_per_step(cfg.num_ranks)
     if cfg.budget.images is not None:
         return max(1, round(cfg.budget.images / per_step))
     assert cfg.budget.cpu_seconds is not None
     noted = [_read_json(path) or {} for path in sorted(training.folder.parent.glob("seed_*/asked.json"))]
     measured = [state["cpu_seconds_per_step"] for state in noted if "cpu_seconds_per_step" in state]
-    seconds = measured[0] if measured else cpu_seconds_per_step(training, cfg)
-    return max(1, int(cfg.budget.cpu_seconds / seconds))
+    return max(1, int(cfg.budget.cpu_seconds / measured[0])) if measured else None
 
 
-def cpu_seconds_per_step(training: Training, cfg: TableConfig) -> float:
-    """Processor time of a step, by the difference of two short runs.
+def measure_step(training: Training, cfg: TableConfig) -> None:
+    """Note the processor time of a step, by the difference of two short runs.
 
     Raises: UserError if one of them fails.
     """
@@ -526,7 +526,6 @@ def cpu_seconds_per_step(training: Training, cfg: TableConfig) -> float:
             f"many steps and {times[1]:.1f} s for twice as many, which tells nothing; use more"
         )
     training.note(cpu_seconds_per_step=taken)
-    return taken
 
 
 def train(training: Training, cfg: TableConfig, others: Mapping[str, Training]) -> Status:
@@ -548,7 +547,12 @@ def train(training: Training, cfg: TableConfig, others: Mapping[str, Training]) 
         if status.word != "done":
             return dataclasses.replace(status, message=f"{preparation.title}: {status.message}")
     if training.num_steps is None:
-        training.set_length(planned_steps(training, cfg))
+        length = planned_steps(training, cfg)
+        if length is None:
+            measure_step(training, cfg)
+            length = planned_steps(training, cfg)
+            assert length is not None
+        training.set_length(length)
     logger.info(
         "%s: %s steps of %d images", training.title, training.num_steps, training.images_per_step(cfg.num_ranks)
     )

@@ -50,6 +50,7 @@ def test_a_recorded_commit_is_that_of_the_code_whatever_was_recorded_before(tmp_
     for name in (
         "utils.py",
         "config.py",
+        "distributed.py",
         "default_eval_config.py",
         "bench/results.py",
         "bench/README.md",

@@ -3,6 +3,7 @@ import re
 import socket
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ranks import exit_codes, run_on_ranks
 from torch.cuda._utils import _get_device_index
 
 import distributed
-from distributed import ALONE, Place, find_place, first_host, pick_device, session
+from distributed import ALONE, Place, device_model, find_place, first_host, pick_device, session
 from utils import UserError, ending_in_words
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "host0", "MASTER_PORT": "29400"}
@@ -284,6 +285,24 @@ def test_rows_of_ranks_come_together_in_rank_order_however_many_each_has(counts)
     for gathered in run_on_ranks(gather_my_rows, len(counts), counts):
         assert gathered.dtype == torch.float16
         assert torch.equal(gathered, whole)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "named"),
+    [
+        ("model\t\t: 1\nmodel name\t: Abacus 9000 \n\nprocessor\t: 1\nmodel name\t: Other\n", "Abacus 9000"),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", "arm"),
+        (None, "arm"),
+    ],
+)  # fmt: skip
+def test_a_device_is_named_by_its_model(cpuinfo, named, monkeypatch):
+    monkeypatch.setattr("platform.processor", lambda: "arm")
+    monkeypatch.setattr(Path, "is_file", lambda self: cpuinfo is not None)
+    monkeypatch.setattr(Path, "read_text", lambda self: cpuinfo)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"GPU number {device.index}")
+    assert device_model(torch.device("cpu")) == named
+    assert device_model(torch.device("mps")) == f"mps of {named}"
+    assert device_model(torch.device("cuda", 3)) == "GPU number 3"
 
 
 def test_rows_of_one_process_are_those_of_all():

@@ -100,7 +100,7 @@ cfg = yaml.safe_load(open(sys.argv[1]))
 folder, weights = Path(cfg["output_dir"]), cfg["model_loader_kwargs"].get("pretrained_weights")
 score = json.loads(Path(weights).read_text())["score"] if weights else 0.01
 scores = [{"path": ["top1"], "label": "top-1"}]
-about = {"seconds": 1.0, "weights_sha256": "ab"}
+about = {"seconds": 1.0, "weights_sha256": "ab", "device": "an abacus"}
 content = {"results": {"knn": {"top1": score, "other": 3.0}}, "config": cfg, "about": about, "scores": scores}
 (folder / "results_stub.json").write_text(json.dumps(content))
 (folder / "artifacts").mkdir(exist_ok=True)
@@ -172,6 +172,7 @@ def test_a_table_has_means_and_deviations_over_seeds_and_is_not_made_twice(here,
     assert content["rows"]["high"]["mean"]["CPU minutes"] > 0
     page = Path("out/report.html").read_text()
     assert '<td class="number best">55.0' in page
+    assert content["evaluated on"] == ["an abacus"] and "an abacus" in page
     alts = re.findall(r'alt="([^"]+)"', page)
     assert alts == [
         "loss over 3 steps. low: from 0.25 to 0.08333; high: from 0.5 to 0.1667",
@@ -296,7 +297,7 @@ def test_a_training_waits_for_what_it_reads(here, capsys):
     assert compare.main(["table.yaml"]) == 0
 
 
-def test_a_budget_of_processor_time_decides_how_many_steps_there_are(here, monkeypatch):
+def test_a_budget_of_processor_time_decides_how_many_steps_there_are(here, monkeypatch, capsys):
     seconds = {"quick": 0.02, "slow": 0.04}
 
     def children_cpu_seconds() -> float:
@@ -317,6 +318,9 @@ def test_a_budget_of_processor_time_decides_how_many_steps_there_are(here, monke
     planned = Path("out/slow/seed_0/asked.json").read_text()
     assert compare.main(["table.yaml"]) == 0
     assert Path("out/slow/seed_0/asked.json").read_text() == planned, "it was measured again"
+    capsys.readouterr()
+    assert compare.main(["table.yaml", "seeds=[0,1]", "--dry-run"]) == 0
+    assert "slow, seed 1: 12 steps of 8 images" in capsys.readouterr().out
     assert compare.main(["table.yaml", "seeds=[0,1]", "trainings.quick=null"]) == 0
     assert results()["rows"]["slow"]["deviation"]["images"] == 0, "another seed saw another number of images"
     assert not list(Path("out/slow/seed_1").glob("calibration_*"))
