@@ -212,7 +212,9 @@ class Task(NotedRun):
         # The script may have refused the request, and left what it found.
         written = dict(outcome["config"])
         written["model_loader_kwargs"] = _without_file(written["model_loader_kwargs"], self.weights_file_sha256)
-        return state["request"] == request and written.items() >= request["config"].items()
+        asked = request["config"]
+        as_asked = asked.keys() <= written.keys() and all(_is_same(asked[key], written[key]) for key in asked)
+        return state["request"] == request and as_asked
 
     def check_folder(self) -> None:
         """Raise UserError if the folder has results of another model or of folders whose content has changed.
@@ -244,6 +246,11 @@ class Task(NotedRun):
         own = {key: entry["url"] for key, entry in data.items() if is_folder(entry["url"])}
         now = {key: {"url": url, "fingerprint": make_dataset(url, key=key).fingerprint()} for key, url in own.items()}
         check_same_data(now, data, self.folder)
+
+
+def _is_same(asked: Any, written: Any) -> bool:
+    """Whether a value is as it was asked for; of [224, 224], the sides of a square, scripts write 224."""
+    return asked == written or asked == [written, written]
 
 
 def _without_file(loader_kwargs: Mapping[str, Any], sha256: str | None) -> dict[str, Any]:
@@ -464,9 +471,11 @@ def differences(content: Mapping[str, Any]) -> list[str]:
     told = []
     for label, model in content["compared"].items():
         for name in content["evaluations"].keys() & model.keys():
+            entries = content["evaluations"][name], model[name]
+            if not all(entry["about"] for entry in entries):  # no result yet: what was left to defaults is not known
+                continue
             ours, theirs = (
-                {key: value for key, value in evaluations[name]["config"].items() if key not in where_from}
-                for evaluations in (content["evaluations"], model)
+                {key: value for key, value in entry["config"].items() if key not in where_from} for entry in entries
             )
             changed = changed_keys(ours, theirs)
             if changed:

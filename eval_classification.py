@@ -78,6 +78,7 @@ from labels import (
     open_splits,
     pad,
     read_image_list,
+    renumber,
 )
 from optim import scheduled, stepped, warmed_half_cosine
 from reading.sources import BadImageError
@@ -149,6 +150,9 @@ class ClassificationConfig(EvaluationConfig):
     """A data URL, or several by name: `test_dataset_names.v2=...`."""
     num_classes: int | None = field(default=None, metadata=within(at_least=2))
     """null: as many as the training set names, or its largest label + 1."""
+    only_test_classes: bool = False
+    """Of a test set that names fewer classes than the training set, such as ImageNet-A and ImageNet-R, predict these
+    only, as is usual for them; false: all classes."""
     resolution: int | tuple[int, int] = field(default=224, metadata=COUNT)
     """Side of the square that the model sees, in pixels, or [height, width]."""
     resize: int | None = field(default=None, metadata=COUNT)
@@ -190,7 +194,7 @@ class ClassificationConfig(EvaluationConfig):
     knn_k: list[int] = field(
         default_factory=lambda: [10, 20, 50, 100, 200], metadata=within(at_least=1, not_empty=True, distinct=True)
     )
-    """Numbers of neighbours. top1 is that of 20 if it is among them, else of the first."""
+    """Numbers of neighbours. top1 is that of 20 if it is among them, else of the smallest."""
     knn_temperature: float = field(default=0.07, metadata=POSITIVE)
     """Neighbours vote with weight exp(cosine similarity / temperature)."""
     feature_scaling: str = field(default="standard", metadata=one_of(*SCALINGS))
@@ -302,8 +306,8 @@ class ClassificationConfig(EvaluationConfig):
 class CentreCropped:
     """Resize, cut out the centre, and hand over the labels; see `evaluation.Prepare`."""
 
-    def __init__(self, cfg: ClassificationConfig, num_labels: int) -> None:
-        self.num_labels, self.box = num_labels, cfg.test_box
+    def __init__(self, cfg: ClassificationConfig, num_labels: int, numbers: Int64[Tensor, " c"] | None = None) -> None:
+        self.num_labels, self.numbers, self.box = num_labels, numbers, cfg.test_box
         self.interpolation = v2.InterpolationMode(cfg.resize_interpolation)
         self.cut = v2.Compose([v2.CenterCrop(both_sides(cfg.resolution)), v2.PILToTensor()])
 
@@ -311,7 +315,8 @@ class CentreCropped:
         """An image of a test or validation set, or of the training set for methods without augmentation."""
         size = image.shape[-2:] if isinstance(image, Tensor) else image.size[::-1]
         resize = v2.Resize(covering_size(size, self.box), self.interpolation, antialias=True)
-        return in_range(self.cut(resize(image))), pad([label_list(target, "label")], self.num_labels)[0]
+        labels = pad([label_list(target, "label")], self.num_labels)[0]
+        return in_range(self.cut(resize(image))), labels if self.numbers is None else renumber(labels, self.numbers)
 
 
 def covering_size(size: Sequence[int], box: tuple[int, int]) -> tuple[int, int]:
@@ -329,7 +334,7 @@ def image_batches(
     """Batches of (test image, labels) of this rank's share."""
     return ImageBatches(
         data.dataset,
-        CentreCropped(cfg, data.labels.shape[1]),
+        CentreCropped(cfg, data.labels.shape[1], data.numbers),
         batch_size=cfg.batch_size,
         num_workers=cfg.num_workers,
         indices=indices.tolist(),
@@ -1078,6 +1083,7 @@ def evaluate(cfg: ClassificationConfig, model: FrozenModel, results: Results) ->
         val_proportion=cfg.val_proportion,
         num_classes=cfg.num_classes,
         all_classes=not set(cfg.methods) <= {"knn", "low_shot"},  # nothing is chosen for them
+        only_test_classes=cfg.only_test_classes,
         bands=model.bands,
     )
     results.note_data(

@@ -37,6 +37,13 @@ class Labelled:
     labels: Int64[Tensor, "n l"]
     """Each image's labels, padded with -1; only -1 if it has none."""
     class_names: list[str]
+    numbers: Int64[Tensor, " c"] | None = None
+    """What each number that the data set itself gives means in `labels`; None if these are the same."""
+
+    def renumbered(self, numbers: Int64[Tensor, " c"], class_names: list[str]) -> "Labelled":
+        """The same images, label i of which is class `numbers[i]` of those named."""
+        labels = renumber(self.labels, numbers)
+        return Labelled(self.where, self.dataset, labels, class_names, numbers)
 
     @property
     def labelled(self) -> Int64[Tensor, " labelled"]:
@@ -57,6 +64,11 @@ def open_labelled(url: str, key: str, bands: Bands = RGB8) -> Labelled:
     dataset = open_dataset(url, key, bands)
     where = f"{key}={url}"
     labels = pad([label_list(target, where) for target in _read_targets(dataset, where)])
+    if labels.shape[1] > 1 and ((labels == 0) | (labels == 1)).all():
+        raise UserError(
+            f"{where}: each image has {labels.shape[1]} labels, all 0 or 1, as if there were one for each class; "
+            "labels are the numbers of an image's classes: [1, 4] instead of [0, 1, 0, 0, 1]"
+        )
     if not (labels >= 0).any():
         raise UserError(
             f"{where}: no image has a label; give a data set with labels, such as torchvision://ImageFolder"
@@ -74,6 +86,11 @@ def join(*parts: Int64[Tensor, "_ _"]) -> Int64[Tensor, "n l"]:
     """Labels of several sets of images one below the other, all as wide as the widest."""
     width = max(part.shape[1] for part in parts)
     return torch.cat([F.pad(part, (0, width - part.shape[1]), value=-1) for part in parts])
+
+
+def renumber(labels: Int64[Tensor, "*n"], numbers: Int64[Tensor, " c"]) -> Int64[Tensor, "*n"]:
+    """`numbers[i]` for each label i, and -1 for -1."""
+    return torch.where(labels >= 0, numbers[labels.clamp_min(0)], -1)
 
 
 def first_labels(labels: Int64[Tensor, "n l"]) -> Int64[Tensor, " n"]:
@@ -134,25 +151,28 @@ def _targets_at_once(dataset: ImageDataset, where: str) -> Sequence[Any] | None:
 # -------------------------------------------------------------------------------------------- class matching
 
 
-def class_mapping(other: Labelled, train: Labelled) -> Int64[Tensor, " c"] | None:
-    """The training class of each class of another set, or None if they are the same.
-
-    A set may have `get_imagenet_class_mapping()`; else see `sources.match_classes`.
-    """
+def own_mapping(other: Labelled) -> Int64[Tensor, " c"] | None:
+    """`get_imagenet_class_mapping()` of a data set that has it: the training class of each of its classes."""
     for holder in (other.dataset, getattr(other.dataset, "dataset", None)):
-        own_mapping = getattr(holder, "get_imagenet_class_mapping", None)
-        if own_mapping is not None:
-            return torch.as_tensor(np.asarray(own_mapping()), dtype=torch.int64)
+        mapping = getattr(holder, "get_imagenet_class_mapping", None)
+        if mapping is not None:
+            return torch.as_tensor(np.asarray(mapping()), dtype=torch.int64)
+    return None
+
+
+def mapping_by_name(other: Labelled, train: Labelled) -> Int64[Tensor, " c"] | None:
+    """The training class of each class of another set, or None if they are the same; see `sources.match_classes`."""
     numbers = match_classes(other.class_names, other.where, train.class_names, train.where)
     return None if numbers in (None, list(range(len(train.class_names)))) else torch.tensor(numbers)
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """A test set, and the training classes that its labels mean, if it has its own."""
+    """A test set."""
 
     data: Labelled
     mapping: Int64[Tensor, " c"] | None
+    """If given, only these classes can be predicted, and a label is a position in it: see `readouts.any_match`."""
 
 
 # ---------------------------------------------------------------------------------------------------- splits
@@ -184,6 +204,7 @@ def open_splits(
     val_proportion: float,
     num_classes: int | None,
     all_classes: bool,
+    only_test_classes: bool = False,
     bands: Bands = RGB8,
 ) -> Splits:
     """Open all data sets and check that their labels fit together. Arguments are named as keys are in messages.
@@ -196,6 +217,8 @@ def open_splits(
             by class.
         num_classes: None for as many as the training set names, or its largest label + 1.
         all_classes: whether each class must occur on both sides, in training and in validation.
+        only_test_classes: whether no other classes are predicted of a test set than those that it names. Of a set with
+            `get_imagenet_class_mapping()` none are in any case.
         bands: of the model.
 
     Raises: UserError for a single class, a label out of range, or a part that lacks a class.
@@ -211,11 +234,8 @@ def open_splits(
     val, fit, val_indices = train, train.labelled, None
     if val_dataset_name is not None:
         val = open_labelled(val_dataset_name, "val_dataset_name", bands)
-        mapping = class_mapping(val, train)
-        if mapping is not None:
-            _check_range(val, len(mapping))
-            mapped = torch.where(val.labels >= 0, mapping[val.labels.clamp_min(0)], -1)
-            val = Labelled(val.where, val.dataset, mapped, train.class_names)
+        mapping = own_mapping(val)
+        val = _renumbered(val, mapping_by_name(val, train) if mapping is None else mapping, train)
         _check_range(val, num_classes)
         val_indices = val.labelled
     else:
@@ -226,7 +246,11 @@ def open_splits(
     tests = {}
     for name, url in urls.items():
         data = open_labelled(url, f"test_dataset_names.{name}" if name else "test_dataset_names", bands)
-        mapping = class_mapping(data, train)
+        mapping = own_mapping(data)
+        if mapping is None:
+            mapping = mapping_by_name(data, train)
+            if not only_test_classes:
+                data, mapping = _renumbered(data, mapping, train), None
         _check_range(data, num_classes if mapping is None else len(mapping))
         if mapping is not None and int(mapping.max()) >= num_classes:
             raise UserError(
@@ -234,6 +258,13 @@ def open_splits(
             )
         tests[f"/{name}" if name else ""] = TestSet(data, mapping)
     return Splits(train, fit, val, val_indices, tests, num_classes)
+
+
+def _renumbered(data: Labelled, mapping: Int64[Tensor, " c"] | None, train: Labelled) -> Labelled:
+    if mapping is None:
+        return data
+    _check_range(data, len(mapping))
+    return data.renumbered(mapping, train.class_names)
 
 
 def _split(train: Labelled, labelled: Tensor, val_proportion: float) -> tuple[Tensor, Tensor]:

@@ -242,13 +242,16 @@ def weighted_vote(
 ) -> Float[Tensor, "q c"]:
     """Votes for each class, a neighbour's weight being exp(similarity / temperature): DINO (arXiv:2104.14294).
 
+    Weights are relative to that of the nearest neighbour, so that they stay finite at any temperature.
+
     Args:
         similarity: cosine similarities of the neighbours.
         labels: those of the neighbours, padded with -1; one with several labels votes for each.
         num_classes: the number of classes, c.
         temperature: 0.07 in DINO; the smaller, the more the nearest count.
     """
-    weights = (similarity / temperature).exp().unsqueeze(2) * (labels >= 0)
+    nearest_one = similarity.amax(dim=1, keepdim=True)
+    weights = ((similarity - nearest_one) / temperature).exp().unsqueeze(2) * (labels >= 0)
     empty = torch.zeros(len(labels), num_classes, device=similarity.device)
     return empty.scatter_add_(1, labels.clamp_min(0).flatten(1), weights.flatten(1))
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from baselines._shared import Output, library, load_published, patch_grid
-from utils import UserError, did_you_mean
+from utils import Normalisation, UserError, did_you_mean
 
 
 def load_model(
@@ -51,7 +51,9 @@ def load_model(
     path = () if state_dict_key is None else (state_dict_key,)
     source = None if pretrained_weights is None else str(pretrained_weights)
     load_published(network, source, path=path, drop=("head.",))
-    return TimmFeatures(network).to(device).eval()
+    # A name without a tag says nothing of how a file of weights was trained.
+    is_of_tag = downloads or "." in model_name
+    return TimmFeatures(network, network.pretrained_cfg if is_of_tag else {}).to(device).eval()
 
 
 __model_loader__ = load_model
@@ -64,14 +66,21 @@ def _suggest(timm: Any, model_name: str) -> str:
 
 
 class TimmFeatures(nn.Module):
-    """timm's pooled features, the registers if there are any, and the map of patch tokens."""
+    """timm's pooled features, the registers if there are any, and the map of patch tokens.
 
-    def __init__(self, network: Any) -> None:
+    Args:
+        network: transformer of timm.
+        pretrained_cfg: what timm knows of its weights; with `mean` and `std` images are normalised by these.
+    """
+
+    def __init__(self, network: Any, pretrained_cfg: Mapping[str, Any]) -> None:
         super().__init__()
         self.network: Any = network
         size = network.patch_embed.patch_size
         self.patch_size = size if isinstance(size, int) else size[0]
-        self.num_registers = getattr(network, "num_reg_tokens", 0)
+        tokens = getattr(network, "reg_token", None)
+        self.num_registers = 0 if tokens is None else tokens.shape[1]
+        self.normalisation = Normalisation.of({key: pretrained_cfg.get(key) for key in ("mean", "std")})
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Output:
         """Features of normalised images; both sides must be multiples of the patch size."""

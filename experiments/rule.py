@@ -65,7 +65,7 @@ def recommended(num_images: int, dataset_images: int, num_patches: int) -> dict[
                 "base_value": round(momentum, 6),
             },
         },
-        "data": {"prediction_subsampling": max(0.2, round(12 / (0.65 * num_patches), 1))},
+        "data": {"prediction_subsampling": min(1.0, max(0.2, round(12 / (0.65 * num_patches), 1)))},
     }
 
 

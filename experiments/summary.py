@@ -97,7 +97,7 @@ def values_of(
     for name in USED:
         columns.setdefault(name, Score((name,), label=name, unit=""))
     if records:
-        own[IMAGES] = records[-1]["step"] * training.images_per_step(cfg.num_ranks)
+        own[IMAGES] = training.images_seen(cfg.num_ranks)
     if training.cpu_seconds is not None:
         own[CPU_MINUTES] = training.cpu_seconds / 60
     return own, untrained

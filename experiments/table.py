@@ -311,15 +311,21 @@ class Training(Part):
             return Status("failed", f"{told}; the same command goes on (log: {self.log})", status.log)
         return status
 
-    def set_length(self, num_steps: int) -> None:
-        """Plan so many steps; the schedules follow."""
+    def set_length(self, num_steps: int, images_per_step: int) -> None:
+        """Plan so many steps of so many images; the schedules follow."""
         self.config = with_length(self.config, num_steps)
-        self.note(num_steps=num_steps)
+        self.note(num_steps=num_steps, images_per_step=images_per_step)
 
     def images_per_step(self, num_ranks: int) -> int:
-        """Images of an update on all processes."""
+        """Images of an update on all of so many processes."""
         optim = self.config["optim"]
         return optim["batch_size_per_gpu"] * optim["accumulation_steps"] * num_ranks
+
+    def images_seen(self, num_ranks: int) -> int:
+        """Images of all updates so far, repetitions included; `num_ranks` is asked only before a length is planned."""
+        per_step = (self.state() or {}).get("images_per_step", self.images_per_step(num_ranks))
+        records = self.records()
+        return records[-1]["step"] * per_step if records else 0
 
     def command(self, num_steps: int | None) -> str:
         """How one would type it, for so many steps if they are known."""
@@ -552,10 +558,14 @@ def train(training: Training, cfg: TableConfig, others: Mapping[str, Training]) 
             measure_step(training, cfg)
             length = planned_steps(training, cfg)
             assert length is not None
-        training.set_length(length)
-    logger.info(
-        "%s: %s steps of %d images", training.title, training.num_steps, training.images_per_step(cfg.num_ranks)
-    )
+        training.set_length(length, training.images_per_step(cfg.num_ranks))
+    per_step, planned = training.images_per_step(cfg.num_ranks), (training.state() or {}).get("images_per_step")
+    if planned not in (None, per_step):
+        raise UserError(
+            f"{training.title} was begun with {planned} images a step, and is now asked to go on with {per_step}; give "
+            f"it as many processes as before (nproc_per_node, launcher.*), or delete {training.folder} to train anew"
+        )
+    logger.info("%s: %s steps of %d images", training.title, training.num_steps, per_step)
     return run(training, cfg)
 
 

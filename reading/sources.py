@@ -588,13 +588,22 @@ def match_classes(names: Sequence[str], where: str, known: Sequence[str], known_
         known: names of the classes of the other set, that of training.
         known_where: the other set, for messages.
 
-    Raises: UserError if some names are known and others are not.
+    Raises: UserError if some names are known and others are not, or a name stands for two classes.
     """
     if not names or not known:
         return None
+    if list(names) == list(known):  # even if two classes have one name, as ImageNet's cranes
+        return list(range(len(known)))
     number_of = {name: number for number, name in enumerate(known)}
     unknown = [name for name in names if name not in number_of]
     if not unknown:
+        for several, named in ((names, where), (known, known_where)):
+            twice = next((name for name in names if several.count(name) > 1), None)
+            if twice is not None:
+                raise UserError(
+                    f"{named}: two of its classes are named {twice}, so that those of {where} and {known_where} cannot "
+                    "be matched by name; use data sets with the same classes, or give each class a name of its own"
+                )
         return [number_of[name] for name in names]
     if len(unknown) < len(names):
         raise UserError(f"{where}: its class {unknown[0]} is not a class of {known_where}; use matching data sets")

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 import hubconf
 from baselines import _shared
+from evaluation import FrozenModel, FrozenModelConfig
 from model import EncoderDecoder
 from utils import UserError, import_from_path
 
@@ -443,6 +444,37 @@ def test_timm_gives_registers_and_its_own_pooling():
         tokens = network.forward_features(images)
     assert torch.equal(registers, tokens[:, 1:5]) and torch.equal(feature_map, tokens[:, 5:].reshape(2, 2, 3, 384))
     assert torch.equal(global_repr, network(images))
+
+
+def test_timm_gives_the_registers_of_a_network_that_does_not_count_them():
+    model = load("timm", "vit_small_patch16_dinov3.lvd1689m", None)
+    images = torch.randn(1, 3, 32, 48)
+    with torch.inference_mode():
+        _, registers, _ = model(images)
+        network: Any = model.get_submodule("network")
+        tokens = network.forward_features(images)
+    assert torch.equal(registers, tokens[:, 1:5])
+
+
+@pytest.mark.parametrize(
+    ("name", "has_file", "mean"),
+    [
+        ("vit_tiny_patch16_224.augreg_in21k", False, 0.5),
+        ("vit_tiny_patch16_224.augreg_in21k", True, 0.5),
+        ("vit_tiny_patch16_224", False, 0.5),  # timm takes its first tag
+        ("vit_tiny_patch16_224", True, 0.485),  # anyone's
+    ],
+)
+def test_images_for_timm_are_normalised_as_those_that_its_weights_saw(name, has_file, mean, monkeypatch, tmp_path):
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: create(*args, **kwargs | {"pretrained": False}))
+    file = tmp_path / "weights.pth"
+    if has_file:
+        torch.save(create("vit_tiny_patch16_224", num_classes=0).state_dict(), file)
+    model = loader("timm").load_model(name, str(file) if has_file else None)
+    frozen = FrozenModel(model, FrozenModelConfig(), torch.device("cpu"), "timm_loader.py")
+    assert frozen.normalisation.mean[0] == mean
 
 
 # ------------------------------------------------------------------------------------------ random weights

@@ -37,7 +37,8 @@ path = folder / "results_stub.json"
 if path.exists() and json.loads(path.read_text())["config"]["score"] != cfg["score"]:
     sys.exit("error: results of another config")
 results = {"knn": {"mIoU": cfg["score"]}}
-content = {"results": results, "config": cfg, "about": {"weights_sha256": "ab" * 32}}
+written = cfg | ({"resolution": 16} if cfg.get("resolution") == [16, 16] else {})
+content = {"results": results, "config": written, "about": {"weights_sha256": "ab" * 32}}
 path.write_text(json.dumps(content))
 if cfg.get("fails"):
     print("error: train_dataset_name=nowhere: there is no such folder", file=sys.stderr)
@@ -414,6 +415,13 @@ def test_what_is_done_is_not_done_again(here):
     assert results()["evaluations"]["two"]["status"] == "done"
 
 
+@pytest.mark.parametrize("resolution", ["[16,16]", "[16,32]", "16"])
+def test_a_square_may_be_asked_for_by_both_sides(here, resolution):
+    for _ in range(2):
+        assert benchmark.main([*NO_RANDOM, f"evals.one.resolution={resolution}"]) == 0
+    assert starts("one") == 1
+
+
 def test_a_changed_key_goes_to_the_script_and_its_refusal_is_a_failure_also_the_second_time(here, capsys):
     assert benchmark.main(NO_RANDOM) == 0
     for _ in range(2):
@@ -516,6 +524,19 @@ def test_other_models_are_shown_beside_and_differences_of_their_evaluation_said(
     assert (content["name"], list(content["compared"])) == ("second", ["a/student"])
     assert content["notes"] == ["one: a/student was evaluated differently, with score 0.2 instead of 0.25."]
     assert "evaluated differently, with score 0.2" in Path("out/report.html").read_text()
+
+
+def test_what_has_no_result_yet_was_not_evaluated_differently(here):
+    """The keys that its script would have filled in are not known."""
+    assert benchmark.main([*NO_RANDOM, "evals.two=null"]) == 0
+    Path("out").rename("first")
+    path = Path("first/results.json")
+    content = json.loads(path.read_text())
+    content["evaluations"]["one"]["config"]["a_default"] = 3
+    path.write_text(json.dumps(content))
+    (here / "refuses.py").write_text("import sys\nsys.exit(2)\n")
+    assert benchmark.main([*NO_RANDOM, "compare=[first/results.json]", "evals.one.file=refuses.py"]) == 1
+    assert results()["notes"] == []
 
 
 def test_two_models_of_one_name_are_told_apart(tmp_path):

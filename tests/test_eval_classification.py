@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -575,6 +576,35 @@ def test_several_labels_and_none(images, tmp_path, listed):
     assert splits.tests["/b"].mapping is not None
     assert splits.tests["/b"].mapping.tolist() == [2, 0]
     assert splits.train.labels.tolist()[:4] == [[0], [1], [2], [0]]
+
+
+class Named(Listed):
+    """Images whose colours say their class, with the classes in an order of their own."""
+
+    def __init__(self, classes, order):
+        super().__init__(classes)
+        self.order = list(order)
+
+    @property
+    def class_names(self):
+        return [list(COLOURS)[number] for number in self.order]
+
+    def __getitem__(self, index):
+        return replace(super().__getitem__(index), read_target=lambda: self.order.index(self.targets[index]))
+
+
+def test_scores_do_not_depend_on_the_order_in_which_a_set_has_its_classes(images, tmp_path, listed):
+    """Neither those of validation, by which hyper-parameters are chosen, nor those of tests."""
+    listed["train"] = Named([0, 1, 2] * 8, (0, 1, 2))
+    scores = []
+    for name, order in (("same", (0, 1, 2)), ("other", (2, 0, 1))):
+        listed["other"] = Named([0, 1, 2] * 3, order)
+        urls = ["train_dataset_name=train", "val_dataset_name=other", "test_dataset_names=other"]
+        cfg = config(images, tmp_path / name, *urls, *SHORT_PROBES, "methods=[classifiers,knn,logreg,attentive_probe]")
+        EVALUATION.run(cfg, torch.device("cpu"))
+        scores.append(results_of(tmp_path / name)["results"])
+    assert scores[0]["linear_cls"]["top1"] > 0.5, "nothing was learned, so that nothing was compared"
+    assert scores[0] == scores[1]
 
 
 # ----------------------------------------------------------------------------------------------- the command

@@ -289,6 +289,18 @@ def test_a_training_reads_what_another_run_made_by_a_script_in_between(here, cap
     assert "Its ids are made of the first." in Path("out/report.html").read_text()
 
 
+def test_images_are_those_of_the_processes_that_trained(here, capsys):
+    write_table(here, seeds=[0], evaluations={}, trainings={"bad": {"overrides": ["fails_at=2"]}, "good": {}})
+    two = ["table.yaml", "nproc_per_node=2"]
+    assert compare.main(two) == 1
+    assert results()["rows"]["good"]["mean"]["images"] == results()["rows"]["bad"]["mean"]["images"] * 2 == 32
+    capsys.readouterr()
+    assert compare.main(["table.yaml"]) == 1
+    assert results()["rows"]["good"]["mean"]["images"] == 32, "it was told as that of one process"
+    assert "bad, seed 0 was begun with 16 images a step, and is now asked to go on with 8" in capsys.readouterr().out
+    assert compare.main(two) == 0
+
+
 def test_a_training_waits_for_what_it_reads(here, capsys):
     table = {"first": {"overrides": ["fails_at=2"]}, "second": {"overrides": ["reads=<first>/weights.json"]}}
     write_table(here, seeds=[0], trainings=table, evaluations={})
@@ -567,6 +579,10 @@ def test_the_rule_is_printed_as_a_configuration(tmp_path, capsys):
     (tmp_path / "rule.yaml").write_text(capsys.readouterr().out)
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [str(tmp_path / "rule.yaml")])
     assert (cfg.optim.total_iters, cfg.capi.num_clusters) == (600, 512)
+    assert rule.main(["--images", "76800", "--dataset-images", "50000", "--patches", "16"]) == 0
+    (tmp_path / "rule.yaml").write_text(capsys.readouterr().out)
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [str(tmp_path / "rule.yaml")])
+    assert cfg.data.prediction_subsampling == 1, "there are fewer hidden patches than should be predicted"
     assert rule.main(["--images", "10", "--dataset-images", "9469"]) == 2
     assert "10 images of 9469 are too few" in capsys.readouterr().err
 

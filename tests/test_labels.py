@@ -18,8 +18,8 @@ def images(tmp_path_factory):
     return root
 
 
-def splits_of(train, test, val=None, val_proportion=0.3):
-    return open_splits(train, val, test, val_proportion=val_proportion, num_classes=None, all_classes=True)
+def splits_of(train, test, val=None, val_proportion=0.3, **more):
+    return open_splits(train, val, test, val_proportion=val_proportion, num_classes=None, all_classes=True, **more)
 
 
 # ---------------------------------------------------------------------------------------------------- labels
@@ -46,6 +46,16 @@ def test_the_column_of_labels_is_asked_for_where_none_is_known(listed):
         open_labelled("url", "train_dataset_name")
 
 
+@pytest.mark.parametrize("targets", [[[0, 1, 0], [1, 0, 0], [0, 0, 1]], [[1, 0], [0, 1]]])
+def test_one_label_for_each_class_is_no_list_of_classes(listed, targets):
+    """Else every image would be of classes 0 and 1, and every prediction right."""
+    listed["url"] = Listed(targets)
+    with pytest.raises(UserError, match=r"url: each image has . labels, all 0 or 1.*\[1, 4\] instead of \["):
+        open_labelled("url", "train_dataset_name")
+    listed["url"] = Listed([*targets, [2]])
+    assert open_labelled("url", "train_dataset_name").labels.max() == 2
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
@@ -69,10 +79,13 @@ def test_class_folders_are_matched_by_name(images, tmp_path):
     for name in ("red", "blue"):  # in a folder of their own, blue is 0 and red is 1
         (tmp_path / "some").mkdir(exist_ok=True)
         (tmp_path / "some" / name).symlink_to(images / "test" / name)
-    train = folder_url(images / "train")
-    splits = splits_of(train, folder_url(tmp_path / "some"))
-    assert splits.tests[""].mapping is not None
-    assert splits.tests[""].mapping.tolist() == [0, 2]
+    train, some = folder_url(images / "train"), folder_url(tmp_path / "some")
+    test = splits_of(train, some).tests[""]
+    assert test.mapping is None, "an image may be taken for one of the third class"
+    assert test.data.labels.tolist() == [[0]] * 5 + [[2]] * 5
+    restricted = splits_of(train, some, only_test_classes=True).tests[""]
+    assert restricted.mapping is not None and restricted.mapping.tolist() == [0, 2]
+    assert restricted.data.labels.tolist() == [[0]] * 5 + [[1]] * 5
     splits = splits_of(train, folder_url(images / "test"), val=folder_url(images / "test"))
     assert splits.val_indices.tolist() == list(range(15))
     assert len(splits.fit) == 60

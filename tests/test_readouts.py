@@ -29,6 +29,7 @@ from readouts import (
     any_label_loss,
     any_match,
     fit_logistic,
+    knn_num_correct,
     mean_and_variance,
     nearest,
     pick,
@@ -100,7 +101,15 @@ def test_votes_are_weighted_by_similarity_and_counted_for_every_label():
     near, second, third = (similarity[0] / 0.07).exp().tolist()
     for k, expected in ((1, [0, near, 0, 0]), (3, [second + third, near, second, 0])):
         votes = weighted_vote(similarity[:, :k], labels[:, :k], 4, 0.07)
-        torch.testing.assert_close(votes, torch.tensor([expected]))
+        torch.testing.assert_close(votes / votes.sum(), torch.tensor([expected]) / sum(expected))
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.01, 1e-6])
+def test_votes_are_finite_at_every_temperature(temperature):
+    """exp(1 / 0.01) is more than float32 holds."""
+    bank, labels = torch.eye(8).repeat(2, 1), (torch.arange(16) % 8 // 2).unsqueeze(1)
+    correct = knn_num_correct(bank, labels, bank, labels, [1, 2, 16], num_classes=4, temperature=temperature)
+    assert correct.tolist() == [16, 16, 16]
 
 
 # --------------------------------------------------------------------------------------- logistic regression

@@ -932,6 +932,12 @@ def test_classes_are_matched_by_name(caplog):
     assert "matched by number" in caplog.text
     with pytest.raises(UserError, match="test: its class dog is not a class of train"):
         match_classes(["cat", "dog"], "test", known, "train")
+    cranes = ["tench", "crane", "drake", "crane"]  # two classes of ImageNet have one name
+    assert match_classes(cranes, "test", cranes, "train") == [0, 1, 2, 3]
+    assert match_classes(["drake", "tench"], "test", cranes, "train") == [2, 0]
+    for names, others, where in ((cranes[:2], cranes, "train"), (cranes, cranes[:3], "test")):
+        with pytest.raises(UserError, match=f"{where}: two of its classes are named crane"):
+            match_classes(names, "test", others, "train")
 
 
 def hub_table(folder, values):
