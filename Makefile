@@ -1,5 +1,5 @@
 # make demo    draw images, train a small model on them and show what it learned, within five minutes on two cores
-# make test    the whole CPU test suite, on two cores; WORKERS=4 is for four
+# make test    the test suite on a CPU, without what takes long, on two cores; WORKERS=4 is for four
 # make long    tests of several seconds each, which `make test` leaves out
 # make check   format, lint, types, tests, long ones too
 # make slurm   a two-node training on a real Slurm, preempted and requeued (root, Debian's slurm-wlm and munge)

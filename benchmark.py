@@ -2,7 +2,7 @@
 
     python benchmark.py output_dir=results/mine pretrained_weights=runs/mine/student_ema.pth
     python benchmark.py model_loader_kwargs.config_path=default_pretrain_config.yaml pretrained_weights=weights.pth
-    python benchmark.py output_dir=results/dinov2 model_path=baselines/dinov2_loader.py
+    python benchmark.py output_dir=results/dinov2 model_path=baselines/dinov2_loader.py \\
         model_loader_kwargs.model_name=dinov2_vits14 compare=[results/mine/results.json]
 
 Which evaluations these are is in default_eval_config.py; `evals.<name>.<key>=value` changes a key of one, and

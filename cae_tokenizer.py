@@ -8,7 +8,7 @@ with a cluster for each id.
         output=tokenizer.safetensors [vocabulary_size=8192] [image_size=224] [model_path=model.py]
 
 The file has the centres of the clusters, and says which model, data and keys they were made of; the same command finds
-it again. Whoever loads it runs the model file that it names. `TokenizerConfig` has all keys.
+it again. Whoever loads it runs the model file that it names. `--help-all` shows all keys.
 """
 
 from utils import add_sources, command_line

@@ -1,6 +1,6 @@
 """Score what a fine-tuned model predicts: accuracy, mean IoU or average precision, by what it was trained for.
 
-    python eval_finetuned.py model_loader_kwargs.pretrained_weights=runs/flowers/model.pth
+    python eval_finetuned.py model_loader_kwargs.pretrained_weights=runs/flowers/model.pth \\
         test_dataset_name=/data/flowers/test output_dir=results/flowers
 
 Images are prepared and predictions made as the script of the task has it (finetune_classification.py and so on). Writes

@@ -1,7 +1,8 @@
 """Semantic segmentation from frozen patch features: nearest neighbours and logistic regression.
 
-    python eval_segmentation.py model_loader_kwargs.pretrained_weights=student_ema.pth output_dir=results/segmentation
-        train_dataset_name="custom://Segmentation?root='/data/train'" test_dataset_name="custom://Segmentation?root='/data/val'"
+    python eval_segmentation.py model_loader_kwargs.pretrained_weights=student_ema.pth \\
+        train_dataset_name="custom://Segmentation?root='/data/train'" \\
+        test_dataset_name="custom://Segmentation?root='/data/val'" output_dir=results/segmentation
 
 Hyper-parameters are chosen by mIoU on validation images, then the classifier is fitted on all training images and
 evaluated on the test images. Writes results_segmentation.json and pictures of predictions beside the truth.

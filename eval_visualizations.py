@@ -1,6 +1,6 @@
 """Pictures of frozen patch features: components, norms, nearest patches, clusters, dictionary atoms, predictions.
 
-    python eval_visualizations.py model_loader_kwargs.pretrained_weights=student_ema.pth output_dir=results/pictures
+    python eval_visualizations.py model_loader_kwargs.pretrained_weights=student_ema.pth output_dir=results/pictures \\
         dataset_name="custom://Images?root='/data/images'" num_images=64 clustering_checkpoint=runs/my_run
 
 Writes results_visualizations.json, and into output_dir/artifacts: overview.png, and one PNG for each picture of each

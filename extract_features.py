@@ -5,8 +5,8 @@
 
 Under torchrun or Slurm, shards are dealt out to the processes. A shard appears once it is complete; started again, on
 any number of processes, the command continues with those that are missing. Each says which model, data and keys it was
-made of, and what is there of others is refused. Images that cannot be read are left out and listed. `FeaturesConfig`
-and `evaluation.EvaluationConfig` have all keys.
+made of, and what is there of others is refused. Images that cannot be read are left out and listed. `--help-all`
+shows all keys.
 
 A `.safetensors` shard in `output_dir/shards` holds one tensor per kind of features, with a row per image, and `index`,
 the image's number in the data; its metadata `images` has the names, as JSON. A `.parquet` shard has the same as

@@ -4,7 +4,7 @@
 
 Writes results.json and report.html in `output_dir`, and prints the table. What is done is not done again: the same
 command goes on after an interruption, and with `launcher=slurm` collects what has finished and submits what can follow.
-A method is an entry of the YAML file; `table.TableConfig` has all keys, experiments/README.md says what an entry needs.
+A method is an entry of the YAML file; `--help-all` shows all keys, experiments/README.md says what an entry needs.
 Exit code 1 if a part failed; the others are done and reported.
 """
 
