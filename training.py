@@ -265,10 +265,15 @@ class TrainState(Generic[ConfigT]):
         """Raise UserError for a checkpoint that cannot be continued, for a reason that no single key tells."""
 
     def load_state_dict(self, saved: SavedState) -> None:
-        """Take over what is beside the tensors, which `Checkpoints` has loaded in place."""
+        """Take over what is beside the tensors, which `Checkpoints` has loaded in place.
+
+        The precision may be another one: the loss then has a fresh scale.
+        """
         self.step = saved.step
         for name, part in self.parts.items():
-            part.load_state_dict(saved.extra[name])
+            if saved.extra[name]:  # that of a scaler that was off is empty
+                part.load_state_dict(saved.extra[name])
+        self.scaler.set_growth_interval(self.cfg.efficiency.grad_scaler_growth_interval)  # which was loaded, too
         self.position = merge_positions([of_rank["data"] for of_rank in saved.rank_extra])
         self.cfg = _measured_as(self.cfg, saved.config)  # for exports
 
