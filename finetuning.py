@@ -399,6 +399,7 @@ class FinetuneState(TrainState[FinetuneConfig]):
         make_head: the task's head for a backbone.
         head_inputs: what the head reads of normalised images, from the trunk.
         with_weights: whether the backbone begins with those of its loader.
+        plain: see `TrainState`.
     """
 
     MAIN = "model"
@@ -412,9 +413,9 @@ class FinetuneState(TrainState[FinetuneConfig]):
         make_head: Callable[[Trunk], nn.Module],
         head_inputs: Callable[[Trunk, Tensor], Sequence[Tensor]],
         with_weights: bool,
-        compiled: bool = True,
+        plain: bool = False,
     ) -> None:
-        super().__init__(cfg, device, compiled=compiled)
+        super().__init__(cfg, device, plain=plain)
         self.trunk, self.model = self._make(make_head, head_inputs, with_weights)
         self.modules = {"model": self.model}
         self.head_inputs = head_inputs
@@ -615,7 +616,7 @@ def newest_checkpoint(cfg: FinetuneConfig, output_dir: Path) -> Path | None:
 
 
 def make_state(
-    task: Task[FinetuneT], cfg: FinetuneT, device: torch.device, *, with_weights: bool, compiled: bool = True
+    task: Task[FinetuneT], cfg: FinetuneT, device: torch.device, *, with_weights: bool, plain: bool = False
 ) -> FinetuneState:
     """A fresh state; its backbone begins with the weights of its loader, or with any, for a checkpoint to fill."""
     return FinetuneState(
@@ -624,7 +625,7 @@ def make_state(
         make_head=functools.partial(task.make_head, cfg),
         head_inputs=functools.partial(task.head_inputs, cfg),
         with_weights=with_weights,
-        compiled=compiled,
+        plain=plain,
     )
 
 
@@ -664,7 +665,7 @@ def opening(cfg: FinetuneConfig, state: FinetuneState) -> str:
 def dry_run(task: Task[FinetuneT], cfg: FinetuneT, data: Any) -> str:
     """What a training with this config would be, without training."""
     cfg = prepared(cfg)
-    state = make_state(task, cfg, torch.device("cpu"), with_weights=False, compiled=False)
+    state = make_state(task, cfg, torch.device("cpu"), with_weights=False, plain=True)
     depth = len(state.trunk.blocks)
     scales = layer_scales(depth, cfg.optim.layer_decay)
     schedule = ["schedule     step         lr of the head   of the first block"]
@@ -801,7 +802,7 @@ def main(task: Task[Any], parser: argparse.ArgumentParser, arguments: Sequence[s
         checkpoint = newest_checkpoint(cfg, Path(cfg.train.output_dir))
         if checkpoint is None:
             raise nothing_to_export(cfg)
-        return make_state(task, prepared(cfg, checkpoint), device, with_weights=False, compiled=False)
+        return make_state(task, prepared(cfg, checkpoint), device, with_weights=False, plain=True)
 
     return run_command(
         args,

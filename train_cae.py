@@ -326,9 +326,9 @@ class CaeState(TrainState[CaeConfig]):
     LATER_KEYS: ClassVar[dict[str, Any]] = {**LATER_KEYS, "model": {"in_chans": 3}}
 
     def __init__(
-        self, cfg: CaeConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
+        self, cfg: CaeConfig, device: torch.device, *, plain: bool = False, init_from: str | None = None
     ) -> None:
-        super().__init__(cfg, device, compiled=compiled)
+        super().__init__(cfg, device, plain=plain)
         self.student = self.place(
             lambda: nn.ModuleDict({"backbone": cfg.make_encoder(), "predictor": cfg.make_predictor()}),
             cfg.efficiency.compilation.do_student,
@@ -725,7 +725,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cfg,
         dry_run=dry_run,
         train=train,
-        make_state=functools.partial(CaeState, compiled=False),
+        make_state=functools.partial(CaeState, plain=True),
         has_kernels=False,
     )
 

@@ -339,9 +339,9 @@ class IjepaState(TrainState[IjepaConfig]):
     LATER_KEYS: ClassVar[dict[str, Any]] = {**LATER_KEYS, "model": {"in_chans": 3}}
 
     def __init__(
-        self, cfg: IjepaConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
+        self, cfg: IjepaConfig, device: torch.device, *, plain: bool = False, init_from: str | None = None
     ) -> None:
-        super().__init__(cfg, device, compiled=compiled)
+        super().__init__(cfg, device, plain=plain)
         compilation = cfg.efficiency.compilation
         start = None if init_from is None else StartingWeights(init_from)
         self.student = self.place(
@@ -767,7 +767,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cfg,
         dry_run=dry_run,
         train=train,
-        make_state=functools.partial(IjepaState, compiled=False),
+        make_state=functools.partial(IjepaState, plain=True),
         has_kernels=False,
     )
 

@@ -97,6 +97,12 @@ class TrainState(Generic[ConfigT]):
 
     Its constructor calls this one, which seeds the initial weights, builds its networks with `place`, and fills
     `modules` and `optimizers`, under the names that checkpoints have. `optim.clip_grad` limits the gradient of `MAIN`.
+
+    Args:
+        cfg: of the training.
+        device: where the networks are.
+        plain: for a state that holds weights and makes no updates, on any device: without the parts of `speed`, which
+            need not run there, whatever `cfg` says.
     """
 
     MODEL_KEYS: ClassVar[tuple[str, ...]] = ("model",)
@@ -106,9 +112,9 @@ class TrainState(Generic[ConfigT]):
     LATER_KEYS: ClassVar[dict[str, Any]] = {}
     """Keys that earlier checkpoints lack, as nested dicts, with the values that those were trained with."""
 
-    def __init__(self, cfg: ConfigT, device: torch.device, *, compiled: bool = True) -> None:
+    def __init__(self, cfg: ConfigT, device: torch.device, *, plain: bool = False) -> None:
         efficiency = cfg.efficiency
-        self.cfg, self.device, self.compiled, self.step = cfg, device, compiled, 0
+        self.cfg, self.device, self.plain, self.step = cfg, device, plain, 0
         self.dtype: torch.dtype = getattr(torch, efficiency.param_dtype)
         self.sharding = Sharding(
             mode=efficiency.fsdp,
@@ -137,8 +143,7 @@ class TrainState(Generic[ConfigT]):
     ) -> M:
         """Build a network and put it on the device as `efficiency` says: recomputed, compiled and divided over ranks.
 
-        One after the other: where weights are divided, no rank ever holds two whole networks. Of `speed`, only what is
-        asked for is imported.
+        One after the other: where weights are divided, no rank ever holds two whole networks.
 
         Args:
             make: builds it; every part has an `init_weights`, and transformer blocks a class attribute
@@ -151,38 +156,46 @@ class TrainState(Generic[ConfigT]):
         module = make().to(self.device) if is_filled else _materialise(make, self.device)
         if load is not None and rank() == 0:
             load(module)
+        if is_teacher:
+            module.requires_grad_(False).eval()
         blocks: list[nn.Module] = [p for p in module.modules() if hasattr(p, "is_transformer_block")]
-        if self.cfg.efficiency.attention == "xformers":
+        if not self.plain:
+            self._speed_up(module, blocks, compilation, is_teacher)
+        parallelize(module, self.sharding, self.device, blocks)
+        return module
+
+    def _speed_up(
+        self, module: nn.Module, blocks: list[nn.Module], compilation: CompileConfig | None, is_teacher: bool
+    ) -> None:
+        """Of `speed`, only what is asked for is imported."""
+        efficiency = self.cfg.efficiency
+        if efficiency.attention == "xformers":
             from speed.attention import attend_by_xformers
 
             attention: list[nn.Module] = [p for p in module.modules() if hasattr(p, "attend")]
             attend_by_xformers(attention, self.device, self.dtype)
-        if is_teacher:
-            module.requires_grad_(False).eval()
-            if self.cfg.efficiency.teacher_fp8:
-                from speed.fp8 import multiply_in_fp8
+        if is_teacher and efficiency.teacher_fp8:
+            from speed.fp8 import multiply_in_fp8
 
-                multiply_in_fp8(blocks, self.device)
-        elif self.cfg.efficiency.rematerialization.enabled:
+            multiply_in_fp8(blocks, self.device)
+        if not is_teacher and efficiency.rematerialization.enabled:
             from speed.recomputing import recompute_blocks
 
-            recompute_blocks(blocks, self.cfg.efficiency.rematerialization)
-        if self.cfg.efficiency.offload_activations and not is_teacher and self.device.type == "cuda":
+            recompute_blocks(blocks, efficiency.rematerialization)
+        if efficiency.offload_activations and not is_teacher and self.device.type == "cuda":
             from speed.offloading import offload_blocks
 
             offload_blocks(blocks)
-        if compilation is not None and not compilation.disable and self.compiled:
+        if compilation is not None and not compilation.disable:
             from speed.compiling import compile_blocks
 
             compile_blocks(blocks, compilation, self.sharding)
-        parallelize(module, self.sharding, self.device, blocks)
-        return module
 
     def compile(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         """A function of tensors, compiled as `efficiency.compilation.<name>` says."""
         options = self.cfg.efficiency.compilation
         own: CompileConfig = getattr(options, name)
-        if own.disable or not self.compiled:
+        if own.disable or self.plain:
             return function
         from speed.compiling import compile_function
 
@@ -542,7 +555,7 @@ def export_newest(state: TrainState[Any], output_dir: Path) -> list[Path]:
     """Export the checkpoint that training would continue from; returns the files.
 
     Args:
-        state: a fresh one, on the CPU.
+        state: a fresh one, plain and on the CPU.
         output_dir: folder of the run.
 
     Raises: UserError if there is none.
@@ -961,7 +974,7 @@ def run_command(
         cfg: what its sources gave.
         dry_run: says what would be trained with a configuration.
         train: trains in a folder, on a device.
-        make_state: builds a state, not compiled, to export from.
+        make_state: builds a plain state, to export from.
         has_kernels: whether the training has kernels of its own on a GPU, which are compiled there.
     """
     if args.print_config:
@@ -1010,13 +1023,13 @@ def describe(
         schedule: lines of a table, one per step of `milestones`, under a head.
         warnings: what is not going to go well.
         look, normalize: as for `Run`.
-        make_state: takes config, device, `compiled` and `init_from`. With `train.init_from` the networks are built on
+        make_state: takes config, device, `plain` and `init_from`. With `train.init_from` the networks are built on
             the CPU: what is not taken of the weights is logged, and what does not fit is an error now.
     """
     device, optim, data = pick_device(cfg.train.device), cfg.optim, cfg.data
     init_from = weights_to_start_from(cfg, Path(cfg.train.output_dir))
     if make_state is not None and init_from is not None:
-        make_state(cfg, torch.device("cpu"), compiled=False, init_from=init_from)
+        make_state(cfg, torch.device("cpu"), plain=True, init_from=init_from)
     check_decode(cfg.data.decode, device)
     place = {"rank": 0, "world_size": 1, "position": None, "pin_memory": False, "bad_files_path": None}
     with make_loader(**place, decode_device=device) as loader:
