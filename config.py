@@ -18,7 +18,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
 
@@ -883,6 +883,14 @@ class TrainingConfig:
         """Bands of the images; three for a model without such a key."""
         return getattr(getattr(self, "model", None), "in_chans", 3)
 
+    def as_trained(self, saved: Mapping[str, Any]) -> Self:
+        """The configuration with what a training has written into its own, to export what it has learned.
+
+        Args:
+            saved: that of its checkpoint, as nested dicts; sections may be missing.
+        """
+        return self
+
 
 @dataclass(frozen=True)
 class EpochsConfig(TrainingConfig):
@@ -900,6 +908,13 @@ class EpochsConfig(TrainingConfig):
             self.optim.epochs,
             "needs data.images_per_epoch, the number of images; or give optim.total_iters",
         )
+
+    def as_trained(self, saved: Mapping[str, Any]) -> Self:
+        """Also with the length of that training: how many steps an epoch has depends on its number of processes."""
+        cfg, total_iters = super().as_trained(saved), section_of(saved, "optim").get("total_iters")
+        if cfg.optim.epochs is None or total_iters is None:
+            return cfg
+        return dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, total_iters=total_iters))
 
 
 ConfigT = TypeVar("ConfigT")
@@ -941,6 +956,12 @@ def read_source(schema: type, source: str) -> dict[str, Any]:
 
 def _is_file(source: str) -> bool:
     return source.endswith((".yaml", ".yml")) and Path(source).is_file()
+
+
+def section_of(saved: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section of a saved configuration, which may be any other's, and damaged; empty if there is none."""
+    section = saved.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def merge(base: Any, top: Any) -> Any:

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -55,6 +55,7 @@ from config import (
     one_of,
     require,
     require_whole_patches,
+    section_of,
     within,
 )
 from data import Batch, PretrainLoader
@@ -227,6 +228,11 @@ class CaeConfig(EpochsConfig):
         remedy = "there is no teacher with weights of its own; set it to false"
         require(not self.efficiency.teacher_fp8, "efficiency.teacher_fp8", self.efficiency.teacher_fp8, remedy)
 
+    def as_trained(self, saved: Mapping[str, Any]) -> Self:
+        """Also with what its tokenizer was, which need not be there any more."""
+        cfg, description = super().as_trained(saved), section_of(saved, "tokenizer").get("description")
+        return replace(cfg, tokenizer=replace(cfg.tokenizer, description=description or cfg.tokenizer.description))
+
     @property
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of patches of a crop."""
@@ -340,11 +346,6 @@ class CaeState(TrainState[CaeConfig]):
         by_name = in_parts(decay_of_matrices(self.student), part_of, cfg.optim.start)
         self.optimizer = make_adamw(self.student, cfg.optim.optimizer, cfg.optim.betas, by_name)
         self.optimizers = {"student": (self.student, self.optimizer)}
-
-    def load_state_dict(self, saved: SavedState) -> None:
-        """As of any state; and its exports say which tokenizer that training had, also where none is opened."""
-        super().load_state_dict(saved)
-        self.cfg = with_tokenizer(self.cfg, saved.extra["tokenizer"]["description"])
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """The encoder's patch features, not compiled and without drop-path, for batches of any size."""

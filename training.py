@@ -44,6 +44,7 @@ from config import (
     changed_keys,
     read_yaml,
     require,
+    section_of,
     to_yaml,
 )
 from data import (
@@ -288,7 +289,6 @@ class TrainState(Generic[ConfigT]):
                 part.load_state_dict(saved.extra[name])
         self.scaler.set_growth_interval(self.cfg.efficiency.grad_scaler_growth_interval)  # which was loaded, too
         self.position = merge_positions([of_rank["data"] for of_rank in saved.rank_extra])
-        self.cfg = _measured_as(self.cfg, saved.config)  # for exports
 
 
 def _materialise(make: Callable[[], M], device: torch.device) -> M:
@@ -352,11 +352,9 @@ def with_normalisation(cfg: ConfigT, output_dir: Path | None = None) -> ConfigT:
     if not isinstance(data, PretrainingImagesConfig) or data.bands_are_known:
         return cfg
     if output_dir is not None:
-        saved = Path(cfg.train.resume_from) if cfg.train.resume_from else Checkpoints(output_dir, keep=1).newest()
-        if saved is not None and (saved / "config.yaml").is_file():
-            cfg = _measured_as(cfg, read_yaml(saved / "config.yaml"))
-            if cfg.data.bands_are_known:
-                return cfg
+        cfg = _measured_as(cfg, config_in(chosen_checkpoint(cfg, output_dir)))
+        if cfg.data.bands_are_known:
+            return cfg
     measured = on_rank_0(functools.partial(_measure, cfg))
     values = {"value_range": measured.value_range, "mean": list(measured.mean), "std": list(measured.std)}
     return _with_values(cfg, {key: value for key, value in values.items() if getattr(data, key) == "auto"})
@@ -375,7 +373,7 @@ def _measure(cfg: TrainingConfig) -> Normalisation:
 
 def _measured_as(cfg: ConfigT, saved: Mapping[str, Any]) -> ConfigT:
     """The configuration with what a saved one has in place of `auto`."""
-    before = saved.get("data", {})
+    before = section_of(saved, "data")
     keys = ("value_range", "mean", "std") if isinstance(cfg.data, PretrainingImagesConfig) else ()
     return _with_values(
         cfg,
@@ -398,10 +396,24 @@ def length_words(cfg: EpochsConfig) -> str:
 # --- Going on from a checkpoint, and exports -------------------------------------------------------------------------
 
 
+def chosen_checkpoint(cfg: TrainingConfig, output_dir: Path) -> Path | None:
+    """What a training in this folder would go on from, which need not be there or good; None if it would begin."""
+    chosen = cfg.train.resume_from
+    return Checkpoints(output_dir, keep=1).newest() if chosen is None else Path(chosen)
+
+
+def config_in(checkpoint: Path | None) -> dict[str, Any]:
+    """The configuration that a checkpoint has; empty without one that can be read, of which `restore` tells."""
+    try:
+        saved = None if checkpoint is None else read_yaml(checkpoint / "config.yaml")
+    except UserError:
+        saved = None
+    return saved if isinstance(saved, dict) else {}
+
+
 def weights_to_start_from(cfg: TrainingConfig, output_dir: Path) -> str | None:
     """`train.init_from`, unless the training continues from a checkpoint."""
-    continues = cfg.train.resume_from is not None or Checkpoints(output_dir, keep=1).newest() is not None
-    return None if continues else cfg.train.init_from
+    return cfg.train.init_from if chosen_checkpoint(cfg, output_dir) is None else None
 
 
 def fill_adamw(
@@ -551,16 +563,23 @@ def export_all(state: TrainState[Any], output_dir: Path) -> list[Path]:
     return paths
 
 
-def export_newest(state: TrainState[Any], output_dir: Path) -> list[Path]:
+def export_newest(
+    cfg: ConfigT, output_dir: Path, make_state: Callable[[ConfigT, torch.device], TrainState[Any]]
+) -> list[Path]:
     """Export the checkpoint that training would continue from; returns the files.
 
     Args:
-        state: a fresh one, plain and on the CPU.
+        cfg: of the training, as typed.
         output_dir: folder of the run.
+        make_state: builds a plain state.
 
     Raises: UserError if there is none.
     """
-    cfg = state.cfg
+    checkpoint = chosen_checkpoint(cfg, output_dir)
+    if checkpoint is None:
+        raise UserError(f"train.output_dir={cfg.train.output_dir!r} has no checkpoint to export; train first")
+    saved = config_in(checkpoint)
+    state = make_state(_measured_as(cfg, saved).as_trained(saved), torch.device("cpu"))
     checkpoints = Checkpoints(
         output_dir,
         keep=cfg.train.checkpointing.max_to_keep,
@@ -568,14 +587,8 @@ def export_newest(state: TrainState[Any], output_dir: Path) -> list[Path]:
         later_keys=state.LATER_KEYS,
         check=state.check,
     )
-    if restore(state, checkpoints) is None:
-        raise nothing_to_export(cfg)
+    restore(state, checkpoints)
     return export_all(state, output_dir)
-
-
-def nothing_to_export(cfg: TrainingConfig) -> UserError:
-    """What to say of a run without any checkpoint."""
-    return UserError(f"train.output_dir={cfg.train.output_dir!r} has no checkpoint to export; train first")
 
 
 # --- What is going to be seen ----------------------------------------------------------------------------------------
@@ -974,7 +987,7 @@ def run_command(
         cfg: what its sources gave.
         dry_run: says what would be trained with a configuration.
         train: trains in a folder, on a device.
-        make_state: builds a plain state, to export from.
+        make_state: builds a plain state, to export from; with what `TrainingConfig.as_trained` gives.
         has_kernels: whether the training has kernels of its own on a GPU, which are compiled there.
     """
     if args.print_config:
@@ -986,9 +999,7 @@ def run_command(
     with session(cfg.train.device) as device, claim_output_dir(cfg.train.output_dir) as output_dir:
         setup_logging(output_dir / "log.txt" if rank() == 0 else None, quiet=rank() != 0)
         if args.export:
-            sys.stdout.writelines(
-                f"{path}\n" for path in export_newest(make_state(cfg, torch.device("cpu")), output_dir)
-            )
+            sys.stdout.writelines(f"{path}\n" for path in export_newest(cfg, output_dir, make_state))
             return 0
         options = cfg.efficiency.compilation
         compiles = not (options.do_teacher.disable and options.do_student.disable)

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -230,6 +231,35 @@ def training(request, run, tmp_path_factory) -> Training:
         export, main = method.export, method.script.main
     assert main(arguments(place / "run")) == 0
     return Training(name, main, arguments, place / "run", export)
+
+
+def test_a_run_is_exported_with_the_configuration_that_it_has(training, tmp_path):
+    """Also where another batch, as with another number of processes, would make an epoch of another length."""
+    run = training.copy(tmp_path)
+    assert training.main(training.arguments(run, "optim.batch_size_per_gpu=2", "--export")) == 0
+    assert_equal_weights(load(run / f"{training.export}.pth"), load(training.run / f"{training.export}.pth"))
+    written, expected = (
+        yaml.safe_load((folder / f"{training.export}.yaml").read_text()) for folder in (run, training.run)
+    )
+    expected["train"]["output_dir"], expected["optim"]["batch_size_per_gpu"] = str(run), 2
+    assert written == expected
+    said = (run / "log.txt").read_text()
+    assert set(re.findall(r"changed since the checkpoint: (\S+):", said)) == {
+        "optim.batch_size_per_gpu",
+        "train.output_dir",
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # a head of the classes that it does not say
+@pytest.mark.parametrize("damage", ["a part", "no mapping", "no YAML", "nothing"])
+def test_a_checkpoint_whose_configuration_is_damaged_is_named(training, tmp_path, capsys, damage):
+    run = training.copy(tmp_path)
+    checkpoint = run / "checkpoints" / "step_000000002"
+    whole = (checkpoint / "config.yaml").read_text()
+    content = {"a part": whole[: whole.index("optim:") + 6], "no mapping": "[1]", "no YAML": "a: [", "nothing": ""}
+    (checkpoint / "config.yaml").write_text(content[damage])
+    assert training.main([*training.arguments(run), "--export"]) == 2
+    assert f"The newest checkpoint '{checkpoint}' is unreadable: config.yaml" in capsys.readouterr().err
 
 
 SPEED = [
