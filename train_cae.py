@@ -728,6 +728,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train=train,
         make_state=functools.partial(CaeState, plain=True),
         has_kernels=False,
+        exporter="export.py",
     )
 
 

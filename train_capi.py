@@ -1039,6 +1039,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train=train,
         make_state=functools.partial(CapiState, plain=True),
         has_kernels=cfg.capi.has_kernels,
+        exporter="export.py",
     )
 
 

@@ -769,6 +769,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train=train,
         make_state=functools.partial(IjepaState, plain=True),
         has_kernels=False,
+        exporter="export.py",
     )
 
 

@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import gc
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -977,6 +978,7 @@ def run_command(
     train: Callable[[ConfigT, Path, torch.device], None],
     make_state: Callable[[ConfigT, torch.device], TrainState[Any]],
     has_kernels: bool = True,
+    exporter: str | None = None,
 ) -> int:
     """Do what the options of `utils.add_training_options` ask for. Returns the exit code.
 
@@ -989,6 +991,7 @@ def run_command(
         train: trains in a folder, on a device.
         make_state: builds a plain state, to export from; with what `TrainingConfig.as_trained` gives.
         has_kernels: whether the training has kernels of its own on a GPU, which are compiled there.
+        exporter: the script that exports a run also while it trains; None if there is none.
     """
     if args.print_config:
         sys.stdout.write(to_yaml(cfg))
@@ -996,7 +999,11 @@ def run_command(
     if args.dry_run:
         sys.stdout.write(dry_run(with_normalisation(cfg)))
         return 0
-    with session(cfg.train.device) as device, claim_output_dir(cfg.train.output_dir) as output_dir:
+    remedy = None
+    if args.export and exporter is not None:
+        command = shlex.join(["python", exporter, cfg.train.output_dir, "backbone.pth"])
+        remedy = f"what it has saved so far is exported by: {command}"
+    with session(cfg.train.device) as device, claim_output_dir(cfg.train.output_dir, remedy=remedy) as output_dir:
         setup_logging(output_dir / "log.txt" if rank() == 0 else None, quiet=rank() != 0)
         if args.export:
             sys.stdout.writelines(f"{path}\n" for path in export_newest(cfg, output_dir, make_state))

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ import export
 import ijepa
 import train_capi
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
+from launch import claim_output_dir
 from model import EncoderDecoder, load_model
 from train_capi import CapiConfig
 from utils import UserError
@@ -248,6 +250,24 @@ def test_a_run_is_exported_with_the_configuration_that_it_has(training, tmp_path
         "optim.batch_size_per_gpu",
         "train.output_dir",
     }
+
+
+def test_while_a_run_trains_the_script_is_named_that_exports_it(training, tmp_path, monkeypatch, capsys):
+    """As one types it; a fine-tuning has none."""
+    run = training.copy(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with claim_output_dir(run):
+        assert training.main([*training.arguments(run), "--export"]) == 2
+        said = capsys.readouterr().err
+        assert "is in use by another run" in said
+        command = re.search("python (.*)", said)
+        if training.name == "fine-tuning":
+            assert command is None and "stop that run" in said
+        else:
+            assert command is not None and "stop that run" not in said, said
+            script, *arguments = shlex.split(command[1])
+            assert script == "export.py" and export.main(arguments) == 0
+            assert_equal_weights(load(tmp_path / arguments[-1]), load(training.run / f"{training.export}.pth"))
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # a head of the classes that it does not say
