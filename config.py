@@ -79,6 +79,12 @@ def require(condition: bool, key: str, value: object, remedy: str) -> None:
         raise UserError(f"{key}={value!r}: {remedy}")
 
 
+def require_fraction(key: str, number: float | None) -> None:
+    """Raise for a number of steps with a decimal point, a part of the training, that is more than all of it."""
+    remedy = "a number with a decimal point is a fraction of optim.total_iters and must lie in [0, 1]"
+    require(not isinstance(number, float) or number <= 1, key, number, remedy)
+
+
 def require_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise unless `value` is one of `choices`."""
     require(value in choices, key, value, f"must be one of {', '.join(choices)}")
@@ -363,13 +369,7 @@ class ScheduleConfig:
 
     def check(self, key: str, total_iters: int) -> None:
         """Raise unless the schedule fits into `total_iters` steps."""
-        if isinstance(self.warmup_iters, float):
-            require(
-                self.warmup_iters <= 1,
-                f"{key}.warmup_iters",
-                self.warmup_iters,
-                "a number with a decimal point is a fraction of optim.total_iters and must lie in [0, 1]",
-            )
+        require_fraction(f"{key}.warmup_iters", self.warmup_iters)
         steps = self.warmup_steps(total_iters)
         require(
             steps + self.freeze_iters <= total_iters,
@@ -410,9 +410,7 @@ class StartConfig:
     def check(self, total_iters: int) -> None:
         """Raise unless the encoder learns before `total_iters` steps are over."""
         for name in ("frozen_iters", "ramp_iters"):
-            number = getattr(self, name)
-            remedy = "a number with a decimal point is a fraction of optim.total_iters and must lie in [0, 1]"
-            require(not isinstance(number, float) or number <= 1, f"optim.start.{name}", number, remedy)
+            require_fraction(f"optim.start.{name}", getattr(self, name))
         end = self.steps(total_iters)[1]
         remedy = f"the encoder would have its learning rate at step {end} of optim.total_iters={total_iters}"
         require(end <= total_iters, "optim.start", f"{self.frozen_iters} + {self.ramp_iters} steps", remedy)
