@@ -18,7 +18,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
 
@@ -77,6 +77,12 @@ def require(condition: bool, key: str, value: object, remedy: str) -> None:
     """Raise the error a user understands unless `condition` holds."""
     if not condition:
         raise UserError(f"{key}={value!r}: {remedy}")
+
+
+def require_fraction(key: str, number: float | None) -> None:
+    """Raise for a number of steps with a decimal point, a part of the training, that is more than all of it."""
+    remedy = "a number with a decimal point is a fraction of optim.total_iters and must lie in [0, 1]"
+    require(not isinstance(number, float) or number <= 1, key, number, remedy)
 
 
 def require_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -363,13 +369,7 @@ class ScheduleConfig:
 
     def check(self, key: str, total_iters: int) -> None:
         """Raise unless the schedule fits into `total_iters` steps."""
-        if isinstance(self.warmup_iters, float):
-            require(
-                self.warmup_iters <= 1,
-                f"{key}.warmup_iters",
-                self.warmup_iters,
-                "a number with a decimal point is a fraction of optim.total_iters and must lie in [0, 1]",
-            )
+        require_fraction(f"{key}.warmup_iters", self.warmup_iters)
         steps = self.warmup_steps(total_iters)
         require(
             steps + self.freeze_iters <= total_iters,
@@ -410,9 +410,7 @@ class StartConfig:
     def check(self, total_iters: int) -> None:
         """Raise unless the encoder learns before `total_iters` steps are over."""
         for name in ("frozen_iters", "ramp_iters"):
-            number = getattr(self, name)
-            remedy = "a number with a decimal point is a fraction of optim.total_iters and must lie in [0, 1]"
-            require(not isinstance(number, float) or number <= 1, f"optim.start.{name}", number, remedy)
+            require_fraction(f"optim.start.{name}", getattr(self, name))
         end = self.steps(total_iters)[1]
         remedy = f"the encoder would have its learning rate at step {end} of optim.total_iters={total_iters}"
         require(end <= total_iters, "optim.start", f"{self.frozen_iters} + {self.ramp_iters} steps", remedy)
@@ -883,6 +881,14 @@ class TrainingConfig:
         """Bands of the images; three for a model without such a key."""
         return getattr(getattr(self, "model", None), "in_chans", 3)
 
+    def as_trained(self, saved: Mapping[str, Any]) -> Self:
+        """The configuration with what a training has written into its own, to export what it has learned.
+
+        Args:
+            saved: that of its checkpoint, as nested dicts; sections may be missing.
+        """
+        return self
+
 
 @dataclass(frozen=True)
 class EpochsConfig(TrainingConfig):
@@ -900,6 +906,13 @@ class EpochsConfig(TrainingConfig):
             self.optim.epochs,
             "needs data.images_per_epoch, the number of images; or give optim.total_iters",
         )
+
+    def as_trained(self, saved: Mapping[str, Any]) -> Self:
+        """Also with the length of that training: how many steps an epoch has depends on its number of processes."""
+        cfg, total_iters = super().as_trained(saved), section_of(saved, "optim").get("total_iters")
+        if cfg.optim.epochs is None or total_iters is None:
+            return cfg
+        return dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, total_iters=total_iters))
 
 
 ConfigT = TypeVar("ConfigT")
@@ -941,6 +954,12 @@ def read_source(schema: type, source: str) -> dict[str, Any]:
 
 def _is_file(source: str) -> bool:
     return source.endswith((".yaml", ".yml")) and Path(source).is_file()
+
+
+def section_of(saved: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section of a saved configuration, which may be any other's, and damaged; empty if there is none."""
+    section = saved.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def merge(base: Any, top: Any) -> Any:

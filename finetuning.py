@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from checkpoint import Checkpoints, SavedState
+from checkpoint import SavedState
 from config import (
     BETWEEN_0_AND_1,
     COUNT,
@@ -38,6 +38,7 @@ from config import (
     load_config,
     read_yaml,
     require,
+    section_of,
     within,
 )
 from data import Batch, PretrainLoader, normalize
@@ -51,10 +52,11 @@ from sheets import Column
 from training import (
     Run,
     TrainState,
+    chosen_checkpoint,
+    config_in,
     describe,
     global_batch_size,
     milestones,
-    nothing_to_export,
     run_command,
     sent_to,
     warn_of_another_course,
@@ -134,6 +136,28 @@ class FinetuneConfig(EpochsConfig):
     def __post_init__(self) -> None:
         """Check what all trainings do; images of an epoch are counted once the data are open, if they are not given."""
         TrainingConfig.__post_init__(self)
+
+    def as_begun(self, saved: Mapping[str, Any]) -> Self:
+        """The configuration with what a training found out when it began: architecture, classes and number of images.
+
+        So neither the weights with which it began need be there any more, nor, to export it, the images.
+
+        Args:
+            saved: that of its checkpoint, as nested dicts; sections may be missing.
+        """
+        backbone = section_of(saved, "backbone")
+        known = {name: backbone[name] for name in ("architecture", "arguments") if name in backbone}
+        num_images = self.data.images_per_epoch or section_of(saved, "data").get("images_per_epoch")
+        return replace(
+            self,
+            backbone=replace(self.backbone, **known),
+            classes=self.classes or saved.get("classes", []),
+            data=replace(self.data, images_per_epoch=num_images),
+        )
+
+    def as_trained(self, saved: Mapping[str, Any]) -> Self:
+        """Also `as_begun`."""
+        return super().as_trained(saved).as_begun(saved)
 
 
 FinetuneT = TypeVar("FinetuneT", bound=FinetuneConfig)
@@ -399,6 +423,7 @@ class FinetuneState(TrainState[FinetuneConfig]):
         make_head: the task's head for a backbone.
         head_inputs: what the head reads of normalised images, from the trunk.
         with_weights: whether the backbone begins with those of its loader.
+        plain: see `TrainState`.
     """
 
     MAIN = "model"
@@ -412,9 +437,9 @@ class FinetuneState(TrainState[FinetuneConfig]):
         make_head: Callable[[Trunk], nn.Module],
         head_inputs: Callable[[Trunk, Tensor], Sequence[Tensor]],
         with_weights: bool,
-        compiled: bool = True,
+        plain: bool = False,
     ) -> None:
-        super().__init__(cfg, device, compiled=compiled)
+        super().__init__(cfg, device, plain=plain)
         self.trunk, self.model = self._make(make_head, head_inputs, with_weights)
         self.modules = {"model": self.model}
         self.head_inputs = head_inputs
@@ -550,7 +575,7 @@ def train(task: Task[FinetuneT], cfg: FinetuneT, data: Any, output_dir: Path, de
         output_dir: folder of the run.
         device: where it runs.
     """
-    checkpoint = newest_checkpoint(cfg, output_dir)
+    checkpoint = chosen_checkpoint(cfg, output_dir)
     cfg = prepared(cfg, checkpoint)
     state = make_state(task, cfg, device, with_weights=checkpoint is None)
     loss = task.loss(cfg)
@@ -590,32 +615,17 @@ def prepared(cfg: FinetuneT, checkpoint: Path | None = None) -> FinetuneT:
 
     Args:
         cfg: as the user gave it.
-        checkpoint: what the training goes on from. It knows the architecture, the classes and the number of images, so
-            that the weights with which the training began need not be there any more, nor the images to export it.
+        checkpoint: what the training goes on from, see `FinetuneConfig.as_begun`; None if it begins.
     """
-    if checkpoint is not None and (checkpoint / "config.yaml").is_file():  # `restore` tells what is not there
-        saved = read_yaml(checkpoint / "config.yaml")
-        known = {name: saved["backbone"][name] for name in ("architecture", "arguments")}
-        num_images = cfg.data.images_per_epoch or saved["data"]["images_per_epoch"]
-        cfg = replace(
-            cfg,
-            backbone=replace(cfg.backbone, **known),
-            classes=cfg.classes or saved["classes"],
-            data=replace(cfg.data, images_per_epoch=num_images),
-        )
+    if saved := config_in(checkpoint):
+        cfg = cfg.as_begun(saved)
     elif cfg.backbone.architecture is None:
         cfg = with_architecture(cfg, build_backbone(cfg.backbone, cfg.data.images_size, with_weights=True))
     return with_length(cfg)
 
 
-def newest_checkpoint(cfg: FinetuneConfig, output_dir: Path) -> Path | None:
-    """What a training in this folder would go on from; None if it would begin."""
-    chosen = cfg.train.resume_from
-    return Checkpoints(output_dir, keep=1).newest() if chosen is None else Path(chosen)
-
-
 def make_state(
-    task: Task[FinetuneT], cfg: FinetuneT, device: torch.device, *, with_weights: bool, compiled: bool = True
+    task: Task[FinetuneT], cfg: FinetuneT, device: torch.device, *, with_weights: bool, plain: bool = False
 ) -> FinetuneState:
     """A fresh state; its backbone begins with the weights of its loader, or with any, for a checkpoint to fill."""
     return FinetuneState(
@@ -624,7 +634,7 @@ def make_state(
         make_head=functools.partial(task.make_head, cfg),
         head_inputs=functools.partial(task.head_inputs, cfg),
         with_weights=with_weights,
-        compiled=compiled,
+        plain=plain,
     )
 
 
@@ -664,7 +674,7 @@ def opening(cfg: FinetuneConfig, state: FinetuneState) -> str:
 def dry_run(task: Task[FinetuneT], cfg: FinetuneT, data: Any) -> str:
     """What a training with this config would be, without training."""
     cfg = prepared(cfg)
-    state = make_state(task, cfg, torch.device("cpu"), with_weights=False, compiled=False)
+    state = make_state(task, cfg, torch.device("cpu"), with_weights=False, plain=True)
     depth = len(state.trunk.blocks)
     scales = layer_scales(depth, cfg.optim.layer_decay)
     schedule = ["schedule     step         lr of the head   of the first block"]
@@ -797,18 +807,12 @@ def main(task: Task[Any], parser: argparse.ArgumentParser, arguments: Sequence[s
     if not (args.print_config or args.export):
         cfg, data = task.open_data(cfg)
 
-    def state_to_export(cfg: FinetuneConfig, device: torch.device) -> FinetuneState:
-        checkpoint = newest_checkpoint(cfg, Path(cfg.train.output_dir))
-        if checkpoint is None:
-            raise nothing_to_export(cfg)
-        return make_state(task, prepared(cfg, checkpoint), device, with_weights=False, compiled=False)
-
     return run_command(
         args,
         cfg,
         dry_run=lambda cfg: dry_run(task, cfg, data),
         train=lambda cfg, output_dir, device: train(task, cfg, data, output_dir, device),
-        make_state=state_to_export,
+        make_state=functools.partial(make_state, task, with_weights=False, plain=True),
         has_kernels=False,
     )
 

@@ -168,7 +168,9 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def claim_output_dir(output_dir: str | Path, *, key: str = "train.output_dir") -> Iterator[Path]:
+def claim_output_dir(
+    output_dir: str | Path, *, key: str = "train.output_dir", remedy: str | None = None
+) -> Iterator[Path]:
     """Create `output_dir` and keep other runs out of it until the block ends; every rank calls it, rank 0 holds it.
 
     The claim is a lock on `output_dir/.lock`, a file with the holder's name.
@@ -176,6 +178,7 @@ def claim_output_dir(output_dir: str | Path, *, key: str = "train.output_dir") -
     Args:
         output_dir: folder of a training or an evaluation.
         key: of the configuration that names it.
+        remedy: what to do if another run holds it; None for stopping that one or choosing another folder.
 
     Raises: UserError if another run holds the folder (it says which), or if it cannot be created or written, also for
         errors of that kind in the block.
@@ -185,7 +188,7 @@ def claim_output_dir(output_dir: str | Path, *, key: str = "train.output_dir") -
     output_dir = Path(output_dir)
     with contextlib.ExitStack() as claim:
         try:
-            on_rank_0(lambda: _claim(output_dir, key, claim))
+            on_rank_0(lambda: _claim(output_dir, key, claim, remedy or f"stop that run or choose another {key}"))
         except OSError as error:
             raise UserError(
                 f"{key}={str(output_dir)!r} cannot be written: {reason(error)}; choose another folder"
@@ -194,7 +197,7 @@ def claim_output_dir(output_dir: str | Path, *, key: str = "train.output_dir") -
             yield output_dir
 
 
-def _claim(output_dir: Path, key: str, claim: contextlib.ExitStack) -> None:
+def _claim(output_dir: Path, key: str, claim: contextlib.ExitStack, remedy: str) -> None:
     """Take the lock; `claim` gives it back when it is closed."""
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = output_dir / ".lock"
@@ -203,8 +206,7 @@ def _claim(output_dir: Path, key: str, claim: contextlib.ExitStack) -> None:
     except BlockingIOError as error:
         holder = lock.read_text(errors="replace").strip()
         raise UserError(
-            f"{key}={str(output_dir)!r} is in use by another run ({holder or 'just starting'}); "
-            f"stop that run or choose another {key}"
+            f"{key}={str(output_dir)!r} is in use by another run ({holder or 'just starting'}); {remedy}"
         ) from error
     if descriptor is None:
         logger.warning("%s is on a file system without locks: a second run in it will not be noticed", output_dir)

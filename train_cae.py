@@ -21,7 +21,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -55,6 +55,7 @@ from config import (
     one_of,
     require,
     require_whole_patches,
+    section_of,
     within,
 )
 from data import Batch, PretrainLoader
@@ -227,6 +228,11 @@ class CaeConfig(EpochsConfig):
         remedy = "there is no teacher with weights of its own; set it to false"
         require(not self.efficiency.teacher_fp8, "efficiency.teacher_fp8", self.efficiency.teacher_fp8, remedy)
 
+    def as_trained(self, saved: Mapping[str, Any]) -> Self:
+        """Also with what its tokenizer was, which need not be there any more."""
+        cfg, description = super().as_trained(saved), section_of(saved, "tokenizer").get("description")
+        return replace(cfg, tokenizer=replace(cfg.tokenizer, description=description or cfg.tokenizer.description))
+
     @property
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of patches of a crop."""
@@ -326,9 +332,9 @@ class CaeState(TrainState[CaeConfig]):
     LATER_KEYS: ClassVar[dict[str, Any]] = {**LATER_KEYS, "model": {"in_chans": 3}}
 
     def __init__(
-        self, cfg: CaeConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
+        self, cfg: CaeConfig, device: torch.device, *, plain: bool = False, init_from: str | None = None
     ) -> None:
-        super().__init__(cfg, device, compiled=compiled)
+        super().__init__(cfg, device, plain=plain)
         self.student = self.place(
             lambda: nn.ModuleDict({"backbone": cfg.make_encoder(), "predictor": cfg.make_predictor()}),
             cfg.efficiency.compilation.do_student,
@@ -340,11 +346,6 @@ class CaeState(TrainState[CaeConfig]):
         by_name = in_parts(decay_of_matrices(self.student), part_of, cfg.optim.start)
         self.optimizer = make_adamw(self.student, cfg.optim.optimizer, cfg.optim.betas, by_name)
         self.optimizers = {"student": (self.student, self.optimizer)}
-
-    def load_state_dict(self, saved: SavedState) -> None:
-        """As of any state; and its exports say which tokenizer that training had, also where none is opened."""
-        super().load_state_dict(saved)
-        self.cfg = with_tokenizer(self.cfg, saved.extra["tokenizer"]["description"])
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """The encoder's patch features, not compiled and without drop-path, for batches of any size."""
@@ -725,8 +726,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cfg,
         dry_run=dry_run,
         train=train,
-        make_state=functools.partial(CaeState, compiled=False),
+        make_state=functools.partial(CaeState, plain=True),
         has_kernels=False,
+        exporter="export.py",
     )
 
 

@@ -474,9 +474,9 @@ class CapiState(TrainState[CapiConfig]):
     }
 
     def __init__(
-        self, cfg: CapiConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
+        self, cfg: CapiConfig, device: torch.device, *, plain: bool = False, init_from: str | None = None
     ) -> None:
-        super().__init__(cfg, device, compiled=compiled)
+        super().__init__(cfg, device, plain=plain)
         compilation = cfg.efficiency.compilation
         self.student = self.place(
             self._make_student,
@@ -521,7 +521,7 @@ class CapiState(TrainState[CapiConfig]):
 
     def _make_clustering(self) -> OnlineClustering:
         settings, head = self.cfg.capi, make_clustering(self.cfg)
-        if settings.has_kernels:
+        if settings.has_kernels and not self.plain:
             from speed.clustering import learn_in_chunks
 
             learn_in_chunks(
@@ -1037,8 +1037,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cfg,
         dry_run=dry_run,
         train=train,
-        make_state=functools.partial(CapiState, compiled=False),
+        make_state=functools.partial(CapiState, plain=True),
         has_kernels=cfg.capi.has_kernels,
+        exporter="export.py",
     )
 
 

@@ -45,6 +45,7 @@ from config import (
     load_config,
     one_of,
     require,
+    require_fraction,
     require_whole_patches,
     require_width,
     within,
@@ -190,9 +191,15 @@ class IjepaOptimConfig(EpochsOptimConfig):
     they are; StoP's ViT-H holds them after 250 of 300 epochs. null: never."""
 
     def __post_init__(self) -> None:
-        """Check that schedule and start fit."""
+        """Check that schedule and start fit, and that something is learned before it is held."""
         super().__post_init__()
         self.start.check(self.total_iters)
+        require_fraction("optim.hold_after", self.hold_after)
+        remedy = (
+            f"is step {self.hold_step} of optim.total_iters={self.total_iters}; give one of 1 to {self.total_iters}"
+        )
+        is_within = self.hold_step <= self.total_iters or self.epochs is not None  # the length is not known yet
+        require(self.hold_step >= 1 and is_within, "optim.hold_after", self.hold_after, f"{remedy}, or null for never")
 
     @property
     def hold_step(self) -> int:
@@ -339,9 +346,9 @@ class IjepaState(TrainState[IjepaConfig]):
     LATER_KEYS: ClassVar[dict[str, Any]] = {**LATER_KEYS, "model": {"in_chans": 3}}
 
     def __init__(
-        self, cfg: IjepaConfig, device: torch.device, *, compiled: bool = True, init_from: str | None = None
+        self, cfg: IjepaConfig, device: torch.device, *, plain: bool = False, init_from: str | None = None
     ) -> None:
-        super().__init__(cfg, device, compiled=compiled)
+        super().__init__(cfg, device, plain=plain)
         compilation = cfg.efficiency.compilation
         start = None if init_from is None else StartingWeights(init_from)
         self.student = self.place(
@@ -767,8 +774,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cfg,
         dry_run=dry_run,
         train=train,
-        make_state=functools.partial(IjepaState, compiled=False),
+        make_state=functools.partial(IjepaState, plain=True),
         has_kernels=False,
+        exporter="export.py",
     )
 
 

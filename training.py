@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import gc
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ from config import (
     changed_keys,
     read_yaml,
     require,
+    section_of,
     to_yaml,
 )
 from data import (
@@ -97,6 +99,12 @@ class TrainState(Generic[ConfigT]):
 
     Its constructor calls this one, which seeds the initial weights, builds its networks with `place`, and fills
     `modules` and `optimizers`, under the names that checkpoints have. `optim.clip_grad` limits the gradient of `MAIN`.
+
+    Args:
+        cfg: of the training.
+        device: where the networks are.
+        plain: for a state that holds weights and makes no updates, on any device: without the parts of `speed`, which
+            need not run there, whatever `cfg` says.
     """
 
     MODEL_KEYS: ClassVar[tuple[str, ...]] = ("model",)
@@ -106,9 +114,9 @@ class TrainState(Generic[ConfigT]):
     LATER_KEYS: ClassVar[dict[str, Any]] = {}
     """Keys that earlier checkpoints lack, as nested dicts, with the values that those were trained with."""
 
-    def __init__(self, cfg: ConfigT, device: torch.device, *, compiled: bool = True) -> None:
+    def __init__(self, cfg: ConfigT, device: torch.device, *, plain: bool = False) -> None:
         efficiency = cfg.efficiency
-        self.cfg, self.device, self.compiled, self.step = cfg, device, compiled, 0
+        self.cfg, self.device, self.plain, self.step = cfg, device, plain, 0
         self.dtype: torch.dtype = getattr(torch, efficiency.param_dtype)
         self.sharding = Sharding(
             mode=efficiency.fsdp,
@@ -137,8 +145,7 @@ class TrainState(Generic[ConfigT]):
     ) -> M:
         """Build a network and put it on the device as `efficiency` says: recomputed, compiled and divided over ranks.
 
-        One after the other: where weights are divided, no rank ever holds two whole networks. Of `speed`, only what is
-        asked for is imported.
+        One after the other: where weights are divided, no rank ever holds two whole networks.
 
         Args:
             make: builds it; every part has an `init_weights`, and transformer blocks a class attribute
@@ -151,38 +158,46 @@ class TrainState(Generic[ConfigT]):
         module = make().to(self.device) if is_filled else _materialise(make, self.device)
         if load is not None and rank() == 0:
             load(module)
+        if is_teacher:
+            module.requires_grad_(False).eval()
         blocks: list[nn.Module] = [p for p in module.modules() if hasattr(p, "is_transformer_block")]
-        if self.cfg.efficiency.attention == "xformers":
+        if not self.plain:
+            self._speed_up(module, blocks, compilation, is_teacher)
+        parallelize(module, self.sharding, self.device, blocks)
+        return module
+
+    def _speed_up(
+        self, module: nn.Module, blocks: list[nn.Module], compilation: CompileConfig | None, is_teacher: bool
+    ) -> None:
+        """Of `speed`, only what is asked for is imported."""
+        efficiency = self.cfg.efficiency
+        if efficiency.attention == "xformers":
             from speed.attention import attend_by_xformers
 
             attention: list[nn.Module] = [p for p in module.modules() if hasattr(p, "attend")]
             attend_by_xformers(attention, self.device, self.dtype)
-        if is_teacher:
-            module.requires_grad_(False).eval()
-            if self.cfg.efficiency.teacher_fp8:
-                from speed.fp8 import multiply_in_fp8
+        if is_teacher and efficiency.teacher_fp8:
+            from speed.fp8 import multiply_in_fp8
 
-                multiply_in_fp8(blocks, self.device)
-        elif self.cfg.efficiency.rematerialization.enabled:
+            multiply_in_fp8(blocks, self.device)
+        if not is_teacher and efficiency.rematerialization.enabled:
             from speed.recomputing import recompute_blocks
 
-            recompute_blocks(blocks, self.cfg.efficiency.rematerialization)
-        if self.cfg.efficiency.offload_activations and not is_teacher and self.device.type == "cuda":
+            recompute_blocks(blocks, efficiency.rematerialization)
+        if efficiency.offload_activations and not is_teacher and self.device.type == "cuda":
             from speed.offloading import offload_blocks
 
             offload_blocks(blocks)
-        if compilation is not None and not compilation.disable and self.compiled:
+        if compilation is not None and not compilation.disable:
             from speed.compiling import compile_blocks
 
             compile_blocks(blocks, compilation, self.sharding)
-        parallelize(module, self.sharding, self.device, blocks)
-        return module
 
     def compile(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         """A function of tensors, compiled as `efficiency.compilation.<name>` says."""
         options = self.cfg.efficiency.compilation
         own: CompileConfig = getattr(options, name)
-        if own.disable or not self.compiled:
+        if own.disable or self.plain:
             return function
         from speed.compiling import compile_function
 
@@ -265,12 +280,16 @@ class TrainState(Generic[ConfigT]):
         """Raise UserError for a checkpoint that cannot be continued, for a reason that no single key tells."""
 
     def load_state_dict(self, saved: SavedState) -> None:
-        """Take over what is beside the tensors, which `Checkpoints` has loaded in place."""
+        """Take over what is beside the tensors, which `Checkpoints` has loaded in place.
+
+        The precision may be another one: the loss then has a fresh scale.
+        """
         self.step = saved.step
         for name, part in self.parts.items():
-            part.load_state_dict(saved.extra[name])
+            if saved.extra[name]:  # that of a scaler that was off is empty
+                part.load_state_dict(saved.extra[name])
+        self.scaler.set_growth_interval(self.cfg.efficiency.grad_scaler_growth_interval)  # which was loaded, too
         self.position = merge_positions([of_rank["data"] for of_rank in saved.rank_extra])
-        self.cfg = _measured_as(self.cfg, saved.config)  # for exports
 
 
 def _materialise(make: Callable[[], M], device: torch.device) -> M:
@@ -334,11 +353,9 @@ def with_normalisation(cfg: ConfigT, output_dir: Path | None = None) -> ConfigT:
     if not isinstance(data, PretrainingImagesConfig) or data.bands_are_known:
         return cfg
     if output_dir is not None:
-        saved = Path(cfg.train.resume_from) if cfg.train.resume_from else Checkpoints(output_dir, keep=1).newest()
-        if saved is not None and (saved / "config.yaml").is_file():
-            cfg = _measured_as(cfg, read_yaml(saved / "config.yaml"))
-            if cfg.data.bands_are_known:
-                return cfg
+        cfg = _measured_as(cfg, config_in(chosen_checkpoint(cfg, output_dir)))
+        if cfg.data.bands_are_known:
+            return cfg
     measured = on_rank_0(functools.partial(_measure, cfg))
     values = {"value_range": measured.value_range, "mean": list(measured.mean), "std": list(measured.std)}
     return _with_values(cfg, {key: value for key, value in values.items() if getattr(data, key) == "auto"})
@@ -357,7 +374,7 @@ def _measure(cfg: TrainingConfig) -> Normalisation:
 
 def _measured_as(cfg: ConfigT, saved: Mapping[str, Any]) -> ConfigT:
     """The configuration with what a saved one has in place of `auto`."""
-    before = saved.get("data", {})
+    before = section_of(saved, "data")
     keys = ("value_range", "mean", "std") if isinstance(cfg.data, PretrainingImagesConfig) else ()
     return _with_values(
         cfg,
@@ -380,10 +397,24 @@ def length_words(cfg: EpochsConfig) -> str:
 # --- Going on from a checkpoint, and exports -------------------------------------------------------------------------
 
 
+def chosen_checkpoint(cfg: TrainingConfig, output_dir: Path) -> Path | None:
+    """What a training in this folder would go on from, which need not be there or good; None if it would begin."""
+    chosen = cfg.train.resume_from
+    return Checkpoints(output_dir, keep=1).newest() if chosen is None else Path(chosen)
+
+
+def config_in(checkpoint: Path | None) -> dict[str, Any]:
+    """The configuration that a checkpoint has; empty without one that can be read, of which `restore` tells."""
+    try:
+        saved = None if checkpoint is None else read_yaml(checkpoint / "config.yaml")
+    except UserError:
+        saved = None
+    return saved if isinstance(saved, dict) else {}
+
+
 def weights_to_start_from(cfg: TrainingConfig, output_dir: Path) -> str | None:
     """`train.init_from`, unless the training continues from a checkpoint."""
-    continues = cfg.train.resume_from is not None or Checkpoints(output_dir, keep=1).newest() is not None
-    return None if continues else cfg.train.init_from
+    return cfg.train.init_from if chosen_checkpoint(cfg, output_dir) is None else None
 
 
 def fill_adamw(
@@ -533,16 +564,23 @@ def export_all(state: TrainState[Any], output_dir: Path) -> list[Path]:
     return paths
 
 
-def export_newest(state: TrainState[Any], output_dir: Path) -> list[Path]:
+def export_newest(
+    cfg: ConfigT, output_dir: Path, make_state: Callable[[ConfigT, torch.device], TrainState[Any]]
+) -> list[Path]:
     """Export the checkpoint that training would continue from; returns the files.
 
     Args:
-        state: a fresh one, on the CPU.
+        cfg: of the training, as typed.
         output_dir: folder of the run.
+        make_state: builds a plain state.
 
     Raises: UserError if there is none.
     """
-    cfg = state.cfg
+    checkpoint = chosen_checkpoint(cfg, output_dir)
+    if checkpoint is None:
+        raise UserError(f"train.output_dir={cfg.train.output_dir!r} has no checkpoint to export; train first")
+    saved = config_in(checkpoint)
+    state = make_state(_measured_as(cfg, saved).as_trained(saved), torch.device("cpu"))
     checkpoints = Checkpoints(
         output_dir,
         keep=cfg.train.checkpointing.max_to_keep,
@@ -550,14 +588,8 @@ def export_newest(state: TrainState[Any], output_dir: Path) -> list[Path]:
         later_keys=state.LATER_KEYS,
         check=state.check,
     )
-    if restore(state, checkpoints) is None:
-        raise nothing_to_export(cfg)
+    restore(state, checkpoints)
     return export_all(state, output_dir)
-
-
-def nothing_to_export(cfg: TrainingConfig) -> UserError:
-    """What to say of a run without any checkpoint."""
-    return UserError(f"train.output_dir={cfg.train.output_dir!r} has no checkpoint to export; train first")
 
 
 # --- What is going to be seen ----------------------------------------------------------------------------------------
@@ -946,6 +978,7 @@ def run_command(
     train: Callable[[ConfigT, Path, torch.device], None],
     make_state: Callable[[ConfigT, torch.device], TrainState[Any]],
     has_kernels: bool = True,
+    exporter: str | None = None,
 ) -> int:
     """Do what the options of `utils.add_training_options` ask for. Returns the exit code.
 
@@ -956,8 +989,9 @@ def run_command(
         cfg: what its sources gave.
         dry_run: says what would be trained with a configuration.
         train: trains in a folder, on a device.
-        make_state: builds a state, not compiled, to export from.
+        make_state: builds a plain state, to export from; with what `TrainingConfig.as_trained` gives.
         has_kernels: whether the training has kernels of its own on a GPU, which are compiled there.
+        exporter: the script that exports a run also while it trains; None if there is none.
     """
     if args.print_config:
         sys.stdout.write(to_yaml(cfg))
@@ -965,12 +999,14 @@ def run_command(
     if args.dry_run:
         sys.stdout.write(dry_run(with_normalisation(cfg)))
         return 0
-    with session(cfg.train.device) as device, claim_output_dir(cfg.train.output_dir) as output_dir:
+    remedy = None
+    if args.export and exporter is not None:
+        command = shlex.join(["python", exporter, cfg.train.output_dir, "backbone.pth"])
+        remedy = f"what it has saved so far is exported by: {command}"
+    with session(cfg.train.device) as device, claim_output_dir(cfg.train.output_dir, remedy=remedy) as output_dir:
         setup_logging(output_dir / "log.txt" if rank() == 0 else None, quiet=rank() != 0)
         if args.export:
-            sys.stdout.writelines(
-                f"{path}\n" for path in export_newest(make_state(cfg, torch.device("cpu")), output_dir)
-            )
+            sys.stdout.writelines(f"{path}\n" for path in export_newest(cfg, output_dir, make_state))
             return 0
         options = cfg.efficiency.compilation
         compiles = not (options.do_teacher.disable and options.do_student.disable)
@@ -1005,13 +1041,13 @@ def describe(
         schedule: lines of a table, one per step of `milestones`, under a head.
         warnings: what is not going to go well.
         look, normalize: as for `Run`.
-        make_state: takes config, device, `compiled` and `init_from`. With `train.init_from` the networks are built on
+        make_state: takes config, device, `plain` and `init_from`. With `train.init_from` the networks are built on
             the CPU: what is not taken of the weights is logged, and what does not fit is an error now.
     """
     device, optim, data = pick_device(cfg.train.device), cfg.optim, cfg.data
     init_from = weights_to_start_from(cfg, Path(cfg.train.output_dir))
     if make_state is not None and init_from is not None:
-        make_state(cfg, torch.device("cpu"), compiled=False, init_from=init_from)
+        make_state(cfg, torch.device("cpu"), plain=True, init_from=init_from)
     check_decode(cfg.data.decode, device)
     place = {"rank": 0, "world_size": 1, "position": None, "pin_memory": False, "bad_files_path": None}
     with make_loader(**place, decode_device=device) as loader:

@@ -487,16 +487,49 @@ class FolderOfModules:
         return module
 
 
+class _LineOnFaults(logging.Handler):
+    """Says once, in a line of its own, that it cannot write, where others give a traceback for every line."""
+
+    place = "stderr"
+    has_told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name that logging has for it
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.has_told:
+            self.has_told = True  # first: the line goes to all handlers
+            remedy = REMEDIES.get(error.errno or 0, "look what happened to it")
+            logging.getLogger(__name__).warning("%s cannot be written: %s; %s", self.place, reason(error), remedy)
+
+
+class _Console(_LineOnFaults, logging.StreamHandler):
+    pass
+
+
+class _LogFile(_LineOnFaults, logging.FileHandler):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.place = repr(str(path))
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what it could not write, it has told
+            super().close()
+
+
 def setup_logging(log_path: Path | None = None, *, quiet: bool = False) -> None:
-    """Log to stderr, and to `log_path` if given. `quiet` leaves warnings and errors alone on stderr."""
+    """Log to stderr, and to `log_path` if given. `quiet` leaves warnings and errors alone on stderr.
+
+    What cannot be written stops nothing, and is told once, by those of the two that can be.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text; stderr and the log escape them too
         sys.stdout.reconfigure(errors="backslashreplace")
     formatter = logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    console = logging.StreamHandler(sys.stderr)
+    console = _Console(sys.stderr)
     console.setLevel(logging.WARNING if quiet else logging.INFO)
     handlers: list[logging.Handler] = [console]
     if log_path is not None:
-        handlers.append(logging.FileHandler(log_path, encoding="utf-8", errors="backslashreplace"))
+        handlers.append(_LogFile(log_path))
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     for old in list(root.handlers):

@@ -1,18 +1,24 @@
-"""export.py, and its reverse, `train.init_from`."""
+"""export.py, and its reverse, `train.init_from`; and `--export` of a training."""
 
 import argparse
 import json
 import logging
 import os
+import re
+import shlex
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import yaml
 from commands import make_images, run_forked, run_main, tiny
+from finetunes import CASES, write_classes
 from golden_ijepa import tiny_run
+from methods import METHODS, images_for_all
 from ranks import run_on_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -22,6 +28,7 @@ import export
 import ijepa
 import train_capi
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
+from launch import claim_output_dir
 from model import EncoderDecoder, load_model
 from train_capi import CapiConfig
 from utils import UserError
@@ -183,6 +190,125 @@ def test_a_damaged_checkpoint_is_not_exported(run, tmp_path, capsys):
             file.unlink()
         damaged.rmdir()
         (run / "checkpoints" / "step_000000002.aside").rename(damaged)
+
+
+# ------------------------------------------------------------------------------------------ --export of a training
+
+
+class Training(NamedTuple):
+    """A finished one, of two steps."""
+
+    name: str
+    main: Callable[[list[str]], int]
+    arguments: Callable[..., list[str]]
+    """Of an output folder and overrides."""
+    run: Path
+    export: str
+
+    def copy(self, folder: Path) -> Path:
+        """Its run without log and exports."""
+        exports = shutil.ignore_patterns("log.txt", "*.pth", "student*.yaml", "model.yaml")
+        return Path(shutil.copytree(self.run, folder / "copy", ignore=exports))
+
+
+@pytest.fixture(scope="module", params=["capi", "ijepa", "cae", "fine-tuning"])
+def training(request, run, tmp_path_factory) -> Training:
+    """Of each method, and a fine-tuning, counted in epochs and with images that are measured, where that can be."""
+    place, name = tmp_path_factory.mktemp("training"), request.param
+    if name == "fine-tuning":
+        case, data = CASES["classification"], write_classes(place / "data")
+
+        def arguments(output_dir: Path, *more: str) -> list[str]:
+            weights = f"pretrained_weights={run / 'student_ema.pth'}"
+            return case.arguments(data, weights, output_dir, "optim.epochs=0.5", *more)
+
+        export, main = "model", case.script.main
+    else:
+        method, images = METHODS[name], images_for_all(place / "images")
+        own = ["optim.epochs=1", "data.images_per_epoch=10"] if name != "capi" else ["optim.total_iters=2"]
+
+        def arguments(output_dir: Path, *more: str) -> list[str]:
+            return method.tiny_run(images, output_dir, *own, "data.mean=auto", "data.std=auto", *more)
+
+        export, main = method.export, method.script.main
+    assert main(arguments(place / "run")) == 0
+    return Training(name, main, arguments, place / "run", export)
+
+
+def test_a_run_is_exported_with_the_configuration_that_it_has(training, tmp_path):
+    """Also where another batch, as with another number of processes, would make an epoch of another length."""
+    run = training.copy(tmp_path)
+    assert training.main(training.arguments(run, "optim.batch_size_per_gpu=2", "--export")) == 0
+    assert_equal_weights(load(run / f"{training.export}.pth"), load(training.run / f"{training.export}.pth"))
+    written, expected = (
+        yaml.safe_load((folder / f"{training.export}.yaml").read_text()) for folder in (run, training.run)
+    )
+    expected["train"]["output_dir"], expected["optim"]["batch_size_per_gpu"] = str(run), 2
+    assert written == expected
+    said = (run / "log.txt").read_text()
+    assert set(re.findall(r"changed since the checkpoint: (\S+):", said)) == {
+        "optim.batch_size_per_gpu",
+        "train.output_dir",
+    }
+
+
+def test_while_a_run_trains_the_script_is_named_that_exports_it(training, tmp_path, monkeypatch, capsys):
+    """As one types it; a fine-tuning has none."""
+    run = training.copy(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with claim_output_dir(run):
+        assert training.main([*training.arguments(run), "--export"]) == 2
+        said = capsys.readouterr().err
+        assert "is in use by another run" in said
+        command = re.search("python (.*)", said)
+        if training.name == "fine-tuning":
+            assert command is None and "stop that run" in said
+        else:
+            assert command is not None and "stop that run" not in said, said
+            script, *arguments = shlex.split(command[1])
+            assert script == "export.py" and export.main(arguments) == 0
+            assert_equal_weights(load(tmp_path / arguments[-1]), load(training.run / f"{training.export}.pth"))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # a head of the classes that it does not say
+@pytest.mark.parametrize("damage", ["a part", "no mapping", "no YAML", "nothing"])
+def test_a_checkpoint_whose_configuration_is_damaged_is_named(training, tmp_path, capsys, damage):
+    run = training.copy(tmp_path)
+    checkpoint = run / "checkpoints" / "step_000000002"
+    whole = (checkpoint / "config.yaml").read_text()
+    content = {"a part": whole[: whole.index("optim:") + 6], "no mapping": "[1]", "no YAML": "a: [", "nothing": ""}
+    (checkpoint / "config.yaml").write_text(content[damage])
+    assert training.main([*training.arguments(run), "--export"]) == 2
+    assert f"The newest checkpoint '{checkpoint}' is unreadable: config.yaml" in capsys.readouterr().err
+
+
+SPEED = [
+    "efficiency.param_dtype=bfloat16",
+    "efficiency.attention=xformers",
+    "efficiency.rematerialization.enabled=true",
+    "efficiency.compilation.do_student.disable=false",
+]
+OWN_SPEED = {
+    "capi": ["capi.clustering_kernel=triton", "efficiency.teacher_fp8=true"],
+    "ijepa": ["efficiency.teacher_fp8=true"],
+}
+
+
+@pytest.mark.parametrize("option", ["--export", "--dry-run"])
+def test_what_makes_a_run_fast_where_it_trains_is_not_asked_for_on_the_cpu(training, tmp_path, monkeypatch, option):
+    """Many kernels are for GPUs alone; an export, and a look at what weights fit, builds the networks on the CPU."""
+    for module in ("attention", "clustering", "compiling", "fp8", "recomputing"):
+        monkeypatch.setitem(sys.modules, f"speed.{module}", None)
+    run, more = training.copy(tmp_path), [*SPEED, *OWN_SPEED.get(training.name, [])]
+    if option == "--dry-run":
+        shutil.rmtree(run / "checkpoints")
+        if training.name != "fine-tuning":
+            more.append(f"train.init_from={training.run / training.export}.pth")
+    assert training.main([*training.arguments(run, *more), option]) == 0
+    if option == "--export":
+        assert_equal_weights(load(run / f"{training.export}.pth"), load(training.run / f"{training.export}.pth"))
+        written = yaml.safe_load((run / f"{training.export}.yaml").read_text())
+        assert written["efficiency"]["attention"] == "xformers", "that is no configuration of the run"
 
 
 # -------------------------------------------------------------------------------------------- train.init_from

@@ -135,7 +135,7 @@ def test_images_without_objects_are_learned_from_only_if_asked_for(opened, tmp_p
 
 def test_every_parameter_of_the_head_learns_from_a_batch_without_objects(opened):
     cfg, _ = opened()
-    state = finetuning.make_state(script.TASK, cfg, torch.device("cpu"), with_weights=True, compiled=False)
+    state = finetuning.make_state(script.TASK, cfg, torch.device("cpu"), with_weights=True)
     maps = script.head_inputs(cfg, state.trunk, torch.randn(2, 3, 32, 32, generator=seeded(0)))
     nothing = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 32, 32).byte())
     losses = state.model["head"](maps, [(32, 32), (30, 24)], [nothing, nothing])
@@ -185,7 +185,7 @@ def test_where_objects_belong_is_read_of_the_host_copy(opened):
     losses = []
     for on_device in (True, False):
         cfg, images = opened("detection.short_sides=[24]")
-        state = finetuning.make_state(script.TASK, cfg, torch.device("cpu"), with_weights=True, compiled=False)
+        state = finetuning.make_state(script.TASK, cfg, torch.device("cpu"), with_weights=True)
         maker = script.ChangedImages(cfg, 2.0)
         learned = [maker.make(images[i], i) for i in range(3)]
         first = learned[0]
@@ -205,7 +205,7 @@ def test_losses_in_bfloat16_are_those_in_float32_but_for_rounding(opened):
     losses = []
     for dtype in ("float32", "bfloat16"):
         cfg, images = opened(f"efficiency.param_dtype={dtype}")
-        state = finetuning.make_state(script.TASK, cfg, torch.device("cpu"), with_weights=True, compiled=False)
+        state = finetuning.make_state(script.TASK, cfg, torch.device("cpu"), with_weights=True)
         maker = script.ChangedImages(cfg, 2.0)
         batch = maker.batch([maker.make(images[i], i) for i in range(2)], [], [0, 1], [])
         batch = replace(batch, images=normalize(batch.images))

@@ -295,7 +295,7 @@ def divided_state(cfg: CapiConfig, how: Sharding) -> CapiState:
         param_dtype=str(how.param_dtype).removeprefix("torch."),
         reduce_dtype=str(how.reduce_dtype).removeprefix("torch."),
     )
-    return CapiState(dataclasses.replace(cfg, efficiency=efficiency), CPU, compiled=False)
+    return CapiState(dataclasses.replace(cfg, efficiency=efficiency), CPU)
 
 
 def run_steps(state: CapiState, num_steps: int) -> dict[str, Any]:
@@ -311,7 +311,7 @@ def run_steps(state: CapiState, num_steps: int) -> dict[str, Any]:
 
 def train(how: Sharding | None, num_steps: int, *overrides: str) -> dict[str, Any]:
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [*TRAIN, *overrides])
-    return run_steps(CapiState(cfg, CPU, compiled=False) if how is None else divided_state(cfg, how), num_steps)
+    return run_steps(CapiState(cfg, CPU) if how is None else divided_state(cfg, how), num_steps)
 
 
 @pytest.fixture(scope="module")

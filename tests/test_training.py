@@ -1,10 +1,11 @@
 """training.py: a method of a few lines goes through everything that a training has around its step."""
 
+import json
 import re
 import signal
 import textwrap
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, rmtree
 
 import numpy as np
 import pytest
@@ -83,6 +84,23 @@ def test_an_interrupted_toy_ends_like_one_never_interrupted(place, finished, tmp
     assert metrics_of(tmp_path)[-1]["step"] == stop_at + 1
     assert toy_method.main(arguments(place, tmp_path)) == 0
     assert_same_run(tmp_path, finished, exports=("student",))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("float32", "float16"), ("bfloat16", "float16"), ("float16", "bfloat16"), ("float16", "float16")],
+)
+def test_a_toy_may_go_on_in_another_precision(place, finished, tmp_path, before, after):
+    """It computes in float32 whatever the precision: only the scale of the loss differs, which changes no bit."""
+    for precision, interval in ((before, 1), (after, 100)):
+        own = [f"efficiency.param_dtype={precision}", f"efficiency.grad_scaler={str(precision == 'float16').lower()}"]
+        own.append(f"efficiency.grad_scaler_growth_interval={interval}")
+        rmtree(tmp_path / "checkpoints" / "step_000000006", ignore_errors=True)  # as if it had been killed after step 4
+        assert toy_method.main(arguments(place, tmp_path, *own)) == 0
+    assert_same_run(tmp_path, finished, exports=("student",))
+    scaler = json.loads((tmp_path / "checkpoints" / "step_000000006" / "state.json").read_text())["extra"]["scaler"]
+    grown = 2**4 if before == "float16" else 1  # in each of the steps before, and in none after, as configured
+    assert scaler.get("scale") == (2**16 * grown if after == "float16" else None)
 
 
 def train_on_this_rank(sources: list[str]) -> None:

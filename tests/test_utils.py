@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,9 @@ def start(code: str, *arguments: str) -> subprocess.Popen[str]:
     """Python code in a process of its own, with what it and its children print."""
     command = [PYTHON, "-u", "-c", textwrap.dedent(code), *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells children, and has /dev/full")
 
 
 # Temporary files
@@ -90,6 +94,42 @@ def test_errors_about_other_files_keep_their_traceback(tmp_path):
         (tmp_path / "data").open()
     with pytest.raises(ConnectionResetError), writing_explained(tmp_path / "run", "key"):
         raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+
+# The log
+
+
+@linux
+@pytest.mark.parametrize("takes_stderr", [True, False])
+def test_a_log_that_cannot_be_written_says_so_once_and_all_goes_on(tmp_path, takes_stderr):
+    """A full disk below the log file, or below what stderr goes to; with more lines than wait in buffers."""
+    process = start("""
+        import logging, sys
+        from pathlib import Path
+        from utils import setup_logging
+
+        if sys.argv[2] != "-":
+            sys.stderr = open(sys.argv[2], "w")
+        setup_logging(Path(sys.argv[1]))
+        for number in range(300):
+            logging.getLogger("a").info("line %d %s", number, "x" * 100)
+        setup_logging()
+        print("goes on")
+    """, *(("/dev/full", "-") if takes_stderr else (str(tmp_path / "log.txt"), "/dev/full")))  # fmt: skip
+    out, error = process.communicate(timeout=60)
+    assert out == "goes on\n", error[-3000:]
+    assert process.returncode == 0 or not takes_stderr  # Python itself minds what was left in stderr at its end
+    lines = (error if takes_stderr else (tmp_path / "log.txt").read_text()).splitlines()
+    own = [line for line in lines if re.match(r"[\d:]{8} I a: line \d+ x+$", line)]
+    (said,) = (line for line in lines if line not in own)
+    assert len(own) == 300
+    place = "'/dev/full'" if takes_stderr else "stderr"
+    assert said.endswith(f": {place} cannot be written: No space left on device; {REMEDIES[errno.ENOSPC]}")
+
+
+def test_a_mistake_in_a_line_of_the_log_keeps_its_traceback(tmp_path):
+    process = start("import logging, utils; utils.setup_logging(); logging.info('%d', 'x')")
+    assert "TypeError: %d format" in process.communicate(timeout=60)[1]
 
 
 # How a script ends
@@ -208,7 +248,6 @@ PARENT = """
 
     sys.exit(main())
 """
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells children")
 
 
 @pytest.mark.parametrize(

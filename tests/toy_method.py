@@ -103,8 +103,8 @@ class Head(nn.Linear):
 
 
 class ToyState(TrainState):
-    def __init__(self, cfg, device, *, compiled=True):
-        super().__init__(cfg, device, compiled=compiled)
+    def __init__(self, cfg, device, *, plain=False):
+        super().__init__(cfg, device, plain=plain)
         size = (cfg.model.patch_size, cfg.model.embed_dim, cfg.model.in_chans)
         self.student = self.place(lambda: nn.ModuleDict({"backbone": Backbone(*size), "head": Head(size[1], size[2])}))
         self.modules = {"student": self.student}
@@ -179,7 +179,7 @@ def main(arguments=None):
             cfg, functools.partial(make_loader, cfg), sizes=["a toy"], costs=[], schedule=[], warnings=[]
         ),
         train=train,
-        make_state=functools.partial(ToyState, compiled=False),
+        make_state=functools.partial(ToyState, plain=True),
     )
 
 
