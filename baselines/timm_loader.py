@@ -48,9 +48,10 @@ def load_model(
         raise UserError(
             f"{model_name} has no patch embedding or no prefix tokens; this loader takes vision transformers"
         )
+    network.reset_classifier(0)  # a download has brought one
     path = () if state_dict_key is None else (state_dict_key,)
     source = None if pretrained_weights is None else str(pretrained_weights)
-    load_published(network, source, path=path, drop=("head.",))
+    load_published(network, source, path=path, drop=("head.", "head_dist."))
     return TimmFeatures(network).to(device).eval()
 
 
