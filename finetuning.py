@@ -40,7 +40,7 @@ from config import (
     require,
     within,
 )
-from data import Batch, PretrainLoader, normalize
+from data import Batch, PretrainLoader, normalizer
 from distributed import mean_over_ranks
 from evaluation import FrozenModel, Results, find_loader, load_model_file
 from keys import answer
@@ -78,10 +78,11 @@ class BackboneConfig:
     """Python file with `__model_loader__(**model_loader_kwargs)`, such as model.py or baselines/dinov2_loader.py."""
     model_loader_kwargs: dict[str, Any] = field(metadata=LOADER_KWARGS)
     """Arguments of the loader, such as `pretrained_weights`."""
-    image_mean: tuple[float, float, float] = field(metadata=IMAGE_MEAN)
-    """Mean of the RGB channels, in [0, 1], which is subtracted."""
-    image_std: tuple[float, float, float] = field(metadata=IMAGE_STD)
-    """Deviation of the RGB channels, in units of [0, 1], by which they are divided."""
+    image_mean: tuple[float, float, float] | None = field(metadata=IMAGE_MEAN)
+    """Mean of the RGB channels, in [0, 1], which is subtracted. null: what the backbone was trained with, where it says
+    so, else ImageNet's; the training writes the numbers."""
+    image_std: tuple[float, float, float] | None = field(metadata=IMAGE_STD)
+    """Deviation of the RGB channels, in units of [0, 1], by which they are divided; null likewise."""
     drop_path_rate: float = field(metadata=within(at_least=0, below=1))
     """Probability that a branch of the last block is skipped for an image; it rises linearly from 0 at the first."""
     relative_position_bias: bool
@@ -94,6 +95,12 @@ class BackboneConfig:
     null: only the loader can."""
     arguments: dict[str, Any]
     """Written by the training: arguments of that class."""
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What 8-bit images go through, once it is known."""
+        assert self.image_mean is not None and self.image_std is not None, "ask the backbone: with_normalisation"
+        return Normalisation(mean=self.image_mean, std=self.image_std)
 
 
 @dataclass(frozen=True)
@@ -195,6 +202,14 @@ def with_architecture(cfg: FinetuneT, backbone: nn.Module) -> FinetuneT:
         return cfg
     built = {"architecture": f"{kind.__module__}.{kind.__qualname__}", "arguments": _plain(backbone.arguments)}
     return replace(cfg, backbone=replace(cfg.backbone, **built))
+
+
+def with_normalisation(cfg: FinetuneT, backbone: nn.Module) -> FinetuneT:
+    """The configuration with the backbone's own mean and deviation where it has none."""
+    own = getattr(backbone, "normalisation", Normalisation())
+    own_numbers = {"image_mean": own.mean, "image_std": own.std}
+    unset = {key: numbers for key, numbers in own_numbers.items() if getattr(cfg.backbone, key) is None}
+    return replace(cfg, backbone=replace(cfg.backbone, **unset))
 
 
 def architecture_named(architecture: str) -> type[Backbone]:
@@ -582,20 +597,23 @@ def train(task: Task[FinetuneT], cfg: FinetuneT, data: Any, output_dir: Path, de
 
 def normalisation(cfg: FinetuneConfig) -> Callable[[Tensor], Tensor]:
     """From 8-bit images to what the backbone gets."""
-    return functools.partial(normalize, mean=cfg.backbone.image_mean, std=cfg.backbone.image_std)
+    return normalizer(cfg.backbone.normalisation)
 
 
 def prepared(cfg: FinetuneT, checkpoint: Path | None = None) -> FinetuneT:
-    """The configuration with the length and the architecture that follow from the rest.
+    """The configuration with the length, and what is to be known of the backbone, that follow from the rest.
 
     Args:
         cfg: as the user gave it.
-        checkpoint: what the training goes on from. It knows the architecture, the classes and the number of images, so
-            that the weights with which the training began need not be there any more, nor the images to export it.
+        checkpoint: what the training goes on from. It knows the backbone, the classes and the number of images, so that
+            the weights with which the training began need not be there any more, nor the images to export it.
     """
     if checkpoint is not None and (checkpoint / "config.yaml").is_file():  # `restore` tells what is not there
         saved = read_yaml(checkpoint / "config.yaml")
         known = {name: saved["backbone"][name] for name in ("architecture", "arguments")}
+        for name in ("image_mean", "image_std"):
+            if getattr(cfg.backbone, name) is None:
+                known[name] = tuple(saved["backbone"][name])
         num_images = cfg.data.images_per_epoch or saved["data"]["images_per_epoch"]
         cfg = replace(
             cfg,
@@ -603,8 +621,9 @@ def prepared(cfg: FinetuneT, checkpoint: Path | None = None) -> FinetuneT:
             classes=cfg.classes or saved["classes"],
             data=replace(cfg.data, images_per_epoch=num_images),
         )
-    elif cfg.backbone.architecture is None:
-        cfg = with_architecture(cfg, build_backbone(cfg.backbone, cfg.data.images_size, with_weights=True))
+    elif None in (cfg.backbone.architecture, cfg.backbone.image_mean, cfg.backbone.image_std):
+        backbone = build_backbone(cfg.backbone, cfg.data.images_size, with_weights=True)
+        cfg = with_normalisation(with_architecture(cfg, backbone), backbone)
     return with_length(cfg)
 
 
@@ -700,8 +719,9 @@ class Finetuned(nn.Module):
 
     def __init__(self, task: Task[Any], cfg: FinetuneConfig) -> None:
         super().__init__()
-        self.task, self.cfg = task, cfg
         backbone = build_backbone(cfg.backbone, cfg.data.images_size, with_weights=False)
+        self.task, self.cfg = task, with_normalisation(cfg, backbone)
+        self.normalisation = self.cfg.backbone.normalisation
         self.trunk = Trunk(backbone)
         self.patch_size = self.trunk.patch_size
         self.model = nn.ModuleDict({"backbone": backbone, "head": task.make_head(cfg, self.trunk)})

@@ -175,6 +175,13 @@ CASES = {
 }  # fmt: skip
 
 
+def opened(name: str, arguments: list[str]) -> tuple[Any, Any]:
+    """The configuration of a training as it begins, and its data; of a case."""
+    task = CASES[name].script.TASK
+    cfg, data = task.open_data(finetuning.load(task, arguments))
+    return finetuning.prepared(cfg), data
+
+
 def pretrain(folder: Path) -> Path:
     """What a step of pretraining exports, made in a folder."""
     images = make_images(folder / "images")

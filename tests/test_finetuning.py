@@ -6,8 +6,9 @@ import pytest
 import torch
 from commands import assert_close_runs, assert_same_run, train_through_kills
 from conftest import ROOT, seeded
-from finetunes import CASES, pretrain, train_on_this_rank
+from finetunes import CASES, opened, pretrain, train_on_this_rank
 from golden_cae import CAE, IMAGES, fill
+from methods import METHODS, write_export
 from ranks import run_on_ranks
 from torch import nn
 
@@ -18,11 +19,13 @@ import finetuning
 import ijepa
 from cae import Encoder, relative_position_index
 from config import ScheduleConfig
+from evaluation import FrozenModel, FrozenModelConfig
 from finetune_classification import LinearHead
 from finetuning import Trunk, decayed_multipliers, freeze_unused_, layer_scales
 from model import EncoderDecoder, Features, draw_drop_path, linear_rates
 from optim import scheduled
-from utils import UserError
+from training import export
+from utils import Normalisation, UserError
 
 TRANSFORMERS = {"embed_dim": 32, "drop_path_rate": 0.0, "block_kwargs": {"attn_kwargs": {"num_heads": 2}}}
 
@@ -317,6 +320,37 @@ def test_a_run_goes_on_without_the_weights_that_it_began_with_and_is_exported_wi
     model = finetuning.load_model(run / "model.pth")
     assert model.cfg.classes == script.TASK.open_data(finetuning.load(script.TASK, interrupted))[0].classes
     assert model(torch.zeros(1, 3, 16, 24)).feature_map.shape == (1, 4, 6, 32)
+
+
+def fresh(name, arguments):
+    """The state of a training at its beginning."""
+    cfg, _ = opened(name, arguments)
+    return finetuning.make_state(CASES[name].script.TASK, cfg, torch.device("cpu"), with_weights=True, compiled=False)
+
+
+def normalisation_in_evaluations(model):
+    return FrozenModel(model, FrozenModelConfig(), torch.device("cpu"), "finetuning.py").normalisation
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images_are_normalised_as_the_backbone_knows_them(arguments, tmp_path, method):
+    """In a fine-tuning as in the pretraining, and in evaluations of its export as in the fine-tuning."""
+    own = Normalisation(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    overrides = ("data.mean=[0.1,0.2,0.3]", "data.std=[0.5,0.6,0.7]")
+    weights, _ = write_export(METHODS[method], tmp_path / method, *overrides)
+    model_path = f"backbone.model_path={METHODS[method].load_model.__module__}.py"
+    given = "backbone.image_std=[0.25,0.25,0.25]"
+    for more, expected in (((), own), ((given,), Normalisation(mean=own.mean, std=(0.25,) * 3))):
+        state = fresh("classification", arguments("classification", "run", model_path, *more, weights=weights))
+        images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+        torch.testing.assert_close(finetuning.normalisation(state.cfg)(images), expected(images))
+        export(state, "model", tmp_path / "model.pth")
+        assert normalisation_in_evaluations(finetuning.load_model(tmp_path / "model.pth")) == expected
+
+
+def test_images_are_normalised_by_imagenets_statistics_where_nothing_else_is_known(arguments):
+    cfg = finetuning.load(finetune_classification.TASK, arguments("classification", "run"))
+    assert finetuning.with_normalisation(cfg, torch_encoder()).backbone.normalisation == Normalisation()
 
 
 @pytest.mark.parametrize("name", CASES)
