@@ -342,11 +342,14 @@ class Trunk:
     def layer_of(self, name: str) -> int:
         """How deep a parameter of the backbone is: 0 for the embedding, i + 1 for block i, then for what follows.
 
-        The rule of BEiT (arXiv:2106.08254); with a decay the embedding learns slowest.
+        The rule of BEiT (arXiv:2106.08254); with a decay the embedding learns slowest. Relative positions that all
+        blocks share belong to what follows.
         """
         prefix = f"{self.name}."
         if name.startswith(prefix):
             return int(name.removeprefix(prefix).partition(".")[0]) + 1
+        if "rel_pos_bias" in name.split("."):
+            return len(self.blocks) + 1
         names = [name for name, _ in self.backbone.named_parameters()]
         first_of_blocks = next(i for i, other in enumerate(names) if other.startswith(prefix))
         return 0 if names.index(name) < first_of_blocks else len(self.blocks) + 1

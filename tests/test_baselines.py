@@ -25,6 +25,7 @@ import pytest
 import torch
 from commands import run_forked
 from conftest import GOLDEN, ROOT, run_cli
+from finetunes import tiny_beit
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -523,16 +524,30 @@ def test_other_sizes_than_the_published_one_are_announced_once_and_leave_it_unch
 
 @pytest.mark.parametrize("random_model", ["beit"], indirect=True)
 def test_beit_resizes_the_published_table_whatever_came_before(random_model):
-    table = nn.init.normal_(random_model.published_bias.relative_position_bias_table)
+    positions = random_model.network.rel_pos_bias
+    table = nn.init.normal_(positions.relative_position_bias_table)
     images = torch.randn(1, 3, 96, 96)
     with torch.inference_mode():
         direct = random_model(images)[0]
         random_model(torch.zeros(1, 3, 32, 32))
         assert torch.equal(random_model(images)[0], direct)
-    resized = random_model.network.rel_pos_bias.relative_position_bias_table
-    assert resized.shape == (11 * 11 + 3, 12) and torch.equal(resized[-3:], table[-3:])
-    centre = resized[60], table[27 * 13 + 13]
+        bias = positions()
+    assert bias.shape == (12, 37, 37)
+    assert torch.equal(torch.stack([bias[:, 0, 1], bias[:, 1, 0], bias[:, 0, 0]]), table[-3:]), "those of the class"
+    centre = bias.diagonal(dim1=1, dim2=2)[:, 1:], table[27 * 13 + 13, :, None].expand(-1, 36)
     torch.testing.assert_close(*centre, msg="the bias of a patch to itself is the same in every grid")
+
+
+def test_beit_learns_one_table_on_every_grid():
+    model = tiny_beit()
+    before = dict(model.named_parameters())
+    (table,) = (parameter for name, parameter in before.items() if "relative_position" in name)
+    for height, width in ((16, 16), (12, 20), (32, 32)):
+        table.grad = None
+        model(torch.randn(2, 3, height, width))[2].square().sum().backward()
+        assert table.grad is not None and table.grad.any(), f"{height}x{width} do not teach it"
+        after = dict(model.named_parameters())
+        assert after.keys() == before.keys() and all(after[name] is before[name] for name in after)
 
 
 # ------------------------------------------------------------------------------------------ files and mistakes
