@@ -181,11 +181,7 @@ def ijepa(
             `encoder`.
     """
     source, section = _source_and_section(weights, config)
-    model = _import("ijepa").load_model(
-        pretrained_weights=source, num_heads=num_heads or section.get("num_heads"), encoder=encoder
-    )
-    model.use_normalisation(section.get("normalisation"))
-    return model
+    return _import("ijepa").load_model(pretrained_weights=source, encoder=encoder, **_told(section, num_heads))
 
 
 def cae(
@@ -201,9 +197,7 @@ def cae(
             for ViT-L.
     """
     source, section = _source_and_section(weights, config, exported="student")
-    model = _import("cae").load_model(pretrained_weights=source, num_heads=num_heads or section.get("num_heads"))
-    model.use_normalisation(section.get("normalisation"))
-    return model
+    return _import("cae").load_model(pretrained_weights=source, **_told(section, num_heads))
 
 
 def _source_and_section(
@@ -230,6 +224,14 @@ def _source_and_section(
     if config is not None and not isinstance(config, dict) and _Path(config).suffix != ".json":
         section = section | {"normalisation": _normalisation(_Path(config)) or None}
     return (weights if "://" in str(weights) else file), section
+
+
+def _told(section: _Mapping[str, _Any], num_heads: int | None) -> dict[str, _Any]:
+    """What loaders would else ask the configuration, for which they need PyYAML."""
+    return {
+        "num_heads": num_heads or section.get("num_heads"),
+        "normalisation": section.get("normalisation") or {},
+    }
 
 
 def _merged(below: dict[str, _Any], above: _Mapping[str, _Any]) -> dict[str, _Any]:

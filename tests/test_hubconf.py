@@ -1,5 +1,6 @@
 """hubconf.py: the released models by name, as torch.hub finds them, with torch alone."""
 
+import shutil
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from commands import run_forked
 from conftest import ROOT, run_cli
 from golden_cae import TINY_RUN as CAE_RUN
 from golden_ijepa import TINY_RUN
+from methods import METHODS, write_export
 from omegaconf import OmegaConf
 
 import export
@@ -382,12 +384,24 @@ def test_it_works_with_torch_alone_beside_modules_of_the_same_names(tmp_path):
     """In the program of a user who has a `model.py` and a `utils.py`, and nothing installed but torch."""
     for name in ("model", "utils", "weights"):
         (tmp_path / f"{name}.py").write_text(f"mine = '{name}'\n")
+    for name, method in METHODS.items():
+        write_export(method, tmp_path / name, "data.mean=[0.1,0.2,0.3]")
+    shutil.copy(tmp_path / "cae" / "student.pth", tmp_path / "alone.pth")
+    hub_names = {name: "ijepa" if name == "stop" else name for name in METHODS}
     code = f"""
 import sys
 for name in ("jaxtyping", "omegaconf", "numpy", "PIL", "datasets", "huggingface_hub", "safetensors", "tqdm", "yaml"):
     sys.modules[name] = None
 import torch
 import model, utils
+for run, name in {hub_names}.items():
+    loaded = torch.hub.load({str(ROOT)!r}, name, source="local", weights=run)
+    assert loaded.normalisation.mean == (0.1, 0.2, 0.3), loaded.normalisation
+    assert loaded(torch.zeros(1, 3, 16, 24)).feature_map.isfinite().all()
+try:
+    torch.hub.load({str(ROOT)!r}, "cae", source="local", weights="alone.pth")
+except ValueError as error:
+    assert "Nothing tells the attention heads" in str(error), error
 with torch.device("meta"):
     for name in {list(NAMES)}:
         loaded = torch.hub.load({str(ROOT)!r}, name, source="local", pretrained=False)
