@@ -169,8 +169,7 @@ def build_backbone(cfg: BackboneConfig, image_size: int, *, with_weights: bool) 
         backbone = architecture_named(cfg.architecture)(**cfg.arguments)
     else:
         kwargs = dict(cfg.model_loader_kwargs)
-        takes = inspect.signature(find_loader(cfg.model_path)).parameters
-        if not with_weights and "pretrained" in takes:
+        if not with_weights and takes_pretrained(cfg):
             kwargs = {name: value for name, value in kwargs.items() if name != "pretrained_weights"}
             kwargs["pretrained"] = False
         backbone = load_model_file(cfg.model_path, kwargs)
@@ -187,12 +186,20 @@ def build_backbone(cfg: BackboneConfig, image_size: int, *, with_weights: bool) 
             f"data.value_range={bands[1]}, and fine-tuning gives it 8-bit RGB; give a model that was trained on that, "
             "or evaluate this one frozen: eval_classification.py and eval_segmentation.py give it its bands"
         )
+    backbone.requires_grad_(True)  # a loader may have frozen it, for evaluations
     for part in backbone.modules():
+        if isinstance(part, Backbone) and isinstance(table := getattr(part, "pos_embed", None), Tensor):
+            table.requires_grad_(False)  # sines and cosines
         if isinstance(part, Residual):  # stochastic depth is that of `Trunk`, whose draws can be repeated
             part.keep_prob = 1.0
         if isinstance(part, RotaryEmbedding):
             part.requires_grad_(False)
     return backbone.train()
+
+
+def takes_pretrained(cfg: BackboneConfig) -> bool:
+    """Whether the loader builds a model without weights if it is asked for `pretrained=False`."""
+    return "pretrained" in inspect.signature(find_loader(cfg.model_path)).parameters
 
 
 def with_architecture(cfg: FinetuneT, backbone: nn.Module) -> FinetuneT:
@@ -386,9 +393,16 @@ def freeze_unused_(backbone: nn.Module, maps: Callable[[Tensor], Sequence[Tensor
         backbone: changed in place.
         maps: what the head reads, of normalised images.
         image_size: of an image to try it with.
+
+    Raises: UserError if they depend on none.
     """
     parameters = [p for p in backbone.parameters() if p.requires_grad]
     total = sum((x.float().sum() for x in maps(torch.zeros(1, 3, image_size, image_size))), torch.zeros(()))
+    if not total.requires_grad:
+        raise UserError(
+            f"backbone.model_path: what {type(backbone).__name__} gives has no gradient, as under torch.no_grad(); "
+            "change that in its file, or train the head alone with backbone.freeze=true"
+        )
     gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
@@ -455,9 +469,10 @@ class FinetuneState(TrainState[FinetuneConfig]):
         cfg = self.cfg
         backbone = build_backbone(cfg.backbone, cfg.data.images_size, with_weights=with_weights)
         trunk = Trunk(backbone, 0.0 if is_average else cfg.backbone.drop_path_rate)
-        freeze_unused_(backbone, functools.partial(head_inputs, trunk), probe_size(cfg, trunk))
         if cfg.backbone.freeze:
             backbone.requires_grad_(False)
+        else:
+            freeze_unused_(backbone, functools.partial(head_inputs, trunk), probe_size(cfg, trunk))
         model = nn.ModuleDict({"backbone": backbone, "head": make_head(trunk)})
         placed = self.place(lambda: model, cfg.efficiency.compilation.do_student, is_teacher=is_average, is_filled=True)
         return trunk, placed
@@ -627,6 +642,10 @@ def prepared(cfg: FinetuneT, checkpoint: Path | None = None) -> FinetuneT:
     elif None in (cfg.backbone.architecture, cfg.backbone.image_mean, cfg.backbone.image_std):
         backbone = build_backbone(cfg.backbone, cfg.data.images_size, with_weights=True)
         cfg = with_normalisation(with_architecture(cfg, backbone), backbone)
+        if cfg.backbone.architecture is None and takes_pretrained(cfg.backbone):
+            again = build_backbone(cfg.backbone, cfg.data.images_size, with_weights=False)
+            remedy = "Its loader builds another network with pretrained=False, so that no export could be loaded"
+            load_strictly(again, backbone.state_dict(), cfg.backbone.model_path, remedy=remedy)
     return with_length(cfg)
 
 

@@ -1,6 +1,7 @@
 """finetuning.py: blocks and layers of any backbone, the vectors of CAE's recipe, and runs of every task."""
 
 import shutil
+import textwrap
 
 import pytest
 import torch
@@ -352,6 +353,69 @@ def test_images_are_normalised_as_the_backbone_knows_them(arguments, tmp_path, m
 def test_images_are_normalised_by_imagenets_statistics_where_nothing_else_is_known(arguments):
     cfg = finetuning.load(finetune_classification.TASK, arguments("classification", "run"))
     assert finetuning.with_normalisation(cfg, torch_encoder()).backbone.normalisation == Normalisation()
+
+
+@pytest.fixture
+def of_file(data_of, tmp_path):
+    """Arguments of a tiny training of classification, of a model file with this text."""
+
+    def make(text, *more, model="pretrained=true"):
+        (tmp_path / "own.py").write_text(textwrap.dedent(text))
+        model_path = f"backbone.model_path={tmp_path / 'own.py'}"
+        return CASES["classification"].arguments(data_of["classification"], model, tmp_path / "run", model_path, *more)
+
+    return make
+
+
+FROZEN = """
+    from finetunes import tiny_beit
+    from cae import Encoder
+    def encoder():
+        return Encoder(grid_size=4, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+    def __model_loader__(pretrained=True):
+        return {make}().requires_grad_(False)
+"""
+
+
+@pytest.mark.parametrize("make", ["tiny_beit", "encoder"])
+@pytest.mark.parametrize("freeze", ["false", "true"])
+def test_what_a_loader_froze_learns_unless_it_is_a_formula(of_file, make, freeze):
+    backbone = fresh("classification", of_file(FROZEN.format(make=make), f"backbone.freeze={freeze}")).model["backbone"]
+    learned = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+    unused = {"pos_embed", "norm.weight", "norm.bias", "network.norm.weight", "network.norm.bias"}
+    expected = {name for name, _ in backbone.named_parameters()} - unused if freeze == "false" else set()
+    assert learned == expected
+
+
+def test_a_backbone_without_gradient_is_named_unless_it_is_frozen(of_file):
+    text = """
+        import torch
+        from finetunes import tiny_beit
+        def __model_loader__(pretrained=True):
+            model = tiny_beit()
+            model.forward = torch.no_grad()(model.forward)
+            return model
+    """
+    with pytest.raises(UserError, match=r"what RelativePatchFeatures gives has no gradient.*backbone.freeze=true"):
+        fresh("classification", of_file(text))
+    fresh("classification", of_file(text, "backbone.freeze=true"))
+
+
+def test_a_loader_that_builds_something_else_without_weights_is_refused_at_the_start(of_file):
+    text = """
+        from torch import nn
+        from finetunes import tiny_beit
+        class Wrapped(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner, self.patch_size = tiny_beit(), 4
+            def forward(self, images):
+                return self.inner(images)
+        def __model_loader__(pretrained=True):
+            return Wrapped() if pretrained else tiny_beit()
+    """
+    with pytest.raises(UserError, match=r"own.py.* missing: .*pretrained=False, so that no export"):
+        fresh("classification", of_file(text))
 
 
 @pytest.mark.parametrize("name", CASES)
