@@ -24,7 +24,7 @@ from checkpoint import export_weights
 from config import DEFAULT_PRETRAIN_CONFIG, load_config, to_yaml
 from model import EncoderDecoder, load_model
 from train_capi import CapiConfig
-from utils import UserError
+from utils import Normalisation, UserError
 
 NAMES = {
     "capi_vitl14_lvd": "https://dl.fbaipublicfiles.com/capi/capi_vitl14_lvd.pth",
@@ -210,8 +210,32 @@ def test_the_config_is_read_as_omegaconf_reads_it(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "data",
+    [
+        "data: {mean: [0.1, 0.2, 0.3], std: [0.5, 0.5, 0.5]}",
+        "data: {dataset: 'custom://Images?root=1', mean: [0.1, 0.2, 0.3], std: [0.5, 0.5, 0.5]}  # ours",
+        "data:  # ours\n  dataset: https://a.b/c?d='e'  # x\n  mean: [0.1, 0.2, 0.3]  # y\n  std: [0.5,0.5,0.5]",
+        "data:\n  crops: {mean: [1]}\n  mean:\n    - 0.1\n    - .2  # x\n\n    - 0.3\n  std:\n  - 1\n  - 2\n  - 0.5",
+        "data:\n  own:\n    mean: [1, 1, 1]\n  mean: [0.1, 0.2, 0.3]\n  std: [0.5, 0.5, 0.5]\n  value_range: null",
+    ],
+)  # fmt: skip
+def test_the_normalisation_is_read_as_omegaconf_reads_it(tmp_path, data):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"{data}\nmodel: {{}}\n")
+    loaded: Any = OmegaConf.to_container(OmegaConf.load(path))
+    assert Normalisation.of(hubconf._normalisation(path)) == Normalisation.of(loaded["data"])
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
+        ("data:\n  mean: [.1, .2, .3]\n", r"line 2: 'mean: \[.1, .2, .3\]' is more YAML than"),
+        ("data: {mean: [.1, .2, .3]}\n", "line 1.*is more YAML than"),
+        ("data: {mean: [0.1, 0.2,\n  0.3]}\n", "line 1.*is more YAML than"),
+        ("data:\n  std: [0.5, 0.5, # x\n    0.5]\n", "line 2.*is more YAML than"),
+        ("data:\n  std:\n    - half\n", "line 3.*is more YAML than"),
+        ("data:\n  std:\n    a: 1\n", "line 3.*is more YAML than"),
+        ("data:\n  mean: auto\n", "data.mean='auto': says no numbers"),
         ("model:\n  a: &x 1\n", "line 2: 'a: &x 1' is more YAML than"),
         ("model:\n  - 1\n", "line 2"),
         ("model:\n  patch_size: ${data.x}\n", "line 2"),
