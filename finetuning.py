@@ -168,11 +168,7 @@ def build_backbone(cfg: BackboneConfig, image_size: int, *, with_weights: bool) 
     if not with_weights and cfg.architecture is not None:
         backbone = architecture_named(cfg.architecture)(**cfg.arguments)
     else:
-        kwargs = dict(cfg.model_loader_kwargs)
-        if not with_weights and takes_pretrained(cfg):
-            kwargs = {name: value for name, value in kwargs.items() if name != "pretrained_weights"}
-            kwargs["pretrained"] = False
-        backbone = load_model_file(cfg.model_path, kwargs)
+        backbone = load_model_file(cfg.model_path, cfg.model_loader_kwargs) if with_weights else _rebuilt(cfg)
         if cfg.relative_position_bias:
             add = getattr(backbone, "add_relative_positions", None)
             remedy = f"{type(backbone).__name__} of {cfg.model_path} has no add_relative_positions; set it to false"
@@ -197,9 +193,32 @@ def build_backbone(cfg: BackboneConfig, image_size: int, *, with_weights: bool) 
     return backbone.train()
 
 
-def takes_pretrained(cfg: BackboneConfig) -> bool:
-    """Whether the loader builds a model without weights if it is asked for `pretrained=False`."""
-    return "pretrained" in inspect.signature(find_loader(cfg.model_path)).parameters
+def _rebuilt(cfg: BackboneConfig) -> nn.Module:
+    """What the loader builds without weights, or with those that it began with if it takes no `pretrained`."""
+    kwargs = dict(cfg.model_loader_kwargs)
+    if "pretrained" in loader_arguments(cfg):
+        weights = kwargs.pop("pretrained_weights", None)
+        if weights is not None and "config_path" in loader_arguments(cfg):
+            kwargs.setdefault("config_path", str(config_beside(weights)))
+        return load_model_file(cfg.model_path, kwargs | {"pretrained": False})
+    try:
+        return load_model_file(cfg.model_path, kwargs)
+    except (OSError, UserError) as error:
+        raise UserError(
+            f"backbone.model_path={cfg.model_path}: its loader takes no `pretrained`, so that exports need what it was "
+            f"called with, {kwargs}: {error}; put that back, or let the loader take `pretrained`, False of which gives "
+            "a model without weights"
+        ) from error
+
+
+def loader_arguments(cfg: BackboneConfig) -> set[str]:
+    """Names of what the loader takes; `pretrained=False` asks for a model without weights."""
+    return set(inspect.signature(find_loader(cfg.model_path)).parameters)
+
+
+def config_beside(weights: str | Path) -> Path:
+    """The configuration of an export, which has the same name."""
+    return Path(str(weights)).with_suffix(".yaml")
 
 
 def with_architecture(cfg: FinetuneT, backbone: nn.Module) -> FinetuneT:
@@ -642,7 +661,7 @@ def prepared(cfg: FinetuneT, checkpoint: Path | None = None) -> FinetuneT:
     elif None in (cfg.backbone.architecture, cfg.backbone.image_mean, cfg.backbone.image_std):
         backbone = build_backbone(cfg.backbone, cfg.data.images_size, with_weights=True)
         cfg = with_normalisation(with_architecture(cfg, backbone), backbone)
-        if cfg.backbone.architecture is None and takes_pretrained(cfg.backbone):
+        if cfg.backbone.architecture is None and "pretrained" in loader_arguments(cfg.backbone):
             again = build_backbone(cfg.backbone, cfg.data.images_size, with_weights=False)
             remedy = "Its loader builds another network with pretrained=False, so that no export could be loaded"
             load_strictly(again, backbone.state_dict(), cfg.backbone.model_path, remedy=remedy)
@@ -760,6 +779,7 @@ class Finetuned(nn.Module):
 def load_model(
     pretrained_weights: str | Path | None = None,
     config_path: str | Path | None = None,
+    pretrained: bool = True,
     device: str | torch.device = "cpu",
 ) -> Finetuned:
     """Build an exported model and load its weights: the model loader that evaluations call.
@@ -768,6 +788,7 @@ def load_model(
         pretrained_weights: path or URL of an export of a fine-tuning. None gives random weights to what `config_path`
             describes.
         config_path: its configuration. None: the file of the same name beside the weights, as exports have it.
+        pretrained: False gives random weights also where there is an export, of which only the configuration is read.
         device: where to put the model.
 
     Returns: the model in eval mode.
@@ -776,14 +797,14 @@ def load_model(
     if config_path is None:
         if pretrained_weights is None:
             raise UserError("pretrained_weights=None: give an export of a fine-tuning, such as runs/mine/model.pth")
-        config_path = Path(str(pretrained_weights)).with_suffix(".yaml")
+        config_path = config_beside(pretrained_weights)
     if not Path(config_path).is_file():
         raise UserError(
             f"pretrained_weights={pretrained_weights}: its configuration {str(config_path)!r} is not there; a training "
             "writes both"
         )
     model = Finetuned(*task_of(Path(config_path)))
-    if pretrained_weights is not None:
+    if pretrained_weights is not None and pretrained:
         source = str(pretrained_weights)
         load_strictly(model.model, read_state_dict(source), source, remedy="Give an export of a fine-tuning")
     return model.to(device).eval()

@@ -418,6 +418,40 @@ def test_a_loader_that_builds_something_else_without_weights_is_refused_at_the_s
         fresh("classification", of_file(text))
 
 
+def test_a_fine_tuned_model_is_gone_on_from_and_then_stands_on_its_configuration(arguments, tmp_path):
+    first, second = tmp_path / "first" / "model.pth", tmp_path / "second" / "model.pth"
+    export(fresh("classification", arguments("classification", "first")), "model", first)
+    going_on = arguments("segmentation", "second", "backbone.model_path=finetuning.py", weights=first)
+    state = fresh("segmentation", going_on)
+    export(state, "model", second)
+    first.unlink()
+    model = finetuning.load_model(second)
+    images = torch.randn(1, 3, 16, 16, generator=seeded(0))
+    torch.testing.assert_close(model(images).feature_map, state.model["backbone"].eval()(images).feature_map)
+    first.with_suffix(".yaml").unlink()
+    with pytest.raises(UserError, match=r"first/model.yaml' is not there"):
+        finetuning.load_model(second)
+
+
+def test_a_loader_that_needs_its_weights_for_every_export_is_named_with_the_remedy(of_file, tmp_path):
+    text = """
+        import torch
+        from finetunes import tiny_beit
+        def __model_loader__(pretrained_weights):
+            model = tiny_beit()
+            model.load_state_dict(torch.load(pretrained_weights))
+            return model
+    """
+    weights = tmp_path / "weights.pth"
+    torch.save(tiny_beit().state_dict(), weights)
+    state = fresh("classification", of_file(text, model=f"pretrained_weights={weights}"))
+    export(state, "model", tmp_path / "model.pth")
+    assert finetuning.load_model(tmp_path / "model.pth").cfg.classes == state.cfg.classes
+    weights.unlink()
+    with pytest.raises(UserError, match=r"own.py: its loader takes no `pretrained`.*weights.pth.*put that back"):
+        finetuning.load_model(tmp_path / "model.pth")
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("is_there", [False, True])
 def test_a_folder_without_checkpoint_is_named_before_any_network_is_built(arguments, tmp_path, capsys, name, is_there):
