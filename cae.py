@@ -564,6 +564,7 @@ def load_model(
     config_path: str | Path | None = None,
     pretrained_weights: str | Path | None = None,
     num_heads: int | None = None,
+    normalisation: Mapping[str, Any] | None = None,
     device: str | torch.device = "cpu",
 ) -> Encoder:
     """Build an encoder and load its weights: the model loader that evaluations call.
@@ -573,6 +574,8 @@ def load_model(
         pretrained_weights: path or URL: an export of a training, or a published `.pth`. None gives random
             weights to what `config_path` describes.
         num_heads: what no shape tells; None asks the configuration.
+        normalisation: what images go through before, see `Backbone.use_normalisation`; None asks the configuration, if
+            there is one.
         device: where to put the model.
 
     Returns: the model in eval mode; its `training_notes` name the tokenizer if the configuration was asked.
@@ -590,7 +593,9 @@ def load_model(
         if isinstance(tokenizer, dict) and tokenizer.get("description"):
             notes = {"tokenizer": str(tokenizer["description"])}
     sizes = {**encoder_sizes(weights, source, row_first=Encoder.row_first), "num_heads": num_heads}
-    model = Encoder(**sizes, normalisation=normalisation_beside(config_path, source))
+    if normalisation is None:
+        normalisation = normalisation_beside(config_path, source)
+    model = Encoder(**sizes, normalisation=normalisation)
     model.training_notes = notes
     load_strictly(model, weights, source, remedy="Give weights of CAE")
     return model.to(device).eval()

@@ -15,8 +15,6 @@ with command_line(__doc__, __name__) as parser:
 import sys
 from dataclasses import dataclass, field
 
-import torch
-
 from config import COUNT, NOT_NEGATIVE, require
 from evaluation import Evaluation, EvaluationConfig, FrozenModel, Results
 from finetuning import Finetuned
@@ -25,7 +23,7 @@ from utils import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class FinetunedConfig(EvaluationConfig):
-    """Keys of `eval_finetuned.py`. Mean and deviation by which images are normalised are those of the training."""
+    """Keys of `eval_finetuned.py`."""
 
     model_path: str = "finetuning.py"
     """Model file whose models predict: finetuning.py, which loads exports of a fine-tuning."""
@@ -49,10 +47,6 @@ def evaluate(cfg: FinetunedConfig, model: FrozenModel, results: Results) -> None
     size = cfg.resolution or trained.data.images_size
     remedy = f"must be a multiple of the backbone's patches of {module.patch_size} pixels"
     require(size % module.patch_size == 0, "resolution", size, remedy)
-    model.mean, model.std = (
-        torch.tensor(values, device=model.device).view(-1, 1, 1)
-        for values in (trained.backbone.image_mean, trained.backbone.image_std)
-    )
     module.task.evaluate(cfg, model, results)
 
 

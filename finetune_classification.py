@@ -192,7 +192,7 @@ class LabelledCrops:
         image = cut(pixels, crop, data.images_size)
         if own.rand_augment is not None:
             if self._augment is None:  # here, in the process that calls it
-                self._augment = rand_augment(own.rand_augment, data.images_size, self.cfg.backbone.image_mean)
+                self._augment = rand_augment(own.rand_augment, data.images_size, self.cfg.backbone.normalisation.mean)
             with seeded_python(derive_seed(self.seed, "RandAugment", *key)):
                 changed = self._augment(Image.fromarray(image.movedim(0, -1).contiguous().numpy()))
             image = torch.from_numpy(np.array(changed)).movedim(-1, 0)

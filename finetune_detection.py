@@ -312,7 +312,8 @@ class ChangedImages:
 
     def __init__(self, cfg: FinetuneDetectionConfig, objects_per_image: float) -> None:
         self.cfg, self.seed, self.objects_per_image = cfg, cfg.train.seed, objects_per_image
-        self.grey = torch.tensor([round(255 * x) for x in cfg.backbone.image_mean], dtype=torch.uint8).view(3, 1, 1)
+        grey = [round(255 * x) for x in cfg.backbone.normalisation.mean]
+        self.grey = torch.tensor(grey, dtype=torch.uint8).view(3, 1, 1)
 
     def batch_bytes(self, batch_size: int) -> int:
         """See `data.Maker`."""
@@ -612,7 +613,7 @@ def evaluate(cfg: Any, model: FrozenModel, results: Results) -> None:
     sides = (cfg.resolution, cfg.resolution) if cfg.resolution else (own.test_short_side, own.test_long_side)
     batches = ImageBatches(
         data,
-        Fitted(*sides, model.patch_size, trained.backbone.image_mean),
+        Fitted(*sides, model.patch_size, model.normalisation.mean),
         batch_size=1,  # they differ in size, and padding would be seen
         num_workers=cfg.num_workers,
         pin=model.device.type == "cuda",

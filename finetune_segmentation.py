@@ -327,7 +327,7 @@ class LabelledCrops:
 
     def __init__(self, cfg: FinetuneSegmentationConfig, numbers: LabelNumbers) -> None:
         self.cfg, self.numbers, self.seed = cfg, numbers, cfg.train.seed
-        self.colour = mean_colour(cfg.backbone.image_mean)
+        self.colour = mean_colour(cfg.backbone.normalisation.mean)
 
     def batch_bytes(self, batch_size: int) -> int:
         """See `data.Maker`."""
@@ -664,7 +664,7 @@ def evaluate(cfg: Any, model: FrozenModel, results: Results) -> None:
         pin=model.device.type == "cuda",
         title="test images",
     )
-    colour = mean_colour(trained.backbone.image_mean)
+    colour = mean_colour(model.normalisation.mean)
 
     network: Any = model.module
 

@@ -41,7 +41,7 @@ from config import (
     section_of,
     within,
 )
-from data import Batch, PretrainLoader, normalize
+from data import Batch, PretrainLoader, normalizer
 from distributed import mean_over_ranks
 from evaluation import FrozenModel, Results, find_loader, load_model_file
 from keys import answer
@@ -80,10 +80,11 @@ class BackboneConfig:
     """Python file with `__model_loader__(**model_loader_kwargs)`, such as model.py or baselines/dinov2_loader.py."""
     model_loader_kwargs: dict[str, Any] = field(metadata=LOADER_KWARGS)
     """Arguments of the loader, such as `pretrained_weights`."""
-    image_mean: tuple[float, float, float] = field(metadata=IMAGE_MEAN)
-    """Mean of the RGB channels, in [0, 1], which is subtracted."""
-    image_std: tuple[float, float, float] = field(metadata=IMAGE_STD)
-    """Deviation of the RGB channels, in units of [0, 1], by which they are divided."""
+    image_mean: tuple[float, float, float] | None = field(metadata=IMAGE_MEAN)
+    """Mean of the RGB channels, in [0, 1], which is subtracted. null: what the backbone was trained with, where it says
+    so, else ImageNet's; the training writes the numbers."""
+    image_std: tuple[float, float, float] | None = field(metadata=IMAGE_STD)
+    """Deviation of the RGB channels, in units of [0, 1], by which they are divided; null likewise."""
     drop_path_rate: float = field(metadata=within(at_least=0, below=1))
     """Probability that a branch of the last block is skipped for an image; it rises linearly from 0 at the first."""
     relative_position_bias: bool
@@ -96,6 +97,12 @@ class BackboneConfig:
     null: only the loader can."""
     arguments: dict[str, Any]
     """Written by the training: arguments of that class."""
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What 8-bit images go through, once it is known."""
+        assert self.image_mean is not None and self.image_std is not None, "ask the backbone: with_normalisation"
+        return Normalisation(mean=self.image_mean, std=self.image_std)
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ class FinetuneConfig(EpochsConfig):
         TrainingConfig.__post_init__(self)
 
     def as_begun(self, saved: Mapping[str, Any]) -> Self:
-        """The configuration with what a training found out when it began: architecture, classes and number of images.
+        """The configuration with what a training found out when it began: backbone, classes and number of images.
 
         So neither the weights with which it began need be there any more, nor, to export it, the images.
 
@@ -147,6 +154,9 @@ class FinetuneConfig(EpochsConfig):
         """
         backbone = section_of(saved, "backbone")
         known = {name: backbone[name] for name in ("architecture", "arguments") if name in backbone}
+        for name in ("image_mean", "image_std"):
+            if getattr(self.backbone, name) is None and backbone.get(name) is not None:
+                known[name] = tuple(backbone[name])
         num_images = self.data.images_per_epoch or section_of(saved, "data").get("images_per_epoch")
         return replace(
             self,
@@ -185,12 +195,7 @@ def build_backbone(cfg: BackboneConfig, image_size: int, *, with_weights: bool) 
     if not with_weights and cfg.architecture is not None:
         backbone = architecture_named(cfg.architecture)(**cfg.arguments)
     else:
-        kwargs = dict(cfg.model_loader_kwargs)
-        takes = inspect.signature(find_loader(cfg.model_path)).parameters
-        if not with_weights and "pretrained" in takes:
-            kwargs = {name: value for name, value in kwargs.items() if name != "pretrained_weights"}
-            kwargs["pretrained"] = False
-        backbone = load_model_file(cfg.model_path, kwargs)
+        backbone = load_model_file(cfg.model_path, cfg.model_loader_kwargs) if with_weights else _rebuilt(cfg)
         if cfg.relative_position_bias:
             add = getattr(backbone, "add_relative_positions", None)
             remedy = f"{type(backbone).__name__} of {cfg.model_path} has no add_relative_positions; set it to false"
@@ -204,12 +209,43 @@ def build_backbone(cfg: BackboneConfig, image_size: int, *, with_weights: bool) 
             f"data.value_range={bands[1]}, and fine-tuning gives it 8-bit RGB; give a model that was trained on that, "
             "or evaluate this one frozen: eval_classification.py and eval_segmentation.py give it its bands"
         )
+    backbone.requires_grad_(True)  # a loader may have frozen it, for evaluations
     for part in backbone.modules():
+        if isinstance(part, Backbone) and isinstance(table := getattr(part, "pos_embed", None), Tensor):
+            table.requires_grad_(False)  # sines and cosines
         if isinstance(part, Residual):  # stochastic depth is that of `Trunk`, whose draws can be repeated
             part.keep_prob = 1.0
         if isinstance(part, RotaryEmbedding):
             part.requires_grad_(False)
     return backbone.train()
+
+
+def _rebuilt(cfg: BackboneConfig) -> nn.Module:
+    """What the loader builds without weights, or with those that it began with if it takes no `pretrained`."""
+    kwargs = dict(cfg.model_loader_kwargs)
+    if "pretrained" in loader_arguments(cfg):
+        weights = kwargs.pop("pretrained_weights", None)
+        if weights is not None and "config_path" in loader_arguments(cfg):
+            kwargs.setdefault("config_path", str(config_beside(weights)))
+        return load_model_file(cfg.model_path, kwargs | {"pretrained": False})
+    try:
+        return load_model_file(cfg.model_path, kwargs)
+    except (OSError, UserError) as error:
+        raise UserError(
+            f"backbone.model_path={cfg.model_path}: its loader takes no `pretrained`, so that exports need what it was "
+            f"called with, {kwargs}: {error}; put that back, or let the loader take `pretrained`, False of which gives "
+            "a model without weights"
+        ) from error
+
+
+def loader_arguments(cfg: BackboneConfig) -> set[str]:
+    """Names of what the loader takes; `pretrained=False` asks for a model without weights."""
+    return set(inspect.signature(find_loader(cfg.model_path)).parameters)
+
+
+def config_beside(weights: str | Path) -> Path:
+    """The configuration of an export, which has the same name."""
+    return Path(str(weights)).with_suffix(".yaml")
 
 
 def with_architecture(cfg: FinetuneT, backbone: nn.Module) -> FinetuneT:
@@ -219,6 +255,14 @@ def with_architecture(cfg: FinetuneT, backbone: nn.Module) -> FinetuneT:
         return cfg
     built = {"architecture": f"{kind.__module__}.{kind.__qualname__}", "arguments": _plain(backbone.arguments)}
     return replace(cfg, backbone=replace(cfg.backbone, **built))
+
+
+def with_normalisation(cfg: FinetuneT, backbone: nn.Module) -> FinetuneT:
+    """The configuration with the backbone's own mean and deviation where it has none."""
+    own = getattr(backbone, "normalisation", Normalisation())
+    own_numbers = {"image_mean": own.mean, "image_std": own.std}
+    unset = {key: numbers for key, numbers in own_numbers.items() if getattr(cfg.backbone, key) is None}
+    return replace(cfg, backbone=replace(cfg.backbone, **unset))
 
 
 def architecture_named(architecture: str) -> type[Backbone]:
@@ -351,11 +395,14 @@ class Trunk:
     def layer_of(self, name: str) -> int:
         """How deep a parameter of the backbone is: 0 for the embedding, i + 1 for block i, then for what follows.
 
-        The rule of BEiT (arXiv:2106.08254); with a decay the embedding learns slowest.
+        The rule of BEiT (arXiv:2106.08254); with a decay the embedding learns slowest. Relative positions that all
+        blocks share belong to what follows.
         """
         prefix = f"{self.name}."
         if name.startswith(prefix):
             return int(name.removeprefix(prefix).partition(".")[0]) + 1
+        if "rel_pos_bias" in name.split("."):
+            return len(self.blocks) + 1
         names = [name for name, _ in self.backbone.named_parameters()]
         first_of_blocks = next(i for i, other in enumerate(names) if other.startswith(prefix))
         return 0 if names.index(name) < first_of_blocks else len(self.blocks) + 1
@@ -392,9 +439,16 @@ def freeze_unused_(backbone: nn.Module, maps: Callable[[Tensor], Sequence[Tensor
         backbone: changed in place.
         maps: what the head reads, of normalised images.
         image_size: of an image to try it with.
+
+    Raises: UserError if they depend on none.
     """
     parameters = [p for p in backbone.parameters() if p.requires_grad]
     total = sum((x.float().sum() for x in maps(torch.zeros(1, 3, image_size, image_size))), torch.zeros(()))
+    if not total.requires_grad:
+        raise UserError(
+            f"backbone.model_path: what {type(backbone).__name__} gives has no gradient, as under torch.no_grad(); "
+            "change that in its file, or train the head alone with backbone.freeze=true"
+        )
     gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
@@ -462,9 +516,10 @@ class FinetuneState(TrainState[FinetuneConfig]):
         cfg = self.cfg
         backbone = build_backbone(cfg.backbone, cfg.data.images_size, with_weights=with_weights)
         trunk = Trunk(backbone, 0.0 if is_average else cfg.backbone.drop_path_rate)
-        freeze_unused_(backbone, functools.partial(head_inputs, trunk), probe_size(cfg, trunk))
         if cfg.backbone.freeze:
             backbone.requires_grad_(False)
+        else:
+            freeze_unused_(backbone, functools.partial(head_inputs, trunk), probe_size(cfg, trunk))
         model = nn.ModuleDict({"backbone": backbone, "head": make_head(trunk)})
         placed = self.place(lambda: model, cfg.efficiency.compilation.do_student, is_teacher=is_average, is_filled=True)
         return trunk, placed
@@ -607,11 +662,11 @@ def train(task: Task[FinetuneT], cfg: FinetuneT, data: Any, output_dir: Path, de
 
 def normalisation(cfg: FinetuneConfig) -> Callable[[Tensor], Tensor]:
     """From 8-bit images to what the backbone gets."""
-    return functools.partial(normalize, mean=cfg.backbone.image_mean, std=cfg.backbone.image_std)
+    return normalizer(cfg.backbone.normalisation)
 
 
 def prepared(cfg: FinetuneT, checkpoint: Path | None = None) -> FinetuneT:
-    """The configuration with the length and the architecture that follow from the rest.
+    """The configuration with the length, and what is to be known of the backbone, that follow from the rest.
 
     Args:
         cfg: as the user gave it.
@@ -619,8 +674,13 @@ def prepared(cfg: FinetuneT, checkpoint: Path | None = None) -> FinetuneT:
     """
     if saved := config_in(checkpoint):
         cfg = cfg.as_begun(saved)
-    elif cfg.backbone.architecture is None:
-        cfg = with_architecture(cfg, build_backbone(cfg.backbone, cfg.data.images_size, with_weights=True))
+    elif None in (cfg.backbone.architecture, cfg.backbone.image_mean, cfg.backbone.image_std):
+        backbone = build_backbone(cfg.backbone, cfg.data.images_size, with_weights=True)
+        cfg = with_normalisation(with_architecture(cfg, backbone), backbone)
+        if cfg.backbone.architecture is None and "pretrained" in loader_arguments(cfg.backbone):
+            again = build_backbone(cfg.backbone, cfg.data.images_size, with_weights=False)
+            remedy = "Its loader builds another network with pretrained=False, so that no export could be loaded"
+            load_strictly(again, backbone.state_dict(), cfg.backbone.model_path, remedy=remedy)
     return with_length(cfg)
 
 
@@ -710,8 +770,9 @@ class Finetuned(nn.Module):
 
     def __init__(self, task: Task[Any], cfg: FinetuneConfig) -> None:
         super().__init__()
-        self.task, self.cfg = task, cfg
         backbone = build_backbone(cfg.backbone, cfg.data.images_size, with_weights=False)
+        self.task, self.cfg = task, with_normalisation(cfg, backbone)
+        self.normalisation = self.cfg.backbone.normalisation
         self.trunk = Trunk(backbone)
         self.patch_size = self.trunk.patch_size
         self.model = nn.ModuleDict({"backbone": backbone, "head": task.make_head(cfg, self.trunk)})
@@ -728,6 +789,7 @@ class Finetuned(nn.Module):
 def load_model(
     pretrained_weights: str | Path | None = None,
     config_path: str | Path | None = None,
+    pretrained: bool = True,
     device: str | torch.device = "cpu",
 ) -> Finetuned:
     """Build an exported model and load its weights: the model loader that evaluations call.
@@ -736,6 +798,7 @@ def load_model(
         pretrained_weights: path or URL of an export of a fine-tuning. None gives random weights to what `config_path`
             describes.
         config_path: its configuration. None: the file of the same name beside the weights, as exports have it.
+        pretrained: False gives random weights also where there is an export, of which only the configuration is read.
         device: where to put the model.
 
     Returns: the model in eval mode.
@@ -744,14 +807,14 @@ def load_model(
     if config_path is None:
         if pretrained_weights is None:
             raise UserError("pretrained_weights=None: give an export of a fine-tuning, such as runs/mine/model.pth")
-        config_path = Path(str(pretrained_weights)).with_suffix(".yaml")
+        config_path = config_beside(pretrained_weights)
     if not Path(config_path).is_file():
         raise UserError(
             f"pretrained_weights={pretrained_weights}: its configuration {str(config_path)!r} is not there; a training "
             "writes both"
         )
     model = Finetuned(*task_of(Path(config_path)))
-    if pretrained_weights is not None:
+    if pretrained_weights is not None and pretrained:
         source = str(pretrained_weights)
         load_strictly(model.model, read_state_dict(source), source, remedy="Give an export of a fine-tuning")
     return model.to(device).eval()

@@ -19,7 +19,8 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Mapping as _Mapping  # underscores keep names out of `torch.hub.list`
+from collections.abc import Iterator as _Iterator  # underscores keep names out of `torch.hub.list`
+from collections.abc import Mapping as _Mapping
 from pathlib import Path as _Path
 from typing import Any as _Any
 
@@ -181,11 +182,7 @@ def ijepa(
             `encoder`.
     """
     source, section = _source_and_section(weights, config)
-    model = _import("ijepa").load_model(
-        pretrained_weights=source, num_heads=num_heads or section.get("num_heads"), encoder=encoder
-    )
-    model.use_normalisation(section.get("normalisation"))
-    return model
+    return _import("ijepa").load_model(pretrained_weights=source, encoder=encoder, **_told(section, num_heads))
 
 
 def cae(
@@ -201,9 +198,7 @@ def cae(
             for ViT-L.
     """
     source, section = _source_and_section(weights, config, exported="student")
-    model = _import("cae").load_model(pretrained_weights=source, num_heads=num_heads or section.get("num_heads"))
-    model.use_normalisation(section.get("normalisation"))
-    return model
+    return _import("cae").load_model(pretrained_weights=source, **_told(section, num_heads))
 
 
 def _source_and_section(
@@ -232,6 +227,14 @@ def _source_and_section(
     return (weights if "://" in str(weights) else file), section
 
 
+def _told(section: _Mapping[str, _Any], num_heads: int | None) -> dict[str, _Any]:
+    """What loaders would else ask the configuration, for which they need PyYAML."""
+    return {
+        "num_heads": num_heads or section.get("num_heads"),
+        "normalisation": section.get("normalisation") or {},
+    }
+
+
 def _merged(below: dict[str, _Any], above: _Mapping[str, _Any]) -> dict[str, _Any]:
     merged = dict(below)
     for key, value in above.items():
@@ -245,80 +248,100 @@ def _model_section(path: _Path) -> dict[str, _Any]:
 
     That is names and values, nested by indentation or in braces. Anything else is an error.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _model.UserError(f"config={str(path)!r} cannot be read: {error}") from error
     if path.suffix == ".json":
-        return _checked(json.loads("\n".join(lines)), path)
+        return _checked(json.loads("\n".join(_lines(path))), "model", path)
     root: dict[str, _Any] = {}
     opened: list[_Any] = []  # names without a value: indentation, the mapping they are in, name, indentation inside
-    inside = False
-    for number, line in enumerate(lines, start=1):
-        content = re.sub(r"""("[^"]*"|'[^']*')|(?:^|\s)#.*""", lambda found: found[1] or "", line).rstrip()
-        indentation = len(content) - len(content.lstrip(" "))
-        if content and not indentation:
-            inside = content.startswith("model:")
-        if not content or not inside:
-            continue
+    for where, indentation, content in _content_of("model", path):
         while opened and opened[-1][0] >= indentation:
             opened.pop()
-        named = re.fullmatch(r"(\w+):(?:\s+(.+))?", content.lstrip(" "))
+        named = re.fullmatch(r"(\w+):(?:\s+(.+))?", content)
         mapping, expected = root, indentation
         if opened:
             _, parent, name, expected = opened[-1]
             opened[-1][3] = expected = expected or indentation
             mapping = parent[name] = parent[name] or {}
-        too_much = _model.UserError(
-            f"config={str(path)!r}, line {number}: {line.strip()!r} is more YAML than torch.hub reads here; give the "
-            "section model as a dict, config={...}, or write it as the exports do"
-        )
         if named is None or indentation != expected:
-            raise too_much
-        try:
-            mapping[named[1]] = None if named[2] is None else _plain_value(named[2])
-        except ValueError as error:
-            raise too_much from error
+            raise _too_much(where, content)
+        mapping[named[1]] = None if named[2] is None else _plain_value(named[2], where, content)
         if named[2] is None:
             opened.append([indentation, mapping, named[1], None])
-    return _checked(root.get("model"), path)
+    return _checked(root.get("model"), "model", path)
 
 
 def _normalisation(path: _Path) -> dict[str, _Any]:
-    """What the section `data` of a configuration says of it: null, or lists of numbers, in brackets or a line each."""
+    """What the section `data` of a configuration says of it: null, or lists of numbers, in brackets or a line each.
+
+    What else is in that section may be any YAML.
+    """
+    keys = ("value_range", "mean", "std")
     said: dict[str, _Any] = {}
-    inside, key = False, ""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        content = re.sub(r"(?:^|\s)#.*", "", line).rstrip()
-        if content and not content.startswith((" ", "-")):
-            inside = content.startswith("data:")
-        named = re.fullmatch(r" +(\w+):\s*(.*)", content)
-        if inside and named:
-            key = named[1] if named[1] in ("value_range", "mean", "std") else ""
+    level, key = 0, ""  # of names in the section; the one whose numbers have a line each
+    for where, indentation, content in _content_of("data", path):
+        level = level or indentation
+        named = re.fullmatch(r"(\w+):(?:\s+(.+))?", content)
+        if not indentation and named and named[2] and re.search(rf"\b({'|'.join(keys)})\W", named[2]):
+            section = _checked(_plain_value(named[2], where, content), "data", path)
+            return {name: value for name, value in section.items() if name in keys}
+        if named and indentation == level:
+            key = named[1] if named[1] in keys and indentation else ""
             if key:
-                value = named[2] or "[]"
-                said[key] = None if value in ("null", "~") else json.loads(value) if value.startswith("[") else value
-        elif inside and key and (item := re.fullmatch(r" *- +(\S+)", content)):
-            said[key].append(float(item[1]))
-        elif content:
-            key = ""
+                said[key] = None if named[2] is None else _plain_value(named[2], where, content)
+                key = key if named[2] is None else ""
+        elif key and (item := re.fullmatch(r"- +([-+.\deE]+)", content)):
+            said[key] = [*(said[key] or ()), float(item[1])]
+        elif key:
+            raise _too_much(where, content)
     return said
 
 
-def _checked(section: _Any, path: _Path) -> dict[str, _Any]:
+def _lines(path: _Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _model.UserError(f"config={str(path)!r} cannot be read: {error}") from error
+
+
+def _content_of(section: str, path: _Path) -> _Iterator[tuple[str, int, str]]:
+    """Where a line of a section is, for messages, its indentation, and what is on it beside comments; none if that is
+    nothing. The first is that with the section's name."""
+    inside = False
+    for number, line in enumerate(_lines(path), start=1):
+        content = re.sub(r"""("[^"]*"|'[^']*')|(?:^|\s)#.*""", lambda found: found[1] or "", line).rstrip()
+        indentation = len(content) - len(content.lstrip(" "))
+        if content and not indentation and not content.startswith("-"):
+            inside = content.startswith(f"{section}:")
+        if content and inside:
+            yield f"config={str(path)!r}, line {number}", indentation, content.lstrip(" ")
+
+
+def _too_much(where: str, content: str) -> Exception:
+    return _model.UserError(
+        f"{where}: {content!r} is more YAML than torch.hub reads here; give the section model as a dict, "
+        "config={...}, or write it as the exports do"
+    )
+
+
+def _checked(section: _Any, name: str, path: _Path) -> dict[str, _Any]:
     if section is not None and not isinstance(section, dict):
-        raise _model.UserError(f"config={str(path)!r}: its section model is {section!r}, not names with values")
+        raise _model.UserError(f"config={str(path)!r}: its section {name} is {section!r}, not names with values")
     return section or {}
 
 
-def _plain_value(text: str) -> _Any:
-    """A number, truth value, null or name, or some in braces, by way of JSON. Raises: ValueError for anything else."""
+def _plain_value(text: str, where: str, content: str) -> _Any:
+    """A number, truth value, null or name, or some in braces or brackets, by way of JSON.
+
+    Raises: UserError for anything else, of a line.
+    """
     constants = {"true": "true", "false": "false", "null": "null", "~": "null"}
 
     def as_json(word: re.Match[str]) -> str:
         return constants.get(word[0].lower()) or json.dumps(word[0].strip("'\""))
 
-    return json.loads(re.sub(r"\"[^\"]*\"|'[^']*'|(?<![\w.+-])[A-Za-z_~][\w-]*", as_json, text))
+    try:
+        return json.loads(re.sub(r"\"[^\"]*\"|'[^']*'|(?<![\w.+-])[A-Za-z_~][\w-]*", as_json, text))
+    except ValueError as error:
+        raise _too_much(where, content) from error
 
 
 def capi_vitl14_lvd(pretrained: bool = True, weights: str | None = None) -> _Any:

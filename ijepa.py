@@ -340,6 +340,7 @@ def load_model(
     pretrained_weights: str | Path | None = None,
     encoder: str = "target_encoder",
     num_heads: int | None = None,
+    normalisation: Mapping[str, Any] | None = None,
     device: str | torch.device = "cpu",
 ) -> Encoder:
     """Build an encoder and load its weights: the model loader that evaluations call.
@@ -350,6 +351,8 @@ def load_model(
             weights to what `config_path` describes.
         encoder: which encoder of a published file; the paper evaluates the target encoder.
         num_heads: what no shape tells; None asks the configuration.
+        normalisation: what images go through before, see `Backbone.use_normalisation`; None asks the configuration, if
+            there is one.
         device: where to put the model.
 
     Returns: the model in eval mode.
@@ -363,7 +366,9 @@ def load_model(
         known = "16 for ViT-L, H and g, 12 for ViT-B"
         num_heads = int(configuration_with_heads(config_path, source, known)["model"]["num_heads"])
     sizes = {**encoder_sizes(weights, source, row_first=Encoder.row_first), "num_heads": num_heads}
-    model = Encoder(**sizes, normalisation=normalisation_beside(config_path, source))
+    if normalisation is None:
+        normalisation = normalisation_beside(config_path, source)
+    model = Encoder(**sizes, normalisation=normalisation)
     load_strictly(model, weights, source, remedy="Give weights of I-JEPA or StoP")
     return model.to(device).eval()
 

@@ -1042,14 +1042,14 @@ def configuration_with_heads(config_path: str | Path | None, source: str, known:
     Returns: its sections, with a whole number at `model.num_heads`.
     Raises: UserError if there is no configuration, or none with `model.num_heads`.
     """
-    import yaml  # here, so that those who know the number need torch alone
-
     path = Path(source).with_suffix(".yaml") if config_path is None else Path(config_path)
     if not path.is_file():
         raise UserError(
             f"Nothing tells the attention heads of {source!r}: there is no configuration {str(path)!r}; give "
             f"model_loader_kwargs.num_heads={known}"
         )
+    import yaml  # here, so that those who know the number need torch alone
+
     try:
         sections = yaml.safe_load(path.read_text())
         int(sections["model"]["num_heads"])

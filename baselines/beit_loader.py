@@ -50,27 +50,38 @@ __model_loader__ = load_model
 
 
 class RelativePatchFeatures(PatchFeatures):
-    """Keeps the published table of relative positions and gives the network one for the grid at hand."""
+    """Gives the network's table of relative positions the grid at hand."""
 
     def __init__(self, network: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(network, *args, **kwargs)
-        self.published_bias = network.rel_pos_bias
+        network.rel_pos_bias = RelativePositions(network.rel_pos_bias)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Output:
         """Features of normalised images; both sides must be multiples of the patch size."""
-        grid = patch_grid(images, self.patch_size)
         network: Any = self.network
-        if tuple(network.rel_pos_bias.window_size) != grid:
-            network.rel_pos_bias = self._bias_for(grid)
+        network.rel_pos_bias.grid = patch_grid(images, self.patch_size)
         return super().forward(images)
 
-    def _bias_for(self, grid: Grid) -> nn.Module:
-        published: Any = self.published_bias
-        if tuple(published.window_size) == grid:
-            return published
-        table = published.relative_position_bias_table
-        bias = type(published)(grid, table.shape[1]).to(table)
+
+class RelativePositions(nn.Module):
+    """Offsets of the scores for `grid`, from one table for all grids: the published one, which is resized as needed.
+
+    Args:
+        published: timm's module of that name, with the table.
+    """
+
+    def __init__(self, published: Any) -> None:
+        super().__init__()
+        self.relative_position_bias_table = published.relative_position_bias_table
+        self.grid: Grid = tuple(published.window_size)
+        self.kind: Any = type(published)
+
+    def forward(self) -> Float[Tensor, "heads n n"]:
+        """Of the class token and the patches."""
+        table = self.relative_position_bias_table
+        with table.device:
+            bias = self.kind(self.grid, table.shape[1])
         # Not timm's own set_window_size: its geometric interpolation relies on an indexing that torch takes back.
         resize = library("timm.layers").resize_rel_pos_bias_table_simple
-        bias.relative_position_bias_table = nn.Parameter(resize(table, grid, bias.relative_position_bias_table.shape))
-        return bias
+        resized = resize(table, self.grid, bias.relative_position_bias_table.shape)
+        return torch.func.functional_call(bias, {"relative_position_bias_table": resized}, ())

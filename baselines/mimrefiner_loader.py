@@ -5,7 +5,8 @@ the network, downloads its weights and reads them in its own way. So `trust_repo
 you have read can be used with `repo=<folder>`. The code needs the packages kappamodules and einops.
 
 `pretrained=False` runs none of that: the same architecture with random weights comes from timm (MAE, dBOT, CrossMAE) or
-from `data2vec2_loader.py` (data2vec 2.0).
+from `data2vec2_loader.py` (data2vec 2.0). Its parameters have other names, so that fine-tuning, whose exports are
+loaded into it, refuses this family.
 """
 
 from pathlib import Path

@@ -48,9 +48,10 @@ def load_model(
         raise UserError(
             f"{model_name} has no patch embedding or no prefix tokens; this loader takes vision transformers"
         )
+    network.reset_classifier(0)  # a download has brought one
     path = () if state_dict_key is None else (state_dict_key,)
     source = None if pretrained_weights is None else str(pretrained_weights)
-    load_published(network, source, path=path, drop=("head.",))
+    load_published(network, source, path=path, drop=("head.", "head_dist."))
     # A name without a tag says nothing of how a file of weights was trained.
     is_of_tag = downloads or "." in model_name
     return TimmFeatures(network, network.pretrained_cfg if is_of_tag else {}).to(device).eval()

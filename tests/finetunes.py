@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from commands import make_images, run_main, tiny
 from PIL import Image
+from torch import nn
 
 import finetune_classification
 import finetune_detection
 import finetune_segmentation
 import finetuning
+from baselines import beit_loader
 
 # --- Data ------------------------------------------------------------------------------------------------------------
 
@@ -173,6 +176,23 @@ CASES = {
         "detection.num_samples=8",
     ]),
 }  # fmt: skip
+
+
+def opened(name: str, arguments: list[str]) -> tuple[Any, Any]:
+    """The configuration of a training as it begins, and its data; of a case."""
+    task = CASES[name].script.TASK
+    cfg, data = task.open_data(finetuning.load(task, arguments))
+    return finetuning.prepared(cfg), data
+
+
+def tiny_beit() -> nn.Module:
+    """BEiT's network for images of 16 pixels, with random weights."""
+    network = pytest.importorskip("timm.models.beit").Beit(
+        img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=0, global_pool="",
+        use_abs_pos_emb=False, use_shared_rel_pos_bias=True,
+    )  # fmt: skip
+    network.patch_embed.strict_img_size = False
+    return beit_loader.RelativePatchFeatures(network, 4)
 
 
 def pretrain(folder: Path) -> Path:

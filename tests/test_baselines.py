@@ -25,6 +25,7 @@ import pytest
 import torch
 from commands import run_forked
 from conftest import GOLDEN, ROOT, run_cli
+from finetunes import tiny_beit
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -182,6 +183,13 @@ def filled_state_dict(family: str, model_name: str) -> dict[str, Tensor]:
     return state
 
 
+def empty_state_dict(family: str, model_name: str) -> dict[str, Tensor]:
+    """The same keys, shapes and types, without values: for the meta device."""
+    table = key_table(manifest_of(family, model_name))
+    types = {key: torch.int64 if rule == "zero_int" else None for key, (_, rule) in table.items()}
+    return {key: torch.empty(shape, dtype=types[key]) for key, (shape, _) in table.items()}
+
+
 def published_file(entry: dict[str, Any], load: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
     """A state dict as the file on the web holds it: with its levels, prefixes, and what else is in there."""
     junk = {entry.split()[0].lstrip("*").replace("*", ".x"): torch.zeros(1) for entry in load["not_loaded_from_file"]}
@@ -274,10 +282,7 @@ def test_every_published_tensor_has_its_place_and_the_features_their_shape(famil
     entry = manifest_of(family, model_name)
     arch = entry["arch"]
     with on_meta():
-        state = {
-            key: torch.empty(shape, dtype=torch.int64 if rule == "zero_int" else None)
-            for key, (shape, rule) in key_table(entry).items()
-        }
+        state = empty_state_dict(family, model_name)
         assert len(state) == entry["tensors"] and sum(map(torch.numel, state.values())) == entry["elements"]
         model: Any = load(family, model_name, state, device="meta")
     stride, width = arch.get("patch", arch.get("output_stride")), arch.get("width", 2048)
@@ -291,6 +296,38 @@ def test_every_published_tensor_has_its_place_and_the_features_their_shape(famil
     num_registers = {"dinov3": 4, "dinov2": 4 if model_name.endswith("_reg") else 0}.get(family)
     expected = None if num_registers is None else (2, num_registers, width)
     assert (None if registers is None else registers.shape) == expected
+
+
+@pytest.fixture
+def downloads_of_timm(monkeypatch):
+    """timm's downloads give random weights, to networks with the classifier of their tag."""
+    timm: Any = pytest.importorskip("timm")
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kwargs: create(name, **kwargs))
+
+
+@pytest.mark.usefixtures("downloads_of_timm")
+@pytest.mark.parametrize(
+    ("family", "model_name"),
+    [
+        *((family, name) for family, name in SMALLEST.items() if family not in ("capi", "mimrefiner", "timm")),
+        ("timm", "vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
+        ("timm", "deit_tiny_distilled_patch16_224.fb_in1k"),  # two classifiers
+        ("timm", "vit_base_patch16_siglip_224"),  # none, and pooling with weights
+        ("timm", "eva02_tiny_patch14_336.mim_in22k_ft_in1k"),
+    ],
+)
+def test_a_network_is_built_again_without_its_file(family, model_name):
+    """With the same keys and shapes: what was trained on from the file is loaded into a network without it."""
+    with on_meta():
+        if family == "timm":
+            loaded = loader(family).load_model(model_name, device="meta")
+        else:
+            loaded = load(family, model_name, empty_state_dict(family, model_name), device="meta")
+        again = load(family, model_name, None, device="meta")
+    assert {key: x.shape for key, x in loaded.state_dict().items()} == {
+        key: x.shape for key, x in again.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("family", ["cae", "dinov3"])
@@ -519,16 +556,30 @@ def test_other_sizes_than_the_published_one_are_announced_once_and_leave_it_unch
 
 @pytest.mark.parametrize("random_model", ["beit"], indirect=True)
 def test_beit_resizes_the_published_table_whatever_came_before(random_model):
-    table = nn.init.normal_(random_model.published_bias.relative_position_bias_table)
+    positions = random_model.network.rel_pos_bias
+    table = nn.init.normal_(positions.relative_position_bias_table)
     images = torch.randn(1, 3, 96, 96)
     with torch.inference_mode():
         direct = random_model(images)[0]
         random_model(torch.zeros(1, 3, 32, 32))
         assert torch.equal(random_model(images)[0], direct)
-    resized = random_model.network.rel_pos_bias.relative_position_bias_table
-    assert resized.shape == (11 * 11 + 3, 12) and torch.equal(resized[-3:], table[-3:])
-    centre = resized[60], table[27 * 13 + 13]
+        bias = positions()
+    assert bias.shape == (12, 37, 37)
+    assert torch.equal(torch.stack([bias[:, 0, 1], bias[:, 1, 0], bias[:, 0, 0]]), table[-3:]), "those of the class"
+    centre = bias.diagonal(dim1=1, dim2=2)[:, 1:], table[27 * 13 + 13, :, None].expand(-1, 36)
     torch.testing.assert_close(*centre, msg="the bias of a patch to itself is the same in every grid")
+
+
+def test_beit_learns_one_table_on_every_grid():
+    model = tiny_beit()
+    before = dict(model.named_parameters())
+    (table,) = (parameter for name, parameter in before.items() if "relative_position" in name)
+    for height, width in ((16, 16), (12, 20), (32, 32)):
+        table.grad = None
+        model(torch.randn(2, 3, height, width))[2].square().sum().backward()
+        assert table.grad is not None and table.grad.any(), f"{height}x{width} do not teach it"
+        after = dict(model.named_parameters())
+        assert after.keys() == before.keys() and all(after[name] is before[name] for name in after)
 
 
 # ------------------------------------------------------------------------------------------ files and mistakes
@@ -610,6 +661,14 @@ def test_a_file_that_would_execute_something_is_refused_by_name(dino_file, tmp_p
         with pytest.raises(UserError, match=r"pathlib\.\S*Path\.touch|getattr"):
             loader(family).load_model(SMALLEST[family], path)
     assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("model_name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_timm_leaves_the_classifiers_of_a_file_out(model_name):
+    timm: Any = pytest.importorskip("timm")
+    with on_meta(), answered_with(timm.create_model(model_name).state_dict()):
+        model = loader("timm").load_model(model_name, "by_hand.pth", device="meta")
+    assert not [key for key in model.state_dict() if "head" in key]
 
 
 def test_timm_refuses_weights_that_do_not_fit(dino_file):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import yaml
 from commands import logged_steps, run_forked
 from conftest import ROOT, seeded
-from finetunes import CASES, CLASS_COLOURS, COMMON, pretrain, write_classes
+from finetunes import CASES, CLASS_COLOURS, COMMON, opened, pretrain, write_classes
 from PIL import Image
 
 import eval_finetuned
@@ -97,8 +97,7 @@ def test_the_average_is_what_is_exported_and_the_head_alone_learns_if_the_backbo
 
 def loss_of(arguments: list[str], seed: int = 0, labels: tuple[int, ...] = (0, 1, 2, 1)) -> torch.Tensor:
     """Of made-up images, in evaluation mode, by the loss of a training with these arguments."""
-    cfg, _ = script.TASK.open_data(finetuning.load(script.TASK, arguments))
-    cfg = finetuning.prepared(cfg)
+    cfg, _ = opened("classification", arguments)
     state = finetuning.make_state(script.TASK, cfg, torch.device("cpu"), with_weights=True)
     with torch.no_grad():
         state.model["head"].linear.weight.normal_(generator=seeded(3))
@@ -114,8 +113,8 @@ NOTHING = ["classification.mixup=0", "classification.cutmix=0", "classification.
 
 
 def test_without_mixing_the_loss_is_smoothed_cross_entropy(arguments):
-    cfg, _ = script.TASK.open_data(finetuning.load(script.TASK, arguments("x", *NOTHING)))
-    state = finetuning.make_state(script.TASK, finetuning.prepared(cfg), torch.device("cpu"), with_weights=True)
+    cfg, _ = opened("classification", arguments("x", *NOTHING))
+    state = finetuning.make_state(script.TASK, cfg, torch.device("cpu"), with_weights=True)
     with torch.no_grad():
         state.model["head"].linear.weight.normal_(generator=seeded(3))
     images = normalize(torch.randint(256, (4, 3, 16, 16), generator=seeded(1), dtype=torch.uint8))
@@ -136,7 +135,7 @@ def test_what_is_done_to_a_batch_follows_from_its_seed(arguments, kept):
 
 def test_rand_augment_follows_from_seed_and_position(classes, arguments):
     pytest.importorskip("timm")
-    cfg, images = script.TASK.open_data(finetuning.load(script.TASK, arguments("x")))
+    cfg, images = opened("classification", arguments("x"))
     maker = script.LabelledCrops(cfg)
     first, again, other = (maker.make(images[7], position)[0] for position in (3, 3, 4))
     assert torch.equal(first, again) and not torch.equal(first, other)

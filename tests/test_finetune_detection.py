@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import finetunes
 import numpy as np
 import pytest
 import torch
@@ -74,7 +75,7 @@ def arguments(boxes, model_config, tmp_path):
 @pytest.fixture
 def opened(arguments):
     """The configuration of a tiny training with its classes, and its images."""
-    return lambda *more: script.TASK.open_data(finetuning.load(script.TASK, arguments("run", *more)))
+    return lambda *more: finetunes.opened("detection", arguments("run", *more))
 
 
 # --- Training, and scores of what was trained ------------------------------------------------------------------------

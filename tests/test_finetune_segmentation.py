@@ -18,6 +18,7 @@ from finetunes import (
     CASES,
     LABEL_COLOURS,
     LABEL_NAMES,
+    opened,
     pretrain,
     segmentation_url,
     train_on_this_rank,
@@ -65,12 +66,8 @@ def load(arguments: list[str]) -> script.FinetuneSegmentationConfig:
     return finetuning.load(script.TASK, arguments)
 
 
-def opened(arguments: list[str]) -> tuple[Any, Any]:
-    return script.TASK.open_data(load(arguments))
-
-
 def state_of(arguments: list[str]) -> Any:
-    cfg = finetuning.prepared(opened(arguments)[0])
+    cfg, _ = opened("segmentation", arguments)
     return finetuning.make_state(script.TASK, cfg, torch.device("cpu"), with_weights=True)
 
 
@@ -171,7 +168,7 @@ def test_published_sets_have_their_classes():
 
 
 def test_classes_of_a_test_set_are_matched_by_name(arguments):
-    cfg, *_ = opened(arguments())
+    cfg, *_ = opened("segmentation", arguments())
     other = SegmentationDataset([], [0, 255], ["(rest)", "red", "ground", "blue"])
     found = script.numbers_of_test(cfg, other, "custom://Segmentation?root='x'")
     assert found.classes == ["ground", "blue", "red"]
@@ -222,7 +219,7 @@ def test_a_crop_avoids_places_where_one_class_has_too_much():
 
 
 def make(arguments: list[str], positions: range) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    cfg, (dataset, found) = opened(arguments)
+    cfg, (dataset, found) = opened("segmentation", arguments)
     maker = script.LabelledCrops(cfg, found)
     return [maker.make(dataset[position % len(dataset)], position) for position in positions]
 

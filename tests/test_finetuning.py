@@ -1,13 +1,15 @@
 """finetuning.py: blocks and layers of any backbone, the vectors of CAE's recipe, and runs of every task."""
 
 import shutil
+import textwrap
 
 import pytest
 import torch
 from commands import assert_close_runs, assert_same_run, train_through_kills
 from conftest import ROOT, seeded
-from finetunes import CASES, pretrain, train_on_this_rank
+from finetunes import CASES, opened, pretrain, tiny_beit, train_on_this_rank
 from golden_cae import CAE, IMAGES, fill
+from methods import METHODS, write_export
 from ranks import run_on_ranks
 from torch import nn
 
@@ -18,11 +20,13 @@ import finetuning
 import ijepa
 from cae import Encoder, relative_position_index
 from config import ScheduleConfig
+from evaluation import FrozenModel, FrozenModelConfig
 from finetune_classification import LinearHead
 from finetuning import Trunk, decayed_multipliers, freeze_unused_, layer_scales
 from model import EncoderDecoder, Features, draw_drop_path, linear_rates
 from optim import scheduled
-from utils import UserError
+from training import export
+from utils import Normalisation, UserError
 
 TRANSFORMERS = {"embed_dim": 32, "drop_path_rate": 0.0, "block_kwargs": {"attn_kwargs": {"num_heads": 2}}}
 
@@ -81,6 +85,7 @@ BACKBONES = {
     "I-JEPA": lambda: ijepa.Encoder(grid_size=4, patch_size=4, embed_dim=32, depth=3, num_heads=2),
     "CAE": lambda: Encoder(grid_size=4, patch_size=4, embed_dim=32, depth=3, num_heads=2),
     "timm": timm_vit,
+    "BEiT": tiny_beit,
     "torch": torch_encoder,
 }
 
@@ -120,7 +125,7 @@ def test_layers_are_counted_from_the_embedding_to_what_follows_the_blocks(backbo
             assert layer == 0, name
         elif name.startswith(trunk.name):
             assert layer == 1 + int(name.removeprefix(f"{trunk.name}.").partition(".")[0]), name
-        elif "norm" in name:
+        elif "norm" in name or "relative_position" in name:  # which BEiT's rule has at the full rate
             assert layer == 4, name
 
 
@@ -317,6 +322,134 @@ def test_a_run_goes_on_without_the_weights_that_it_began_with_and_is_exported_wi
     model = finetuning.load_model(run / "model.pth")
     assert model.cfg.classes == script.TASK.open_data(finetuning.load(script.TASK, interrupted))[0].classes
     assert model(torch.zeros(1, 3, 16, 24)).feature_map.shape == (1, 4, 6, 32)
+
+
+def fresh(name, arguments):
+    """The state of a training at its beginning."""
+    cfg, _ = opened(name, arguments)
+    return finetuning.make_state(CASES[name].script.TASK, cfg, torch.device("cpu"), with_weights=True, compiled=False)
+
+
+def normalisation_in_evaluations(model):
+    return FrozenModel(model, FrozenModelConfig(), torch.device("cpu"), "finetuning.py").normalisation
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images_are_normalised_as_the_backbone_knows_them(arguments, tmp_path, method):
+    """In a fine-tuning as in the pretraining, and in evaluations of its export as in the fine-tuning."""
+    own = Normalisation(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    overrides = ("data.mean=[0.1,0.2,0.3]", "data.std=[0.5,0.6,0.7]")
+    weights, _ = write_export(METHODS[method], tmp_path / method, *overrides)
+    model_path = f"backbone.model_path={METHODS[method].load_model.__module__}.py"
+    given = "backbone.image_std=[0.25,0.25,0.25]"
+    for more, expected in (((), own), ((given,), Normalisation(mean=own.mean, std=(0.25,) * 3))):
+        state = fresh("classification", arguments("classification", "run", model_path, *more, weights=weights))
+        images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+        torch.testing.assert_close(finetuning.normalisation(state.cfg)(images), expected(images))
+        export(state, "model", tmp_path / "model.pth")
+        assert normalisation_in_evaluations(finetuning.load_model(tmp_path / "model.pth")) == expected
+
+
+def test_images_are_normalised_by_imagenets_statistics_where_nothing_else_is_known(arguments):
+    cfg = finetuning.load(finetune_classification.TASK, arguments("classification", "run"))
+    assert finetuning.with_normalisation(cfg, torch_encoder()).backbone.normalisation == Normalisation()
+
+
+@pytest.fixture
+def of_file(data_of, tmp_path):
+    """Arguments of a tiny training of classification, of a model file with this text."""
+
+    def make(text, *more, model="pretrained=true"):
+        (tmp_path / "own.py").write_text(textwrap.dedent(text))
+        model_path = f"backbone.model_path={tmp_path / 'own.py'}"
+        return CASES["classification"].arguments(data_of["classification"], model, tmp_path / "run", model_path, *more)
+
+    return make
+
+
+FROZEN = """
+    from finetunes import tiny_beit
+    from cae import Encoder
+    def encoder():
+        return Encoder(grid_size=4, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+    def __model_loader__(pretrained=True):
+        return {make}().requires_grad_(False)
+"""
+
+
+@pytest.mark.parametrize("make", ["tiny_beit", "encoder"])
+@pytest.mark.parametrize("freeze", ["false", "true"])
+def test_what_a_loader_froze_learns_unless_it_is_a_formula(of_file, make, freeze):
+    backbone = fresh("classification", of_file(FROZEN.format(make=make), f"backbone.freeze={freeze}")).model["backbone"]
+    learned = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+    unused = {"pos_embed", "norm.weight", "norm.bias", "network.norm.weight", "network.norm.bias"}
+    expected = {name for name, _ in backbone.named_parameters()} - unused if freeze == "false" else set()
+    assert learned == expected
+
+
+def test_a_backbone_without_gradient_is_named_unless_it_is_frozen(of_file):
+    text = """
+        import torch
+        from finetunes import tiny_beit
+        def __model_loader__(pretrained=True):
+            model = tiny_beit()
+            model.forward = torch.no_grad()(model.forward)
+            return model
+    """
+    with pytest.raises(UserError, match=r"what RelativePatchFeatures gives has no gradient.*backbone.freeze=true"):
+        fresh("classification", of_file(text))
+    fresh("classification", of_file(text, "backbone.freeze=true"))
+
+
+def test_a_loader_that_builds_something_else_without_weights_is_refused_at_the_start(of_file):
+    text = """
+        from torch import nn
+        from finetunes import tiny_beit
+        class Wrapped(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner, self.patch_size = tiny_beit(), 4
+            def forward(self, images):
+                return self.inner(images)
+        def __model_loader__(pretrained=True):
+            return Wrapped() if pretrained else tiny_beit()
+    """
+    with pytest.raises(UserError, match=r"own.py.* missing: .*pretrained=False, so that no export"):
+        fresh("classification", of_file(text))
+
+
+def test_a_fine_tuned_model_is_gone_on_from_and_then_stands_on_its_configuration(arguments, tmp_path):
+    first, second = tmp_path / "first" / "model.pth", tmp_path / "second" / "model.pth"
+    export(fresh("classification", arguments("classification", "first")), "model", first)
+    going_on = arguments("segmentation", "second", "backbone.model_path=finetuning.py", weights=first)
+    state = fresh("segmentation", going_on)
+    export(state, "model", second)
+    first.unlink()
+    model = finetuning.load_model(second)
+    images = torch.randn(1, 3, 16, 16, generator=seeded(0))
+    torch.testing.assert_close(model(images).feature_map, state.model["backbone"].eval()(images).feature_map)
+    first.with_suffix(".yaml").unlink()
+    with pytest.raises(UserError, match=r"first/model.yaml' is not there"):
+        finetuning.load_model(second)
+
+
+def test_a_loader_that_needs_its_weights_for_every_export_is_named_with_the_remedy(of_file, tmp_path):
+    text = """
+        import torch
+        from finetunes import tiny_beit
+        def __model_loader__(pretrained_weights):
+            model = tiny_beit()
+            model.load_state_dict(torch.load(pretrained_weights))
+            return model
+    """
+    weights = tmp_path / "weights.pth"
+    torch.save(tiny_beit().state_dict(), weights)
+    state = fresh("classification", of_file(text, model=f"pretrained_weights={weights}"))
+    export(state, "model", tmp_path / "model.pth")
+    assert finetuning.load_model(tmp_path / "model.pth").cfg.classes == state.cfg.classes
+    weights.unlink()
+    with pytest.raises(UserError, match=r"own.py: its loader takes no `pretrained`.*weights.pth.*put that back"):
+        finetuning.load_model(tmp_path / "model.pth")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,5 +1,6 @@
 """hubconf.py: the released models by name, as torch.hub finds them, with torch alone."""
 
+import shutil
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from commands import run_forked
 from conftest import ROOT, run_cli
 from golden_cae import TINY_RUN as CAE_RUN
 from golden_ijepa import TINY_RUN
+from methods import METHODS, write_export
 from omegaconf import OmegaConf
 
 import export
@@ -22,7 +24,7 @@ from checkpoint import export_weights
 from config import DEFAULT_PRETRAIN_CONFIG, load_config, to_yaml
 from model import EncoderDecoder, load_model
 from train_capi import CapiConfig
-from utils import UserError
+from utils import Normalisation, UserError
 
 NAMES = {
     "capi_vitl14_lvd": "https://dl.fbaipublicfiles.com/capi/capi_vitl14_lvd.pth",
@@ -208,8 +210,32 @@ def test_the_config_is_read_as_omegaconf_reads_it(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "data",
+    [
+        "data: {mean: [0.1, 0.2, 0.3], std: [0.5, 0.5, 0.5]}",
+        "data: {dataset: 'custom://Images?root=1', mean: [0.1, 0.2, 0.3], std: [0.5, 0.5, 0.5]}  # ours",
+        "data:  # ours\n  dataset: https://a.b/c?d='e'  # x\n  mean: [0.1, 0.2, 0.3]  # y\n  std: [0.5,0.5,0.5]",
+        "data:\n  crops: {mean: [1]}\n  mean:\n    - 0.1\n    - .2  # x\n\n    - 0.3\n  std:\n  - 1\n  - 2\n  - 0.5",
+        "data:\n  own:\n    mean: [1, 1, 1]\n  mean: [0.1, 0.2, 0.3]\n  std: [0.5, 0.5, 0.5]\n  value_range: null",
+    ],
+)  # fmt: skip
+def test_the_normalisation_is_read_as_omegaconf_reads_it(tmp_path, data):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"{data}\nmodel: {{}}\n")
+    loaded: Any = OmegaConf.to_container(OmegaConf.load(path))
+    assert Normalisation.of(hubconf._normalisation(path)) == Normalisation.of(loaded["data"])
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
+        ("data:\n  mean: [.1, .2, .3]\n", r"line 2: 'mean: \[.1, .2, .3\]' is more YAML than"),
+        ("data: {mean: [.1, .2, .3]}\n", "line 1.*is more YAML than"),
+        ("data: {mean: [0.1, 0.2,\n  0.3]}\n", "line 1.*is more YAML than"),
+        ("data:\n  std: [0.5, 0.5, # x\n    0.5]\n", "line 2.*is more YAML than"),
+        ("data:\n  std:\n    - half\n", "line 3.*is more YAML than"),
+        ("data:\n  std:\n    a: 1\n", "line 3.*is more YAML than"),
+        ("data:\n  mean: auto\n", "data.mean='auto': says no numbers"),
         ("model:\n  a: &x 1\n", "line 2: 'a: &x 1' is more YAML than"),
         ("model:\n  - 1\n", "line 2"),
         ("model:\n  patch_size: ${data.x}\n", "line 2"),
@@ -382,12 +408,24 @@ def test_it_works_with_torch_alone_beside_modules_of_the_same_names(tmp_path):
     """In the program of a user who has a `model.py` and a `utils.py`, and nothing installed but torch."""
     for name in ("model", "utils", "weights"):
         (tmp_path / f"{name}.py").write_text(f"mine = '{name}'\n")
+    for name, method in METHODS.items():
+        write_export(method, tmp_path / name, "data.mean=[0.1,0.2,0.3]")
+    shutil.copy(tmp_path / "cae" / "student.pth", tmp_path / "alone.pth")
+    hub_names = {name: "ijepa" if name == "stop" else name for name in METHODS}
     code = f"""
 import sys
 for name in ("jaxtyping", "omegaconf", "numpy", "PIL", "datasets", "huggingface_hub", "safetensors", "tqdm", "yaml"):
     sys.modules[name] = None
 import torch
 import model, utils
+for run, name in {hub_names}.items():
+    loaded = torch.hub.load({str(ROOT)!r}, name, source="local", weights=run)
+    assert loaded.normalisation.mean == (0.1, 0.2, 0.3), loaded.normalisation
+    assert loaded(torch.zeros(1, 3, 16, 24)).feature_map.isfinite().all()
+try:
+    torch.hub.load({str(ROOT)!r}, "cae", source="local", weights="alone.pth")
+except ValueError as error:
+    assert "Nothing tells the attention heads" in str(error), error
 with torch.device("meta"):
     for name in {list(NAMES)}:
         loaded = torch.hub.load({str(ROOT)!r}, name, source="local", pretrained=False)
