@@ -664,6 +664,7 @@ class Run:
             on_resume(saved)
         self.meters.truncate_after(state.step, keep_copy=cfg.train.resume_from is not None)
         if rank() == 0:
+            self.meters.path.touch()  # evaluations before the first log line look for it
             write_text_atomically(output_dir / "config.yaml", to_yaml(cfg))
             if panels:
                 write_panels(output_dir, panels)

@@ -120,20 +120,20 @@ def test_moments_in_8_bits_go_on_bit_for_bit_or_on_other_ranks(place, in_8_bits,
         assert distance <= (0 if num_ranks is None else 1e-3 if "exp_avg" in key else 1e-6) * there.double().norm(), key
 
 
-def test_a_toy_is_evaluated_while_it_trains(place, tmp_path):
+def test_a_toy_is_evaluated_while_it_trains_also_before_its_first_log_line(place, tmp_path):
     entry = {"file": str(place / "eval_fake.py")}
     evals = {"mine": {
-        "period": 3, "final": False, "model_to_eval": "student", "where": "inline", "download": False,
+        "period": 2, "final": False, "model_to_eval": "student", "where": "inline", "download": False,
         "model_setup_script": toy_method.__file__, "eval_config": {"fake": entry},
     }}  # fmt: skip
     (tmp_path / "evals.yaml").write_text(yaml.safe_dump({"evals": evals}))
-    sources = [str(tmp_path / "evals.yaml"), "optim.total_iters=3"]
-    assert toy_method.main(arguments(place, tmp_path / "run", *sources)) == 0
-    scores = {r["eval_step"]: r["eval/mine/fake/sum/top1"] for r in metrics_of(tmp_path / "run") if "eval_step" in r}
-    assert list(scores) == [3]
-    weights = torch.load(tmp_path / "run" / "student.pth", weights_only=True)
-    total = sum(float(w.double().sum()) for key, w in weights.items() if key.startswith("backbone."))
-    assert scores[3] == pytest.approx(total, abs=1e-6)
+    run, sources = tmp_path / "run", [str(tmp_path / "evals.yaml"), "train.log_loss_every=3", "optim.total_iters=3"]
+    assert toy_method.main(arguments(place, run, *sources)) == 0
+    (record,) = [record for record in metrics_of(run) if "eval_step" in record]
+    assert (record["step"], record["eval_step"]) == (3, 2), (run / "log.txt").read_text()
+    weights = read_tensors(run / "checkpoints" / "step_000000002", list)
+    total = sum(float(w.double().sum()) for key, w in weights.items() if key.startswith("student.backbone."))
+    assert record["eval/mine/fake/sum/top1"] == pytest.approx(total, abs=1e-6)
 
 
 def test_what_a_toy_does_not_export_cannot_be_evaluated(place, tmp_path, capsys):
