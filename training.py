@@ -750,6 +750,7 @@ class Run:
             )
             stack.callback(self.evals.close)
             stack.push(self._finish)
+            self.evals.take_up(self.stop)
             self._inputs = self._read() if self.state.step < self.total else []
             self._stopping = self.stop.agreed()
             self._stack = stack.pop_all()

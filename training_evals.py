@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import EvalConfig, LauncherConfig, chosen_evals, dump_yaml
-from distributed import any_rank, broadcast_object, on_rank_0, rank
+from distributed import any_rank, on_rank_0, rank
 from launch import ROOT, ScriptRun, StopRequest, SubmittedJob
 from metrics import Metrics, read_metrics
 from reading.sources import is_on_disk
@@ -134,14 +134,10 @@ class Evaluations:
             launcher, num_nodes=1, tasks_per_node=1, gpus_per_node=min(1, launcher.gpus_per_node), signal_delay_s=60
         )
         self.pending: list[_Launched] = []
-        known: set[tuple[str, int]] = set()
-        if rank() == 0:
-            for run, is_settled in self._earlier(kept_step):
-                known.add((run.name, run.step))
-                if not is_settled:
-                    self._take_up(run)
-        self.known = broadcast_object(known)
+        earlier = on_rank_0(lambda: {(run.name, run.step): done for run, done in self._earlier(kept_step)})
+        self.known = set(earlier)
         """Sets and steps that have been launched, by this process or before."""
+        self._unsettled = [key for key, is_settled in earlier.items() if not is_settled]
 
     def _earlier(self, kept_step: int) -> Iterator[tuple[_Launched, bool]]:
         """Launches of earlier processes up to a step, and whether they landed in the metrics or failed."""
@@ -158,6 +154,14 @@ class Evaluations:
                 is_settled = (name, run.step) in recorded or (folder / "failed").exists()
                 if run.step <= kept_step and (is_settled or run.weights.is_file()):
                     yield run, is_settled
+
+    def take_up(self, stop: StopRequest) -> None:
+        """Before the first step: go on with what earlier processes launched and has not landed; see `launch_due`."""
+        for name, step in self._unsettled:
+            if rank() == 0:
+                self._take_up(self._run(name, step))
+            self._wait_if_inline(name, stop)
+        self._unsettled = []
 
     def _take_up(self, run: _Launched) -> None:
         """Wait for what an earlier process launched, if it is done or still a job of Slurm's; else launch it anew."""
@@ -199,8 +203,7 @@ class Evaluations:
                 continue
             if rank() == 0:
                 self._start(run)
-            if cfg.where == "inline":
-                self.wait(stop, only=name)
+            self._wait_if_inline(name, stop)
 
     def are_due(self, step: int) -> bool:
         """Whether `launch_due` would export weights after `step` finished updates."""
@@ -315,6 +318,10 @@ class Evaluations:
             if not any_rank(bool(running)):
                 return
             time.sleep(POLL_S)
+
+    def _wait_if_inline(self, name: str, stop: StopRequest) -> None:
+        if self.evals[name].where == "inline":
+            self.wait(stop, only=name)
 
     def close(self) -> None:
         """End what still runs on this machine; it starts anew when the run continues."""

@@ -2,11 +2,16 @@
 
 import json
 import shutil
+import signal
+import subprocess
 import textwrap
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import toy_method
 import yaml
-from commands import FAKE_EVALUATION, make_images, metrics_of, run_main, tiny
+from commands import FAKE_EVALUATION, TINY_TRAINING, make_images, metrics_of, run_main, tiny
 from conftest import ROOT
 from PIL import Image
 from ranks import exit_codes
@@ -27,6 +32,7 @@ def place(tmp_path_factory):
     make_images(root / "images")
     (root / "eval_fake.py").write_text(textwrap.dedent(FAKE_EVALUATION.format(root=str(ROOT))))
     (root / "eval_broken.py").write_text("raise RuntimeError('as asked')")
+    toy_method.write_config(root / "toy.yaml", root / "images")
     return root
 
 
@@ -141,6 +147,78 @@ def test_what_did_not_land_before_a_kill_starts_anew(finished, place, tmp_path, 
     again = [record for record in eval_records(run) if "eval/last/fake/sum/top1" in record]
     assert again == [json.loads(line) for line in lost]
     assert len(eval_records(run)) == len(eval_records(finished)), "what had landed, or failed, is not done again"
+
+
+class Stub:
+    """Stands for benchmark.py on this machine: it takes its time, then leaves a score."""
+
+    def __init__(self, folder):
+        self.seconds, self.results = 0.0, folder / "results"
+        self.started: list[tuple[str, subprocess.Popen[bytes]]] = []
+        self.seen_running: list[str] = []
+        """Those which still ran when another one was started."""
+        entry = {"results": {"sum": {"top1": 0.5}}, "config": {}, "about": {}}
+        self.results.mkdir(parents=True)
+        (self.results / "results.json").write_text(json.dumps({"name": "x", "evaluations": {"fake": entry}}))
+        (self.results / "report.html").write_text("")
+
+    def start(self, command, **options):
+        folder = Path(command[-1]).parent
+        self.seen_running += self.running()
+        shell = ["sh", "-c", f'sleep {self.seconds}; cp -r "$0" "$1"', str(self.results), str(folder / "results")]
+        process = subprocess.Popen(shell, **options)
+        self.started.append((f"{folder.parent.name} {int(folder.name.removeprefix('step_'))}", process))
+        return process
+
+    def running(self):
+        return [name for name, process in self.started if process.poll() is None]
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    stub = Stub(tmp_path / "stub")
+    monkeypatch.setattr("launch.start_python", stub.start)
+    monkeypatch.setattr("training_evals.POLL_S", 0.02)
+    return stub
+
+
+def train_toy(place, folder, *overrides, during=lambda step: None, monkeypatch, **sets):
+    """Six steps of the toy with these sets, in `folder / "run"`. The exit code.
+
+    Args:
+        during: called in each step with its number, that of the updates that are finished after it.
+    """
+    train_step = toy_method.train_step
+
+    def step(state, *rest):
+        during(state.step + 1)
+        return train_step(state, *rest)
+
+    sets = {name: {"model_to_eval": "student"} | keys for name, keys in sets.items()}
+    config = write_sets(place, folder / "sets.yaml", **sets)
+    own = ["optim.lr_schedule.warmup_iters=2", f"train.output_dir={folder / 'run'}"]
+    with monkeypatch.context() as patched:
+        patched.setattr(toy_method, "train_step", step)
+        return toy_method.main([str(place / "toy.yaml"), *TINY_TRAINING, *own, str(config), *overrides])
+
+
+def test_inline_sets_that_are_taken_up_run_one_by_one_before_the_next_step(place, tmp_path, monkeypatch, stub):
+    sets = {name: {"period": 2, "where": "inline"} for name in ("one", "two")}
+    stub.seconds = 60.0
+    with monkeypatch.context() as first:
+        # The wait is told to stop while it sleeps.
+        first.setattr("training_evals.time", SimpleNamespace(sleep=lambda _: signal.raise_signal(signal.SIGTERM)))
+        train_toy(place, tmp_path, "optim.total_iters=5", **sets, monkeypatch=monkeypatch)
+    assert [record["step"] for record in metrics_of(tmp_path / "run")] == [1, 2, 3]
+    assert [name for name, _ in stub.started] == ["one 2", "two 2"]
+
+    stub.seconds, stub.seen_running = 0.2, []
+    beside = []
+    more = {"during": lambda _: beside.extend(stub.running()), "monkeypatch": monkeypatch}
+    assert train_toy(place, tmp_path, "optim.total_iters=5", **sets, **more) == 0
+    assert [name for name, _ in stub.started[2:]] == ["one 2", "two 2", "one 4", "two 4"]
+    assert (beside, stub.seen_running) == ([], [])
+    assert [record["eval_step"] for record in eval_records(tmp_path / "run")] == [2, 2, 4, 4]
 
 
 def test_not_even_a_disk_that_takes_no_note_of_a_failure_stops_the_training(place, tmp_path, caplog):
