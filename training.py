@@ -751,6 +751,8 @@ class Run:
             stack.callback(self.evals.close)
             stack.push(self._finish)
             self.evals.take_up(self.stop)
+            if 0 < self.state.step < self.total:  # the process that saved this step may have ended before it came to it
+                self.evals.launch_due(self.state.step, self._export, self.stop)
             self._inputs = self._read() if self.state.step < self.total else []
             self._stopping = self.stop.agreed()
             self._stack = stack.pop_all()

@@ -152,7 +152,7 @@ class Evaluations:
             for folder in sorted((self.output_dir / "evals" / name).glob("step_" + "[0-9]" * 9)):
                 run = self._run(name, int(folder.name.removeprefix("step_")))
                 is_settled = (name, run.step) in recorded or (folder / "failed").exists()
-                if run.step <= kept_step and (is_settled or run.weights.is_file()):
+                if run.step <= kept_step and (is_settled or run.weights.is_file() or run.is_done()):
                     yield run, is_settled
 
     def take_up(self, stop: StopRequest) -> None:

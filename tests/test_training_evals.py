@@ -7,6 +7,7 @@ import subprocess
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import toy_method
@@ -154,7 +155,7 @@ class Stub:
 
     def __init__(self, folder):
         self.seconds, self.results = 0.0, folder / "results"
-        self.started: list[tuple[str, subprocess.Popen[bytes]]] = []
+        self.started: list[tuple[str, subprocess.Popen[Any]]] = []
         self.seen_running: list[str] = []
         """Those which still ran when another one was started."""
         entry = {"results": {"sum": {"top1": 0.5}}, "config": {}, "about": {}}
@@ -200,6 +201,34 @@ def train_toy(place, folder, *overrides, during=lambda step: None, monkeypatch, 
     with monkeypatch.context() as patched:
         patched.setattr(toy_method, "train_step", step)
         return toy_method.main([str(place / "toy.yaml"), *TINY_TRAINING, *own, str(config), *overrides])
+
+
+def signal_at(number, signal_number=signal.SIGTERM):
+    return lambda step: signal.raise_signal(signal_number) if step == number else None
+
+
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("ends", ["by a signal in its step", "before the export", "after its scores landed"])
+def test_what_is_due_at_the_step_of_the_last_checkpoint_is_evaluated_once(place, tmp_path, monkeypatch, stub, ends):
+    mine = {"period": 2, "where": "inline"}
+    with monkeypatch.context() as first:
+        during = signal_at(2) if "signal" in ends else lambda step: killed() if step == 4 else None
+        if "export" in ends:
+            first.setattr("training.export", killed)
+        train_toy(place, tmp_path, mine=mine, during=during, monkeypatch=monkeypatch)
+    if "landed" in ends:
+        assert [name for name, _ in stub.started] == ["mine 2"]
+        assert [record["eval_step"] for record in eval_records(tmp_path / "run")] == [2]
+        # It landed beside a later step, which is undone.
+        path = tmp_path / "run" / "metrics.jsonl"
+        path.write_text(path.read_text().replace('{"step": 2, "eval', '{"step": 3, "eval'))
+    assert sorted(path.name for path in tmp_path.glob("run/checkpoints/*")) == ["step_000000002"]
+    assert train_toy(place, tmp_path, mine=mine, monkeypatch=monkeypatch) == 0
+    assert [name for name, _ in stub.started] == ["mine 2", "mine 4", "mine 6"]
+    assert [record["eval_step"] for record in eval_records(tmp_path / "run")] == [2, 4, 6]
 
 
 def test_inline_sets_that_are_taken_up_run_one_by_one_before_the_next_step(place, tmp_path, monkeypatch, stub):
