@@ -688,6 +688,7 @@ class Run:
         )
         self.step = state.step  # finished updates once the one under way is
         self._waited = 0.0
+        self._has_evals_left = False  # by a stop after the last step
 
     def _open_log(self, saved: SavedState | None, opening: str, warnings: Sequence[str]) -> None:
         versions = (torch.__version__, self.device, device_model(self.device), world_size(), git_revision())
@@ -913,14 +914,14 @@ class Run:
             return
         if self.state.step == self.total:
             self.evals.launch_due(self.total, self._export, self.stop, final=True)
-            self.evals.wait(self.stop)
+            self._has_evals_left = not self.evals.wait(self.stop)
             with self._writes():
                 self.evals.record(self.meters, self.total)
         self.stop.agreed()
 
     def _leave(self, kind: type[BaseException] | None, *_: object) -> None:
         """At the end of the block, once all is closed: say why the run stops, and queue a job of Slurm again."""
-        if kind is not None or not (self.stop.is_fault or self.state.step < self.total):
+        if kind is not None or not (self.stop.is_fault or self.state.step < self.total or self._has_evals_left):
             return
         places = (self.stop.name, self.state.step, self.total)
         logger.info("stopped by %s after %d of %d steps; the same command continues", *places)

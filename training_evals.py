@@ -310,14 +310,17 @@ class Evaluations:
         except OSError as error:  # the disk is full, which may be why it failed
             logger.warning("%s could not be marked as failed, and may start anew: %s", run.folder, error)
 
-    def wait(self, stop: StopRequest, only: str | None = None) -> None:
-        """Wait for the processes on this machine, all or those of one set, or until the training is to stop."""
-        while not stop.agreed():
-            running = [run for run in self._processes() if only in (None, run.name)]
-            # A collective each time, so that no rank waits for longer than its timeout allows.
-            if not any_rank(bool(running)):
-                return
+    def wait(self, stop: StopRequest, only: str | None = None) -> bool:
+        """Wait for the processes on this machine, all or those of one set, or until the training is to stop.
+
+        Returns: whether they have ended; the same on all ranks.
+        """
+        # Collectives each time, so that no rank waits for longer than its timeout allows.
+        while any_rank(any(only in (None, run.name) for run in self._processes())):
+            if stop.agreed():
+                return False
             time.sleep(POLL_S)
+        return True
 
     def _wait_if_inline(self, name: str, stop: StopRequest) -> None:
         if self.evals[name].where == "inline":

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import textwrap
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -207,6 +208,11 @@ def signal_at(number, signal_number=signal.SIGTERM):
     return lambda step: signal.raise_signal(signal_number) if step == number else None
 
 
+def stopped_asleep(signal_number):
+    """The module `time` for waits that are told to stop."""
+    return SimpleNamespace(sleep=lambda _: signal.raise_signal(signal_number), monotonic=time.monotonic)
+
+
 def killed(*_):
     raise KeyboardInterrupt
 
@@ -235,8 +241,7 @@ def test_inline_sets_that_are_taken_up_run_one_by_one_before_the_next_step(place
     sets = {name: {"period": 2, "where": "inline"} for name in ("one", "two")}
     stub.seconds = 60.0
     with monkeypatch.context() as first:
-        # The wait is told to stop while it sleeps.
-        first.setattr("training_evals.time", SimpleNamespace(sleep=lambda _: signal.raise_signal(signal.SIGTERM)))
+        first.setattr("training_evals.time", stopped_asleep(signal.SIGTERM))
         train_toy(place, tmp_path, "optim.total_iters=5", **sets, monkeypatch=monkeypatch)
     assert [record["step"] for record in metrics_of(tmp_path / "run")] == [1, 2, 3]
     assert [name for name, _ in stub.started] == ["one 2", "two 2"]
@@ -248,6 +253,32 @@ def test_inline_sets_that_are_taken_up_run_one_by_one_before_the_next_step(place
     assert [name for name, _ in stub.started[2:]] == ["one 2", "two 2", "one 4", "two 4"]
     assert (beside, stub.seen_running) == ([], [])
     assert [record["eval_step"] for record in eval_records(tmp_path / "run")] == [2, 2, 4, 4]
+
+
+@pytest.mark.parametrize("when", ["in the last step", "in the wait"])
+@pytest.mark.parametrize("has_evals", [True, False])
+def test_a_job_that_is_stopped_before_its_last_evaluations_are_done_is_requeued_for_them(
+    place, tmp_path, monkeypatch, stub, when, has_evals
+):
+    sets = {"mine": {"final": True}} if has_evals else {}
+    requeued, steps = [], []
+    monkeypatch.setattr("training.requeue", lambda stop: requeued.append(stop.name))
+    stub.seconds = 60.0
+    with monkeypatch.context() as first:
+        during = signal_at(6, signal.SIGUSR2) if "step" in when else lambda _: None
+        if "wait" in when:
+            first.setattr("training_evals.time", stopped_asleep(signal.SIGUSR2))
+        assert train_toy(place, tmp_path, during=during, monkeypatch=monkeypatch, **sets) == 0
+    assert requeued == ["SIGUSR2"] * has_evals
+    log = tmp_path / "run" / "log.txt"
+    assert ("stopped by SIGUSR2 after 6 of 6 steps; the same command continues" in log.read_text()) == has_evals
+
+    stub.seconds = 0.0
+    assert train_toy(place, tmp_path, during=steps.append, monkeypatch=monkeypatch, **sets) == 0
+    assert (steps, len(requeued)) == ([], has_evals), "the training itself was done"
+    assert [name for name, _ in stub.started] == ["mine 6"] * 2 * has_evals
+    assert [record["eval_step"] for record in eval_records(tmp_path / "run")] == [6] * has_evals
+    assert (tmp_path / "run" / "student.pth").is_file()
 
 
 def test_not_even_a_disk_that_takes_no_note_of_a_failure_stops_the_training(place, tmp_path, caplog):
