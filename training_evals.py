@@ -29,6 +29,8 @@ from utils import UserError, due, end_process, remove
 logger = logging.getLogger("evals")
 
 POLL_S = 1.0
+ASK_SLURM_S = 60.0
+"""Time between questions about a job. What another machine wrote to a shared file system shows by then."""
 OF_RANKS = re.compile(r"RANK$|^LOCAL_|^GROUP_|^ROLE_|^WORLD_SIZE$|^MASTER_|^TORCHELASTIC_|^SLURM_|^PMI")
 """Environment variables by which an evaluation would take itself for a rank of the training."""
 
@@ -39,6 +41,10 @@ class _Launched(ScriptRun):
 
     name: str
     step: int
+    is_gone: bool = False
+    """Whether Slurm did not have the job any more when it was last asked."""
+    failure: str | None = None
+    """Why there is no hope for the job."""
 
     @property
     def weights(self) -> Path:
@@ -53,8 +59,20 @@ class _Launched(ScriptRun):
         return (self.folder / "results" / "report.html").is_file()
 
     def is_over(self) -> bool:
-        """Whether it ended; of a job, whether it came to its end, since Slurm is not to be asked at every step."""
-        return self.is_done() if self.process is None else self.process.poll() is not None
+        """Whether it ended; of a job, as far as its report and `ask_slurm` tell."""
+        if self.process is not None:
+            return self.process.poll() is not None
+        return self.is_done() or self.failure is not None
+
+    def ask_slurm(self) -> None:
+        """Find out whether the job is alive: it has failed if it was gone the last time, and still has no report.
+
+        Raises: UserError if Slurm does not answer.
+        """
+        status = self.status()
+        was_gone, self.is_gone = self.is_gone, status.word == "failed"
+        if was_gone and self.is_gone:
+            self.failure = status.message
 
 
 class Landed(NamedTuple):
@@ -134,6 +152,7 @@ class Evaluations:
             launcher, num_nodes=1, tasks_per_node=1, gpus_per_node=min(1, launcher.gpus_per_node), signal_delay_s=60
         )
         self.pending: list[_Launched] = []
+        self._asks_slurm_at = 0.0
         earlier = on_rank_0(lambda: {(run.name, run.step): done for run, done in self._earlier(kept_step)})
         self.known = set(earlier)
         """Sets and steps that have been launched, by this process or before."""
@@ -166,7 +185,8 @@ class Evaluations:
     def _take_up(self, run: _Launched) -> None:
         """Wait for what an earlier process launched, if it is done or still a job of Slurm's; else launch it anew."""
         if run.job_file.is_file():
-            run.job = SubmittedJob(run.job_file.read_text(), "")
+            number, _, log = run.job_file.read_text().partition("\n")
+            run.job = SubmittedJob(number, log)
         try:
             is_under_way = run.is_done() or run.status().word in ("running", "done")
         except UserError as error:  # the run may go on where there is no Slurm
@@ -242,7 +262,7 @@ class Evaluations:
             if self._is_for_slurm(run.name):
                 run.submit(self.launcher)
                 assert run.job is not None
-                run.job_file.write_text(run.job.number)
+                run.job_file.write_text("\n".join(run.job))
             else:
                 environment = {key: value for key, value in os.environ.items() if not OF_RANKS.search(key)}
                 with run.log.open("ab") as log:
@@ -256,18 +276,33 @@ class Evaluations:
 
     def finished(self) -> list[Landed]:
         """On rank 0, what came of every launch that has ended since the last call."""
+        self._ask_slurm()
         landed = []
         for run in [run for run in self.pending if run.is_over()]:
             self.pending.remove(run)
             scores, pictures, is_complete = self._read(run)
             if run.process is not None and run.process.returncode != 0:
-                self._fail(run, run.status().message)
+                run.failure = run.status().message
+            if run.failure is not None:
+                self._fail(run, run.failure)
             elif not is_complete:
                 self._fail(run, f"not all of it has results, see {run.log if run.process else run.folder}")
             else:
                 run.weights.unlink(missing_ok=True)  # the checkpoint has them
             landed.append(Landed(run.step, scores, pictures))
         return landed
+
+    def _ask_slurm(self) -> None:
+        """How the jobs stand: one that ran out of memory or time leaves no other trace."""
+        now = time.monotonic()
+        if now < self._asks_slurm_at:
+            return
+        self._asks_slurm_at = now + ASK_SLURM_S
+        try:
+            for run in self._jobs():
+                run.ask_slurm()
+        except UserError as error:  # the next question would wait in vain as long
+            logger.warning("whether evaluations still run as Slurm jobs is unknown: %s", error)
 
     def record(self, meters: Metrics, step: int) -> None:
         """Write the scores of what has ended to the metrics, beside the present step, and show loggers its pictures."""
@@ -327,14 +362,20 @@ class Evaluations:
             self.wait(stop, only=name)
 
     def close(self) -> None:
-        """End what still runs on this machine; it starts anew when the run continues."""
+        """End what still runs on this machine, which starts anew when the run continues; jobs of Slurm go on."""
         for run in self._processes():
             assert run.process is not None
             logger.info("%s is ended; it starts anew with the run", run.title)
             end_process(run.process, group=True)
+        if jobs := self._jobs():
+            told = "evaluations that are still Slurm jobs: %d; the same command records their scores when they are done"
+            logger.info(told, len(jobs))
 
     def _processes(self) -> list[_Launched]:
         return [run for run in self.pending if run.process is not None and not run.is_over()]
+
+    def _jobs(self) -> list[_Launched]:
+        return [run for run in self.pending if run.job is not None and not run.is_over()]
 
 
 def _make_anew(folder: Path, output_dir: Path) -> None:

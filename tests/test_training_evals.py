@@ -281,6 +281,97 @@ def test_a_job_that_is_stopped_before_its_last_evaluations_are_done_is_requeued_
     assert (tmp_path / "run" / "student.pth").is_file()
 
 
+class FakeSlurm:
+    """Takes jobs, and says how they stand."""
+
+    def __init__(self, monkeypatch):
+        self.states: dict[str, str | None] = {}
+        self.asked, self.now = 0, 0.0
+
+        def submit(job):
+            number = str(17 + len(self.states))
+            self.states[number] = "PENDING"
+            return number, job.output_dir / f"{number}_0_log.out"
+
+        monkeypatch.setattr("launch.Job.submit", submit)
+        monkeypatch.setattr("launch.job_state", self.state)
+        clock = SimpleNamespace(monotonic=lambda: self.now, sleep=time.sleep)
+        monkeypatch.setattr("training_evals.time", clock)
+
+    def state(self, number):
+        self.asked += 1
+        if number not in self.states:
+            raise UserError("squeue does not answer")
+        return self.states[number]
+
+
+@pytest.fixture
+def fake_slurm(monkeypatch):
+    return FakeSlurm(monkeypatch)
+
+
+@pytest.fixture
+def jobs(place, tmp_path, fake_slurm):
+    """Evaluations of a run that goes on, one of which is a job that an earlier process submitted."""
+    script = {"file": str(place / "eval_fake.py")}
+    cfg = EvalConfig(1, False, "student", "model.py", {"fake": script}, "slurm", True)
+    launcher = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, ["data.dataset=x"]).launcher
+
+    def export(name, path):
+        path.write_text(name)
+
+    before = Evaluations(tmp_path, {"mine": cfg}, launcher, device="cpu", kept_step=0)
+    before.launch_due(1, export, StopRequest())
+    after = Evaluations(tmp_path, {"mine": cfg}, launcher, device="cpu", kept_step=1)
+    after.take_up(StopRequest())
+    fake_slurm.asked = 0
+    return after
+
+
+def test_slurm_is_asked_about_once_a_minute(jobs, fake_slurm):
+    for fake_slurm.now in range(0, 130, 2):
+        assert jobs.finished() == []
+    assert fake_slurm.asked in (2, 3)
+
+
+@pytest.mark.parametrize("ends", ["dead", "late", "unheard of"])
+def test_a_job_that_left_without_a_report_has_failed(jobs, fake_slurm, stub, tmp_path, caplog, ends):
+    folder = tmp_path / "evals" / "mine" / "step_000000001"
+    if ends == "unheard of":
+        del fake_slurm.states["17"]
+    else:
+        fake_slurm.states["17"] = None
+    landed = []
+    for fake_slurm.now in range(0, 600, 50):
+        landed += jobs.finished()
+        if ends == "late" and fake_slurm.now == 50:  # on a shared file system what a job wrote shows after a while
+            shutil.copytree(stub.results, folder / "results")
+    assert [each.scores for each in landed] == {"late": [{"eval/mine/fake/sum/top1": 0.5}], "dead": [{}]}.get(ends, [])
+    assert [run.step for run in jobs.pending] == [1] * (ends == "unheard of")
+    assert (folder / "failed").exists() == (ends == "dead")
+    why = f"Slurm job 17, log {folder}/17_0_log.out: ended without finishing"
+    assert (f"evals.mine of step 1 failed, training goes on: {why}" in caplog.text) == (ends == "dead")
+    assert ("squeue does not answer" in caplog.text) == (ends == "unheard of")
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_a_run_tells_which_evaluations_are_still_jobs_and_records_them_when_it_is_started_again(
+    place, tmp_path, monkeypatch, fake_slurm, stub, is_done
+):
+    full, run = {"final": True, "where": "slurm"}, tmp_path / "run"
+    told = "evaluations that are still Slurm jobs: {}; the same command records their scores when they are done"
+    assert train_toy(place, tmp_path, monkeypatch=monkeypatch, full_size=full, other=full) == 0
+    assert told.format(2) in (run / "log.txt").read_text()
+    assert eval_records(run) == []
+    for number, name in zip(fake_slurm.states, ["full_size", "other"][: 1 + is_done], strict=False):
+        fake_slurm.states[number] = None
+        shutil.copytree(stub.results, run / "evals" / name / "step_000000006" / "results")
+    assert train_toy(place, tmp_path, monkeypatch=monkeypatch, full_size=full, other=full) == 0
+    assert len(fake_slurm.states) == 2, "a job was submitted twice"
+    assert len(eval_records(run)) == 1 + is_done
+    assert (told.format(1) in (run / "log.txt").read_text()) == (not is_done)
+
+
 def test_not_even_a_disk_that_takes_no_note_of_a_failure_stops_the_training(place, tmp_path, caplog):
     script = {"file": str(place / "eval_fake.py")}
     cfg = EvalConfig(1, False, "student", "model.py", {"fake": script}, "process", True)
