@@ -751,9 +751,10 @@ class Run:
             )
             stack.callback(self.evals.close)
             stack.push(self._finish)
-            self.evals.take_up(self.stop)
-            if 0 < self.state.step < self.total:  # the process that saved this step may have ended before it came to it
-                self.evals.launch_due(self.state.step, self._export, self.stop)
+            with self.speed.paused():
+                self.evals.take_up(self.stop)
+                if 0 < self.state.step < self.total:  # who saved this step may have ended before it came to them
+                    self.evals.launch_due(self.state.step, self._export, self.stop)
             self._inputs = self._read() if self.state.step < self.total else []
             self._stopping = self.stop.agreed()
             self._stack = stack.pop_all()
@@ -821,23 +822,26 @@ class Run:
                 logger.warning(line)
             gc.collect(1)
         if self.probe is not None and (self.is_last or due(self.step, self.cfg.train.probe.every)):
-            scores = self.probe(self._encode)
+            with self.speed.paused():
+                scores = self.probe(self._encode)
             with self._writes():
                 self._log_probe(self.meters.append(self.step, scores))
 
     def save(self) -> None:
         """Where it is due, save a checkpoint; on disk it is only later with `train.checkpointing.async_save`."""
         if self._saves:
-            self.checkpoints.save(self.step, **self.state.state_dict(), config_yaml=to_yaml(self.cfg))
+            with self.speed.paused():
+                self.checkpoints.save(self.step, **self.state.state_dict(), config_yaml=to_yaml(self.cfg))
         if self.is_last or self._stopping:
             self.checkpoints.wait()  # here, where a second signal does not end it
 
     def evaluate(self) -> None:
         """Launch the evaluations that are due, and write down the scores of those that have ended."""
-        if not self.is_last and not self._stopping:
-            self.evals.launch_due(self.step, self._export, self.stop)
+        if not self.is_last and not self._stopping and self.evals.are_due(self.step):
+            with self.speed.paused():
+                self.evals.launch_due(self.step, self._export, self.stop)
         if self.logs:
-            with self._writes():
+            with self.speed.paused(), self._writes():
                 self.evals.record(self.meters, self.step)
 
     def export(self) -> None:
