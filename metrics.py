@@ -3,6 +3,7 @@
 Nothing here waits for the accelerator except where a docstring says so. Reductions over ranks belong to the caller.
 """
 
+import contextlib
 import importlib
 import json
 import logging
@@ -11,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -468,7 +469,7 @@ def peak_flops(device_name: str, param_dtype: str) -> float | None:
 
 
 class Throughput:
-    """Speed between two readings.
+    """Speed between two readings, of the steps alone: what goes on between them happens in `paused`.
 
     Args:
         images_per_step: images of one optimizer step, on all ranks together.
@@ -500,6 +501,16 @@ class Throughput:
         self._steps += 1
         self._wait_s += wait_s
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the block out. Waits for the device first, whose work is of the steps before."""
+        self._wait_for_device()
+        paused_at = self._clock()
+        try:
+            yield
+        finally:
+            self._start += self._clock() - paused_at
+
     def read(self, remaining_steps: int | None = None) -> dict[str, float]:
         """Rates since the last reading; call it right before `Metrics.write`, for it waits for the device.
 
@@ -509,10 +520,7 @@ class Throughput:
         """
         if self._steps == 0:
             return {}
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        self._wait_for_device()
         now = self._clock()
         elapsed = max(now - self._start, 1e-9)
         images_per_s = self._steps * self.images_per_step / elapsed
@@ -528,6 +536,12 @@ class Throughput:
             rates["eta_s"] = remaining_steps * elapsed / self._steps
         self._start, self._steps, self._wait_s = now, 0, 0.0
         return rates
+
+    def _wait_for_device(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
 
 def rounded_speed(speed: float) -> str:

@@ -696,6 +696,7 @@ class Run:
             on_resume(saved)
         self.meters.truncate_after(state.step, keep_copy=cfg.train.resume_from is not None)
         if rank() == 0:
+            self.meters.path.touch()  # evaluations before the first log line look for it
             write_text_atomically(output_dir / "config.yaml", to_yaml(cfg))
             if panels:
                 write_panels(output_dir, panels)
@@ -719,6 +720,7 @@ class Run:
         )
         self.step = state.step  # finished updates once the one under way is
         self._waited = 0.0
+        self._has_evals_left = False  # by a stop after the last step
 
     def _open_log(self, saved: SavedState | None, opening: str, warnings: Sequence[str]) -> None:
         versions = (torch.__version__, self.device, device_model(self.device), world_size(), git_revision())
@@ -781,6 +783,10 @@ class Run:
             )
             stack.callback(self.evals.close)
             stack.push(self._finish)
+            with self.speed.paused():
+                self.evals.take_up(self.stop)
+                if 0 < self.state.step < self.total:  # who saved this step may have ended before it came to them
+                    self.evals.launch_due(self.state.step, self._export, self.stop)
             self._inputs = self._read() if self.state.step < self.total else []
             self._stopping = self.stop.agreed()
             self._stack = stack.pop_all()
@@ -848,23 +854,26 @@ class Run:
                 logger.warning(line)
             gc.collect(1)
         if self.probe is not None and (self.is_last or due(self.step, self.cfg.train.probe.every)):
-            scores = self.probe(self._encode)
+            with self.speed.paused():
+                scores = self.probe(self._encode)
             with self._writes():
                 self._log_probe(self.meters.append(self.step, scores))
 
     def save(self) -> None:
         """Where it is due, save a checkpoint; on disk it is only later with `train.checkpointing.async_save`."""
         if self._saves:
-            self.checkpoints.save(self.step, **self.state.state_dict(), config_yaml=to_yaml(self.cfg))
+            with self.speed.paused():
+                self.checkpoints.save(self.step, **self.state.state_dict(), config_yaml=to_yaml(self.cfg))
         if self.is_last or self._stopping:
             self.checkpoints.wait()  # here, where a second signal does not end it
 
     def evaluate(self) -> None:
         """Launch the evaluations that are due, and write down the scores of those that have ended."""
-        if not self.is_last and not self._stopping:
-            self.evals.launch_due(self.step, self._export, self.stop)
+        if not self.is_last and not self._stopping and self.evals.are_due(self.step):
+            with self.speed.paused():
+                self.evals.launch_due(self.step, self._export, self.stop)
         if self.logs:
-            with self._writes():
+            with self.speed.paused(), self._writes():
                 self.evals.record(self.meters, self.step)
 
     def export(self) -> None:
@@ -941,14 +950,14 @@ class Run:
             return
         if self.state.step == self.total:
             self.evals.launch_due(self.total, self._export, self.stop, final=True)
-            self.evals.wait(self.stop)
+            self._has_evals_left = not self.evals.wait(self.stop)
             with self._writes():
                 self.evals.record(self.meters, self.total)
         self.stop.agreed()
 
     def _leave(self, kind: type[BaseException] | None, *_: object) -> None:
         """At the end of the block, once all is closed: say why the run stops, and queue a job of Slurm again."""
-        if kind is not None or not (self.stop.is_fault or self.state.step < self.total):
+        if kind is not None or not (self.stop.is_fault or self.state.step < self.total or self._has_evals_left):
             return
         places = (self.stop.name, self.state.step, self.total)
         logger.info("stopped by %s after %d of %d steps; the same command continues", *places)

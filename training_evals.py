@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import EvalConfig, LauncherConfig, chosen_evals, dump_yaml
-from distributed import any_rank, broadcast_object, on_rank_0, rank
+from distributed import any_rank, on_rank_0, rank
 from launch import ROOT, ScriptRun, StopRequest, SubmittedJob
 from metrics import Metrics, read_metrics
 from reading.sources import is_on_disk
@@ -29,6 +29,8 @@ from utils import UserError, due, end_process, remove
 logger = logging.getLogger("evals")
 
 POLL_S = 1.0
+ASK_SLURM_S = 60.0
+"""Time between questions about a job. What another machine wrote to a shared file system shows by then."""
 OF_RANKS = re.compile(r"RANK$|^LOCAL_|^GROUP_|^ROLE_|^WORLD_SIZE$|^MASTER_|^TORCHELASTIC_|^SLURM_|^PMI")
 """Environment variables by which an evaluation would take itself for a rank of the training."""
 
@@ -39,6 +41,10 @@ class _Launched(ScriptRun):
 
     name: str
     step: int
+    is_gone: bool = False
+    """Whether Slurm did not have the job any more when it was last asked."""
+    failure: str | None = None
+    """Why there is no hope for the job."""
 
     @property
     def weights(self) -> Path:
@@ -53,8 +59,20 @@ class _Launched(ScriptRun):
         return (self.folder / "results" / "report.html").is_file()
 
     def is_over(self) -> bool:
-        """Whether it ended; of a job, whether it came to its end, since Slurm is not to be asked at every step."""
-        return self.is_done() if self.process is None else self.process.poll() is not None
+        """Whether it ended; of a job, as far as its report and `ask_slurm` tell."""
+        if self.process is not None:
+            return self.process.poll() is not None
+        return self.is_done() or self.failure is not None
+
+    def ask_slurm(self) -> None:
+        """Find out whether the job is alive: it has failed if it was gone the last time, and still has no report.
+
+        Raises: UserError if Slurm does not answer.
+        """
+        status = self.status()
+        was_gone, self.is_gone = self.is_gone, status.word == "failed"
+        if was_gone and self.is_gone:
+            self.failure = status.message
 
 
 class Landed(NamedTuple):
@@ -134,14 +152,11 @@ class Evaluations:
             launcher, num_nodes=1, tasks_per_node=1, gpus_per_node=min(1, launcher.gpus_per_node), signal_delay_s=60
         )
         self.pending: list[_Launched] = []
-        known: set[tuple[str, int]] = set()
-        if rank() == 0:
-            for run, is_settled in self._earlier(kept_step):
-                known.add((run.name, run.step))
-                if not is_settled:
-                    self._take_up(run)
-        self.known = broadcast_object(known)
+        self._asks_slurm_at = 0.0
+        earlier = on_rank_0(lambda: {(run.name, run.step): done for run, done in self._earlier(kept_step)})
+        self.known = set(earlier)
         """Sets and steps that have been launched, by this process or before."""
+        self._unsettled = [key for key, is_settled in earlier.items() if not is_settled]
 
     def _earlier(self, kept_step: int) -> Iterator[tuple[_Launched, bool]]:
         """Launches of earlier processes up to a step, and whether they landed in the metrics or failed."""
@@ -156,13 +171,22 @@ class Evaluations:
             for folder in sorted((self.output_dir / "evals" / name).glob("step_" + "[0-9]" * 9)):
                 run = self._run(name, int(folder.name.removeprefix("step_")))
                 is_settled = (name, run.step) in recorded or (folder / "failed").exists()
-                if run.step <= kept_step and (is_settled or run.weights.is_file()):
+                if run.step <= kept_step and (is_settled or run.weights.is_file() or run.is_done()):
                     yield run, is_settled
+
+    def take_up(self, stop: StopRequest) -> None:
+        """Before the first step: go on with what earlier processes launched and has not landed; see `launch_due`."""
+        for name, step in self._unsettled:
+            if rank() == 0:
+                self._take_up(self._run(name, step))
+            self._wait_if_inline(name, stop)
+        self._unsettled = []
 
     def _take_up(self, run: _Launched) -> None:
         """Wait for what an earlier process launched, if it is done or still a job of Slurm's; else launch it anew."""
         if run.job_file.is_file():
-            run.job = SubmittedJob(run.job_file.read_text(), "")
+            number, _, log = run.job_file.read_text().partition("\n")
+            run.job = SubmittedJob(number, log)
         try:
             is_under_way = run.is_done() or run.status().word in ("running", "done")
         except UserError as error:  # the run may go on where there is no Slurm
@@ -199,8 +223,7 @@ class Evaluations:
                 continue
             if rank() == 0:
                 self._start(run)
-            if cfg.where == "inline":
-                self.wait(stop, only=name)
+            self._wait_if_inline(name, stop)
 
     def are_due(self, step: int) -> bool:
         """Whether `launch_due` would export weights after `step` finished updates."""
@@ -239,7 +262,7 @@ class Evaluations:
             if self._is_for_slurm(run.name):
                 run.submit(self.launcher)
                 assert run.job is not None
-                run.job_file.write_text(run.job.number)
+                run.job_file.write_text("\n".join(run.job))
             else:
                 environment = {key: value for key, value in os.environ.items() if not OF_RANKS.search(key)}
                 with run.log.open("ab") as log:
@@ -253,18 +276,33 @@ class Evaluations:
 
     def finished(self) -> list[Landed]:
         """On rank 0, what came of every launch that has ended since the last call."""
+        self._ask_slurm()
         landed = []
         for run in [run for run in self.pending if run.is_over()]:
             self.pending.remove(run)
             scores, pictures, is_complete = self._read(run)
             if run.process is not None and run.process.returncode != 0:
-                self._fail(run, run.status().message)
+                run.failure = run.status().message
+            if run.failure is not None:
+                self._fail(run, run.failure)
             elif not is_complete:
                 self._fail(run, f"not all of it has results, see {run.log if run.process else run.folder}")
             else:
                 run.weights.unlink(missing_ok=True)  # the checkpoint has them
             landed.append(Landed(run.step, scores, pictures))
         return landed
+
+    def _ask_slurm(self) -> None:
+        """How the jobs stand: one that ran out of memory or time leaves no other trace."""
+        now = time.monotonic()
+        if now < self._asks_slurm_at:
+            return
+        self._asks_slurm_at = now + ASK_SLURM_S
+        try:
+            for run in self._jobs():
+                run.ask_slurm()
+        except UserError as error:  # the next question would wait in vain as long
+            logger.warning("whether evaluations still run as Slurm jobs is unknown: %s", error)
 
     def record(self, meters: Metrics, step: int) -> None:
         """Write the scores of what has ended to the metrics, beside the present step, and show loggers its pictures."""
@@ -307,24 +345,37 @@ class Evaluations:
         except OSError as error:  # the disk is full, which may be why it failed
             logger.warning("%s could not be marked as failed, and may start anew: %s", run.folder, error)
 
-    def wait(self, stop: StopRequest, only: str | None = None) -> None:
-        """Wait for the processes on this machine, all or those of one set, or until the training is to stop."""
-        while not stop.agreed():
-            running = [run for run in self._processes() if only in (None, run.name)]
-            # A collective each time, so that no rank waits for longer than its timeout allows.
-            if not any_rank(bool(running)):
-                return
+    def wait(self, stop: StopRequest, only: str | None = None) -> bool:
+        """Wait for the processes on this machine, all or those of one set, or until the training is to stop.
+
+        Returns: whether they have ended; the same on all ranks.
+        """
+        # Collectives each time, so that no rank waits for longer than its timeout allows.
+        while any_rank(any(only in (None, run.name) for run in self._processes())):
+            if stop.agreed():
+                return False
             time.sleep(POLL_S)
+        return True
+
+    def _wait_if_inline(self, name: str, stop: StopRequest) -> None:
+        if self.evals[name].where == "inline":
+            self.wait(stop, only=name)
 
     def close(self) -> None:
-        """End what still runs on this machine; it starts anew when the run continues."""
+        """End what still runs on this machine, which starts anew when the run continues; jobs of Slurm go on."""
         for run in self._processes():
             assert run.process is not None
             logger.info("%s is ended; it starts anew with the run", run.title)
             end_process(run.process, group=True)
+        if jobs := self._jobs():
+            told = "evaluations that are still Slurm jobs: %d; the same command records their scores when they are done"
+            logger.info(told, len(jobs))
 
     def _processes(self) -> list[_Launched]:
         return [run for run in self.pending if run.process is not None and not run.is_over()]
+
+    def _jobs(self) -> list[_Launched]:
+        return [run for run in self.pending if run.job is not None and not run.is_over()]
 
 
 def _make_anew(folder: Path, output_dir: Path) -> None:

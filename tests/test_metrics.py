@@ -578,6 +578,22 @@ def test_throughput_counts_since_the_last_reading():
     assert "eta_s" not in rates
 
 
+def test_throughput_leaves_out_what_is_no_step():
+    clock = FakeClock()
+    speed = Throughput(64, None, torch.device("cpu"), 1, clock=clock)
+    for _ in range(2):
+        with speed.paused():
+            clock.now += 1000.0
+        clock.now += 2.0
+        speed.step(0.5)
+        with pytest.raises(ZeroDivisionError), speed.paused():
+            clock.now += 1000.0
+            _ = 1 / 0
+        rates = speed.read(remaining_steps=10)
+        assert rates.pop("memory_gib") > 0.01
+        assert rates == {"images_per_s": 32.0, "step_ms": 2000.0, "data_wait": 0.25, "eta_s": 20.0}
+
+
 def test_utilisation_is_per_device_and_only_where_the_peak_is_known():
     clock = FakeClock()
     speed = Throughput(1000, 1e12, torch.device("cpu"), 4, clock=clock)

@@ -1,18 +1,29 @@
 """training.py: a method of a few lines goes through everything that a training has around its step."""
 
+import functools
 import json
 import re
+import shutil
 import signal
 import textwrap
 from pathlib import Path
-from shutil import copytree, rmtree
+from shutil import rmtree
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import toy_method
 import yaml
-from commands import FAKE_EVALUATION, TINY_TRAINING, assert_same_run, make_images, metrics_of, run_forked
+from commands import (
+    FAKE_EVALUATION,
+    TINY_TRAINING,
+    assert_same_run,
+    make_images,
+    metrics_of,
+    probed_and_evaluated,
+    run_forked,
+)
 from conftest import ROOT
 from PIL import Image
 from ranks import run_on_ranks
@@ -20,6 +31,8 @@ from ranks import run_on_ranks
 import training
 from checkpoint import read_tensors
 from config import load_config
+from metrics import Throughput
+from training_evals import Evaluations
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +133,7 @@ def test_a_toy_on_two_ranks_is_one_on_one(place, finished, tmp_path, mode):
 @pytest.mark.parametrize(("num_ranks", "mode"), [(None, "none"), (3, "simple"), (2, "fully_shard")])
 def test_moments_in_8_bits_go_on_bit_for_bit_or_on_other_ranks(place, in_8_bits, tmp_path, num_ranks, mode):
     """Up to rounding there: what lies between two levels may be rounded to the other one."""
-    copytree(in_8_bits / "checkpoints" / "step_000000002", tmp_path / "checkpoints" / "step_000000002")
+    shutil.copytree(in_8_bits / "checkpoints" / "step_000000002", tmp_path / "checkpoints" / "step_000000002")
     continued = arguments(place, tmp_path, *EIGHT_BITS, f"efficiency.fsdp={mode}", "optim.total_iters=4")
     if num_ranks is None:
         assert toy_method.main(continued) == 0
@@ -138,20 +151,52 @@ def test_moments_in_8_bits_go_on_bit_for_bit_or_on_other_ranks(place, in_8_bits,
         assert distance <= (0 if num_ranks is None else 1e-3 if "exp_avg" in key else 1e-6) * there.double().norm(), key
 
 
-def test_a_toy_is_evaluated_while_it_trains(place, tmp_path):
+def test_a_toy_is_evaluated_while_it_trains_also_before_its_first_log_line(place, tmp_path):
     entry = {"file": str(place / "eval_fake.py")}
     evals = {"mine": {
-        "period": 3, "final": False, "model_to_eval": "student", "where": "inline", "download": False,
+        "period": 2, "final": False, "model_to_eval": "student", "where": "inline", "download": False,
         "model_setup_script": toy_method.__file__, "eval_config": {"fake": entry},
     }}  # fmt: skip
     (tmp_path / "evals.yaml").write_text(yaml.safe_dump({"evals": evals}))
-    sources = [str(tmp_path / "evals.yaml"), "optim.total_iters=3"]
-    assert toy_method.main(arguments(place, tmp_path / "run", *sources)) == 0
-    scores = {r["eval_step"]: r["eval/mine/fake/sum/top1"] for r in metrics_of(tmp_path / "run") if "eval_step" in r}
-    assert list(scores) == [3]
-    weights = torch.load(tmp_path / "run" / "student.pth", weights_only=True)
-    total = sum(float(w.double().sum()) for key, w in weights.items() if key.startswith("backbone."))
-    assert scores[3] == pytest.approx(total, abs=1e-6)
+    run, sources = tmp_path / "run", [str(tmp_path / "evals.yaml"), "train.log_loss_every=3", "optim.total_iters=3"]
+    assert toy_method.main(arguments(place, run, *sources)) == 0
+    (record,) = [record for record in metrics_of(run) if "eval_step" in record]
+    assert (record["step"], record["eval_step"]) == (3, 2), (run / "log.txt").read_text()
+    weights = read_tensors(run / "checkpoints" / "step_000000002", list)
+    total = sum(float(w.double().sum()) for key, w in weights.items() if key.startswith("student.backbone."))
+    assert record["eval/mine/fake/sum/top1"] == pytest.approx(total, abs=1e-6)
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_speed_and_time_left_are_those_of_the_steps_alone(place, tmp_path, monkeypatch, is_resumed):
+    more = [*probed_and_evaluated(tmp_path, "student", toy_method.__file__), "optim.total_iters=5"]
+    monkeypatch.setattr(Evaluations, "_start", lambda *_: None)
+    if is_resumed:
+        assert toy_method.main(arguments(place, tmp_path / "run", *more, "optim.total_iters=2")) == 0
+        shutil.rmtree(tmp_path / "run" / "evals")
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(training, "Throughput", functools.partial(Throughput, clock=lambda: clock.now))
+
+    def take(seconds, owner, name):
+        function = getattr(owner, name)
+
+        def slow(*args, **kwargs):
+            clock.now += seconds
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    take(1.0, toy_method, "train_step")
+    take(1e2, training.Probe, "__call__")
+    take(1e3, training.Checkpoints, "save")
+    take(1e4, training, "export")
+    take(1e5, Evaluations, "record")
+    take(1e6, Evaluations, "take_up")
+    assert toy_method.main(arguments(place, tmp_path / "run", *more)) == 0
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    timed = [line for line in lines if "step_ms" in line][2 * is_resumed :]
+    assert [line["step_ms"] for line in timed] == [1e3] * (5 - 2 * is_resumed)
+    assert [line["eta_s"] for line in timed] == [4.0, 3.0, 2.0, 1.0, 0.0][2 * is_resumed :]
 
 
 def test_what_a_toy_does_not_export_cannot_be_evaluated(place, tmp_path, capsys):

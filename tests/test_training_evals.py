@@ -2,11 +2,18 @@
 
 import json
 import shutil
+import signal
+import subprocess
 import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import toy_method
 import yaml
-from commands import FAKE_EVALUATION, make_images, metrics_of, run_main, tiny
+from commands import FAKE_EVALUATION, TINY_TRAINING, make_images, metrics_of, run_main, tiny
 from conftest import ROOT
 from PIL import Image
 from ranks import exit_codes
@@ -27,6 +34,7 @@ def place(tmp_path_factory):
     make_images(root / "images")
     (root / "eval_fake.py").write_text(textwrap.dedent(FAKE_EVALUATION.format(root=str(ROOT))))
     (root / "eval_broken.py").write_text("raise RuntimeError('as asked')")
+    toy_method.write_config(root / "toy.yaml", root / "images")
     return root
 
 
@@ -141,6 +149,227 @@ def test_what_did_not_land_before_a_kill_starts_anew(finished, place, tmp_path, 
     again = [record for record in eval_records(run) if "eval/last/fake/sum/top1" in record]
     assert again == [json.loads(line) for line in lost]
     assert len(eval_records(run)) == len(eval_records(finished)), "what had landed, or failed, is not done again"
+
+
+class Stub:
+    """Stands for benchmark.py on this machine: it takes its time, then leaves a score."""
+
+    def __init__(self, folder):
+        self.seconds, self.results = 0.0, folder / "results"
+        self.started: list[tuple[str, subprocess.Popen[Any]]] = []
+        self.seen_running: list[str] = []
+        """Those which still ran when another one was started."""
+        entry = {"results": {"sum": {"top1": 0.5}}, "config": {}, "about": {}}
+        self.results.mkdir(parents=True)
+        (self.results / "results.json").write_text(json.dumps({"name": "x", "evaluations": {"fake": entry}}))
+        (self.results / "report.html").write_text("")
+
+    def start(self, command, **options):
+        folder = Path(command[-1]).parent
+        self.seen_running += self.running()
+        shell = ["sh", "-c", f'sleep {self.seconds}; cp -r "$0" "$1"', str(self.results), str(folder / "results")]
+        process = subprocess.Popen(shell, **options)
+        self.started.append((f"{folder.parent.name} {int(folder.name.removeprefix('step_'))}", process))
+        return process
+
+    def running(self):
+        return [name for name, process in self.started if process.poll() is None]
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    stub = Stub(tmp_path / "stub")
+    monkeypatch.setattr("launch.start_python", stub.start)
+    monkeypatch.setattr("training_evals.POLL_S", 0.02)
+    return stub
+
+
+def train_toy(place, folder, *overrides, during=lambda step: None, monkeypatch, **sets):
+    """Six steps of the toy with these sets, in `folder / "run"`. The exit code.
+
+    Args:
+        during: called in each step with its number, that of the updates that are finished after it.
+    """
+    train_step = toy_method.train_step
+
+    def step(state, *rest):
+        during(state.step + 1)
+        return train_step(state, *rest)
+
+    sets = {name: {"model_to_eval": "student"} | keys for name, keys in sets.items()}
+    config = write_sets(place, folder / "sets.yaml", **sets)
+    own = ["optim.lr_schedule.warmup_iters=2", f"train.output_dir={folder / 'run'}"]
+    with monkeypatch.context() as patched:
+        patched.setattr(toy_method, "train_step", step)
+        return toy_method.main([str(place / "toy.yaml"), *TINY_TRAINING, *own, str(config), *overrides])
+
+
+def signal_at(number, signal_number=signal.SIGTERM):
+    return lambda step: signal.raise_signal(signal_number) if step == number else None
+
+
+def stopped_asleep(signal_number):
+    """The module `time` for waits that are told to stop."""
+    return SimpleNamespace(sleep=lambda _: signal.raise_signal(signal_number), monotonic=time.monotonic)
+
+
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("ends", ["by a signal in its step", "before the export", "after its scores landed"])
+def test_what_is_due_at_the_step_of_the_last_checkpoint_is_evaluated_once(place, tmp_path, monkeypatch, stub, ends):
+    mine = {"period": 2, "where": "inline"}
+    with monkeypatch.context() as first:
+        during = signal_at(2) if "signal" in ends else lambda step: killed() if step == 4 else None
+        if "export" in ends:
+            first.setattr("training.export", killed)
+        train_toy(place, tmp_path, mine=mine, during=during, monkeypatch=monkeypatch)
+    if "landed" in ends:
+        assert [name for name, _ in stub.started] == ["mine 2"]
+        assert [record["eval_step"] for record in eval_records(tmp_path / "run")] == [2]
+        # It landed beside a later step, which is undone.
+        path = tmp_path / "run" / "metrics.jsonl"
+        path.write_text(path.read_text().replace('{"step": 2, "eval', '{"step": 3, "eval'))
+    assert sorted(path.name for path in tmp_path.glob("run/checkpoints/*")) == ["step_000000002"]
+    assert train_toy(place, tmp_path, mine=mine, monkeypatch=monkeypatch) == 0
+    assert [name for name, _ in stub.started] == ["mine 2", "mine 4", "mine 6"]
+    assert [record["eval_step"] for record in eval_records(tmp_path / "run")] == [2, 4, 6]
+
+
+def test_inline_sets_that_are_taken_up_run_one_by_one_before_the_next_step(place, tmp_path, monkeypatch, stub):
+    sets = {name: {"period": 2, "where": "inline"} for name in ("one", "two")}
+    stub.seconds = 60.0
+    with monkeypatch.context() as first:
+        first.setattr("training_evals.time", stopped_asleep(signal.SIGTERM))
+        train_toy(place, tmp_path, "optim.total_iters=5", **sets, monkeypatch=monkeypatch)
+    assert [record["step"] for record in metrics_of(tmp_path / "run")] == [1, 2, 3]
+    assert [name for name, _ in stub.started] == ["one 2", "two 2"]
+
+    stub.seconds, stub.seen_running = 0.2, []
+    beside = []
+    more = {"during": lambda _: beside.extend(stub.running()), "monkeypatch": monkeypatch}
+    assert train_toy(place, tmp_path, "optim.total_iters=5", **sets, **more) == 0
+    assert [name for name, _ in stub.started[2:]] == ["one 2", "two 2", "one 4", "two 4"]
+    assert (beside, stub.seen_running) == ([], [])
+    assert [record["eval_step"] for record in eval_records(tmp_path / "run")] == [2, 2, 4, 4]
+
+
+@pytest.mark.parametrize("when", ["in the last step", "in the wait"])
+@pytest.mark.parametrize("has_evals", [True, False])
+def test_a_job_that_is_stopped_before_its_last_evaluations_are_done_is_requeued_for_them(
+    place, tmp_path, monkeypatch, stub, when, has_evals
+):
+    sets = {"mine": {"final": True}} if has_evals else {}
+    requeued, steps = [], []
+    monkeypatch.setattr("training.requeue", lambda stop: requeued.append(stop.name))
+    stub.seconds = 60.0
+    with monkeypatch.context() as first:
+        during = signal_at(6, signal.SIGUSR2) if "step" in when else lambda _: None
+        if "wait" in when:
+            first.setattr("training_evals.time", stopped_asleep(signal.SIGUSR2))
+        assert train_toy(place, tmp_path, during=during, monkeypatch=monkeypatch, **sets) == 0
+    assert requeued == ["SIGUSR2"] * has_evals
+    log = tmp_path / "run" / "log.txt"
+    assert ("stopped by SIGUSR2 after 6 of 6 steps; the same command continues" in log.read_text()) == has_evals
+
+    stub.seconds = 0.0
+    assert train_toy(place, tmp_path, during=steps.append, monkeypatch=monkeypatch, **sets) == 0
+    assert (steps, len(requeued)) == ([], has_evals), "the training itself was done"
+    assert [name for name, _ in stub.started] == ["mine 6"] * 2 * has_evals
+    assert [record["eval_step"] for record in eval_records(tmp_path / "run")] == [6] * has_evals
+    assert (tmp_path / "run" / "student.pth").is_file()
+
+
+class FakeSlurm:
+    """Takes jobs, and says how they stand."""
+
+    def __init__(self, monkeypatch):
+        self.states: dict[str, str | None] = {}
+        self.asked, self.now = 0, 0.0
+
+        def submit(job):
+            number = str(17 + len(self.states))
+            self.states[number] = "PENDING"
+            return number, job.output_dir / f"{number}_0_log.out"
+
+        monkeypatch.setattr("launch.Job.submit", submit)
+        monkeypatch.setattr("launch.job_state", self.state)
+        clock = SimpleNamespace(monotonic=lambda: self.now, sleep=time.sleep)
+        monkeypatch.setattr("training_evals.time", clock)
+
+    def state(self, number):
+        self.asked += 1
+        if number not in self.states:
+            raise UserError("squeue does not answer")
+        return self.states[number]
+
+
+@pytest.fixture
+def fake_slurm(monkeypatch):
+    return FakeSlurm(monkeypatch)
+
+
+@pytest.fixture
+def jobs(place, tmp_path, fake_slurm):
+    """Evaluations of a run that goes on, one of which is a job that an earlier process submitted."""
+    script = {"file": str(place / "eval_fake.py")}
+    cfg = EvalConfig(1, False, "student", "model.py", {"fake": script}, "slurm", True)
+    launcher = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, ["data.dataset=x"]).launcher
+
+    def export(name, path):
+        path.write_text(name)
+
+    before = Evaluations(tmp_path, {"mine": cfg}, launcher, device="cpu", kept_step=0)
+    before.launch_due(1, export, StopRequest())
+    after = Evaluations(tmp_path, {"mine": cfg}, launcher, device="cpu", kept_step=1)
+    after.take_up(StopRequest())
+    fake_slurm.asked = 0
+    return after
+
+
+def test_slurm_is_asked_about_once_a_minute(jobs, fake_slurm):
+    for fake_slurm.now in range(0, 130, 2):
+        assert jobs.finished() == []
+    assert fake_slurm.asked in (2, 3)
+
+
+@pytest.mark.parametrize("ends", ["dead", "late", "unheard of"])
+def test_a_job_that_left_without_a_report_has_failed(jobs, fake_slurm, stub, tmp_path, caplog, ends):
+    folder = tmp_path / "evals" / "mine" / "step_000000001"
+    if ends == "unheard of":
+        del fake_slurm.states["17"]
+    else:
+        fake_slurm.states["17"] = None
+    landed = []
+    for fake_slurm.now in range(0, 600, 50):
+        landed += jobs.finished()
+        if ends == "late" and fake_slurm.now == 50:  # on a shared file system what a job wrote shows after a while
+            shutil.copytree(stub.results, folder / "results")
+    assert [each.scores for each in landed] == {"late": [{"eval/mine/fake/sum/top1": 0.5}], "dead": [{}]}.get(ends, [])
+    assert [run.step for run in jobs.pending] == [1] * (ends == "unheard of")
+    assert (folder / "failed").exists() == (ends == "dead")
+    why = f"Slurm job 17, log {folder}/17_0_log.out: ended without finishing"
+    assert (f"evals.mine of step 1 failed, training goes on: {why}" in caplog.text) == (ends == "dead")
+    assert ("squeue does not answer" in caplog.text) == (ends == "unheard of")
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_a_run_tells_which_evaluations_are_still_jobs_and_records_them_when_it_is_started_again(
+    place, tmp_path, monkeypatch, fake_slurm, stub, is_done
+):
+    full, run = {"final": True, "where": "slurm"}, tmp_path / "run"
+    told = "evaluations that are still Slurm jobs: {}; the same command records their scores when they are done"
+    assert train_toy(place, tmp_path, monkeypatch=monkeypatch, full_size=full, other=full) == 0
+    assert told.format(2) in (run / "log.txt").read_text()
+    assert eval_records(run) == []
+    for number, name in zip(fake_slurm.states, ["full_size", "other"][: 1 + is_done], strict=False):
+        fake_slurm.states[number] = None
+        shutil.copytree(stub.results, run / "evals" / name / "step_000000006" / "results")
+    assert train_toy(place, tmp_path, monkeypatch=monkeypatch, full_size=full, other=full) == 0
+    assert len(fake_slurm.states) == 2, "a job was submitted twice"
+    assert len(eval_records(run)) == 1 + is_done
+    assert (told.format(1) in (run / "log.txt").read_text()) == (not is_done)
 
 
 def test_not_even_a_disk_that_takes_no_note_of_a_failure_stops_the_training(place, tmp_path, caplog):
