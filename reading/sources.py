@@ -867,7 +867,7 @@ class ArchivedImages(ImageDataset):
     """
 
     def __init__(self, files: Sequence[StoredFile], indices: Sequence[Index], below: str = "") -> None:
-        self.files = files
+        self.files, self.below = files, below
         prefix, starts = f"{below}/" if below else "", []
         blobs, ends, members, num, length = [], [], [], 0, 0
         for index in indices:
@@ -954,14 +954,22 @@ class RemoteImages(ImageDataset):
         return self._digest
 
 
+def paths_below(images: ImageFolder | ArchivedImages | RemoteImages) -> Iterator[str]:
+    """Where each image is, below the place that the data set was opened with, which may be a folder in an archive."""
+    prefix = f"{images.below}/" if isinstance(images, ArchivedImages) and images.below else ""
+    return (path.removeprefix(prefix) for path in images.paths)
+
+
 class ClassFolders(ImageDataset):
     """Images of archives or a remote folder, labelled by the first folder of their path; those in none are left out.
+
+    Their path is that below the place that was named: of /data/all.tar/train, below the folder train.
 
     If no image is in a folder, the archives stand for the classes, as in the training images of ImageNet.
     """
 
     def __init__(self, url: DataUrl, images: ArchivedImages | RemoteImages) -> None:
-        folders = [path.split("/", 1)[0] if "/" in path else None for path in images.paths]
+        folders = [path.split("/", 1)[0] if "/" in path else None for path in paths_below(images)]
         if isinstance(images, ArchivedImages) and not any(folders):
             folders = [Path(images.file_of(index).name).stem for index in range(len(images))]
         names = sorted({folder for folder in folders if folder is not None})
@@ -1219,7 +1227,7 @@ def _make_segmentation_folder(url: DataUrl) -> SegmentationDataset:
     root = url.folder("root")
     places = [root / url.folder(kind, kind) for kind in ("images", "masks")]
     images, masks = (archived_images(url, place) or ImageFolder(url, place) for place in places)
-    image_of, mask_of = (_by_stem(url, *each) for each in zip((images, masks), places, strict=True))
+    image_of, mask_of = (_by_stem(url, part) for part in (images, masks))
     alone = [stem for stem in image_of if stem not in mask_of]
     if alone:
         first = Path(images[image_of[alone[0]]].name).name
@@ -1250,18 +1258,10 @@ def archived_images(url: DataUrl, place: Path) -> ArchivedImages | None:
     return None if archive is None else _open_archives(url, [archive[0]], archive[1], None, None)
 
 
-def paths_below(images: ArchivedImages, place: Path) -> list[str]:
-    """Where each of `archived_images` is, below the place that it was opened with."""
-    archive = split_place(str(place))
-    assert archive is not None
-    return [path.removeprefix(f"{archive[1]}/" if archive[1] else "") for path in images.paths]
-
-
-def _by_stem(url: DataUrl, images: ImageFolder | ArchivedImages, place: Path) -> dict[str, int]:
-    """The number of each image by its name below a place, without the ending."""
+def _by_stem(url: DataUrl, images: ImageFolder | ArchivedImages) -> dict[str, int]:
+    """The number of each image by its name below the place that was opened, without the ending."""
     by_stem: dict[str, int] = {}
-    paths = images.paths if isinstance(images, ImageFolder) else paths_below(images, place)
-    for row, path in enumerate(paths):
+    for row, path in enumerate(paths_below(images)):
         stem = str(Path(path).with_suffix(""))
         if stem in by_stem:
             both = f"{images[by_stem[stem]].name} and {images[row].name}"

@@ -447,6 +447,24 @@ def test_class_folders_in_archives_are_labelled_as_those_of_a_folder(root, tmp_p
         make_dataset(folder_url("memory://flat"))
 
 
+@pytest.mark.parametrize("make", [write_tar, write_zip])
+def test_classes_of_a_folder_in_an_archive_are_the_folders_below_it(root, make, tmp_path):
+    expected = open_labelled(folder_url(root), "test")
+    (tmp_path / "set" / "val" / "c").mkdir(parents=True)
+    (tmp_path / "set" / "val" / "c" / "0.png").write_bytes(encode(photo(0)))
+    shutil.copytree(root, tmp_path / "set" / "train")
+    archive = make(tmp_path / "all.zip", tmp_path / "set")
+    for url in (folder_url(f"{archive}/train"), finetune_classification.class_folders(f"{archive}/train")):
+        got = open_labelled(url, "test")
+        assert got.class_names == expected.class_names == ["a", "b"]
+        assert torch.equal(got.labels, expected.labels)
+    for name in "ab":  # an archive a class, all with a folder of the same name
+        shutil.copytree(root / name, tmp_path / name / "train")
+        make(tmp_path / f"{name}.zip", tmp_path / name)
+    by_archive = open_labelled(folder_url(f"{tmp_path}/{{a,b}}.zip/train"), "test")
+    assert by_archive.class_names == ["a", "b"] and torch.equal(by_archive.labels, expected.labels)
+
+
 def test_what_is_here_is_seen_without_opening_it(root, tmp_path):
     write_tar(tmp_path / "s-0.tar", root)
     for url, here in (
