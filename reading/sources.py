@@ -37,7 +37,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
@@ -533,6 +533,11 @@ def cache_root() -> Path:
     return Path(torch.hub.get_dir()).parent
 
 
+def _default_root(url: DataUrl) -> str:
+    """Where a data set is that is downloaded, unless the URL says otherwise."""
+    return str(cache_root() / "datasets" / url.name)
+
+
 UNLABELLED = 255
 """The label of pixels without one, where a data set does not say otherwise."""
 
@@ -621,6 +626,11 @@ def files_fingerprint(files: Sequence[Path], names: bytes) -> str:
     return digest.hexdigest()
 
 
+def labelled_fingerprint(num: int, class_names: Sequence[str], files: Sequence[Path]) -> str:
+    """The hash of so many images, of the names of their classes and, where their files are known, of these."""
+    return files_fingerprint(files, json.dumps([num, class_names, [str(path) for path in files]]).encode())
+
+
 def is_folder(url: str) -> bool:
     """Whether a data URL names folders or archives of the user that are there, to be opened without a download."""
     parsed = parse_data_url(url)
@@ -666,7 +676,7 @@ def _make_custom(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
     split = url.take(("split", "root")).get("split")
     if split not in published.splits:
         raise url.error(f"needs split= one of {', '.join(map(repr, published.splits))}")
-    root = url.folder("root", str(cache_root() / "datasets" / url.name))
+    root = url.folder("root", _default_root(url))
     return SegmentationDataset(published.list_files(url, root, split), published.ignore_labels)
 
 
@@ -785,9 +795,14 @@ def _list_images(root: Path) -> Listing:
     arrays: list[bytes] = []  # of labels, perhaps, beside images; by themselves they are the images
     times: dict[str, int] = {}
     visited: set[tuple[int, int]] = set()
-    pending = [b""]
-    while pending:
-        folder = pending.pop()
+    pending, links = [(b"", False)], list[bytes]()
+    while pending or links:
+        if not pending:
+            pending, links = [(link, False) for link in reversed(links)], []
+        folder, is_link = pending.pop()
+        if is_link:  # whatever is in a folder itself is found there
+            links.append(folder)
+            continue
         full = os.path.join(os.fsencode(root), folder)  # noqa: PTH118  # pathlib takes no bytes, and is slow
         status = os.stat(full)  # noqa: PTH116
         if (status.st_dev, status.st_ino) in visited:
@@ -807,8 +822,8 @@ def _list_images(root: Path) -> Listing:
                 paths.append(prefix + entry.name)
             elif endings.arrays.total() > before:
                 arrays.append(prefix + entry.name)
-        # Reversed, since the last one is taken first: real folders come before links to them.
-        pending += [prefix + entry.name for entry in reversed(folders)]
+        # Reversed, since the last one is taken first.
+        pending += [(prefix + entry.name, entry.is_symlink()) for entry in reversed(folders)]
     if paths:
         endings.left_out.update(endings.arrays)
     return Listing(PathList.pack(sorted(paths or arrays)), endings, times)
@@ -961,14 +976,14 @@ def paths_below(images: ImageFolder | ArchivedImages | RemoteImages) -> Iterator
 
 
 class ClassFolders(ImageDataset):
-    """Images of archives or a remote folder, labelled by the first folder of their path; those in none are left out.
+    """Images of a folder, archives or a remote folder, labelled by the first folder of their path below that place.
 
-    Their path is that below the place that was named: of /data/all.tar/train, below the folder train.
-
-    If no image is in a folder, the archives stand for the classes, as in the training images of ImageNet.
+    Those in no folder are left out, and folders without images are no classes. Images of a folder are in the order of
+    `torchvision.datasets.ImageFolder`. If no image of archives is in a folder, the archives stand for the classes, as
+    in the training images of ImageNet.
     """
 
-    def __init__(self, url: DataUrl, images: ArchivedImages | RemoteImages) -> None:
+    def __init__(self, url: DataUrl, images: ImageFolder | ArchivedImages | RemoteImages) -> None:
         folders = [path.split("/", 1)[0] if "/" in path else None for path in paths_below(images)]
         if isinstance(images, ArchivedImages) and not any(folders):
             folders = [Path(images.file_of(index).name).stem for index in range(len(images))]
@@ -979,6 +994,13 @@ class ClassFolders(ImageDataset):
         rows = [index for index, folder in enumerate(folders) if folder is not None]
         if len(rows) < len(folders):
             logger.warning("%s: %d images are in no class folder, and left out", url.text, len(folders) - len(rows))
+        if isinstance(images, ImageFolder):
+            rows.sort(key=lambda row: (folders[row], *images.paths[row].rpartition("/")))
+            if empty := [name for name in _folders_in(images.root) if name not in number_of]:
+                logger.warning(
+                    "%s: %d folders have no images of their own, and are no classes: %s",
+                    url.text, len(empty), ", ".join(empty[:10]),
+                )  # fmt: skip
         self.images, self.names = images, names
         self.rows = torch.tensor(rows)
         self.labels = torch.tensor([number_of[folders[row]] for row in rows])  # pyright: ignore[reportArgumentType]  # not None
@@ -989,8 +1011,11 @@ class ClassFolders(ImageDataset):
         return self.names
 
     def fingerprint(self) -> str:
-        """That of the images, whose names have the classes."""
-        return self.images.fingerprint()
+        """That of the images, whose names have the classes; of a folder, that of `torchvision.datasets.ImageFolder`."""
+        if not isinstance(self.images, ImageFolder):
+            return self.images.fingerprint()
+        files = [self.images.root / self.images.paths[row] for row in self.rows.tolist()]
+        return labelled_fingerprint(len(self), self.names, files)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -1000,7 +1025,23 @@ class ClassFolders(ImageDataset):
         return Sample(sample.name, sample.read, functools.partial(int, self.labels[index]))
 
 
-def _open_images(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
+def _folders_in(root: Path) -> list[str]:
+    """Names of the folders in one, sorted, without hidden ones; none if that is no folder."""
+    inside = root.iterdir() if root.is_dir() else ()
+    return sorted(path.name for path in inside if not path.name.startswith(".") and path.is_dir())
+
+
+def _make_class_folders(url: DataUrl, listing_cache: Path | None) -> ClassFolders:
+    url.take(("root", "cache"))
+    url = replace(url, kwargs={"root": _default_root(url), **url.kwargs})
+    images = _open_images(url, listing_cache)
+    root = Path(str(url.kwargs["root"])).expanduser()
+    if isinstance(images, ArchivedImages) and _folders_in(root):
+        raise url.error(f"the folders in {root} have archives and no images; unpack them, or name an archive of all")
+    return ClassFolders(url, images)
+
+
+def _open_images(url: DataUrl, listing_cache: Path | None) -> ImageFolder | ArchivedImages | RemoteImages:
     """What is at `root=`: a folder of images or of archives, or archives, here or remote."""
     stored = _open_stored(url, listing_cache)
     if stored is not None:
@@ -1482,10 +1523,7 @@ class TorchvisionDataset(ImageDataset):
 
     def fingerprint(self) -> str:
         """A hash of number and names of the classes and, where the data set lists its files, of these."""
-        files = [Path(sample[0]) for sample in self._samples() or ()]
-        return files_fingerprint(
-            files, json.dumps([len(self), self.class_names, [str(path) for path in files]]).encode()
-        )
+        return labelled_fingerprint(len(self), self.class_names, [Path(sample[0]) for sample in self._samples() or ()])
 
     def _samples(self) -> Any:
         return getattr(self.dataset, "samples", None) or getattr(self.dataset, "imgs", None)
@@ -1530,8 +1568,8 @@ def _convert_but_to_rgb(image: Image.Image, mode: str | None = None, *args: Any,
 
 
 def _make_torchvision(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
-    if url.name == "ImageFolder" and (labelled := _open_class_folders(url, listing_cache)) is not None:
-        return labelled
+    if url.name == "ImageFolder":
+        return _make_class_folders(url, listing_cache)
     import torchvision  # only here: it brings torch's compiler, a second of every start
 
     known = [name for name in torchvision.datasets.__all__ if name != "VisionDataset"]
@@ -1546,7 +1584,7 @@ def _make_torchvision(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
     if "is_valid_file" in parameters and "extensions" not in arguments:
         arguments["is_valid_file"] = functools.partial(_is_image_file, endings)
     if "root" in parameters:
-        arguments["root"] = str(url.folder("root", str(cache_root() / "datasets" / url.name)))
+        arguments["root"] = str(url.folder("root", _default_root(url)))
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in arguments]
     missing = [name for name in missing if parameters[name].kind is not inspect.Parameter.VAR_KEYWORD]
     if missing:
@@ -1560,17 +1598,6 @@ def _make_torchvision(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
         raise url.error("has no images")
     endings.log(url)
     return dataset
-
-
-def _open_class_folders(url: DataUrl, listing_cache: Path | None) -> ClassFolders | None:
-    """The labelled images of archives or of a remote folder; None for a folder here that has folders of images."""
-    images, root = _open_stored(url, listing_cache), Path(str(url.kwargs.get("root")))
-    if images is None:
-        if not root.is_dir() or any(path.is_dir() for path in root.iterdir()) or not archives_below(root):
-            return None
-        images = _open_archives(url, [str(path) for path in archives_below(root)], "", None, listing_cache)
-    url.take(("root", "cache"))
-    return ClassFolders(url, images)
 
 
 def _is_image_file(endings: Endings, path: str) -> bool:
@@ -1930,7 +1957,7 @@ def is_on_disk(url: str, key: str) -> bool:
     parsed = parse_data_url(url, key)
     if parsed.source == "hf":
         return _hub_is_on_disk(parsed)
-    root = Path(parsed.kwargs.get("root", cache_root() / "datasets" / parsed.name)).expanduser()
+    root = Path(parsed.kwargs.get("root", _default_root(parsed))).expanduser()
     if parsed.source == "custom" and parsed.name in SEGMENTATION_SETS:
         names = [name for name in ARCHIVES if name.startswith(parsed.name)]
         needed = [ARCHIVES[name] for name in names if name == parsed.name or parsed.kwargs.get("split") == "trainaug"]

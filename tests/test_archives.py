@@ -438,6 +438,10 @@ def test_class_folders_in_archives_are_labelled_as_those_of_a_folder(root, tmp_p
     by_archive = open_labelled(folder_url(tmp_path / "classes"), "test")
     assert torch.equal(by_archive.labels, expected.labels)
     assert by_archive.class_names == ["a", "b"]
+    (tmp_path / "classes" / ".cache").mkdir()
+    assert make_dataset(folder_url(tmp_path / "classes")).class_names == ["a", "b"]
+    (tmp_path / "classes" / "more").mkdir()  # archives in several folders may have the same name
+    assert "have archives and no images; unpack them" in refusal(folder_url(tmp_path / "classes"))
     url = finetune_classification.class_folders(str(archive))
     assert torch.equal(open_labelled(url, "test").labels, expected.labels)
     url = finetune_classification.class_folders("custom://Images?root='s3://b/x.tar'&cache='/scratch'")
