@@ -462,7 +462,7 @@ def test_a_corrupt_file_in_a_folder_is_named_by_its_path(tmp_path):
 # --------------------------------------------------------------------------------------------------- streams
 
 
-def names_of(stream, config, batches, rank=0, world_size=1):
+def names_of(stream, config, batches, rank=0, world_size=1, position=None):
     """Names of the samples that a rank sees, in order."""
     seen = []
     original = stream.read_shard
@@ -473,7 +473,7 @@ def names_of(stream, config, batches, rank=0, world_size=1):
 
     spied = copy.copy(stream)
     spied.read_shard = read_shard
-    with make_loader(config, dataset=spied, rank=rank, world_size=world_size) as loader:
+    with make_loader(config, dataset=spied, rank=rank, world_size=world_size, position=position) as loader:
         for _ in range(batches):
             next(loader)
     return seen
@@ -578,6 +578,30 @@ def test_positions_of_ranks_merge_and_can_be_dealt_to_another_number_of_ranks():
     alone = make_loader(config, dataset=stream, rank=0, world_size=2).state_dict()
     with pytest.raises(AssertionError, match="merge_positions"):
         make_loader(config, dataset=stream, rank=1, world_size=2, position=alone)
+
+
+@pytest.mark.parametrize("sizes", [(6, 6, 6, 6), (12, 12)])
+def test_a_stream_with_other_shards_is_told_and_goes_on_with_a_new_epoch_of_all_of_them(sizes, caplog):
+    config = make_config("data.stream_partitions=2", "data.stream_shuffle_block=4", batch_size=2)
+    before, after = MemoryStream(6, 5, 4), MemoryStream(*sizes)
+    with make_loader(config, dataset=before) as loader:
+        position = through_json([next(loader) for _ in range(9)][-1].position)  # its parts are in different epochs
+    seen = names_of(after, config, 12, position=position)
+    assert "3 shards when the checkpoint was made" in caplog.text
+    assert sorted(seen) == sorted(f"sample {number}" for number in range(24))
+    with make_loader(config, dataset=after, position=position) as loader:
+        numbers = [number for _ in range(2) for number in next(loader).sample_ids.tolist()]
+    assert numbers == [8, 9, 10, 11], "crops and masks are those of numbers that came before"
+
+
+def test_a_position_without_a_number_of_shards_continues_its_stream(caplog):
+    stream, config = MemoryStream(7, 8, 6), make_config("data.stream_partitions=3", "data.stream_shuffle_block=5")
+    straight = take(make_loader(config, dataset=stream), 8)
+    with make_loader(config, dataset=stream) as loader:
+        position = through_json([next(loader) for _ in range(4)][-1].position)
+    del position["num_shards"]
+    assert take(make_loader(config, dataset=stream, position=position), 4) == straight[4:]
+    assert not caplog.records
 
 
 def test_a_part_without_samples_is_an_error_with_the_remedy():
