@@ -46,10 +46,13 @@ class Stored:
 
     @property
     def missing(self) -> Shaped[np.ndarray, "h w c"] | None:
-        """Where there is no data; None if the file does not say."""
+        """Where there is no data, which opacity never lacks; None if the file does not say."""
         if self.no_data is None:
             return None
-        return np.isnan(self.values) if math.isnan(self.no_data) else self.values == self.no_data
+        missing = np.isnan(self.values) if math.isnan(self.no_data) else self.values == self.no_data
+        if self.alpha is not None:
+            missing[..., -1] = False
+        return missing
 
     def thinned(self, num_pixels: int) -> "Stored":
         """At least about so many of the pixels, evenly spaced; all of a small image."""
@@ -119,7 +122,8 @@ def decode_bands(data: bytes | Image.Image, bands: Bands) -> Shaped[Tensor, "c h
     - a band that the file calls opacity is a band like others where it is the last one wanted beyond three; else it
       puts the image on white, which is the upper end of the range, and is left out. A further band of which the file
       does not say that is never taken for opacity;
-    - pixels that the file declares to be without data get the lower end of the range.
+    - pixels that the file declares to be without data get the lower end of the range, of 8 bits 0. As 8-bit RGB they
+      stay as they are, and those of a palette have their colour.
 
     Args:
         data: contents of the file, or an image that is already decoded.
@@ -153,13 +157,14 @@ def as_numbers(stored: Stored, bands: Bands) -> np.ndarray:
         raise ValueError(f"it has {stored.describe()}, and no numbers that are pixels")
     if bands.value_range is None:
         if values.dtype == bool:
-            return values.astype(np.uint8) * 255
-        if values.dtype != np.uint8:
+            values = values.astype(np.uint8) * 255
+        elif values.dtype != np.uint8:
             raise ValueError(
                 f"it is stored as {values.dtype}, and data.value_range=null is for 8 bits; set data.value_range=auto, "
                 "or to [lowest, highest]"
             )
-        return values
+        # Pillow, which reads most files of 8-bit RGB, knows nothing of missing data.
+        return values if missing is None or bands.are_rgb8 else np.where(missing, np.uint8(0), values)
     low, high = bands.value_range
     if values.dtype in (np.uint8, bool) and high > 255:
         raise ValueError(f"it is stored as {values.dtype}, not as deep as data.value_range=[{low:g}, {high:g}] says")
@@ -308,18 +313,19 @@ def _tiff_values(file: Any, num_bytes: int) -> Stored:
     if others and kept.index("Y") > kept.index("X"):
         raise ValueError(f"it has axes {axes}; save rows before columns")
     bits, photometric = int(page.bitspersample), int(page.photometric)
+    tag = page.tags.get(NO_DATA)
+    no_data = None if tag is None else float(str(tag.value).strip("\0 "))
     if photometric == 3:  # a palette: 16-bit colours, red, green and blue one after the other
         values = (page.colormap.T[values[..., 0]] >> 8).astype(np.uint8)
-        bits = 8
+        bits, no_data = 8, None
     elif photometric == 0 and values.dtype.kind == "u":  # 0 is white
         values = (2**bits - 1 - values).astype(values.dtype)
+        no_data = None if no_data is None else 2**bits - 1 - no_data
     elif photometric in (5, 8, 9, 10):
         raise ValueError(f"its colours are {page.photometric.name}; save the bands to train on as they are")
     extras = [int(extra) for extra in page.extrasamples]
     alphas = [extra for extra in extras if extra in (ALPHA_ASSOCIATED, ALPHA_UNASSOCIATED)]
     alpha = alphas[0] if len(alphas) == 1 and extras[-1] == alphas[0] and values.shape[2] > 1 else None
-    tag = page.tags.get(NO_DATA)
-    no_data = None if tag is None else float(str(tag.value).strip("\0 "))
     orientation = page.tags.get(274)
     values = _upright(_native(values), 1 if orientation is None else int(orientation.value))
     return Stored(values, alpha, no_data, bits)

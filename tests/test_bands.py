@@ -242,6 +242,33 @@ def test_no_data_is_the_low_end_and_is_not_measured():
     assert measured.value_range is not None and measured.value_range[1] <= 1.0
 
 
+@pytest.mark.parametrize(("value_range", "low"), [(None, 0), ((0.0, 255.0), 0.0)])
+def test_no_data_of_8_bits_is_the_low_end(value_range, low):
+    array = EIGHT.copy()
+    array[:5] = 255
+    options = {"extratags": [(bands.NO_DATA, "s", 0, "255", True)], "extrasamples": ["unspecified"] * 3}
+    pixels = decode_bands(tiff(array, planarconfig="contig", **options), Bands(4, value_range)).numpy()
+    expected = np.where(chw(array) == 255, low, chw(array) / (255 if value_range else 1))
+    np.testing.assert_allclose(pixels, expected, atol=1e-6)
+    options["extrasamples"] = ["unassalpha"]  # which is no measurement
+    with_opacity = decode_bands(tiff(array, photometric="rgb", **options), Bands(4, value_range)).numpy()
+    np.testing.assert_allclose(with_opacity[:3], expected[:3], atol=1e-6)
+    assert (with_opacity[3, :5] == (1 if value_range else 255)).all()
+
+
+def test_no_data_is_the_number_that_is_stored_not_what_becomes_of_it():
+    tag = [(bands.NO_DATA, "s", 0, "255", True)]
+    inverted = EIGHT[..., 0].copy()
+    inverted[:5] = 255
+    inverted[5:7] = 0  # which becomes 255
+    pixels = decode_bands(tiff(inverted, photometric="miniswhite", extratags=tag), Bands(1)).numpy()
+    np.testing.assert_array_equal(pixels[0], np.where(inverted == 255, 0, 255 - inverted))
+    colours = np.zeros((3, 256), np.uint16)
+    colours[0] = 65535  # red of any index
+    pixels = decode_bands(tiff(inverted, photometric="palette", colormap=colours, extratags=tag), Bands(3, (0, 255)))
+    assert (pixels[0] == 1).all() and not pixels[1:].any(), "a palette stands for its colours"
+
+
 def test_a_missing_package_is_named_with_the_extra(monkeypatch):
     for package, data in (
         ("tifffile", tiff(FOUR)),
