@@ -151,7 +151,10 @@ def combined(stored: Stored, bands: Bands) -> Shaped[Tensor, "c h w"]:
 
 
 def as_numbers(stored: Stored, bands: Bands) -> np.ndarray:
-    """The stored values as uint8, or scaled by the range to float32 in [0, 1], and clipped; see `decode_bands`."""
+    """The stored values as uint8, or scaled by the range to float32 in [0, 1], and clipped; see `decode_bands`.
+
+    True is as bright as 255.
+    """
     values, missing = stored.values, stored.missing
     if values.size == 0 or values.dtype.kind not in "buif":
         raise ValueError(f"it has {stored.describe()}, and no numbers that are pixels")
@@ -168,6 +171,8 @@ def as_numbers(stored: Stored, bands: Bands) -> np.ndarray:
     low, high = bands.value_range
     if values.dtype in (np.uint8, bool) and high > 255:
         raise ValueError(f"it is stored as {values.dtype}, not as deep as data.value_range=[{low:g}, {high:g}] says")
+    if values.dtype == bool:
+        values = values * np.float32(high)  # what is beyond would be clipped
     known = values if missing is None else values[~missing]
     if values.dtype.kind == "f" and not np.isfinite(known).all():
         raise ValueError(f"{int((~np.isfinite(known)).sum())} of {values.size} values are not finite")
@@ -318,11 +323,14 @@ def _tiff_values(file: Any, num_bytes: int) -> Stored:
     if photometric == 3:  # a palette: 16-bit colours, red, green and blue one after the other
         values = (page.colormap.T[values[..., 0]] >> 8).astype(np.uint8)
         bits, no_data = 8, None
-    elif photometric == 0 and values.dtype.kind == "u":  # 0 is white
-        values = (2**bits - 1 - values).astype(values.dtype)
+    elif photometric == 0 and values.dtype.kind in "bu":  # 0 is white
+        values = ~values if values.dtype == bool else (2**bits - 1 - values).astype(values.dtype)
         no_data = None if no_data is None else 2**bits - 1 - no_data
     elif photometric in (5, 8, 9, 10):
         raise ValueError(f"its colours are {page.photometric.name}; save the bands to train on as they are")
+    if bits in (2, 4):  # up to 255, as Pillow reads them
+        factor = 255 // (2**bits - 1)
+        values, no_data, bits = values * np.uint8(factor), None if no_data is None else no_data * factor, 8
     extras = [int(extra) for extra in page.extrasamples]
     alphas = [extra for extra in extras if extra in (ALPHA_ASSOCIATED, ALPHA_UNASSOCIATED)]
     alpha = alphas[0] if len(alphas) == 1 and extras[-1] == alphas[0] and values.shape[2] > 1 else None

@@ -340,7 +340,13 @@ def _decoded(image: Image.Image, divisor: int) -> Image.Image:
     if divisor > 1:
         image.draft(None, (image.width // divisor, image.height // divisor))
     image.load()
-    return _to_rgb(ImageOps.exif_transpose(image))
+    rgb = _to_rgb(ImageOps.exif_transpose(image))
+    return ImageOps.invert(rgb) if image.mode == "I;16" and _zero_is_white(image) else rgb
+
+
+def _zero_is_white(image: Image.Image) -> bool:
+    """Whether a TIFF says so; of up to 8 bits, Pillow has inverted the values then."""
+    return image.format == "TIFF" and getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -379,7 +385,8 @@ def decode_mask(data: bytes | Image.Image, name: str) -> Image.Image:
     torn = image.format == "BMP" and rawmode == "1" and arguments[0] != (image.width + 31) // 32 * 4
     if scaled or torn:
         raise UserError(f"{name} has numbers of a depth that cannot be read as they are; {remedy}")
-    if re.fullmatch(r"[1L];\d?IR?", rawmode):  # programs differ in whether they turn the numbers as well
+    # Programs differ in whether they turn the numbers as well.
+    if re.fullmatch(r"[1L];\d?IR?", rawmode) or _zero_is_white(image):
         raise UserError(f"{name} says that 0 is white, so its numbers are ambiguous; {remedy}")
     labels = np.asarray(image)
     if bits := re.fullmatch(r"L;([24])R?", rawmode):

@@ -181,6 +181,34 @@ def test_8_bit_rgb_is_the_same_by_either_way():
     assert (decode_bands(data, RGB8).int() - Sample("x", lambda: data).pixels().int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_of_few_bits_is_as_bright_as_pillow_has_it(bits, photometric):
+    grey = values(1, high=2**bits - 1, dtype=np.uint8)[..., 0]
+    for orientation in (1, 6):
+        turned = [(274, "H", 1, orientation, True)]
+        data = tiff(grey > 0 if bits == 1 else grey, photometric=photometric, bitspersample=bits, extratags=turned)
+        expected = np.asarray(Sample("x", lambda data=data: data).image())
+        assert expected.min() == 0 and expected.max() == 255
+        np.testing.assert_array_equal(decode_bands(data, Bands(1))[0], expected[..., 0])
+        scaled = decode_bands(data, Bands(3, (0, 255))).numpy()
+        np.testing.assert_allclose(scaled, np.moveaxis(expected, 2, 0) / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+def test_16_bits_are_white_where_the_file_says_so_by_either_way(photometric):
+    grey = values(1, high=65535)[..., 0]
+    right = np.round((grey if photometric == "minisblack" else 65535 - grey) / 257)
+    for orientation in (1, 6):
+        data = tiff(grey, photometric=photometric, extratags=[(274, "H", 1, orientation, True)])
+        expected = right if orientation == 1 else np.rot90(right, -1)
+        for pixels in (
+            Sample("x", lambda data=data: data).pixels().numpy(),
+            decode_bands(data, Bands(3, (0, 65535))).mul(255).round().numpy(),
+        ):
+            np.testing.assert_array_equal(pixels, np.stack([expected] * 3))
+
+
 def cut_short(data):
     return data[: len(data) - len(data) // 4]
 

@@ -879,6 +879,7 @@ def two_color_bmp():
         (encode(Image.fromarray(LABELS), "WEBP", lossless=True), "stored as WEBP"),
         (encode(Image.new("L", (16, 16)), "TIFF", compression="jpeg"), "TIFF with jpeg compression"),
         (encode(Image.fromarray(LABELS), "TIFF", tiffinfo={262: 0}), "0 is white"),
+        (encode(Image.fromarray(LABELS.astype(np.uint16)), "TIFF", tiffinfo={262: 0}), "0 is white"),
         (encode(Image.fromarray(SMALL > 0), "PPM"), "0 is white"),
         (encode(Image.fromarray(LABELS.astype(np.uint16) * 100)), "numbers from 0 to 400"),
         (encode(Image.fromarray(-LABELS.astype(np.int32)), "TIFF"), "numbers from -4 to 0"),
