@@ -265,7 +265,7 @@ def decode_image(data: bytes | Image.Image, reduction: Callable[[int, int], int]
 
     Args:
         data: contents of the file, or an image that is already decoded.
-        reduction: from (width, height) to a divisor by which a JPEG may be shrunk while it is decoded.
+        reduction: from (width, height), upright, to a divisor by which a JPEG may be shrunk while it is decoded.
     """
     with silent_decoders():
         image = _opened(data)
@@ -333,7 +333,10 @@ def _opened(data: bytes | Image.Image) -> Image.Image:
 
 
 def _divisor(image: Image.Image, reduction: Callable[[int, int], int] | None) -> int:
-    return reduction(image.width, image.height) if reduction is not None and image.format == "JPEG" else 1
+    if reduction is None or image.format != "JPEG":
+        return 1
+    as_stored, lying = reduction(image.width, image.height), reduction(image.height, image.width)
+    return as_stored if as_stored == lying or exif_orientation(image) not in {5, 6, 7, 8} else lying
 
 
 def _decoded(image: Image.Image, divisor: int) -> Image.Image:

@@ -57,7 +57,8 @@ from data import (
     normalize,
 )
 from reading.crops import Colours, View, cut, draw_crop, turned
-from reading.sources import BadImageError, ImageDataset, ImageStream, Sample, decode_image, make_dataset
+from reading.sources import BadImageError, ImageDataset, ImageStream, Sample, decode_image, decode_pixels, make_dataset
+from speed.device_decode import crop_or_file
 from train_capi import make_loader
 from utils import Turns, UserError
 
@@ -1367,6 +1368,23 @@ def test_a_jpeg_is_shrunk_no_further_than_long_crops_allow(size, crop):
     least = min(min(box.height / crop[0], box.width / crop[1]) for box in boxes)
     assert divisor == 1 or divisor <= 1.01 * least, "some crop has to be enlarged"
     assert divisor == 8 or 2 * divisor > 0.95 * least, "could be shrunk further"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_jpeg_is_shrunk_as_far_as_its_upright_size_allows(orientation):
+    maker = make_loader(make_config("data.images_size=[112,224]"), dataset=MemoryDataset(1)).maker
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(photo(3, 800, 600), "JPEG", exif=exif)
+    width, height = decode_image(content).size
+    divisor = maker.reduction(width, height)
+    assert divisor != maker.reduction(height, width), "the size does not tell the two apart"
+    sizes = [decode_image(content, maker.reduction).size, decode_pixels(content, maker.reduction).shape[:0:-1]]
+    drawn = []
+    crop_or_file(Sample("x", lambda: content), lambda *size: drawn.append(size) or maker._draw(*size, (0,)),
+                 maker.reduction, maker.crop_size)  # fmt: skip
+    for size in (*sizes, *drawn):
+        assert size == (width // divisor, height // divisor)
 
 
 @pytest.mark.parametrize("size", [(2000, 1500), (900, 700), (640, 480), (500, 375), (3000, 200), (100, 100)])
