@@ -51,6 +51,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from reading.archives import (
+    ARCHIVE,
     REMOTE_PACKAGES,
     ArchiveError,
     Index,
@@ -58,9 +59,13 @@ from reading.archives import (
     RemoteFile,
     StoredFile,
     archives_below,
+    compressed,
     expand_braces,
     files_below,
+    folders_below,
+    follows_to,
     index_all,
+    is_archive,
     is_remote,
     read_member,
     read_whole,
@@ -100,12 +105,12 @@ class Endings:
         if name.startswith("."):  # .DS_Store, and the ._x.jpg that macOS writes beside every x.jpg
             return False
         ending = os.path.splitext(name)[1].lower()  # noqa: PTH122  # a Path for each of millions of names is slow
-        if ending in ARRAY_ENDINGS and _follows_to(is_file):
+        if ending in ARRAY_ENDINGS and follows_to(is_file):
             self.arrays[ending] += 1
             return False
         if ending not in image_endings():
             self.left_out[ending or "without ending"] += 1
-        elif _follows_to(is_file):
+        elif follows_to(is_file):
             return True
         else:
             self.left_out[f"{ending} that are links to nothing, pipes or devices"] += 1
@@ -804,47 +809,18 @@ def _list_images(root: Path) -> Listing:
     paths: list[bytes] = []
     arrays: list[bytes] = []  # of labels, perhaps, beside images; by themselves they are the images
     times: dict[str, int] = {}
-    visited: set[tuple[int, int]] = set()
-    pending, links = [(b"", False)], list[bytes]()
-    while pending or links:
-        if not pending:
-            pending, links = [(link, False) for link in reversed(links)], []
-        folder, is_link = pending.pop()
-        if is_link:  # whatever is in a folder itself is found there
-            links.append(folder)
-            continue
-        full = os.path.join(os.fsencode(root), folder)  # noqa: PTH118  # pathlib takes no bytes, and is slow
-        status = os.stat(full)  # noqa: PTH116
-        if (status.st_dev, status.st_ino) in visited:
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        times[os.fsdecode(folder)] = status.st_mtime_ns
-        with os.scandir(full) as entries:
-            inside = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+    for folder, time_ns, files in folders_below(root):
+        times[os.fsdecode(folder)] = time_ns
         prefix = folder + b"/" if folder else b""
-        folders = [entry for entry in inside if not entry.name.startswith(b".") and _follows_to(entry.is_dir)]
-        below = {entry.name for entry in folders}
-        for entry in inside:
-            if entry.name in below:
-                continue
+        for entry in files:
             before = endings.arrays.total()
             if endings.is_image(os.fsdecode(entry.name), entry.is_file):
                 paths.append(prefix + entry.name)
             elif endings.arrays.total() > before:
                 arrays.append(prefix + entry.name)
-        # Reversed, since the last one is taken first.
-        pending += [(prefix + entry.name, entry.is_symlink()) for entry in reversed(folders)]
     if paths:
         endings.left_out.update(endings.arrays)
     return Listing(PathList.pack(sorted(paths or arrays)), endings, times)
-
-
-def _follows_to(is_kind: Callable[[], bool]) -> bool:
-    """Whether a path leads to something of a kind, links being followed."""
-    try:
-        return is_kind()
-    except OSError:  # a link to itself
-        return False
 
 
 def _list_images_cached(root: Path, cache_dir: Path) -> Listing:
@@ -1065,8 +1041,19 @@ def _open_images(url: DataUrl, listing_cache: Path | None) -> ImageFolder | Arch
         found = archives_below(root)
         if not found:
             raise
-        return _open_archives(url, [str(path) for path in found], "", None, listing_cache)
+        return _open_archives(url, _uncompressed(url, found), "", None, listing_cache)
     return folder
+
+
+def _uncompressed(url: DataUrl, archives: list[str]) -> list[str]:
+    """Those that are not compressed as a whole. Raises: UserError if all are."""
+    found = [place for place in archives if ARCHIVE.search(place)]
+    if len(found) < len(archives):
+        why = compressed(next(place for place in archives if not ARCHIVE.search(place)))
+        if not found:
+            raise url.error(why)
+        logger.warning("%s: %d archives are not read: %s", url.text, len(archives) - len(found), why)
+    return found
 
 
 def _open_stored(url: DataUrl, listing_cache: Path | None) -> ArchivedImages | RemoteImages | None:
@@ -1175,9 +1162,9 @@ def _open_remote(
     if images:
         endings.log(url)
         return RemoteImages(root, images, copies)
-    archives = [f"{root.rstrip('/')}/{file.path}" for file in listed if split_place(file.path)]
+    archives = [f"{root.rstrip('/')}/{file.path}" for file in listed if is_archive(file.path)]
     if archives:
-        return _open_archives(url, archives, "", copies, listing_cache)
+        return _open_archives(url, _uncompressed(url, archives), "", copies, listing_cache)
     if not listed:
         raise url.error(
             f"there are no files below {root}, or the server does not list them; check the address, or name archives: "

@@ -363,6 +363,54 @@ def test_links_in_a_tar_file_are_counted_and_a_later_member_replaces_an_earlier_
     assert "1 .png that are links" in caplog.text
 
 
+def test_hard_links_in_a_tar_file_are_the_images_that_they_lead_to(root, tmp_path, caplog):
+    folder = tmp_path / "images"
+    shutil.copytree(root, folder)
+    (folder / "a" / "again.png").hardlink_to(folder / "a" / "0.png")
+    (folder / "c").mkdir()
+    (folder / "c" / "0.png").hardlink_to(folder / "a" / "0.png")
+    (folder / "c" / "once.json").hardlink_to(folder / "b" / "1.png")  # the archive has the image as this file
+    archive = write_tar(tmp_path / "all.tar", folder)
+    with tarfile.open(archive) as opened:
+        assert sum(info.islnk() for info in opened) == 3, "the program that writes them has changed"
+    with caplog.at_level(logging.INFO):
+        dataset = make_dataset(str(archive))
+    assert contents(dataset, archive) == contents(make_dataset(str(folder)), folder)
+    assert "that are links" not in caplog.text
+    with tarfile.open(archive, "a") as opened:
+        lost = tarfile.TarInfo("lost.png")
+        lost.type, lost.linkname = tarfile.LNKTYPE, "nowhere.png"
+        opened.addfile(lost)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert len(make_dataset(str(archive))) == len(dataset)
+    assert "1 .png that are links to nothing" in caplog.text
+
+
+def test_archives_are_found_through_links_once_and_compressed_ones_are_named(root, tmp_path, caplog):
+    top, elsewhere = tmp_path / "top", tmp_path / "elsewhere"
+    for folder in (top / "in", top / ".hidden", elsewhere):
+        folder.mkdir(parents=True)
+    for path in (top / "in" / "x.tar", top / ".hidden" / "x.tar", elsewhere / "y.tar"):
+        write_tar(path, root)
+    for name in ("more", "again"):
+        (top / name).symlink_to(elsewhere)
+    (top / "in" / "up").symlink_to(top)
+    (top / "linked.tar").symlink_to(elsewhere / "y.tar")
+    (top / "x.tar.gz").touch()
+    dataset = make_dataset(str(top))
+    found = [str(Path(file.place).relative_to(top)) for file in dataset.files]
+    assert found == ["again/y.tar", "in/x.tar", "linked.tar"]
+    assert "1 archives are not read: " in caplog.text and "x.tar.gz is compressed as a whole" in caplog.text
+    only = tmp_path / "only"
+    only.mkdir()
+    (only / "more").symlink_to(elsewhere)
+    assert len(make_dataset(str(only))) == 10
+    (elsewhere / "y.tar").unlink()
+    (elsewhere / "z.tgz").touch()
+    assert "is compressed as a whole" in refusal(str(only))
+
+
 def test_archives_beside_images_are_told(root, tmp_path, caplog):
     (tmp_path / "x.png").write_bytes(encode(photo(0)))
     write_tar(tmp_path / "x.tar", root)
@@ -557,6 +605,7 @@ def test_a_bucket_gives_what_the_disk_gives(remote, root):
     for file in files_of(root):
         memory.pipe(f"/bucket/folder/{file.relative_to(root)}", file.read_bytes())
     memory.pipe("/bucket/tars/all.tar", (remote[0] / "all.tar").read_bytes())
+    memory.pipe("/bucket/tars/more.tar.zst", b"")
     expected = contents(make_dataset(str(root)), root)
     assert contents(make_dataset("memory://bucket/folder"), "memory://bucket/folder") == expected
     assert contents(make_dataset("memory://bucket/tars"), "memory://bucket/tars/all.tar") == expected
