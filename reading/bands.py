@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Shaped
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from utils import Bands, UserError
@@ -29,6 +29,8 @@ MAX_PIXELS = 2 * 89_478_485
 
 ALPHA_ASSOCIATED, ALPHA_UNASSOCIATED = 1, 2
 """What a TIFF says of a further band: opacity by which colours are multiplied already, or not. 0 says nothing."""
+PNG_METADATA = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
+"""What a PNG contains that may say how it is to be turned."""
 NO_DATA = 42113
 """The tag of GDAL that says which value stands for no data."""
 
@@ -279,7 +281,10 @@ def _read_deep_png(data: bytes) -> Stored:
         values = imagecodecs.png_decode(data)
     except RuntimeError as error:
         raise ValueError(f"PNG: {error}") from error
-    return Stored(values, ALPHA_UNASSOCIATED if data[25] in (4, 6) else None, bits=16)
+    orientation = 1
+    if any(each in data for each in PNG_METADATA):  # else Pillow would decode the image to look for it
+        orientation = Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1)
+    return Stored(_upright(values, orientation), ALPHA_UNASSOCIATED if data[25] in (4, 6) else None, bits=16)
 
 
 def _read_tiff(data: bytes) -> Stored:

@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 import sys
+import zlib
 from pathlib import Path
 
 import imagecodecs
@@ -207,6 +208,22 @@ def test_16_bits_are_white_where_the_file_says_so_by_either_way(photometric):
             decode_bands(data, Bands(3, (0, 65535))).mul(255).round().numpy(),
         ):
             np.testing.assert_array_equal(pixels, np.stack([expected] * 3))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("before_pixels", [True, False])
+def test_a_png_of_16_bits_is_turned_as_one_of_8_is(orientation, before_pixels):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = b"eXIf" + content
+    chunk = struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    plain = imagecodecs.png_encode(values(3, high=65535))
+    place = plain.index(b"IDAT" if before_pixels else b"IEND") - 4
+    data = plain[:place] + chunk + plain[place:]
+    ours = decode_bands(data, Bands(3, (0, 65535))).numpy()
+    pillows = np.moveaxis(np.asarray(Sample("x", lambda: data).image()), 2, 0) / 255
+    np.testing.assert_allclose(ours, pillows, atol=1 / 255)
 
 
 def cut_short(data):
