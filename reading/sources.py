@@ -1949,12 +1949,12 @@ def make_mixture(
 def is_on_disk(url: str, key: str) -> bool:
     """Whether a data set is on this machine, as far as its place tells; nothing is read or downloaded.
 
-    Raises: UserError for text that is no data URL.
+    Raises: UserError for text that is no data URL, or an argument that is no path.
     """
     parsed = parse_data_url(url, key)
     if parsed.source == "hf":
         return _hub_is_on_disk(parsed)
-    root = Path(parsed.kwargs.get("root", _default_root(parsed))).expanduser()
+    root = parsed.folder("root", _default_root(parsed))
     if parsed.source == "custom" and parsed.name in SEGMENTATION_SETS:
         names = [name for name in ARCHIVES if name.startswith(parsed.name)]
         needed = [ARCHIVES[name] for name in names if name == parsed.name or parsed.kwargs.get("split") == "trainaug"]
@@ -1969,11 +1969,16 @@ def _hub_is_on_disk(url: DataUrl) -> bool:
     if "/" not in url.name:  # a format, such as parquet, of files that are named
         given = url.kwargs.get("data_files", url.kwargs.get("data_dir", ()))
         lists = given.values() if isinstance(given, dict) else [given]
-        patterns = [pattern for group in lists for pattern in ([group] if isinstance(group, str) else group)]
+        groups = [group if isinstance(group, list | tuple) else [group] for group in lists]
+        patterns = [pattern for group in groups for pattern in group]
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise url.error("data_files and data_dir are texts, or lists of them: data_files='/my/x.parquet'")
         return bool(patterns) and all(any(glob.iglob(pattern, recursive=True)) for pattern in patterns)  # noqa: PTH207  # they may be absolute
     splits = {part.split("[")[0] for part in str(url.kwargs.get("split")).split("+")}
     home = Path(constants.HF_HOME).expanduser()
-    tables = Path(url.kwargs.get("cache_dir") or os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
+    tables = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
+    if url.kwargs.get("cache_dir"):
+        tables = url.folder("cache_dir")
     squeezed = url.name.replace("/", "").replace("_", "").lower()  # datasets writes ImageNet as image_net
     for folder in tables.glob("*___*"):
         if folder.name.replace("_", "").lower() == squeezed:

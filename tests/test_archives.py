@@ -528,6 +528,9 @@ def test_what_is_here_is_seen_without_opening_it(root, tmp_path):
         ("s3://bucket/x.tar", False),
     ):
         assert (is_folder(url), is_on_disk(url, "key")) == (here, here), url
+    for url in ("custom://Images?root=5", "hf://parquet?data_files=5", "hf://org/name?cache_dir=5"):
+        with pytest.raises(UserError, match="^key="):
+            is_on_disk(url, "key")
 
 
 # --------------------------------------------------------------------------------------------- remote places
