@@ -458,6 +458,10 @@ class Names(Protocol):
         """Whether a file of this name, without its folder, is an image."""
         ...
 
+    def is_array(self, name: str) -> bool:
+        """Whether it is an image where there are no others."""
+        ...
+
 
 class Member(NamedTuple):
     """Where a member of an archive is, and how it is stored."""
@@ -480,15 +484,24 @@ INDEX_FORMAT = 2
 
 
 @dataclass(frozen=True)
-class Index:
-    """The images in an archive, by their sorted names."""
+class Members:
+    """Some members of an archive, by their sorted names."""
 
     blob: np.ndarray
     """Bytes of all names, one after the other."""
     ends: np.ndarray
     """Where in these each name ends."""
     members: np.ndarray
-    """int64, a row per image with the fields of `Member`."""
+    """int64, a row for each with the fields of `Member`."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """What is in an archive."""
+
+    images: Members
+    arrays: Members
+    """Those that are images where there are no others."""
     left_out: dict[str, int]
     """Other members, counted by their endings."""
 
@@ -545,22 +558,27 @@ def _index_cached(file: StoredFile, names: Callable[[], Names], key: str, cache:
 def _read_index(path: Path) -> Index | None:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
-            left_out = json.loads(stored["left_out"].tobytes())
-            return Index(stored["blob"], stored["ends"], stored["members"].reshape(-1, len(Member._fields)), left_out)
+            images, arrays = (
+                Members(*(stored[f"{kind}_{name}"] for name in ("blob", "ends", "members")))
+                for kind in ("images", "arrays")
+            )
+            return Index(images, arrays, json.loads(stored["left_out"].tobytes()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
         return None  # no cache yet, or a damaged one
 
 
 def _keep_index(made: Index, path: Path) -> Index:
+    parts = {f"images_{name}": part for name, part in vars(made.images).items()}
+    parts |= {f"arrays_{name}": part for name, part in vars(made.arrays).items()}
     with replacing(path, shared=True) as temporary, temporary.open("wb") as opened:
-        left_out = np.frombuffer(json.dumps(made.left_out).encode(), dtype=np.uint8)
-        np.savez(opened, blob=made.blob, ends=made.ends, members=made.members, left_out=left_out)
+        np.savez(opened, left_out=np.frombuffer(json.dumps(made.left_out).encode(), dtype=np.uint8), **parts)
     return made
 
 
 def index(file: StoredFile, names: Names) -> Index:
     """Read the list of members of a tar or zip file; which it is shows in its first bytes. See `index_all`."""
     found: dict[bytes, Member] = {}  # a later member of the same name replaces the one before, as if both were unpacked
+    arrays: dict[bytes, Member] = {}
     others: dict[bytes, Member] = {}  # which hard links may lead to
     try:
         with closing(file.stream()) as opened:
@@ -573,25 +591,32 @@ def index(file: StoredFile, names: Names) -> Index:
                 if first.startswith((b"PK\x03\x04", b"PK\x05\x06"))
                 else _tar_members(file, opened)
             )
-            for name, member in listed:
+            for name, place in listed:
                 path = name.removeprefix("./")
                 folder, _, last = path.rpartition("/")
-                if isinstance(member, str):
-                    target = os.fsencode(member.removeprefix("./"))
-                    member = found.get(target, others.get(target))
-                if not _is_hidden(folder) and names.is_image(last, functools.partial(bool, member)):
-                    assert member is not None
-                    found[os.fsencode(path)] = member
-                elif member is not None:
-                    others[os.fsencode(path)] = member
+                if isinstance(place, str):
+                    target = os.fsencode(place.removeprefix("./"))
+                    member = next((kind[target] for kind in (found, arrays, others) if target in kind), None)
+                else:
+                    member = place
+                kind = others
+                if not _is_hidden(folder):
+                    is_image = names.is_image(last, functools.partial(bool, member))
+                    kind = found if is_image else arrays if names.is_array(last) else others
+                if member is not None:
+                    kind[os.fsencode(path)] = member
     except ARCHIVE_ERRORS as error:
         if isinstance(error, UserError):
             raise
         raise ArchiveError(f"{file.place} is damaged or cut short ({_words(error)}); copy it again") from error
+    return Index(_packed(found), _packed(arrays), dict(names.left_out))
+
+
+def _packed(found: dict[bytes, Member]) -> Members:
     ordered = sorted(found)
     ends = np.cumsum([len(name) for name in ordered], dtype=np.int64)
     members = np.array([found[name] for name in ordered], dtype=np.int64).reshape(-1, len(Member._fields))
-    return Index(np.frombuffer(bytearray(b"".join(ordered)), dtype=np.uint8), ends, members, dict(names.left_out))
+    return Members(np.frombuffer(bytearray(b"".join(ordered)), dtype=np.uint8), ends, members)
 
 
 def _tar_members(file: StoredFile, opened: BinaryIO) -> Iterator[tuple[str, Member | str | None]]:

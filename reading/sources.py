@@ -54,8 +54,8 @@ from reading.archives import (
     ARCHIVE,
     REMOTE_PACKAGES,
     ArchiveError,
-    Index,
     Member,
+    Members,
     RemoteFile,
     StoredFile,
     archives_below,
@@ -98,14 +98,14 @@ class Endings:
     def __init__(self, left_out: Mapping[str, int] | None = None) -> None:
         self.left_out = Counter(left_out or {})
         self.arrays = Counter[str]()
-        """Files of arrays, by their ending. They are images where there are no others; see `_list_images`."""
+        """Files of arrays, by their ending. They are images where there are no others, and left out otherwise."""
 
     def is_image(self, name: str, is_file: Callable[[], bool]) -> bool:
         """Whether a file of this name, without its folder, is an image; else it is counted, unless it is hidden."""
         if name.startswith("."):  # .DS_Store, and the ._x.jpg that macOS writes beside every x.jpg
             return False
         ending = os.path.splitext(name)[1].lower()  # noqa: PTH122  # a Path for each of millions of names is slow
-        if ending in ARRAY_ENDINGS and follows_to(is_file):
+        if self.is_array(name) and follows_to(is_file):
             self.arrays[ending] += 1
             return False
         if ending not in image_endings():
@@ -115,6 +115,11 @@ class Endings:
         else:
             self.left_out[f"{ending} that are links to nothing, pipes or devices"] += 1
         return False
+
+    @staticmethod
+    def is_array(name: str) -> bool:
+        """Whether a file of this name is one of arrays, and not hidden."""
+        return name.lower().endswith(ARRAY_ENDINGS) and not name.startswith(".")
 
     def describe(self) -> str:
         """Counts by ending, the most frequent ones first; empty if nothing was left out."""
@@ -813,10 +818,10 @@ def _list_images(root: Path) -> Listing:
         times[os.fsdecode(folder)] = time_ns
         prefix = folder + b"/" if folder else b""
         for entry in files:
-            before = endings.arrays.total()
-            if endings.is_image(os.fsdecode(entry.name), entry.is_file):
+            name = os.fsdecode(entry.name)
+            if endings.is_image(name, entry.is_file):
                 paths.append(prefix + entry.name)
-            elif endings.arrays.total() > before:
+            elif endings.is_array(name) and follows_to(entry.is_file):
                 arrays.append(prefix + entry.name)
     if paths:
         endings.left_out.update(endings.arrays)
@@ -863,11 +868,11 @@ class ArchivedImages(ImageDataset):
 
     Args:
         files: the archives.
-        indices: what is in each.
+        indices: the images in each.
         below: the folder within each that counts, empty for all.
     """
 
-    def __init__(self, files: Sequence[StoredFile], indices: Sequence[Index], below: str = "") -> None:
+    def __init__(self, files: Sequence[StoredFile], indices: Sequence[Members], below: str = "") -> None:
         self.files, self.below = files, below
         prefix, starts = f"{below}/" if below else "", []
         blobs, ends, members, num, length = [], [], [], 0, 0
@@ -916,7 +921,7 @@ class ArchivedImages(ImageDataset):
         return digest.hexdigest()
 
 
-def _below_prefix(index: Index, prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _below_prefix(index: Members, prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     paths = PathList(torch.from_numpy(index.blob), torch.from_numpy(index.ends))
     # Sorted, those that begin alike are neighbours.
     chosen = [i for i in range(len(paths)) if paths[i].startswith(prefix)]
@@ -1120,7 +1125,7 @@ def _open_archives(
             where = "" if missing[0] == url.text else f"{missing[0]}: "
             raise url.error(f"{many}{where}{why}; check the path, or name archives that are there")
         found = [file for file in files if isinstance(file, StoredFile)]
-        indices = index_all(found, Endings, " ".join(image_endings()), listing_cache)
+        indices = index_all(found, Endings, " ".join([*image_endings(), *ARRAY_ENDINGS]), listing_cache)
     except ArchiveError as error:
         raise url.error(str(error)) from error
     except UserError as error:
@@ -1128,7 +1133,11 @@ def _open_archives(
     endings = Endings()
     for index in indices:
         endings.left_out.update(index.left_out)
-    images = ArchivedImages(found, indices, below)
+    images = ArchivedImages(found, [index.images for index in indices], below)
+    arrays = ArchivedImages(found, [index.arrays for index in indices], below)
+    if len(images):
+        endings.left_out.update(Path(path).suffix.lower() for path in arrays.paths)
+    images = images if len(images) else arrays
     if not len(images):
         where = f"{places[0]} and {len(places) - 1} other archives" if len(places) > 1 else places[0]
         raise _no_images(url, f"{below} in {where}" if below else where, endings)
@@ -1159,6 +1168,10 @@ def _open_remote(
         raise _about(url, error) from error
     endings = Endings()
     images = [file for file in listed if endings.is_image(PurePosixPath(file.path).name, lambda: True)]
+    if images:
+        endings.left_out.update(endings.arrays)
+    else:
+        images = [file for file in listed if endings.is_array(PurePosixPath(file.path).name)]
     if images:
         endings.log(url)
         return RemoteImages(root, images, copies)
@@ -1319,13 +1332,16 @@ class _ClassFiles:
     def is_image(self, name: str, is_file: Callable[[], bool]) -> bool:
         return name == self.NAME and is_file()
 
+    def is_array(self, name: str) -> bool:
+        return False
+
 
 def _find_class_names(root: Path) -> tuple[str, bytes] | None:
     """Place and content of the file of class names of a folder or archive."""
     archive = split_place(str(root))
     if archive is not None:
         file, below = stored_file(archive[0]), PurePosixPath(archive[1])
-        inside = ArchivedImages([file], index_all([file], _ClassFiles, "", None))
+        inside = ArchivedImages([file], [index.images for index in index_all([file], _ClassFiles, "", None)])
         row_of = {path: row for row, path in enumerate(inside.paths)}
         for folder in (below, below.parent):
             if (row := row_of.get(str(folder / _ClassFiles.NAME))) is not None:

@@ -387,6 +387,38 @@ def test_hard_links_in_a_tar_file_are_the_images_that_they_lead_to(root, tmp_pat
     assert "1 .png that are links to nothing" in caplog.text
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_arrays_are_images_where_there_are_no_others_in_archives_and_remote_places_too(tmp_path, cached, caplog):
+    folder, memory = tmp_path / "arrays", fsspec.filesystem("memory")
+    for name in ("a/0.npy", "b/1.npy", "b/.hidden.npy"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / name, np.asarray(photo(len(name))))
+    cache = tmp_path / "cache" if cached else None
+
+    def same_everywhere(left_out):
+        places = [old(write_tar(tmp_path / "all.tar", folder)), old(write_zip(tmp_path / "all.zip", folder))]
+        if memory.exists("/arrays"):
+            memory.rm("/arrays", recursive=True)
+        for file in files_of(folder):
+            memory.pipe(f"/arrays/{file.relative_to(folder)}", file.read_bytes())
+        (tmp_path / "set").mkdir(exist_ok=True)
+        old(write_tar(tmp_path / "set" / "x.tar", tmp_path, files_of(folder)))
+        expected, labels = contents(make_dataset(str(folder)), folder), open_labelled(folder_url(folder), "x").labels
+        for place in (folder, *places, "memory://arrays", tmp_path / "set" / "x.tar" / "arrays"):
+            for _ in range(2):
+                caplog.clear()
+                with caplog.at_level(logging.INFO):
+                    assert contents(make_dataset(str(place), listing_cache=cache), place) == expected, place
+                assert ("left out: 2 .npy" in caplog.text) == left_out, place
+            assert torch.equal(open_labelled(folder_url(place), "x").labels, labels), place
+        return [name for name, _ in expected]
+
+    assert same_everywhere(left_out=False) == ["a/0.npy", "b/1.npy"]
+    (folder / "b" / "2.png").write_bytes(encode(photo(2)))
+    (folder / "a" / "3.png").write_bytes(encode(photo(3)))
+    assert same_everywhere(left_out=True) == ["a/3.png", "b/2.png"]
+
+
 def test_archives_are_found_through_links_once_and_compressed_ones_are_named(root, tmp_path, caplog):
     top, elsewhere = tmp_path / "top", tmp_path / "elsewhere"
     for folder in (top / "in", top / ".hidden", elsewhere):
@@ -529,7 +561,7 @@ def test_what_is_here_is_seen_without_opening_it(root, tmp_path):
     ):
         assert (is_folder(url), is_on_disk(url, "key")) == (here, here), url
     for url in ("custom://Images?root=5", "hf://parquet?data_files=5", "hf://org/name?cache_dir=5"):
-        with pytest.raises(UserError, match="^key="):
+        with pytest.raises(UserError, match=r"^key="):
             is_on_disk(url, "key")
 
 
