@@ -761,6 +761,7 @@ class PretrainLoader:
     other without a gap, and a batch may span two. The order depends neither on the ranks nor on the workers. Several
     data sets without weights are one; with weights, see `MixtureOrder`.
     Streaming data: see `StreamPart`; the order depends on the number of ranks and of `data.stream_partitions`.
+    Continued with another number of shards, all parts begin a new epoch, and a warning says so.
 
     Args:
         images: the data, and how images are cropped.
@@ -930,6 +931,7 @@ class PretrainLoader:
             return position | self._mixed()
         return {
             "kind": "stream",
+            "num_shards": self.dataset.num_shards,
             "num_parts": self.world_size * len(self._parts),
             "world_size": self.world_size,
             "next_batch": self._next_batch,
@@ -967,13 +969,13 @@ class PretrainLoader:
                     MIXTURE_BLOCK, self._mixed().get("mixture"), position.get("mixture"),
                 )  # fmt: skip
             return
-        self._restore_stream(position)
+        self._restore_stream(self.dataset, position)
 
     def _share_of(self, total: int) -> int:
         """This rank's part of a count, so that the parts of all ranks add up to it."""
         return total * (self.rank + 1) // self.world_size - total * self.rank // self.world_size
 
-    def _restore_stream(self, position: dict[str, Any]) -> None:
+    def _restore_stream(self, stream: ImageStream, position: dict[str, Any]) -> None:
         # Not by the number of cores, on which the order of the images would depend then.
         workers = MOST_WORKERS if self._wanted_workers is None else self._wanted_workers
         wanted = self.images.stream_partitions or max(1, workers)
@@ -990,6 +992,13 @@ class PretrainLoader:
         self._num_parts = num_parts
         states = position.get("parts", dict.fromkeys(map(str, self._parts)))
         assert states.keys() >= set(map(str, self._parts)), "the position is that of other ranks; use merge_positions"
+        before = position.get("num_shards", stream.num_shards)  # not in a position of earlier versions
+        if before != stream.num_shards:
+            logger.warning(
+                "data.dataset has %d shards, it had %d shards when the checkpoint was made: all parts of the stream "
+                "begin a new epoch of all of them here", stream.num_shards, before,
+            )  # fmt: skip
+            states = _in_a_new_epoch(states)
         self._part_states: dict[int, dict[str, int] | None] = {part: states[str(part)] for part in self._parts}
         # With another number of ranks the parts are dealt anew; each continues where it was, which one is next is free.
         self._next_batch = position.get("next_batch", 0) if position.get("world_size") == self.world_size else 0
@@ -1047,6 +1056,18 @@ class PretrainLoader:
             timeout=worker_poll_s(self.num_workers),
             generator=torch.Generator(),  # else it would draw from the global random numbers
         )
+
+
+def _in_a_new_epoch(states: dict[str, dict[str, int] | None]) -> dict[str, dict[str, int] | None]:
+    """The states of `StreamPart`s at the start of the first epoch that none of them has begun; shards are dealt anew.
+
+    It is the same one for all, else two parts could have the same shard. Samples are numbered on.
+    """
+    begun = [state for state in states.values() if state is not None]
+    if not begun:
+        return states
+    start = {"epoch": max(state["epoch"] for state in begun) + 1, "shard": 0, "row": 0, "block": 0, "offset": 0}
+    return {part: {**start, "samples": state["samples"] if state else 0} for part, state in states.items()}
 
 
 def is_above(limit: float, bad: int, seen: int) -> bool:

@@ -94,7 +94,7 @@ def expand_braces(text: str) -> list[str]:
 
 
 ARCHIVE = re.compile(r"\.(tar|zip)$", re.IGNORECASE)
-COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst|7z|rar)$", re.IGNORECASE)
+COMPRESSED = re.compile(r"\.(tar\.(gz|bz2?|xz|zstd?|lz4?|lzma|lzo|z|br)|tgz|tbz2?|txz|tzst|7z|rar)$", re.IGNORECASE)
 
 
 def split_place(place: str) -> tuple[str, str] | None:
@@ -126,10 +126,60 @@ def compressed(path: str) -> str:
     )
 
 
-def archives_below(root: Path) -> list[Path]:
-    """The .tar and .zip files below a folder, by their sorted paths; what is hidden does not count."""
-    found = (path for path in root.rglob("*") if ARCHIVE.search(path.name) and path.is_file())
-    return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(root).parts))
+def is_archive(name: str) -> bool:
+    """Whether a file of this name is an archive, one that is compressed as a whole included."""
+    return bool(ARCHIVE.search(name) or COMPRESSED.search(name))
+
+
+def follows_to(is_kind: Callable[[], bool]) -> bool:
+    """Whether a path leads to something of a kind, links being followed."""
+    try:
+        return is_kind()
+    except OSError:  # a link to itself
+        return False
+
+
+def folders_below(root: Path) -> Iterator[tuple[bytes, int, list[os.DirEntry[bytes]]]]:
+    """A folder and those below it: path relative to it, modification time in ns, and what is in it beside folders.
+
+    Links to folders are followed, but each folder is given once, by its own path where it has one. Those whose names
+    start with a dot are skipped.
+
+    Raises: OSError if one cannot be listed.
+    """
+    visited: set[tuple[int, int]] = set()
+    pending, links = [(b"", False)], list[bytes]()
+    while pending or links:
+        if not pending:
+            pending, links = [(link, False) for link in reversed(links)], []
+        folder, is_link = pending.pop()
+        if is_link:  # whatever is in a folder itself is found there
+            links.append(folder)
+            continue
+        full = os.path.join(os.fsencode(root), folder)  # noqa: PTH118  # pathlib takes no bytes, and is slow
+        status = os.stat(full)  # noqa: PTH116
+        if (status.st_dev, status.st_ino) in visited:
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        with os.scandir(full) as entries:
+            inside = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+        prefix = folder + b"/" if folder else b""
+        folders = [entry for entry in inside if not entry.name.startswith(b".") and follows_to(entry.is_dir)]
+        below = {entry.name for entry in folders}
+        yield folder, status.st_mtime_ns, [entry for entry in inside if entry.name not in below]
+        # Reversed, since the last one is taken first.
+        pending += [(prefix + entry.name, entry.is_symlink()) for entry in reversed(folders)]
+
+
+def archives_below(root: Path) -> list[str]:
+    """The files below a folder that `is_archive` is true of, by their sorted paths; what is hidden does not count."""
+    found = []
+    for folder, _, files in folders_below(root):
+        for entry in files:
+            name = os.fsdecode(entry.name)
+            if not name.startswith(".") and is_archive(name) and follows_to(entry.is_file):
+                found.append(root / os.fsdecode(folder) / name)
+    return [str(path) for path in sorted(found)]
 
 
 # --------------------------------------------------------------------------------------- files and their bytes
@@ -408,6 +458,10 @@ class Names(Protocol):
         """Whether a file of this name, without its folder, is an image."""
         ...
 
+    def is_array(self, name: str) -> bool:
+        """Whether it is an image where there are no others."""
+        ...
+
 
 class Member(NamedTuple):
     """Where a member of an archive is, and how it is stored."""
@@ -425,18 +479,29 @@ class Member(NamedTuple):
 
 
 IN_TAR = -1
+INDEX_FORMAT = 2
+"""Of the indices that are kept; those of another one are made again."""
 
 
 @dataclass(frozen=True)
-class Index:
-    """The images in an archive, by their sorted names."""
+class Members:
+    """Some members of an archive, by their sorted names."""
 
     blob: np.ndarray
     """Bytes of all names, one after the other."""
     ends: np.ndarray
     """Where in these each name ends."""
     members: np.ndarray
-    """int64, a row per image with the fields of `Member`."""
+    """int64, a row for each with the fields of `Member`."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """What is in an archive."""
+
+    images: Members
+    arrays: Members
+    """Those that are images where there are no others."""
     left_out: dict[str, int]
     """Other members, counted by their endings."""
 
@@ -471,7 +536,7 @@ def _index_cached(file: StoredFile, names: Callable[[], Names], key: str, cache:
     if cache is None:
         return index(file, names())
     place = file.place if is_remote(file.place) else str(Path(file.place).resolve())
-    request = os.fsencode(f"{place} {file.size} {file.version} {key}")
+    request = os.fsencode(f"{place} {file.size} {file.version} {key} {INDEX_FORMAT}")
     digest = hashlib.blake2b(request, digest_size=16).hexdigest()
     path = cache / f"{digest}.npz"
     if (kept := _read_index(path)) is not None:
@@ -493,22 +558,28 @@ def _index_cached(file: StoredFile, names: Callable[[], Names], key: str, cache:
 def _read_index(path: Path) -> Index | None:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
-            left_out = json.loads(stored["left_out"].tobytes())
-            return Index(stored["blob"], stored["ends"], stored["members"].reshape(-1, len(Member._fields)), left_out)
+            images, arrays = (
+                Members(*(stored[f"{kind}_{name}"] for name in ("blob", "ends", "members")))
+                for kind in ("images", "arrays")
+            )
+            return Index(images, arrays, json.loads(stored["left_out"].tobytes()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
         return None  # no cache yet, or a damaged one
 
 
 def _keep_index(made: Index, path: Path) -> Index:
+    parts = {f"images_{name}": part for name, part in vars(made.images).items()}
+    parts |= {f"arrays_{name}": part for name, part in vars(made.arrays).items()}
     with replacing(path, shared=True) as temporary, temporary.open("wb") as opened:
-        left_out = np.frombuffer(json.dumps(made.left_out).encode(), dtype=np.uint8)
-        np.savez(opened, blob=made.blob, ends=made.ends, members=made.members, left_out=left_out)
+        np.savez(opened, left_out=np.frombuffer(json.dumps(made.left_out).encode(), dtype=np.uint8), **parts)
     return made
 
 
 def index(file: StoredFile, names: Names) -> Index:
     """Read the list of members of a tar or zip file; which it is shows in its first bytes. See `index_all`."""
     found: dict[bytes, Member] = {}  # a later member of the same name replaces the one before, as if both were unpacked
+    arrays: dict[bytes, Member] = {}
+    others: dict[bytes, Member] = {}  # which hard links may lead to
     try:
         with closing(file.stream()) as opened:
             first = opened.read(6)
@@ -520,28 +591,43 @@ def index(file: StoredFile, names: Names) -> Index:
                 if first.startswith((b"PK\x03\x04", b"PK\x05\x06"))
                 else _tar_members(file, opened)
             )
-            for name, is_file, member in listed:
+            for name, place in listed:
                 path = name.removeprefix("./")
                 folder, _, last = path.rpartition("/")
-                if not _is_hidden(folder) and names.is_image(last, functools.partial(bool, is_file)):
-                    found[os.fsencode(path)] = member
+                if isinstance(place, str):
+                    target = os.fsencode(place.removeprefix("./"))
+                    member = next((kind[target] for kind in (found, arrays, others) if target in kind), None)
+                else:
+                    member = place
+                kind = others
+                if not _is_hidden(folder):
+                    is_image = names.is_image(last, functools.partial(bool, member))
+                    kind = found if is_image else arrays if names.is_array(last) else others
+                if member is not None:
+                    kind[os.fsencode(path)] = member
     except ARCHIVE_ERRORS as error:
         if isinstance(error, UserError):
             raise
         raise ArchiveError(f"{file.place} is damaged or cut short ({_words(error)}); copy it again") from error
+    return Index(_packed(found), _packed(arrays), dict(names.left_out))
+
+
+def _packed(found: dict[bytes, Member]) -> Members:
     ordered = sorted(found)
     ends = np.cumsum([len(name) for name in ordered], dtype=np.int64)
     members = np.array([found[name] for name in ordered], dtype=np.int64).reshape(-1, len(Member._fields))
-    return Index(np.frombuffer(bytearray(b"".join(ordered)), dtype=np.uint8), ends, members, dict(names.left_out))
+    return Members(np.frombuffer(bytearray(b"".join(ordered)), dtype=np.uint8), ends, members)
 
 
-def _tar_members(file: StoredFile, opened: BinaryIO) -> Iterator[tuple[str, bool, Member]]:
+def _tar_members(file: StoredFile, opened: BinaryIO) -> Iterator[tuple[str, Member | str | None]]:
+    """Name and place of each member; of a hard link the name that it leads to, of what is no file None."""
     with tarfile.open(fileobj=opened, mode="r:", errorlevel=1) as archive:
         while (info := archive.next()) is not None:
             archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # else it keeps all, a kilobyte each
             if not info.isdir():
                 is_file = info.isreg() and not info.issparse()
-                yield info.name, is_file, Member(info.offset_data, info.size, IN_TAR, info.size, 0)
+                member = Member(info.offset_data, info.size, IN_TAR, info.size, 0) if is_file else None
+                yield info.name, info.linkname if info.islnk() else member
         end = archive.offset
     # tarfile takes a header that it does not understand, and the end of the file, for the end of the archive.
     opened.seek(end)
@@ -555,7 +641,7 @@ def _tar_members(file: StoredFile, opened: BinaryIO) -> Iterator[tuple[str, bool
         raise ArchiveError(f"{file.place} is damaged: what is at byte {end:,} is no member; copy or write it again")
 
 
-def _zip_members(file: StoredFile, opened: BinaryIO) -> Iterator[tuple[str, bool, Member]]:
+def _zip_members(file: StoredFile, opened: BinaryIO) -> Iterator[tuple[str, Member | None]]:
     try:
         archive = zipfile.ZipFile(opened)
     except zipfile.BadZipFile as error:
@@ -574,7 +660,7 @@ def _zip_members(file: StoredFile, opened: BinaryIO) -> Iterator[tuple[str, bool
             mode = info.external_attr >> 16
             is_file = stat.S_IFMT(mode) in (0, stat.S_IFREG)
             fields = (info.header_offset, info.compress_size, info.compress_type, info.file_size, info.CRC)
-            yield info.filename, is_file, Member(*fields)
+            yield info.filename, Member(*fields) if is_file else None
 
 
 ZIP_HEADER = struct.Struct("<4s22xHH")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Shaped
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from utils import Bands, UserError
@@ -29,6 +29,8 @@ MAX_PIXELS = 2 * 89_478_485
 
 ALPHA_ASSOCIATED, ALPHA_UNASSOCIATED = 1, 2
 """What a TIFF says of a further band: opacity by which colours are multiplied already, or not. 0 says nothing."""
+PNG_METADATA = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
+"""What a PNG contains that may say how it is to be turned."""
 NO_DATA = 42113
 """The tag of GDAL that says which value stands for no data."""
 
@@ -46,10 +48,13 @@ class Stored:
 
     @property
     def missing(self) -> Shaped[np.ndarray, "h w c"] | None:
-        """Where there is no data; None if the file does not say."""
+        """Where there is no data, which opacity never lacks; None if the file does not say."""
         if self.no_data is None:
             return None
-        return np.isnan(self.values) if math.isnan(self.no_data) else self.values == self.no_data
+        missing = np.isnan(self.values) if math.isnan(self.no_data) else self.values == self.no_data
+        if self.alpha is not None:
+            missing[..., -1] = False
+        return missing
 
     def thinned(self, num_pixels: int) -> "Stored":
         """At least about so many of the pixels, evenly spaced; all of a small image."""
@@ -119,7 +124,8 @@ def decode_bands(data: bytes | Image.Image, bands: Bands) -> Shaped[Tensor, "c h
     - a band that the file calls opacity is a band like others where it is the last one wanted beyond three; else it
       puts the image on white, which is the upper end of the range, and is left out. A further band of which the file
       does not say that is never taken for opacity;
-    - pixels that the file declares to be without data get the lower end of the range.
+    - pixels that the file declares to be without data get the lower end of the range, of 8 bits 0. As 8-bit RGB they
+      stay as they are, and those of a palette have their colour.
 
     Args:
         data: contents of the file, or an image that is already decoded.
@@ -147,22 +153,28 @@ def combined(stored: Stored, bands: Bands) -> Shaped[Tensor, "c h w"]:
 
 
 def as_numbers(stored: Stored, bands: Bands) -> np.ndarray:
-    """The stored values as uint8, or scaled by the range to float32 in [0, 1], and clipped; see `decode_bands`."""
+    """The stored values as uint8, or scaled by the range to float32 in [0, 1], and clipped; see `decode_bands`.
+
+    True is as bright as 255.
+    """
     values, missing = stored.values, stored.missing
     if values.size == 0 or values.dtype.kind not in "buif":
         raise ValueError(f"it has {stored.describe()}, and no numbers that are pixels")
     if bands.value_range is None:
         if values.dtype == bool:
-            return values.astype(np.uint8) * 255
-        if values.dtype != np.uint8:
+            values = values.astype(np.uint8) * 255
+        elif values.dtype != np.uint8:
             raise ValueError(
                 f"it is stored as {values.dtype}, and data.value_range=null is for 8 bits; set data.value_range=auto, "
                 "or to [lowest, highest]"
             )
-        return values
+        # Pillow, which reads most files of 8-bit RGB, knows nothing of missing data.
+        return values if missing is None or bands.are_rgb8 else np.where(missing, np.uint8(0), values)
     low, high = bands.value_range
     if values.dtype in (np.uint8, bool) and high > 255:
         raise ValueError(f"it is stored as {values.dtype}, not as deep as data.value_range=[{low:g}, {high:g}] says")
+    if values.dtype == bool:
+        values = values * np.float32(high)  # what is beyond would be clipped
     known = values if missing is None else values[~missing]
     if values.dtype.kind == "f" and not np.isfinite(known).all():
         raise ValueError(f"{int((~np.isfinite(known)).sum())} of {values.size} values are not finite")
@@ -269,7 +281,10 @@ def _read_deep_png(data: bytes) -> Stored:
         values = imagecodecs.png_decode(data)
     except RuntimeError as error:
         raise ValueError(f"PNG: {error}") from error
-    return Stored(values, ALPHA_UNASSOCIATED if data[25] in (4, 6) else None, bits=16)
+    orientation = 1
+    if any(each in data for each in PNG_METADATA):  # else Pillow would decode the image to look for it
+        orientation = Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1)
+    return Stored(_upright(values, orientation), ALPHA_UNASSOCIATED if data[25] in (4, 6) else None, bits=16)
 
 
 def _read_tiff(data: bytes) -> Stored:
@@ -308,18 +323,22 @@ def _tiff_values(file: Any, num_bytes: int) -> Stored:
     if others and kept.index("Y") > kept.index("X"):
         raise ValueError(f"it has axes {axes}; save rows before columns")
     bits, photometric = int(page.bitspersample), int(page.photometric)
+    tag = page.tags.get(NO_DATA)
+    no_data = None if tag is None else float(str(tag.value).strip("\0 "))
     if photometric == 3:  # a palette: 16-bit colours, red, green and blue one after the other
         values = (page.colormap.T[values[..., 0]] >> 8).astype(np.uint8)
-        bits = 8
-    elif photometric == 0 and values.dtype.kind == "u":  # 0 is white
-        values = (2**bits - 1 - values).astype(values.dtype)
+        bits, no_data = 8, None
+    elif photometric == 0 and values.dtype.kind in "bu":  # 0 is white
+        values = ~values if values.dtype == bool else (2**bits - 1 - values).astype(values.dtype)
+        no_data = None if no_data is None else 2**bits - 1 - no_data
     elif photometric in (5, 8, 9, 10):
         raise ValueError(f"its colours are {page.photometric.name}; save the bands to train on as they are")
+    if bits in (2, 4):  # up to 255, as Pillow reads them
+        factor = 255 // (2**bits - 1)
+        values, no_data, bits = values * np.uint8(factor), None if no_data is None else no_data * factor, 8
     extras = [int(extra) for extra in page.extrasamples]
     alphas = [extra for extra in extras if extra in (ALPHA_ASSOCIATED, ALPHA_UNASSOCIATED)]
     alpha = alphas[0] if len(alphas) == 1 and extras[-1] == alphas[0] and values.shape[2] > 1 else None
-    tag = page.tags.get(NO_DATA)
-    no_data = None if tag is None else float(str(tag.value).strip("\0 "))
     orientation = page.tags.get(274)
     values = _upright(_native(values), 1 if orientation is None else int(orientation.value))
     return Stored(values, alpha, no_data, bits)

@@ -37,7 +37,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
@@ -51,16 +51,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from reading.archives import (
+    ARCHIVE,
     REMOTE_PACKAGES,
     ArchiveError,
-    Index,
     Member,
+    Members,
     RemoteFile,
     StoredFile,
     archives_below,
+    compressed,
     expand_braces,
     files_below,
+    folders_below,
+    follows_to,
     index_all,
+    is_archive,
     is_remote,
     read_member,
     read_whole,
@@ -93,23 +98,28 @@ class Endings:
     def __init__(self, left_out: Mapping[str, int] | None = None) -> None:
         self.left_out = Counter(left_out or {})
         self.arrays = Counter[str]()
-        """Files of arrays, by their ending. They are images where there are no others; see `_list_images`."""
+        """Files of arrays, by their ending. They are images where there are no others, and left out otherwise."""
 
     def is_image(self, name: str, is_file: Callable[[], bool]) -> bool:
         """Whether a file of this name, without its folder, is an image; else it is counted, unless it is hidden."""
         if name.startswith("."):  # .DS_Store, and the ._x.jpg that macOS writes beside every x.jpg
             return False
         ending = os.path.splitext(name)[1].lower()  # noqa: PTH122  # a Path for each of millions of names is slow
-        if ending in ARRAY_ENDINGS and _follows_to(is_file):
+        if self.is_array(name) and follows_to(is_file):
             self.arrays[ending] += 1
             return False
         if ending not in image_endings():
             self.left_out[ending or "without ending"] += 1
-        elif _follows_to(is_file):
+        elif follows_to(is_file):
             return True
         else:
             self.left_out[f"{ending} that are links to nothing, pipes or devices"] += 1
         return False
+
+    @staticmethod
+    def is_array(name: str) -> bool:
+        """Whether a file of this name is one of arrays, and not hidden."""
+        return name.lower().endswith(ARRAY_ENDINGS) and not name.startswith(".")
 
     def describe(self) -> str:
         """Counts by ending, the most frequent ones first; empty if nothing was left out."""
@@ -265,7 +275,7 @@ def decode_image(data: bytes | Image.Image, reduction: Callable[[int, int], int]
 
     Args:
         data: contents of the file, or an image that is already decoded.
-        reduction: from (width, height) to a divisor by which a JPEG may be shrunk while it is decoded.
+        reduction: from (width, height), upright, to a divisor by which a JPEG may be shrunk while it is decoded.
     """
     with silent_decoders():
         image = _opened(data)
@@ -333,14 +343,23 @@ def _opened(data: bytes | Image.Image) -> Image.Image:
 
 
 def _divisor(image: Image.Image, reduction: Callable[[int, int], int] | None) -> int:
-    return reduction(image.width, image.height) if reduction is not None and image.format == "JPEG" else 1
+    if reduction is None or image.format != "JPEG":
+        return 1
+    as_stored, lying = reduction(image.width, image.height), reduction(image.height, image.width)
+    return as_stored if as_stored == lying or exif_orientation(image) not in {5, 6, 7, 8} else lying
 
 
 def _decoded(image: Image.Image, divisor: int) -> Image.Image:
     if divisor > 1:
         image.draft(None, (image.width // divisor, image.height // divisor))
     image.load()
-    return _to_rgb(ImageOps.exif_transpose(image))
+    rgb = _to_rgb(ImageOps.exif_transpose(image))
+    return ImageOps.invert(rgb) if image.mode == "I;16" and _zero_is_white(image) else rgb
+
+
+def _zero_is_white(image: Image.Image) -> bool:
+    """Whether a TIFF says so; of up to 8 bits, Pillow has inverted the values then."""
+    return image.format == "TIFF" and getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -379,7 +398,8 @@ def decode_mask(data: bytes | Image.Image, name: str) -> Image.Image:
     torn = image.format == "BMP" and rawmode == "1" and arguments[0] != (image.width + 31) // 32 * 4
     if scaled or torn:
         raise UserError(f"{name} has numbers of a depth that cannot be read as they are; {remedy}")
-    if re.fullmatch(r"[1L];\d?IR?", rawmode):  # programs differ in whether they turn the numbers as well
+    # Programs differ in whether they turn the numbers as well.
+    if re.fullmatch(r"[1L];\d?IR?", rawmode) or _zero_is_white(image):
         raise UserError(f"{name} says that 0 is white, so its numbers are ambiguous; {remedy}")
     labels = np.asarray(image)
     if bits := re.fullmatch(r"L;([24])R?", rawmode):
@@ -533,6 +553,11 @@ def cache_root() -> Path:
     return Path(torch.hub.get_dir()).parent
 
 
+def _default_root(url: DataUrl) -> str:
+    """Where a data set is that is downloaded, unless the URL says otherwise."""
+    return str(cache_root() / "datasets" / url.name)
+
+
 UNLABELLED = 255
 """The label of pixels without one, where a data set does not say otherwise."""
 
@@ -630,6 +655,11 @@ def files_fingerprint(files: Sequence[Path], names: bytes) -> str:
     return digest.hexdigest()
 
 
+def labelled_fingerprint(num: int, class_names: Sequence[str], files: Sequence[Path]) -> str:
+    """The hash of so many images, of the names of their classes and, where their files are known, of these."""
+    return files_fingerprint(files, json.dumps([num, class_names, [str(path) for path in files]]).encode())
+
+
 def is_folder(url: str) -> bool:
     """Whether a data URL names folders or archives of the user that are there, to be opened without a download."""
     parsed = parse_data_url(url)
@@ -675,7 +705,7 @@ def _make_custom(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
     split = url.take(("split", "root")).get("split")
     if split not in published.splits:
         raise url.error(f"needs split= one of {', '.join(map(repr, published.splits))}")
-    root = url.folder("root", str(cache_root() / "datasets" / url.name))
+    root = url.folder("root", _default_root(url))
     return SegmentationDataset(published.list_files(url, root, split), published.ignore_labels)
 
 
@@ -793,42 +823,18 @@ def _list_images(root: Path) -> Listing:
     paths: list[bytes] = []
     arrays: list[bytes] = []  # of labels, perhaps, beside images; by themselves they are the images
     times: dict[str, int] = {}
-    visited: set[tuple[int, int]] = set()
-    pending = [b""]
-    while pending:
-        folder = pending.pop()
-        full = os.path.join(os.fsencode(root), folder)  # noqa: PTH118  # pathlib takes no bytes, and is slow
-        status = os.stat(full)  # noqa: PTH116
-        if (status.st_dev, status.st_ino) in visited:
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        times[os.fsdecode(folder)] = status.st_mtime_ns
-        with os.scandir(full) as entries:
-            inside = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+    for folder, time_ns, files in folders_below(root):
+        times[os.fsdecode(folder)] = time_ns
         prefix = folder + b"/" if folder else b""
-        folders = [entry for entry in inside if not entry.name.startswith(b".") and _follows_to(entry.is_dir)]
-        below = {entry.name for entry in folders}
-        for entry in inside:
-            if entry.name in below:
-                continue
-            before = endings.arrays.total()
-            if endings.is_image(os.fsdecode(entry.name), entry.is_file):
+        for entry in files:
+            name = os.fsdecode(entry.name)
+            if endings.is_image(name, entry.is_file):
                 paths.append(prefix + entry.name)
-            elif endings.arrays.total() > before:
+            elif endings.is_array(name) and follows_to(entry.is_file):
                 arrays.append(prefix + entry.name)
-        # Reversed, since the last one is taken first: real folders come before links to them.
-        pending += [prefix + entry.name for entry in reversed(folders)]
     if paths:
         endings.left_out.update(endings.arrays)
     return Listing(PathList.pack(sorted(paths or arrays)), endings, times)
-
-
-def _follows_to(is_kind: Callable[[], bool]) -> bool:
-    """Whether a path leads to something of a kind, links being followed."""
-    try:
-        return is_kind()
-    except OSError:  # a link to itself
-        return False
 
 
 def _list_images_cached(root: Path, cache_dir: Path) -> Listing:
@@ -871,12 +877,12 @@ class ArchivedImages(ImageDataset):
 
     Args:
         files: the archives.
-        indices: what is in each.
+        indices: the images in each.
         below: the folder within each that counts, empty for all.
     """
 
-    def __init__(self, files: Sequence[StoredFile], indices: Sequence[Index], below: str = "") -> None:
-        self.files = files
+    def __init__(self, files: Sequence[StoredFile], indices: Sequence[Members], below: str = "") -> None:
+        self.files, self.below = files, below
         prefix, starts = f"{below}/" if below else "", []
         blobs, ends, members, num, length = [], [], [], 0, 0
         for index in indices:
@@ -924,7 +930,7 @@ class ArchivedImages(ImageDataset):
         return digest.hexdigest()
 
 
-def _below_prefix(index: Index, prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _below_prefix(index: Members, prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     paths = PathList(torch.from_numpy(index.blob), torch.from_numpy(index.ends))
     # Sorted, those that begin alike are neighbours.
     chosen = [i for i in range(len(paths)) if paths[i].startswith(prefix)]
@@ -963,14 +969,22 @@ class RemoteImages(ImageDataset):
         return self._digest
 
 
-class ClassFolders(ImageDataset):
-    """Images of archives or a remote folder, labelled by the first folder of their path; those in none are left out.
+def paths_below(images: ImageFolder | ArchivedImages | RemoteImages) -> Iterator[str]:
+    """Where each image is, below the place that the data set was opened with, which may be a folder in an archive."""
+    prefix = f"{images.below}/" if isinstance(images, ArchivedImages) and images.below else ""
+    return (path.removeprefix(prefix) for path in images.paths)
 
-    If no image is in a folder, the archives stand for the classes, as in the training images of ImageNet.
+
+class ClassFolders(ImageDataset):
+    """Images of a folder, archives or a remote folder, labelled by the first folder of their path below that place.
+
+    Those in no folder are left out, and folders without images are no classes. Images of a folder are in the order of
+    `torchvision.datasets.ImageFolder`. If no image of archives is in a folder, the archives stand for the classes, as
+    in the training images of ImageNet.
     """
 
-    def __init__(self, url: DataUrl, images: ArchivedImages | RemoteImages) -> None:
-        folders = [path.split("/", 1)[0] if "/" in path else None for path in images.paths]
+    def __init__(self, url: DataUrl, images: ImageFolder | ArchivedImages | RemoteImages) -> None:
+        folders = [path.split("/", 1)[0] if "/" in path else None for path in paths_below(images)]
         if isinstance(images, ArchivedImages) and not any(folders):
             folders = [Path(images.file_of(index).name).stem for index in range(len(images))]
         names = sorted({folder for folder in folders if folder is not None})
@@ -980,6 +994,13 @@ class ClassFolders(ImageDataset):
         rows = [index for index, folder in enumerate(folders) if folder is not None]
         if len(rows) < len(folders):
             logger.warning("%s: %d images are in no class folder, and left out", url.text, len(folders) - len(rows))
+        if isinstance(images, ImageFolder):
+            rows.sort(key=lambda row: (folders[row], *images.paths[row].rpartition("/")))
+            if empty := [name for name in _folders_in(images.root) if name not in number_of]:
+                logger.warning(
+                    "%s: %d folders have no images of their own, and are no classes: %s",
+                    url.text, len(empty), ", ".join(empty[:10]),
+                )  # fmt: skip
         self.images, self.names = images, names
         self.rows = torch.tensor(rows)
         self.labels = torch.tensor([number_of[folders[row]] for row in rows])  # pyright: ignore[reportArgumentType]  # not None
@@ -990,8 +1011,11 @@ class ClassFolders(ImageDataset):
         return self.names
 
     def fingerprint(self) -> str:
-        """That of the images, whose names have the classes."""
-        return self.images.fingerprint()
+        """That of the images, whose names have the classes; of a folder, that of `torchvision.datasets.ImageFolder`."""
+        if not isinstance(self.images, ImageFolder):
+            return self.images.fingerprint()
+        files = [self.images.root / self.images.paths[row] for row in self.rows.tolist()]
+        return labelled_fingerprint(len(self), self.names, files)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -1001,7 +1025,23 @@ class ClassFolders(ImageDataset):
         return Sample(sample.name, sample.read, functools.partial(int, self.labels[index]))
 
 
-def _open_images(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
+def _folders_in(root: Path) -> list[str]:
+    """Names of the folders in one, sorted, without hidden ones; none if that is no folder."""
+    inside = root.iterdir() if root.is_dir() else ()
+    return sorted(path.name for path in inside if not path.name.startswith(".") and path.is_dir())
+
+
+def _make_class_folders(url: DataUrl, listing_cache: Path | None) -> ClassFolders:
+    url.take(("root", "cache"))
+    url = replace(url, kwargs={"root": _default_root(url), **url.kwargs})
+    images = _open_images(url, listing_cache)
+    root = Path(str(url.kwargs["root"])).expanduser()
+    if isinstance(images, ArchivedImages) and _folders_in(root):
+        raise url.error(f"the folders in {root} have archives and no images; unpack them, or name an archive of all")
+    return ClassFolders(url, images)
+
+
+def _open_images(url: DataUrl, listing_cache: Path | None) -> ImageFolder | ArchivedImages | RemoteImages:
     """What is at `root=`: a folder of images or of archives, or archives, here or remote."""
     stored = _open_stored(url, listing_cache)
     if stored is not None:
@@ -1015,8 +1055,19 @@ def _open_images(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
         found = archives_below(root)
         if not found:
             raise
-        return _open_archives(url, [str(path) for path in found], "", None, listing_cache)
+        return _open_archives(url, _uncompressed(url, found), "", None, listing_cache)
     return folder
+
+
+def _uncompressed(url: DataUrl, archives: list[str]) -> list[str]:
+    """Those that are not compressed as a whole. Raises: UserError if all are."""
+    found = [place for place in archives if ARCHIVE.search(place)]
+    if len(found) < len(archives):
+        why = compressed(next(place for place in archives if not ARCHIVE.search(place)))
+        if not found:
+            raise url.error(why)
+        logger.warning("%s: %d archives are not read: %s", url.text, len(archives) - len(found), why)
+    return found
 
 
 def _open_stored(url: DataUrl, listing_cache: Path | None) -> ArchivedImages | RemoteImages | None:
@@ -1083,7 +1134,7 @@ def _open_archives(
             where = "" if missing[0] == url.text else f"{missing[0]}: "
             raise url.error(f"{many}{where}{why}; check the path, or name archives that are there")
         found = [file for file in files if isinstance(file, StoredFile)]
-        indices = index_all(found, Endings, " ".join(image_endings()), listing_cache)
+        indices = index_all(found, Endings, " ".join([*image_endings(), *ARRAY_ENDINGS]), listing_cache)
     except ArchiveError as error:
         raise url.error(str(error)) from error
     except UserError as error:
@@ -1091,7 +1142,11 @@ def _open_archives(
     endings = Endings()
     for index in indices:
         endings.left_out.update(index.left_out)
-    images = ArchivedImages(found, indices, below)
+    images = ArchivedImages(found, [index.images for index in indices], below)
+    arrays = ArchivedImages(found, [index.arrays for index in indices], below)
+    if len(images):
+        endings.left_out.update(Path(path).suffix.lower() for path in arrays.paths)
+    images = images if len(images) else arrays
     if not len(images):
         where = f"{places[0]} and {len(places) - 1} other archives" if len(places) > 1 else places[0]
         raise _no_images(url, f"{below} in {where}" if below else where, endings)
@@ -1123,11 +1178,15 @@ def _open_remote(
     endings = Endings()
     images = [file for file in listed if endings.is_image(PurePosixPath(file.path).name, lambda: True)]
     if images:
+        endings.left_out.update(endings.arrays)
+    else:
+        images = [file for file in listed if endings.is_array(PurePosixPath(file.path).name)]
+    if images:
         endings.log(url)
         return RemoteImages(root, images, copies)
-    archives = [f"{root.rstrip('/')}/{file.path}" for file in listed if split_place(file.path)]
+    archives = [f"{root.rstrip('/')}/{file.path}" for file in listed if is_archive(file.path)]
     if archives:
-        return _open_archives(url, archives, "", copies, listing_cache)
+        return _open_archives(url, _uncompressed(url, archives), "", copies, listing_cache)
     if not listed:
         raise url.error(
             f"there are no files below {root}, or the server does not list them; check the address, or name archives: "
@@ -1228,7 +1287,7 @@ def _make_segmentation_folder(url: DataUrl) -> SegmentationDataset:
     root = url.folder("root")
     places = [root / url.folder(kind, kind) for kind in ("images", "masks")]
     images, masks = (archived_images(url, place) or ImageFolder(url, place) for place in places)
-    image_of, mask_of = (_by_stem(url, *each) for each in zip((images, masks), places, strict=True))
+    image_of, mask_of = (_by_stem(url, part) for part in (images, masks))
     alone = [stem for stem in image_of if stem not in mask_of]
     if alone:
         first = Path(images[image_of[alone[0]]].name).name
@@ -1259,18 +1318,10 @@ def archived_images(url: DataUrl, place: Path) -> ArchivedImages | None:
     return None if archive is None else _open_archives(url, [archive[0]], archive[1], None, None)
 
 
-def paths_below(images: ArchivedImages, place: Path) -> list[str]:
-    """Where each of `archived_images` is, below the place that it was opened with."""
-    archive = split_place(str(place))
-    assert archive is not None
-    return [path.removeprefix(f"{archive[1]}/" if archive[1] else "") for path in images.paths]
-
-
-def _by_stem(url: DataUrl, images: ImageFolder | ArchivedImages, place: Path) -> dict[str, int]:
-    """The number of each image by its name below a place, without the ending."""
+def _by_stem(url: DataUrl, images: ImageFolder | ArchivedImages) -> dict[str, int]:
+    """The number of each image by its name below the place that was opened, without the ending."""
     by_stem: dict[str, int] = {}
-    paths = images.paths if isinstance(images, ImageFolder) else paths_below(images, place)
-    for row, path in enumerate(paths):
+    for row, path in enumerate(paths_below(images)):
         stem = str(Path(path).with_suffix(""))
         if stem in by_stem:
             both = f"{images[by_stem[stem]].name} and {images[row].name}"
@@ -1290,13 +1341,16 @@ class _ClassFiles:
     def is_image(self, name: str, is_file: Callable[[], bool]) -> bool:
         return name == self.NAME and is_file()
 
+    def is_array(self, name: str) -> bool:
+        return False
+
 
 def _find_class_names(root: Path) -> tuple[str, bytes] | None:
     """Place and content of the file of class names of a folder or archive."""
     archive = split_place(str(root))
     if archive is not None:
         file, below = stored_file(archive[0]), PurePosixPath(archive[1])
-        inside = ArchivedImages([file], index_all([file], _ClassFiles, "", None))
+        inside = ArchivedImages([file], [index.images for index in index_all([file], _ClassFiles, "", None)])
         row_of = {path: row for row, path in enumerate(inside.paths)}
         for folder in (below, below.parent):
             if (row := row_of.get(str(folder / _ClassFiles.NAME))) is not None:
@@ -1491,10 +1545,7 @@ class TorchvisionDataset(ImageDataset):
 
     def fingerprint(self) -> str:
         """A hash of number and names of the classes and, where the data set lists its files, of these."""
-        files = [Path(sample[0]) for sample in self._samples() or ()]
-        return files_fingerprint(
-            files, json.dumps([len(self), self.class_names, [str(path) for path in files]]).encode()
-        )
+        return labelled_fingerprint(len(self), self.class_names, [Path(sample[0]) for sample in self._samples() or ()])
 
     def _samples(self) -> Any:
         return getattr(self.dataset, "samples", None) or getattr(self.dataset, "imgs", None)
@@ -1539,8 +1590,8 @@ def _convert_but_to_rgb(image: Image.Image, mode: str | None = None, *args: Any,
 
 
 def _make_torchvision(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
-    if url.name == "ImageFolder" and (labelled := _open_class_folders(url, listing_cache)) is not None:
-        return labelled
+    if url.name == "ImageFolder":
+        return _make_class_folders(url, listing_cache)
     import torchvision  # only here: it brings torch's compiler, a second of every start
 
     known = [name for name in torchvision.datasets.__all__ if name != "VisionDataset"]
@@ -1555,7 +1606,7 @@ def _make_torchvision(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
     if "is_valid_file" in parameters and "extensions" not in arguments:
         arguments["is_valid_file"] = functools.partial(_is_image_file, endings)
     if "root" in parameters:
-        arguments["root"] = str(url.folder("root", str(cache_root() / "datasets" / url.name)))
+        arguments["root"] = str(url.folder("root", _default_root(url)))
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in arguments]
     missing = [name for name in missing if parameters[name].kind is not inspect.Parameter.VAR_KEYWORD]
     if missing:
@@ -1569,17 +1620,6 @@ def _make_torchvision(url: DataUrl, listing_cache: Path | None) -> ImageDataset:
         raise url.error("has no images")
     endings.log(url)
     return dataset
-
-
-def _open_class_folders(url: DataUrl, listing_cache: Path | None) -> ClassFolders | None:
-    """The labelled images of archives or of a remote folder; None for a folder here that has folders of images."""
-    images, root = _open_stored(url, listing_cache), Path(str(url.kwargs.get("root")))
-    if images is None:
-        if not root.is_dir() or any(path.is_dir() for path in root.iterdir()) or not archives_below(root):
-            return None
-        images = _open_archives(url, [str(path) for path in archives_below(root)], "", None, listing_cache)
-    url.take(("root", "cache"))
-    return ClassFolders(url, images)
 
 
 def _is_image_file(endings: Endings, path: str) -> bool:
@@ -1934,12 +1974,12 @@ def make_mixture(
 def is_on_disk(url: str, key: str) -> bool:
     """Whether a data set is on this machine, as far as its place tells; nothing is read or downloaded.
 
-    Raises: UserError for text that is no data URL.
+    Raises: UserError for text that is no data URL, or an argument that is no path.
     """
     parsed = parse_data_url(url, key)
     if parsed.source == "hf":
         return _hub_is_on_disk(parsed)
-    root = Path(parsed.kwargs.get("root", cache_root() / "datasets" / parsed.name)).expanduser()
+    root = parsed.folder("root", _default_root(parsed))
     if parsed.source == "custom" and parsed.name in SEGMENTATION_SETS:
         names = [name for name in ARCHIVES if name.startswith(parsed.name)]
         needed = [ARCHIVES[name] for name in names if name == parsed.name or parsed.kwargs.get("split") == "trainaug"]
@@ -1954,11 +1994,16 @@ def _hub_is_on_disk(url: DataUrl) -> bool:
     if "/" not in url.name:  # a format, such as parquet, of files that are named
         given = url.kwargs.get("data_files", url.kwargs.get("data_dir", ()))
         lists = given.values() if isinstance(given, dict) else [given]
-        patterns = [pattern for group in lists for pattern in ([group] if isinstance(group, str) else group)]
+        groups = [group if isinstance(group, list | tuple) else [group] for group in lists]
+        patterns = [pattern for group in groups for pattern in group]
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise url.error("data_files and data_dir are texts, or lists of them: data_files='/my/x.parquet'")
         return bool(patterns) and all(any(glob.iglob(pattern, recursive=True)) for pattern in patterns)  # noqa: PTH207  # they may be absolute
     splits = {part.split("[")[0] for part in str(url.kwargs.get("split")).split("+")}
     home = Path(constants.HF_HOME).expanduser()
-    tables = Path(url.kwargs.get("cache_dir") or os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
+    tables = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
+    if url.kwargs.get("cache_dir"):
+        tables = url.folder("cache_dir")
     squeezed = url.name.replace("/", "").replace("_", "").lower()  # datasets writes ImageNet as image_net
     for folder in tables.glob("*___*"):
         if folder.name.replace("_", "").lower() == squeezed:

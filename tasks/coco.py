@@ -530,7 +530,7 @@ def _find_archived(
     annotations: Annotations, images: ArchivedImages, root: Path, where: str
 ) -> Int64[Tensor, " images"]:
     """The number in an archive of each image of a file of annotations."""
-    row_of = {path: row for row, path in enumerate(paths_below(images, root))}
+    row_of = {path: row for row, path in enumerate(paths_below(images))}
     rows, missing, example = [], 0, ""
     for row, name in enumerate(annotations.names):
         rows.append(row_of.get(name, -1))

@@ -363,6 +363,86 @@ def test_links_in_a_tar_file_are_counted_and_a_later_member_replaces_an_earlier_
     assert "1 .png that are links" in caplog.text
 
 
+def test_hard_links_in_a_tar_file_are_the_images_that_they_lead_to(root, tmp_path, caplog):
+    folder = tmp_path / "images"
+    shutil.copytree(root, folder)
+    (folder / "a" / "again.png").hardlink_to(folder / "a" / "0.png")
+    (folder / "c").mkdir()
+    (folder / "c" / "0.png").hardlink_to(folder / "a" / "0.png")
+    (folder / "c" / "once.json").hardlink_to(folder / "b" / "1.png")  # the archive has the image as this file
+    archive = write_tar(tmp_path / "all.tar", folder)
+    with tarfile.open(archive) as opened:
+        assert sum(info.islnk() for info in opened) == 3, "the program that writes them has changed"
+    with caplog.at_level(logging.INFO):
+        dataset = make_dataset(str(archive))
+    assert contents(dataset, archive) == contents(make_dataset(str(folder)), folder)
+    assert "that are links" not in caplog.text
+    with tarfile.open(archive, "a") as opened:
+        lost = tarfile.TarInfo("lost.png")
+        lost.type, lost.linkname = tarfile.LNKTYPE, "nowhere.png"
+        opened.addfile(lost)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert len(make_dataset(str(archive))) == len(dataset)
+    assert "1 .png that are links to nothing" in caplog.text
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_arrays_are_images_where_there_are_no_others_in_archives_and_remote_places_too(tmp_path, cached, caplog):
+    folder, memory = tmp_path / "arrays", fsspec.filesystem("memory")
+    for name in ("a/0.npy", "b/1.npy", "b/.hidden.npy"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / name, np.asarray(photo(len(name))))
+    cache = tmp_path / "cache" if cached else None
+
+    def same_everywhere(left_out):
+        places = [old(write_tar(tmp_path / "all.tar", folder)), old(write_zip(tmp_path / "all.zip", folder))]
+        if memory.exists("/arrays"):
+            memory.rm("/arrays", recursive=True)
+        for file in files_of(folder):
+            memory.pipe(f"/arrays/{file.relative_to(folder)}", file.read_bytes())
+        (tmp_path / "set").mkdir(exist_ok=True)
+        old(write_tar(tmp_path / "set" / "x.tar", tmp_path, files_of(folder)))
+        expected, labels = contents(make_dataset(str(folder)), folder), open_labelled(folder_url(folder), "x").labels
+        for place in (folder, *places, "memory://arrays", tmp_path / "set" / "x.tar" / "arrays"):
+            for _ in range(2):
+                caplog.clear()
+                with caplog.at_level(logging.INFO):
+                    assert contents(make_dataset(str(place), listing_cache=cache), place) == expected, place
+                assert ("left out: 2 .npy" in caplog.text) == left_out, place
+            assert torch.equal(open_labelled(folder_url(place), "x").labels, labels), place
+        return [name for name, _ in expected]
+
+    assert same_everywhere(left_out=False) == ["a/0.npy", "b/1.npy"]
+    (folder / "b" / "2.png").write_bytes(encode(photo(2)))
+    (folder / "a" / "3.png").write_bytes(encode(photo(3)))
+    assert same_everywhere(left_out=True) == ["a/3.png", "b/2.png"]
+
+
+def test_archives_are_found_through_links_once_and_compressed_ones_are_named(root, tmp_path, caplog):
+    top, elsewhere = tmp_path / "top", tmp_path / "elsewhere"
+    for folder in (top / "in", top / ".hidden", elsewhere):
+        folder.mkdir(parents=True)
+    for path in (top / "in" / "x.tar", top / ".hidden" / "x.tar", elsewhere / "y.tar"):
+        write_tar(path, root)
+    for name in ("more", "again"):
+        (top / name).symlink_to(elsewhere)
+    (top / "in" / "up").symlink_to(top)
+    (top / "linked.tar").symlink_to(elsewhere / "y.tar")
+    (top / "x.tar.gz").touch()
+    dataset = make_dataset(str(top))
+    found = [str(Path(file.place).relative_to(top)) for file in dataset.files]
+    assert found == ["again/y.tar", "in/x.tar", "linked.tar"]
+    assert "1 archives are not read: " in caplog.text and "x.tar.gz is compressed as a whole" in caplog.text
+    only = tmp_path / "only"
+    only.mkdir()
+    (only / "more").symlink_to(elsewhere)
+    assert len(make_dataset(str(only))) == 10
+    (elsewhere / "y.tar").unlink()
+    (elsewhere / "z.tgz").touch()
+    assert "is compressed as a whole" in refusal(str(only))
+
+
 def test_archives_beside_images_are_told(root, tmp_path, caplog):
     (tmp_path / "x.png").write_bytes(encode(photo(0)))
     write_tar(tmp_path / "x.tar", root)
@@ -438,6 +518,10 @@ def test_class_folders_in_archives_are_labelled_as_those_of_a_folder(root, tmp_p
     by_archive = open_labelled(folder_url(tmp_path / "classes"), "test")
     assert torch.equal(by_archive.labels, expected.labels)
     assert by_archive.class_names == ["a", "b"]
+    (tmp_path / "classes" / ".cache").mkdir()
+    assert make_dataset(folder_url(tmp_path / "classes")).class_names == ["a", "b"]
+    (tmp_path / "classes" / "more").mkdir()  # archives in several folders may have the same name
+    assert "have archives and no images; unpack them" in refusal(folder_url(tmp_path / "classes"))
     url = finetune_classification.class_folders(str(archive))
     assert torch.equal(open_labelled(url, "test").labels, expected.labels)
     url = finetune_classification.class_folders("custom://Images?root='s3://b/x.tar'&cache='/scratch'")
@@ -445,6 +529,24 @@ def test_class_folders_in_archives_are_labelled_as_those_of_a_folder(root, tmp_p
     fsspec.filesystem("memory").pipe("/flat/x.png", encode(photo(0)))
     with pytest.raises(UserError, match="no image is in a folder"):
         make_dataset(folder_url("memory://flat"))
+
+
+@pytest.mark.parametrize("make", [write_tar, write_zip])
+def test_classes_of_a_folder_in_an_archive_are_the_folders_below_it(root, make, tmp_path):
+    expected = open_labelled(folder_url(root), "test")
+    (tmp_path / "set" / "val" / "c").mkdir(parents=True)
+    (tmp_path / "set" / "val" / "c" / "0.png").write_bytes(encode(photo(0)))
+    shutil.copytree(root, tmp_path / "set" / "train")
+    archive = make(tmp_path / "all.zip", tmp_path / "set")
+    for url in (folder_url(f"{archive}/train"), finetune_classification.class_folders(f"{archive}/train")):
+        got = open_labelled(url, "test")
+        assert got.class_names == expected.class_names == ["a", "b"]
+        assert torch.equal(got.labels, expected.labels)
+    for name in "ab":  # an archive a class, all with a folder of the same name
+        shutil.copytree(root / name, tmp_path / name / "train")
+        make(tmp_path / f"{name}.zip", tmp_path / name)
+    by_archive = open_labelled(folder_url(f"{tmp_path}/{{a,b}}.zip/train"), "test")
+    assert by_archive.class_names == ["a", "b"] and torch.equal(by_archive.labels, expected.labels)
 
 
 def test_what_is_here_is_seen_without_opening_it(root, tmp_path):
@@ -458,6 +560,9 @@ def test_what_is_here_is_seen_without_opening_it(root, tmp_path):
         ("s3://bucket/x.tar", False),
     ):
         assert (is_folder(url), is_on_disk(url, "key")) == (here, here), url
+    for url in ("custom://Images?root=5", "hf://parquet?data_files=5", "hf://org/name?cache_dir=5"):
+        with pytest.raises(UserError, match=r"^key="):
+            is_on_disk(url, "key")
 
 
 # --------------------------------------------------------------------------------------------- remote places
@@ -535,6 +640,7 @@ def test_a_bucket_gives_what_the_disk_gives(remote, root):
     for file in files_of(root):
         memory.pipe(f"/bucket/folder/{file.relative_to(root)}", file.read_bytes())
     memory.pipe("/bucket/tars/all.tar", (remote[0] / "all.tar").read_bytes())
+    memory.pipe("/bucket/tars/more.tar.zst", b"")
     expected = contents(make_dataset(str(root)), root)
     assert contents(make_dataset("memory://bucket/folder"), "memory://bucket/folder") == expected
     assert contents(make_dataset("memory://bucket/tars"), "memory://bucket/tars/all.tar") == expected

@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 import sys
+import zlib
 from pathlib import Path
 
 import imagecodecs
@@ -181,6 +182,50 @@ def test_8_bit_rgb_is_the_same_by_either_way():
     assert (decode_bands(data, RGB8).int() - Sample("x", lambda: data).pixels().int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_of_few_bits_is_as_bright_as_pillow_has_it(bits, photometric):
+    grey = values(1, high=2**bits - 1, dtype=np.uint8)[..., 0]
+    for orientation in (1, 6):
+        turned = [(274, "H", 1, orientation, True)]
+        data = tiff(grey > 0 if bits == 1 else grey, photometric=photometric, bitspersample=bits, extratags=turned)
+        expected = np.asarray(Sample("x", lambda data=data: data).image())
+        assert expected.min() == 0 and expected.max() == 255
+        np.testing.assert_array_equal(decode_bands(data, Bands(1))[0], expected[..., 0])
+        scaled = decode_bands(data, Bands(3, (0, 255))).numpy()
+        np.testing.assert_allclose(scaled, np.moveaxis(expected, 2, 0) / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+def test_16_bits_are_white_where_the_file_says_so_by_either_way(photometric):
+    grey = values(1, high=65535)[..., 0]
+    right = np.round((grey if photometric == "minisblack" else 65535 - grey) / 257)
+    for orientation in (1, 6):
+        data = tiff(grey, photometric=photometric, extratags=[(274, "H", 1, orientation, True)])
+        expected = right if orientation == 1 else np.rot90(right, -1)
+        for pixels in (
+            Sample("x", lambda data=data: data).pixels().numpy(),
+            decode_bands(data, Bands(3, (0, 65535))).mul(255).round().numpy(),
+        ):
+            np.testing.assert_array_equal(pixels, np.stack([expected] * 3))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("before_pixels", [True, False])
+def test_a_png_of_16_bits_is_turned_as_one_of_8_is(orientation, before_pixels):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = b"eXIf" + content
+    chunk = struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    plain = imagecodecs.png_encode(values(3, high=65535))
+    place = plain.index(b"IDAT" if before_pixels else b"IEND") - 4
+    data = plain[:place] + chunk + plain[place:]
+    ours = decode_bands(data, Bands(3, (0, 65535))).numpy()
+    pillows = np.moveaxis(np.asarray(Sample("x", lambda: data).image()), 2, 0) / 255
+    np.testing.assert_allclose(ours, pillows, atol=1 / 255)
+
+
 def cut_short(data):
     return data[: len(data) - len(data) // 4]
 
@@ -240,6 +285,33 @@ def test_no_data_is_the_low_end_and_is_not_measured():
     assert (pixels[:, :5] == 0).all() and (pixels[:, 5:] > 0).any()
     measured, _ = measure(MemoryBands([data]), 4, "auto", 0)
     assert measured.value_range is not None and measured.value_range[1] <= 1.0
+
+
+@pytest.mark.parametrize(("value_range", "low"), [(None, 0), ((0.0, 255.0), 0.0)])
+def test_no_data_of_8_bits_is_the_low_end(value_range, low):
+    array = EIGHT.copy()
+    array[:5] = 255
+    options = {"extratags": [(bands.NO_DATA, "s", 0, "255", True)], "extrasamples": ["unspecified"] * 3}
+    pixels = decode_bands(tiff(array, planarconfig="contig", **options), Bands(4, value_range)).numpy()
+    expected = np.where(chw(array) == 255, low, chw(array) / (255 if value_range else 1))
+    np.testing.assert_allclose(pixels, expected, atol=1e-6)
+    options["extrasamples"] = ["unassalpha"]  # which is no measurement
+    with_opacity = decode_bands(tiff(array, photometric="rgb", **options), Bands(4, value_range)).numpy()
+    np.testing.assert_allclose(with_opacity[:3], expected[:3], atol=1e-6)
+    assert (with_opacity[3, :5] == (1 if value_range else 255)).all()
+
+
+def test_no_data_is_the_number_that_is_stored_not_what_becomes_of_it():
+    tag = [(bands.NO_DATA, "s", 0, "255", True)]
+    inverted = EIGHT[..., 0].copy()
+    inverted[:5] = 255
+    inverted[5:7] = 0  # which becomes 255
+    pixels = decode_bands(tiff(inverted, photometric="miniswhite", extratags=tag), Bands(1)).numpy()
+    np.testing.assert_array_equal(pixels[0], np.where(inverted == 255, 0, 255 - inverted))
+    colours = np.zeros((3, 256), np.uint16)
+    colours[0] = 65535  # red of any index
+    pixels = decode_bands(tiff(inverted, photometric="palette", colormap=colours, extratags=tag), Bands(3, (0, 255)))
+    assert (pixels[0] == 1).all() and not pixels[1:].any(), "a palette stands for its colours"
 
 
 def test_a_missing_package_is_named_with_the_extra(monkeypatch):

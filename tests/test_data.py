@@ -57,7 +57,8 @@ from data import (
     normalize,
 )
 from reading.crops import Colours, View, cut, draw_crop, turned
-from reading.sources import BadImageError, ImageDataset, ImageStream, Sample, decode_image, make_dataset
+from reading.sources import BadImageError, ImageDataset, ImageStream, Sample, decode_image, decode_pixels, make_dataset
+from speed.device_decode import crop_or_file
 from train_capi import make_loader
 from utils import Turns, UserError
 
@@ -462,7 +463,7 @@ def test_a_corrupt_file_in_a_folder_is_named_by_its_path(tmp_path):
 # --------------------------------------------------------------------------------------------------- streams
 
 
-def names_of(stream, config, batches, rank=0, world_size=1):
+def names_of(stream, config, batches, rank=0, world_size=1, position=None):
     """Names of the samples that a rank sees, in order."""
     seen = []
     original = stream.read_shard
@@ -473,7 +474,7 @@ def names_of(stream, config, batches, rank=0, world_size=1):
 
     spied = copy.copy(stream)
     spied.read_shard = read_shard
-    with make_loader(config, dataset=spied, rank=rank, world_size=world_size) as loader:
+    with make_loader(config, dataset=spied, rank=rank, world_size=world_size, position=position) as loader:
         for _ in range(batches):
             next(loader)
     return seen
@@ -578,6 +579,30 @@ def test_positions_of_ranks_merge_and_can_be_dealt_to_another_number_of_ranks():
     alone = make_loader(config, dataset=stream, rank=0, world_size=2).state_dict()
     with pytest.raises(AssertionError, match="merge_positions"):
         make_loader(config, dataset=stream, rank=1, world_size=2, position=alone)
+
+
+@pytest.mark.parametrize("sizes", [(6, 6, 6, 6), (12, 12)])
+def test_a_stream_with_other_shards_is_told_and_goes_on_with_a_new_epoch_of_all_of_them(sizes, caplog):
+    config = make_config("data.stream_partitions=2", "data.stream_shuffle_block=4", batch_size=2)
+    before, after = MemoryStream(6, 5, 4), MemoryStream(*sizes)
+    with make_loader(config, dataset=before) as loader:
+        position = through_json([next(loader) for _ in range(9)][-1].position)  # its parts are in different epochs
+    seen = names_of(after, config, 12, position=position)
+    assert "3 shards when the checkpoint was made" in caplog.text
+    assert sorted(seen) == sorted(f"sample {number}" for number in range(24))
+    with make_loader(config, dataset=after, position=position) as loader:
+        numbers = [number for _ in range(2) for number in next(loader).sample_ids.tolist()]
+    assert numbers == [8, 9, 10, 11], "crops and masks are those of numbers that came before"
+
+
+def test_a_position_without_a_number_of_shards_continues_its_stream(caplog):
+    stream, config = MemoryStream(7, 8, 6), make_config("data.stream_partitions=3", "data.stream_shuffle_block=5")
+    straight = take(make_loader(config, dataset=stream), 8)
+    with make_loader(config, dataset=stream) as loader:
+        position = through_json([next(loader) for _ in range(4)][-1].position)
+    del position["num_shards"]
+    assert take(make_loader(config, dataset=stream, position=position), 4) == straight[4:]
+    assert not caplog.records
 
 
 def test_a_part_without_samples_is_an_error_with_the_remedy():
@@ -1343,6 +1368,23 @@ def test_a_jpeg_is_shrunk_no_further_than_long_crops_allow(size, crop):
     least = min(min(box.height / crop[0], box.width / crop[1]) for box in boxes)
     assert divisor == 1 or divisor <= 1.01 * least, "some crop has to be enlarged"
     assert divisor == 8 or 2 * divisor > 0.95 * least, "could be shrunk further"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_jpeg_is_shrunk_as_far_as_its_upright_size_allows(orientation):
+    maker = make_loader(make_config("data.images_size=[112,224]"), dataset=MemoryDataset(1)).maker
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(photo(3, 800, 600), "JPEG", exif=exif)
+    width, height = decode_image(content).size
+    divisor = maker.reduction(width, height)
+    assert divisor != maker.reduction(height, width), "the size does not tell the two apart"
+    sizes = [decode_image(content, maker.reduction).size, decode_pixels(content, maker.reduction).shape[:0:-1]]
+    drawn = []
+    crop_or_file(Sample("x", lambda: content), lambda *size: drawn.append(size) or maker._draw(*size, (0,)),
+                 maker.reduction, maker.crop_size)  # fmt: skip
+    for size in (*sizes, *drawn):
+        assert size == (width // divisor, height // divisor)
 
 
 @pytest.mark.parametrize("size", [(2000, 1500), (900, 700), (640, 480), (500, 375), (3000, 200), (100, 100)])

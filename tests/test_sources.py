@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, features
-from samples import age, encode, photo
+from samples import age, encode, folder_url, photo
 
 from reading import sources
 from reading.sources import (
@@ -512,6 +512,58 @@ def test_torchvision_datasets_are_read(tmp_path):
         found[1].image()
 
 
+def labelled_names(dataset):
+    """Class names, and name and label of every image."""
+    samples = [dataset[index] for index in range(len(dataset))]
+    return dataset.class_names, [(sample.name, sample.target()) for sample in samples]
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    """Folders of classes whose names and depths sort in many ways, with a file that is in none."""
+    root = tmp_path / "classes"
+    for name in ("a-b/1.png", "a/2.png", "a/10.PNG", "a/b/3.png", "a/b.png", "a/a/c/4.jpg", "a/a-/5.png", "Z/x.png",
+                 "\u00e9/\U0001f600.png", "\u00e9/\uff21.png", "\u00e9/\udcfe.png", "not in a class.png"):  # fmt: skip
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(photo(len(name))))
+    return root
+
+
+def test_class_folders_are_those_of_torchvision_in_its_order(class_folders):
+    import torchvision
+
+    url = folder_url(class_folders)
+    expected = sources.TorchvisionDataset(parse_data_url(url), torchvision.datasets.ImageFolder(str(class_folders)))
+    found = make_dataset(url)
+    assert labelled_names(found) == labelled_names(expected)
+    assert found.class_names == ["Z", "a", "a-b", "\u00e9"]
+    assert found.fingerprint() == expected.fingerprint(), "results of before are no longer taken for those of this data"
+
+
+def test_hidden_files_are_in_no_class_and_links_multiply_no_image(class_folders):
+    url = folder_url(class_folders)
+    before = labelled_names(make_dataset(url))
+    for hidden in (".cache/x.png", "a/.@__thumb/2.png", "a/._2.png"):
+        (class_folders / hidden).parent.mkdir(exist_ok=True)
+        (class_folders / hidden).write_bytes(encode(photo(0)))
+    (class_folders / ".empty").mkdir()
+    for up in ("a/up", "Z/up"):  # each by itself doubles the images, both together go on for ever
+        (class_folders / up).symlink_to(class_folders)
+    (class_folders / "Z" / "sibling").symlink_to(class_folders / "a")
+    assert labelled_names(make_dataset(url)) == before
+
+
+def test_folders_without_images_are_no_classes_and_are_named(class_folders, caplog):
+    before = labelled_names(make_dataset(folder_url(class_folders)))
+    (class_folders / "a-annotations").mkdir()
+    (class_folders / "a-annotations" / "2.xml").touch()
+    (class_folders / "b").symlink_to(class_folders / "a")
+    caplog.clear()
+    assert labelled_names(make_dataset(folder_url(class_folders))) == before
+    assert "2 folders have no images of their own, and are no classes: a-annotations, b" in caplog.text
+
+
 PICTURES = {
     "16-bit.png": grey16("PNG", "I;16"),
     "rgba.png": encode(Image.merge("RGBA", (*photo(1, 40, 30).split(), photo(2, 40, 30).getchannel(0)))),
@@ -827,6 +879,7 @@ def two_color_bmp():
         (encode(Image.fromarray(LABELS), "WEBP", lossless=True), "stored as WEBP"),
         (encode(Image.new("L", (16, 16)), "TIFF", compression="jpeg"), "TIFF with jpeg compression"),
         (encode(Image.fromarray(LABELS), "TIFF", tiffinfo={262: 0}), "0 is white"),
+        (encode(Image.fromarray(LABELS.astype(np.uint16)), "TIFF", tiffinfo={262: 0}), "0 is white"),
         (encode(Image.fromarray(SMALL > 0), "PPM"), "0 is white"),
         (encode(Image.fromarray(LABELS.astype(np.uint16) * 100)), "numbers from 0 to 400"),
         (encode(Image.fromarray(-LABELS.astype(np.int32)), "TIFF"), "numbers from -4 to 0"),
