@@ -778,15 +778,16 @@ class Run:
                 self.output_dir,
                 self.cfg.evals,
                 self.cfg.launcher,
+                self.stop,
                 device=self.cfg.train.device,
                 kept_step=self.state.step,
             )
             stack.callback(self.evals.close)
             stack.push(self._finish)
             with self.speed.paused():
-                self.evals.take_up(self.stop)
+                self.evals.take_up()
                 if 0 < self.state.step < self.total:  # who saved this step may have ended before it came to them
-                    self.evals.launch_due(self.state.step, self._export, self.stop)
+                    self.evals.launch_due(self.state.step, self._export)
             self._inputs = self._read() if self.state.step < self.total else []
             self._stopping = self.stop.agreed()
             self._stack = stack.pop_all()
@@ -871,7 +872,7 @@ class Run:
         """Launch the evaluations that are due, and write down the scores of those that have ended."""
         if not self.is_last and not self._stopping and self.evals.are_due(self.step):
             with self.speed.paused():
-                self.evals.launch_due(self.step, self._export, self.stop)
+                self.evals.launch_due(self.step, self._export)
         if self.logs:
             with self.speed.paused(), self._writes():
                 self.evals.record(self.meters, self.step)
@@ -949,8 +950,8 @@ class Run:
         if kind is not None:
             return
         if self.state.step == self.total:
-            self.evals.launch_due(self.total, self._export, self.stop, final=True)
-            self._has_evals_left = not self.evals.wait(self.stop)
+            self.evals.launch_due(self.total, self._export, final=True)
+            self._has_evals_left = not self.evals.wait()
             with self._writes():
                 self.evals.record(self.meters, self.total)
         self.stop.agreed()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from config import EvalConfig, LauncherConfig, chosen_evals, dump_yaml
 from distributed import any_rank, on_rank_0, rank
-from launch import ROOT, ScriptRun, StopRequest, SubmittedJob
+from launch import ROOT, STOP_SIGNALS, ScriptRun, StopRequest, SubmittedJob
 from metrics import Metrics, read_metrics
 from reading.sources import is_on_disk
 from report import PICTURES_EACH, pictures_of, read_results, score_rows
@@ -33,6 +33,8 @@ ASK_SLURM_S = 60.0
 """Time between questions about a job. What another machine wrote to a shared file system shows by then."""
 OF_RANKS = re.compile(r"RANK$|^LOCAL_|^GROUP_|^ROLE_|^WORLD_SIZE$|^MASTER_|^TORCHELASTIC_|^SLURM_|^PMI")
 """Environment variables by which an evaluation would take itself for a rank of the training."""
+ENDED_BY_STOP = {code for number in STOP_SIGNALS for code in (-number, 128 + number)}
+"""Exit codes of a process that was asked to stop; the latter are those of `utils.ending_in_words`."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -57,12 +59,6 @@ class _Launched(ScriptRun):
     def is_done(self) -> bool:
         """Whether benchmark.py came to its end, where it writes the report."""
         return (self.folder / "results" / "report.html").is_file()
-
-    def is_over(self) -> bool:
-        """Whether it ended; of a job, as far as its report and `ask_slurm` tell."""
-        if self.process is not None:
-            return self.process.poll() is not None
-        return self.is_done() or self.failure is not None
 
     def ask_slurm(self) -> None:
         """Find out whether the job is alive: it has failed if it was gone the last time, and still has no report.
@@ -130,6 +126,7 @@ class Evaluations:
         output_dir: folder of the run.
         evals: the sets of the configuration; those whose data is missing are left out, see `plan_evals`.
         launcher: where Slurm jobs run; an evaluation takes one node and at most one of its GPUs.
+        stop: ends every wait.
         device: name of the device for evaluations on this machine.
         kept_step: the step from which the run continues; folders of later steps belong to what was undone.
     """
@@ -139,11 +136,12 @@ class Evaluations:
         output_dir: Path,
         evals: Mapping[str, EvalConfig | None] | None,
         launcher: LauncherConfig,
+        stop: StopRequest,
         *,
         device: str,
         kept_step: int,
     ) -> None:
-        self.output_dir, self.device = output_dir, device
+        self.output_dir, self.stop, self.device = output_dir, stop, device
         self.evals, lines = on_rank_0(lambda: plan_evals(evals))
         """What is evaluated, the same on all ranks: by the data that rank 0 sees."""
         for line in lines:
@@ -174,12 +172,12 @@ class Evaluations:
                 if run.step <= kept_step and (is_settled or run.weights.is_file() or run.is_done()):
                     yield run, is_settled
 
-    def take_up(self, stop: StopRequest) -> None:
+    def take_up(self) -> None:
         """Before the first step: go on with what earlier processes launched and has not landed; see `launch_due`."""
         for name, step in self._unsettled:
             if rank() == 0:
                 self._take_up(self._run(name, step))
-            self._wait_if_inline(name, stop)
+            self._wait_if_inline(name)
         self._unsettled = []
 
     def _take_up(self, run: _Launched) -> None:
@@ -198,16 +196,13 @@ class Evaluations:
             logger.info("%s was not finished; it starts anew", run.title)
             self._start(run)
 
-    def launch_due(
-        self, step: int, export: Callable[[str, Path], None], stop: StopRequest, *, final: bool = False
-    ) -> None:
+    def launch_due(self, step: int, export: Callable[[str, Path], None], *, final: bool = False) -> None:
         """Launch the sets that are due after `step` finished updates, unless they have been.
 
         Args:
             step: finished updates.
             export: writes the weights of a module, by the name that `model_to_eval` has for it, to a path; every rank
                 calls it.
-            stop: ends the wait for an `inline` set.
             final: whether it was the last update.
         """
         for name in self._due(step, final=final):
@@ -223,7 +218,7 @@ class Evaluations:
                 continue
             if rank() == 0:
                 self._start(run)
-            self._wait_if_inline(name, stop)
+            self._wait_if_inline(name)
 
     def are_due(self, step: int) -> bool:
         """Whether `launch_due` would export weights after `step` finished updates."""
@@ -278,7 +273,7 @@ class Evaluations:
         """On rank 0, what came of every launch that has ended since the last call."""
         self._ask_slurm()
         landed = []
-        for run in [run for run in self.pending if run.is_over()]:
+        for run in [run for run in self.pending if self._is_over(run)]:
             self.pending.remove(run)
             scores, pictures, is_complete = self._read(run)
             if run.process is not None and run.process.returncode != 0:
@@ -345,21 +340,21 @@ class Evaluations:
         except OSError as error:  # the disk is full, which may be why it failed
             logger.warning("%s could not be marked as failed, and may start anew: %s", run.folder, error)
 
-    def wait(self, stop: StopRequest, only: str | None = None) -> bool:
+    def wait(self, only: str | None = None) -> bool:
         """Wait for the processes on this machine, all or those of one set, or until the training is to stop.
 
         Returns: whether they have ended; the same on all ranks.
         """
         # Collectives each time, so that no rank waits for longer than its timeout allows.
         while any_rank(any(only in (None, run.name) for run in self._processes())):
-            if stop.agreed():
+            if self.stop.agreed():
                 return False
             time.sleep(POLL_S)
         return True
 
-    def _wait_if_inline(self, name: str, stop: StopRequest) -> None:
+    def _wait_if_inline(self, name: str) -> None:
         if self.evals[name].where == "inline":
-            self.wait(stop, only=name)
+            self.wait(only=name)
 
     def close(self) -> None:
         """End what still runs on this machine, which starts anew when the run continues; jobs of Slurm go on."""
@@ -372,10 +367,20 @@ class Evaluations:
             logger.info(told, len(jobs))
 
     def _processes(self) -> list[_Launched]:
-        return [run for run in self.pending if run.process is not None and not run.is_over()]
+        return [run for run in self.pending if run.process is not None and not self._is_over(run)]
 
     def _jobs(self) -> list[_Launched]:
-        return [run for run in self.pending if run.job is not None and not run.is_over()]
+        return [run for run in self.pending if run.job is not None and not self._is_over(run)]
+
+    def _is_over(self, run: _Launched) -> bool:
+        """Whether it came to an end of its own; of a job, as far as its report and `ask_slurm` tell.
+
+        Slurm asks all processes of a job to stop: an evaluation that ends with the training is left to the next start.
+        """
+        if run.process is None:
+            return run.is_done() or run.failure is not None
+        code = run.process.poll()
+        return code is not None and not (code in ENDED_BY_STOP and self.stop.name is not None)
 
 
 def _make_anew(folder: Path, output_dir: Path) -> None:

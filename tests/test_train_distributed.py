@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import golden_cae
 import golden_ijepa
@@ -324,24 +325,56 @@ def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(cluster, imag
     assert_same_steps(out, straight, before + 3)
 
 
+def with_evaluation(arguments: list[str], place: Path, script: str = FAKE_EVALUATION, **entry: Any) -> list[str]:
+    """Arguments of a training whose only set of evaluations runs this script."""
+    (place / "eval_fake.py").write_text(textwrap.dedent(script.format(root=str(ROOT))))
+    common = {"model_to_eval": "student_ema", "model_setup_script": "model.py"}
+    mine = common | entry | {"eval_config": {"fake": {"file": str(place / "eval_fake.py")}}}
+    (place / "sets.yaml").write_text(
+        yaml.safe_dump({"evals": {"fast": None, "slow": None, "full": None, "mine": mine}})
+    )
+    return [str(place / "sets.yaml"), *(each for each in arguments if each != "evals=null")]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_evaluations_of_a_job_are_jobs_and_land_in_the_metrics_when_the_run_goes_on(cluster, images, tmp_path):
     out = tmp_path / "run"
-    sets = tmp_path / "sets.yaml"
-    fake = tmp_path / "eval_fake.py"
-    fake.write_text(textwrap.dedent(FAKE_EVALUATION.format(root=str(ROOT))))
-    entry = {"period": 3, "final": False, "model_to_eval": "student_ema", "model_setup_script": "model.py"}
-    entry |= {"where": "auto", "eval_config": {"fake": {"file": str(fake)}}}
-    sets.write_text(yaml.safe_dump({"evals": {"fast": None, "slow": None, "full": None, "mine": entry}}))
-    arguments = [str(sets), *(each for each in tiny(images, out, *ON_CPUS) if each != "evals=null")]
+    arguments = with_evaluation(tiny(images, out, *ON_CPUS), tmp_path, where="auto", period=3, final=False)
     job = Submitted(cluster, arguments, out)
     report = out / "evals" / "mine" / "step_000000003" / "results" / "report.html"
     slurm.wait_until(report.is_file, f"the evaluation of step 3 is done: {job.text()}", 200)
     cluster.wait_for(job.number, JobState="COMPLETED")
     assert "evals.mine of step 3 is Slurm job" in job.text()
+    assert "evaluations that are still Slurm jobs: 2; the same command records their scores" in job.text()
 
     done = run_cli("train_capi.py", *arguments, **cluster.environ)
     assert done.returncode == 0, done.stderr
     landed = [record for record in metrics_of(out) if record.get("eval_step") == 3]
     assert len(landed) == 1 and "eval/mine/fake/sum/top1" in landed[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_job_that_is_preempted_in_its_last_evaluations_is_requeued_for_them_alone(cluster, images, tmp_path):
+    cluster.run("scontrol", "update", "partitionname=debug", "gracetime=30")
+    out, release = tmp_path / "run", tmp_path / "release"
+    held = f"""
+    import pathlib, time
+    while not pathlib.Path({str(release)!r}).exists():
+        time.sleep(0.1)
+    {FAKE_EVALUATION}"""
+    arguments = with_evaluation(tiny(images, out, *ON_CPUS), tmp_path, held, where="process", period=0, final=True)
+    job = Submitted(cluster, arguments, out)
+    slurm.wait_until(lambda: "evals.mine of step 6 started" in job.text(), f"it is evaluated: {job.text()}", 100)
+    urgent = cluster.submit_urgent()
+    cluster.wait_for(job.number, JobState="PENDING", Restarts="1")
+    release.touch()
+    cluster.wait_for(urgent, JobState="COMPLETED")
+    cluster.start_now(job.number)
+    cluster.wait_for(job.number, seconds=150, JobState="COMPLETED", Restarts="1")
+    log = job.text()
+    assert "stopped by SIGTERM after 6 of 6 steps; the same command continues" in log
+    assert f"requeueing Slurm job {job.number} after SIGTERM" in log
+    assert (log.count("step 6/6"), log.count("evals.mine of step 6 started")) == (1, 2)
+    assert [record["eval_step"] for record in metrics_of(out) if "eval_step" in record] == [6]

@@ -1,6 +1,7 @@
 """Evaluations during training: they land in the run's metrics, they pick up where they were, they never stop it."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -167,7 +168,8 @@ class Stub:
     def start(self, command, **options):
         folder = Path(command[-1]).parent
         self.seen_running += self.running()
-        shell = ["sh", "-c", f'sleep {self.seconds}; cp -r "$0" "$1"', str(self.results), str(folder / "results")]
+        code = f'trap "exit 143" TERM; sleep {self.seconds}; cp -r "$0" "$1"'
+        shell = ["sh", "-c", code, str(self.results), str(folder / "results")]
         process = subprocess.Popen(shell, **options)
         self.started.append((f"{folder.parent.name} {int(folder.name.removeprefix('step_'))}", process))
         return process
@@ -255,30 +257,63 @@ def test_inline_sets_that_are_taken_up_run_one_by_one_before_the_next_step(place
     assert [record["eval_step"] for record in eval_records(tmp_path / "run")] == [2, 2, 4, 4]
 
 
-@pytest.mark.parametrize("when", ["in the last step", "in the wait"])
-@pytest.mark.parametrize("has_evals", [True, False])
-def test_a_job_that_is_stopped_before_its_last_evaluations_are_done_is_requeued_for_them(
-    place, tmp_path, monkeypatch, stub, when, has_evals
+def end_all(stub, number):
+    for _, process in stub.started:
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+            process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("mine", "step", "before", "again"),
+    [
+        ({"period": 2}, 4, ["mine 2"], ["mine 2", "mine 4", "mine 6"]),
+        ({"final": True}, 6, ["mine 6"], ["mine 6"]),
+        ({"final": True}, None, ["mine 6"], ["mine 6"]),
+    ],
+    ids=["in a step", "in the last step", "in the wait"],
+)
+def test_evaluations_that_are_stopped_with_their_job_start_anew_with_it(
+    place, tmp_path, monkeypatch, stub, number, mine, step, before, again
 ):
-    sets = {"mine": {"final": True}} if has_evals else {}
+    def stop(now=None):
+        if now == step:  # Slurm signals all processes of a job
+            end_all(stub, number)
+            signal.raise_signal(number)
+
     requeued, steps = [], []
     monkeypatch.setattr("training.requeue", lambda stop: requeued.append(stop.name))
     stub.seconds = 60.0
     with monkeypatch.context() as first:
-        during = signal_at(6, signal.SIGUSR2) if "step" in when else lambda _: None
-        if "wait" in when:
-            first.setattr("training_evals.time", stopped_asleep(signal.SIGUSR2))
-        assert train_toy(place, tmp_path, during=during, monkeypatch=monkeypatch, **sets) == 0
-    assert requeued == ["SIGUSR2"] * has_evals
+        clock = SimpleNamespace(sleep=lambda _: stop(), monotonic=time.monotonic)
+        first.setattr("training_evals.time", clock)
+        assert train_toy(place, tmp_path, during=stop, monkeypatch=monkeypatch, mine=mine) == 0
+    assert [name for name, _ in stub.started] == before
+    assert requeued == [number.name]
     log = tmp_path / "run" / "log.txt"
-    assert ("stopped by SIGUSR2 after 6 of 6 steps; the same command continues" in log.read_text()) == has_evals
+    assert f"stopped by {number.name} after {step or 6} of 6 steps; the same command continues" in log.read_text()
+    assert not list(tmp_path.glob("run/evals/*/*/failed"))
 
     stub.seconds = 0.0
-    assert train_toy(place, tmp_path, during=steps.append, monkeypatch=monkeypatch, **sets) == 0
-    assert (steps, len(requeued)) == ([], has_evals), "the training itself was done"
-    assert [name for name, _ in stub.started] == ["mine 6"] * 2 * has_evals
-    assert [record["eval_step"] for record in eval_records(tmp_path / "run")] == [6] * has_evals
+    assert train_toy(place, tmp_path, during=steps.append, monkeypatch=monkeypatch, mine=mine) == 0
+    assert (steps, len(requeued)) == ([5, 6] if step == 4 else [], 1), "what was trained, or queued, once more"
+    assert [name for name, _ in stub.started] == [*before, *again]
+    assert sorted(f"mine {record['eval_step']}" for record in eval_records(tmp_path / "run")) == again
     assert (tmp_path / "run" / "student.pth").is_file()
+
+
+def test_a_job_that_is_stopped_in_its_last_step_and_has_nothing_to_do_is_not_requeued(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.requeue", lambda _: pytest.fail("requeued"))
+    assert train_toy(place, tmp_path, during=signal_at(6, signal.SIGUSR2), monkeypatch=monkeypatch) == 0
+    assert "stopped by" not in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_an_evaluation_that_is_ended_alone_has_failed(place, tmp_path, monkeypatch, stub):
+    stub.seconds = 60.0
+    ends = {"during": lambda _: end_all(stub, signal.SIGTERM), "monkeypatch": monkeypatch}
+    assert train_toy(place, tmp_path, **ends, mine={"period": 4}) == 0
+    assert "exit code 143" in (tmp_path / "run" / "evals" / "mine" / "step_000000004" / "failed").read_text()
 
 
 class FakeSlurm:
@@ -320,10 +355,10 @@ def jobs(place, tmp_path, fake_slurm):
     def export(name, path):
         path.write_text(name)
 
-    before = Evaluations(tmp_path, {"mine": cfg}, launcher, device="cpu", kept_step=0)
-    before.launch_due(1, export, StopRequest())
-    after = Evaluations(tmp_path, {"mine": cfg}, launcher, device="cpu", kept_step=1)
-    after.take_up(StopRequest())
+    before = Evaluations(tmp_path, {"mine": cfg}, launcher, StopRequest(), device="cpu", kept_step=0)
+    before.launch_due(1, export)
+    after = Evaluations(tmp_path, {"mine": cfg}, launcher, StopRequest(), device="cpu", kept_step=1)
+    after.take_up()
     fake_slurm.asked = 0
     return after
 
@@ -376,12 +411,12 @@ def test_not_even_a_disk_that_takes_no_note_of_a_failure_stops_the_training(plac
     script = {"file": str(place / "eval_fake.py")}
     cfg = EvalConfig(1, False, "student", "model.py", {"fake": script}, "process", True)
     launcher = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, ["data.dataset=x"]).launcher
-    runs = Evaluations(tmp_path, {"mine": cfg}, launcher, device="cpu", kept_step=0)
+    runs = Evaluations(tmp_path, {"mine": cfg}, launcher, StopRequest(), device="cpu", kept_step=0)
 
     def export(name, path):
         (path.parent / "failed").mkdir(parents=True)  # stands for a file that cannot be written
 
-    runs.launch_due(1, export, StopRequest())
+    runs.launch_due(1, export)
     assert "evals.mine of step 1 failed, training goes on" in caplog.text
     assert "could not be marked as failed" in caplog.text
     assert runs.finished() == []
@@ -391,7 +426,7 @@ def test_pictures_go_to_the_loggers_and_none_that_is_broken_stops_the_training(t
     Image.new("RGB", (5, 4)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
     launcher = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, ["data.dataset=x"]).launcher
-    runs = Evaluations(tmp_path, {}, launcher, device="cpu", kept_step=0)
+    runs = Evaluations(tmp_path, {}, launcher, StopRequest(), device="cpu", kept_step=0)
     landed = [
         Landed(3, {}, {"bad": tmp_path / "bad.png", "good": tmp_path / "good.png"}),
         Landed(4, {"eval/a": 0.5}, {}),
