@@ -31,6 +31,8 @@ logger = logging.getLogger("evals")
 POLL_S = 1.0
 ASK_SLURM_S = 60.0
 """Time between questions about a job. What another machine wrote to a shared file system shows by then."""
+UNANSWERED_S = 1800.0
+"""The same after a question without an answer, for which a training waits up to a minute."""
 OF_RANKS = re.compile(r"RANK$|^LOCAL_|^GROUP_|^ROLE_|^WORLD_SIZE$|^MASTER_|^TORCHELASTIC_|^SLURM_|^PMI")
 """Environment variables by which an evaluation would take itself for a rank of the training."""
 ENDED_BY_STOP = {code for number in STOP_SIGNALS for code in (-number, 128 + number)}
@@ -289,15 +291,16 @@ class Evaluations:
 
     def _ask_slurm(self) -> None:
         """How the jobs stand: one that ran out of memory or time leaves no other trace."""
-        now = time.monotonic()
-        if now < self._asks_slurm_at:
+        if time.monotonic() < self._asks_slurm_at:
             return
-        self._asks_slurm_at = now + ASK_SLURM_S
+        pause = ASK_SLURM_S
         try:
             for run in self._jobs():
                 run.ask_slurm()
-        except UserError as error:  # the next question would wait in vain as long
+        except UserError as error:  # the next question may wait in vain as long, and the training with it
+            pause = UNANSWERED_S
             logger.warning("whether evaluations still run as Slurm jobs is unknown: %s", error)
+        self._asks_slurm_at = time.monotonic() + pause
 
     def record(self, meters: Metrics, step: int) -> None:
         """Write the scores of what has ended to the metrics, beside the present step, and show loggers its pictures."""
