@@ -930,13 +930,24 @@ def load_config(schema: type[ConfigT], default_path: Path | None, sources: list[
     """
     merged: dict[str, Any] = {}
     typed: dict[str, Any] = {}  # the same without the default file, which may be given as a source as well
+    said_steps: str | None = None  # the source that says how many, if none says after it how many epochs
     for source in ([] if default_path is None else [str(default_path)]) + sources:
         values = read_source(schema, source)
         merged = merge(merged, values)
+        length = values.get("optim") if issubclass(schema, EpochsConfig) else None
+        if length and not length.keys().isdisjoint(("total_iters", "epochs")):
+            said_steps = None if "epochs" in length else source
         if default_path is None or not _is_file(source) or not Path(source).samefile(default_path):
             typed = merge(typed, values)
     if issubclass(schema, TrainingConfig):
         _allow_downloads(merged, typed)
+    if said_steps is not None and merged["optim"].get("epochs") is not None:
+        optim = merged["optim"]
+        where = f"{said_steps}: optim.total_iters={optim['total_iters']}" if _is_file(said_steps) else said_steps
+        raise UserError(
+            f"{where}: the length is that of optim.epochs={optim['epochs']:g} in the configuration; add "
+            "optim.epochs=null"
+        )
     return build(schema, merged)
 
 

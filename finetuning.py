@@ -839,12 +839,6 @@ def load(task: Task[FinetuneT], sources: Sequence[str]) -> FinetuneT:
     Raises: UserError for what does not fit.
     """
     cfg = load_config(task.schema, DEFAULT_CONFIG, [*default_sources(task)[1:], *sources])
-    typed = {source.partition("=")[0]: source for source in sources}
-    if "optim.total_iters" in typed and "optim.epochs" not in typed and cfg.optim.epochs is not None:
-        raise UserError(
-            f"{typed['optim.total_iters']}: the length is that of optim.epochs={cfg.optim.epochs:g} in the "
-            "configuration; add optim.epochs=null"
-        )
     remedy = "is for pretraining; give backbone.model_path and backbone.model_loader_kwargs"
     require(cfg.train.init_from is None, "train.init_from", cfg.train.init_from, remedy)
     require(not cfg.efficiency.teacher_fp8, "efficiency.teacher_fp8", True, "there is no teacher; set it to false")

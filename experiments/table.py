@@ -329,7 +329,8 @@ class Training(Part):
 
     def command(self, num_steps: int | None) -> str:
         """How one would type it, for so many steps if they are known."""
-        length = [] if num_steps is None else [f"optim.total_iters={num_steps}"]
+        epochs = ["optim.epochs=null"] if "epochs" in self.config.get("optim", {}) else []
+        length = [] if num_steps is None else [f"optim.total_iters={num_steps}", *epochs]
         own = [f"train.seed={self.seed}", f"train.output_dir={self.run_dir}", *length]
         return shlex.join(["python", str(self.entry.script), *self.sources, *own])
 

@@ -18,7 +18,11 @@ import eval_segmentation
 import eval_visualizations
 import evaluation
 import extract_features
+import finetune_classification
+import finetuning
+import train_cae
 import train_capi
+import train_ijepa
 from config import DEFAULT_PRETRAIN_CONFIG, MISSING, allowed_of, argument, changed_keys, load_config, to_yaml
 from train_capi import CapiConfig, ModelConfig
 from utils import UserError
@@ -61,6 +65,36 @@ def test_default_is_the_published_recipe():
     assert (cfg.capi.student_temp, cfg.capi.clustering_kwargs.target_temp) == (0.12, 0.06)
     assert (cfg.model.encoder_kwargs.depth, cfg.model.decoder_kwargs.depth) == (24, 12)
     assert cfg.efficiency.param_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("schema", "default"),
+    [
+        (train_ijepa.IjepaConfig, train_ijepa.DEFAULT_CONFIG),
+        (train_cae.CaeConfig, train_cae.DEFAULT_CONFIG),
+        (finetune_classification.FinetuneClassificationConfig, finetuning.DEFAULT_CONFIG),
+    ],
+)
+def test_a_length_in_steps_is_not_overruled_by_epochs_in_silence(tmp_path, schema, default):
+    """The one that is said last counts; a configuration with both, as exports have it, is that of so many epochs."""
+    for name in ("steps", "epochs", "both"):
+        said = {"steps": {"total_iters": 7}, "epochs": {"epochs": 3}, "both": {"total_iters": 7, "epochs": 3}}[name]
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"optim": said}))
+    steps, epochs, both = (str(tmp_path / f"{name}.yaml") for name in ("steps", "epochs", "both"))
+    own = [] if default != finetuning.DEFAULT_CONFIG else [finetuning.default_sources(finetune_classification.TASK)[1]]
+
+    def load(*sources: str) -> Any:
+        return load_config(schema, default, [*own, *sources]).optim
+
+    for sources in ((both,), (steps, epochs), (steps, "optim.epochs=3"), ("optim={total_iters: 7, epochs: 3}",)):
+        assert load(*sources).epochs == 3, sources
+    for sources in ((steps, "optim.epochs=null"), ("optim.epochs=null", steps), (epochs, "optim.epochs=null", steps)):
+        assert (load(*sources).total_iters, load(*sources).epochs) == (7, None), sources
+    for sources in ((epochs, steps), (both, "optim.total_iters=7"), ("optim.epochs=3", "optim={total_iters: 7}")):
+        with pytest.raises(
+            UserError, match=r"total_iters.*7.*: the length is that of optim.epochs=3.*optim.epochs=null"
+        ):
+            load(*sources)
 
 
 def test_later_sources_win_and_files_may_be_partial(tmp_path):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import yaml
 from commands import logged_steps, run_forked
 from conftest import ROOT, seeded
-from finetunes import CASES, CLASS_COLOURS, COMMON, opened, pretrain, write_classes
+from finetunes import CASES, CLASS_COLOURS, opened, pretrain, write_classes
 from PIL import Image
 
 import eval_finetuned
@@ -290,12 +290,6 @@ def test_epochs_are_counted_in_the_images_that_are_there(arguments, tmp_path):
     assert logged_steps(tmp_path / "run") == 4, "two passes over twelve images in batches of six"
     resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (resolved["data"]["images_per_epoch"], resolved["optim"]["total_iters"]) == (12, 4)
-
-
-def test_a_length_in_steps_is_not_overruled_by_epochs_in_silence(classes, capsys):
-    short = [word for word in [*COMMON, *CASE.tiny] if not word.startswith("optim.epochs")]
-    assert script.main([*short, f"data.dataset={classes / 'train'}"]) == 2
-    assert "optim.total_iters=6: the length is that of optim.epochs=100" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
