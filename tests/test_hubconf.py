@@ -219,11 +219,11 @@ def test_the_config_is_read_as_omegaconf_reads_it(tmp_path):
         "data:\n  own:\n    mean: [1, 1, 1]\n  mean: [0.1, 0.2, 0.3]\n  std: [0.5, 0.5, 0.5]\n  value_range: null",
     ],
 )  # fmt: skip
-def test_the_normalisation_is_read_as_omegaconf_reads_it(tmp_path, data):
-    path = tmp_path / "c.yaml"
-    path.write_text(f"{data}\nmodel: {{}}\n")
+def test_the_normalisation_is_read_as_omegaconf_reads_it(run, tmp_path, data):
+    path, of_run = tmp_path / "c.yaml", OmegaConf.load(run / "student_ema.yaml")
+    path.write_text(f"{data}\n{OmegaConf.to_yaml(OmegaConf.masked_copy(of_run, ['model']))}")
     loaded: Any = OmegaConf.to_container(OmegaConf.load(path))
-    assert Normalisation.of(hubconf._normalisation(path)) == Normalisation.of(loaded["data"])
+    assert hubconf.capi(run / "student_ema.pth", config=path).normalisation == Normalisation.of(loaded["data"])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import subprocess
 import textwrap
 from pathlib import Path
 from shutil import rmtree
@@ -170,7 +171,8 @@ def test_a_toy_is_evaluated_while_it_trains_also_before_its_first_log_line(place
 @pytest.mark.parametrize("is_resumed", [False, True])
 def test_speed_and_time_left_are_those_of_the_steps_alone(place, tmp_path, monkeypatch, is_resumed):
     more = [*probed_and_evaluated(tmp_path, "student", toy_method.__file__), "optim.total_iters=5"]
-    monkeypatch.setattr(Evaluations, "_start", lambda *_: None)
+    monkeypatch.setattr("launch.start_python", lambda _, **options: subprocess.Popen(["true"], **options))
+    monkeypatch.setattr("training_evals.POLL_S", 0.02)
     if is_resumed:
         assert toy_method.main(arguments(place, tmp_path / "run", *more, "optim.total_iters=2")) == 0
         shutil.rmtree(tmp_path / "run" / "evals")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -168,7 +169,7 @@ class Stub:
     def start(self, command, **options):
         folder = Path(command[-1]).parent
         self.seen_running += self.running()
-        code = f'trap "exit 143" TERM; sleep {self.seconds}; cp -r "$0" "$1"'
+        code = f'trap "exit 143" TERM; sleep {self.seconds} & wait; cp -r "$0" "$1"'
         shell = ["sh", "-c", code, str(self.results), str(folder / "results")]
         process = subprocess.Popen(shell, **options)
         self.started.append((f"{folder.parent.name} {int(folder.name.removeprefix('step_'))}", process))
@@ -313,7 +314,8 @@ def test_an_evaluation_that_is_ended_alone_has_failed(place, tmp_path, monkeypat
     stub.seconds = 60.0
     ends = {"during": lambda _: end_all(stub, signal.SIGTERM), "monkeypatch": monkeypatch}
     assert train_toy(place, tmp_path, **ends, mine={"period": 4}) == 0
-    assert "exit code 143" in (tmp_path / "run" / "evals" / "mine" / "step_000000004" / "failed").read_text()
+    (failed,) = tmp_path.glob("run/evals/*/*/failed")
+    assert re.match("exit code 143|ended by SIGTERM", failed.read_text())
 
 
 class FakeSlurm:
