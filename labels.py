@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from distributed import gather_objects, rank
 from evaluation import my_share, open_dataset
-from reading.sources import BadImageError, HubDataset, ImageDataset, TorchvisionDataset, match_classes
+from reading.sources import BadImageError, ClassFolders, HubDataset, ImageDataset, TorchvisionDataset, match_classes
 from utils import RGB8, Bands, UserError
 
 logger = logging.getLogger("labels")
@@ -137,6 +137,8 @@ def _targets_at_once(dataset: ImageDataset, where: str) -> Sequence[Any] | None:
             columns = ", ".join(map(repr, dataset.dataset.column_names))
             raise UserError(f"{where}: needs tgt_field=, the column with the labels; there are: {columns}")
         return dataset.dataset.select_columns([name])[:][name]
+    if isinstance(dataset, ClassFolders):
+        return dataset.labels.tolist()
     if isinstance(dataset, TorchvisionDataset):
         for name in ("targets", "labels", "_labels"):
             column = getattr(dataset.dataset, name, None)

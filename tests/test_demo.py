@@ -111,7 +111,7 @@ def test_any_number_of_processes_draws_the_same_files(beds, tmp_path):
 def test_the_data_set_reads_as_segmentation_and_as_class_folders(beds):
     dataset: Any = make_dataset(f"custom://Segmentation?root='{beds}/val'")
     folders: Any = make_dataset(f"torchvision://ImageFolder?root='{beds}/val/images'")
-    assert dataset.class_names == ["lawn", *folders.dataset.classes]
+    assert dataset.class_names == ["lawn", *folders.class_names]
     assert len(dataset) == len(folders) == 10
     for i in range(10):
         mask = np.asarray(dataset[i].target())

@@ -38,7 +38,7 @@ from train_capi import CapiConfig
 from utils import import_from_path
 
 TRAINING = """
-import argparse, json, sys
+import argparse, json, os, sys
 from pathlib import Path
 import yaml
 
@@ -67,6 +67,8 @@ def main(arguments=None):
         return 2
     if args.print_config:
         print(yaml.safe_dump(cfg))
+        return 0
+    if os.environ.get("RANK", "0") != "0":
         return 0
     folder = Path(cfg["train"]["output_dir"])
     folder.mkdir(parents=True, exist_ok=True)

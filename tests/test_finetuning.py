@@ -327,7 +327,7 @@ def test_a_run_goes_on_without_the_weights_that_it_began_with_and_is_exported_wi
 def fresh(name, arguments):
     """The state of a training at its beginning."""
     cfg, _ = opened(name, arguments)
-    return finetuning.make_state(CASES[name].script.TASK, cfg, torch.device("cpu"), with_weights=True, compiled=False)
+    return finetuning.make_state(CASES[name].script.TASK, cfg, torch.device("cpu"), with_weights=True, plain=True)
 
 
 def normalisation_in_evaluations(model):
