@@ -207,7 +207,7 @@ def test_a_table_whose_trainings_run_side_by_side_is_the_same(here, capsys):
 
 
 TOGETHER = """
-import os, time
+import time
 Path(f"here_{cfg['lr']}").write_text(str(os.getpid()))
 end = time.monotonic() + 60
 while not all(Path(f"here_{lr}").exists() for lr in (0.25, 0.5)) or Path("stay").exists():
