@@ -27,7 +27,14 @@ ENDLESS = ["optim.total_iters=100000", "train.checkpointing.period=100000"]
 
 WRITTEN = {
     "train_cae.py": ["tokenizer.description"],
-    "finetune_classification.py": ["classes", "data.images_per_epoch", "backbone.architecture", "backbone.arguments"],
+    "finetune_classification.py": [
+        "classes",
+        "data.images_per_epoch",
+        "backbone.architecture",
+        "backbone.arguments",
+        "backbone.image_mean",
+        "backbone.image_std",
+    ],
 }
 """Keys of a run's configuration that the training fills in, by script."""
 
