@@ -622,8 +622,8 @@ def match_classes(names: Sequence[str], where: str, known: Sequence[str], known_
     number_of = {name: number for number, name in enumerate(known)}
     unknown = [name for name in names if name not in number_of]
     if not unknown:
-        for several, named in ((names, where), (known, known_where)):
-            twice = next((name for name in names if several.count(name) > 1), None)
+        for counted, named in ((Counter(names), where), (Counter(known), known_where)):
+            twice = next((name for name in names if counted[name] > 1), None)
             if twice is not None:
                 raise UserError(
                     f"{named}: two of its classes are named {twice}, so that those of {where} and {known_where} cannot "

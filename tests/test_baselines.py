@@ -472,25 +472,20 @@ def test_position_rules_keep_the_native_grid_the_class_row_and_constants(rule):
     torch.testing.assert_close(resize(torch.ones(1, 16, 8), (7, 3)), torch.ones(1, 21, 8))
 
 
-def test_timm_gives_registers_and_its_own_pooling():
-    model = load("timm", "vit_small_patch14_reg4_dinov2.lvd142m", None)
-    images = torch.randn(2, 3, 28, 42)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("vit_small_patch14_reg4_dinov2.lvd142m", (28, 42)), ("vit_small_patch16_dinov3.lvd1689m", (32, 48))],
+)
+def test_timm_gives_registers_and_its_own_pooling(name, size):
+    """Also of a network that does not count its registers, the second one."""
+    model = load("timm", name, None)
+    images = torch.randn(2, 3, *size)
     with torch.inference_mode():
         global_repr, registers, feature_map = model(images)
         network: Any = model.get_submodule("network")
         tokens = network.forward_features(images)
     assert torch.equal(registers, tokens[:, 1:5]) and torch.equal(feature_map, tokens[:, 5:].reshape(2, 2, 3, 384))
     assert torch.equal(global_repr, network(images))
-
-
-def test_timm_gives_the_registers_of_a_network_that_does_not_count_them():
-    model = load("timm", "vit_small_patch16_dinov3.lvd1689m", None)
-    images = torch.randn(1, 3, 32, 48)
-    with torch.inference_mode():
-        _, registers, _ = model(images)
-        network: Any = model.get_submodule("network")
-        tokens = network.forward_features(images)
-    assert torch.equal(registers, tokens[:, 1:5])
 
 
 @pytest.mark.parametrize(
