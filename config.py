@@ -437,7 +437,11 @@ class OptimConfig:
     """Learning rate, of all weights that have no multiplier."""
 
     def __post_init__(self) -> None:
-        """Check that the schedule fits."""
+        """Check what is counted in steps."""
+        self.check_length()
+
+    def check_length(self) -> None:
+        """Raise unless what is counted in steps fits into total_iters."""
         self.lr_schedule.check("optim.lr_schedule", self.total_iters)
 
 
@@ -448,6 +452,11 @@ class EpochsOptimConfig(OptimConfig):
     epochs: float | None = field(metadata=POSITIVE)
     """Instead of total_iters: passes over data.images_per_epoch images, each without a last part that fills no batch.
     null: total_iters counts."""
+
+    def __post_init__(self) -> None:
+        """Check what is counted in steps, unless their number is not known before `training.with_length`."""
+        if self.epochs is None:
+            super().__post_init__()
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class BackboneConfig:
     @property
     def normalisation(self) -> Normalisation:
         """What 8-bit images go through, once it is known."""
-        assert self.image_mean is not None and self.image_std is not None, "ask the backbone: with_normalisation"
+        assert self.image_mean is not None and self.image_std is not None, "ask the backbone: with_normalisation_of"
         return Normalisation(mean=self.image_mean, std=self.image_std)
 
 
@@ -257,7 +257,7 @@ def with_architecture(cfg: FinetuneT, backbone: nn.Module) -> FinetuneT:
     return replace(cfg, backbone=replace(cfg.backbone, **built))
 
 
-def with_normalisation(cfg: FinetuneT, backbone: nn.Module) -> FinetuneT:
+def with_normalisation_of(cfg: FinetuneT, backbone: nn.Module) -> FinetuneT:
     """The configuration with the backbone's own mean and deviation where it has none."""
     own = getattr(backbone, "normalisation", Normalisation())
     own_numbers = {"image_mean": own.mean, "image_std": own.std}
@@ -676,7 +676,7 @@ def prepared(cfg: FinetuneT, checkpoint: Path | None = None) -> FinetuneT:
         cfg = cfg.as_begun(saved)
     elif None in (cfg.backbone.architecture, cfg.backbone.image_mean, cfg.backbone.image_std):
         backbone = build_backbone(cfg.backbone, cfg.data.images_size, with_weights=True)
-        cfg = with_normalisation(with_architecture(cfg, backbone), backbone)
+        cfg = with_normalisation_of(with_architecture(cfg, backbone), backbone)
         if cfg.backbone.architecture is None and "pretrained" in loader_arguments(cfg.backbone):
             again = build_backbone(cfg.backbone, cfg.data.images_size, with_weights=False)
             remedy = "Its loader builds another network with pretrained=False, so that no export could be loaded"
@@ -771,7 +771,7 @@ class Finetuned(nn.Module):
     def __init__(self, task: Task[Any], cfg: FinetuneConfig) -> None:
         super().__init__()
         backbone = build_backbone(cfg.backbone, cfg.data.images_size, with_weights=False)
-        self.task, self.cfg = task, with_normalisation(cfg, backbone)
+        self.task, self.cfg = task, with_normalisation_of(cfg, backbone)
         self.normalisation = self.cfg.backbone.normalisation
         self.trunk = Trunk(backbone)
         self.patch_size = self.trunk.patch_size

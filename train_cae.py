@@ -181,9 +181,9 @@ class CaeOptimConfig(EpochsOptimConfig):
     weight_decay: float = field(metadata=NOT_NEGATIVE)
     """Of matrices, convolution, class token and mask token, 0.05. Biases, norms and layer scales have none."""
 
-    def __post_init__(self) -> None:
-        """Check that schedule and start fit."""
-        super().__post_init__()
+    def check_length(self) -> None:
+        """Raise unless what is counted in steps fits into total_iters."""
+        super().check_length()
         self.start.check(self.total_iters)
 
 

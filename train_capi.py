@@ -213,13 +213,17 @@ class CapiOptimConfig(OptimConfig):
     """EMA momentum m in ema = m * ema + (1 - m) * student."""
 
     def __post_init__(self) -> None:
-        """Check that the schedules fit, and that momentum stays an average."""
+        """Check also that momentum stays an average."""
         super().__post_init__()
-        self.start.check(self.total_iters)
-        self.momentum_schedule.check("optim.momentum_schedule", self.total_iters)
         for key in ("start_warmup_value", "base_value", "final_value"):
             value = getattr(self.momentum_schedule, key)
             require(value <= 1, f"optim.momentum_schedule.{key}", value, "must lie in [0, 1]")
+
+    def check_length(self) -> None:
+        """Raise unless what is counted in steps fits into total_iters."""
+        super().check_length()
+        self.start.check(self.total_iters)
+        self.momentum_schedule.check("optim.momentum_schedule", self.total_iters)
 
 
 @dataclass(frozen=True)

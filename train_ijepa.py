@@ -190,16 +190,16 @@ class IjepaOptimConfig(EpochsOptimConfig):
     """Step, or with a decimal point the fraction of total_iters, after which learning rate and weight decay stay what
     they are; StoP's ViT-H holds them after 250 of 300 epochs. null: never."""
 
-    def __post_init__(self) -> None:
-        """Check that schedule and start fit, and that something is learned before it is held."""
-        super().__post_init__()
+    def check_length(self) -> None:
+        """Raise unless what is counted in steps fits into total_iters, and something is learned before it is held."""
+        super().check_length()
         self.start.check(self.total_iters)
         require_fraction("optim.hold_after", self.hold_after)
         remedy = (
             f"is step {self.hold_step} of optim.total_iters={self.total_iters}; give one of 1 to {self.total_iters}"
         )
-        is_within = self.hold_step <= self.total_iters or self.epochs is not None  # the length is not known yet
-        require(self.hold_step >= 1 and is_within, "optim.hold_after", self.hold_after, f"{remedy}, or null for never")
+        is_within = 1 <= self.hold_step <= self.total_iters
+        require(is_within, "optim.hold_after", self.hold_after, f"{remedy}, or null for never")
 
     @property
     def hold_step(self) -> int:

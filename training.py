@@ -324,7 +324,7 @@ def global_batch_size(optim: OptimConfig) -> int:
 def with_length(cfg: EpochsT) -> EpochsT:
     """The configuration with `optim.total_iters` as `optim.epochs` asks for it, which needs the number of ranks.
 
-    Raises: UserError if an epoch has fewer images than a batch.
+    Raises: UserError if an epoch has fewer images than a batch, or something counted in steps does not fit.
     """
     optim, num_images = cfg.optim, cfg.data.images_per_epoch
     if optim.epochs is None or num_images is None:
@@ -335,7 +335,9 @@ def with_length(cfg: EpochsT) -> EpochsT:
         "a smaller optim.batch_size_per_gpu or optim.accumulation_steps",
     )  # fmt: skip
     total_iters = max(1, int(optim.epochs * (num_images // batch)))
-    return dataclasses.replace(cfg, optim=dataclasses.replace(optim, total_iters=total_iters))
+    optim = dataclasses.replace(optim, total_iters=total_iters)
+    optim.check_length()
+    return dataclasses.replace(cfg, optim=optim)
 
 
 def with_normalisation(cfg: ConfigT, output_dir: Path | None = None) -> ConfigT:

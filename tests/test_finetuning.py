@@ -352,7 +352,7 @@ def test_images_are_normalised_as_the_backbone_knows_them(arguments, tmp_path, m
 
 def test_images_are_normalised_by_imagenets_statistics_where_nothing_else_is_known(arguments):
     cfg = finetuning.load(finetune_classification.TASK, arguments("classification", "run"))
-    assert finetuning.with_normalisation(cfg, torch_encoder()).backbone.normalisation == Normalisation()
+    assert finetuning.with_normalisation_of(cfg, torch_encoder()).backbone.normalisation == Normalisation()
 
 
 @pytest.fixture

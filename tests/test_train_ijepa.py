@@ -573,6 +573,8 @@ def test_a_training_may_be_as_long_as_so_many_epochs(images, tmp_path, capsys):
     cfg = load("optim.epochs=2.5", "optim.batch_size_per_gpu=2048")
     assert with_length(cfg).optim.total_iters == int(2.5 * 625)
     arguments = [*tiny_run(images, tmp_path), "optim.epochs=2", "data.images_per_epoch=10"]
+    # what is counted in steps has to fit into these four, and not into the steps that epochs replace
+    arguments += ["optim.total_iters=1", "optim.epochs=2", "optim.lr_schedule.warmup_iters=2", "optim.hold_after=3"]
     assert train_ijepa.main([*arguments, "--dry-run"]) == 0
     assert "length       4 steps of 4 images = 1.6 epochs" in capsys.readouterr().out
     assert train_ijepa.main(arguments) == 0
@@ -604,6 +606,14 @@ def test_a_change_on_the_way_is_told(caplog):
         (["optim.epochs=1", "data.images_per_epoch=3"], "data.images_per_epoch=3: fewer than the 4 images"),
         (["optim.hold_after=250.0"], "optim.hold_after=250.0: a number with a decimal point is a fraction of"),
         (["optim.hold_after=0.01"], "optim.hold_after=0.01: is step 0 of optim.total_iters=6; give one of 1 to 6, or"),
+        (
+            ["optim.epochs=2", "data.images_per_epoch=10", "optim.hold_after=5"],
+            "optim.hold_after=5: is step 5 of optim.total_iters=4; give one of 1 to 4, or",
+        ),
+        (
+            ["optim.epochs=2", "data.images_per_epoch=10", "optim.lr_schedule.warmup_iters=5"],
+            "optim.lr_schedule.warmup_iters=5: with freeze_iters=0 it does not fit into optim.total_iters=4",
+        ),
         (["optim.hold_after=7"], "optim.hold_after=7: is step 7 of optim.total_iters=6; give one of 1 to 6, or"),
         (["train.init_optimizer=true"], "train.init_optimizer=True: needs train.init_from"),
         (["data.decode=gpu"], "data.decode='gpu': crops there are bicubic and keep their colours"),
