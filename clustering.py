@@ -35,7 +35,9 @@ def sinkhorn_knopp(
         n_iterations: normalisation rounds, 3 in the paper.
         eps: keeps empty columns and rows from dividing by zero.
 
-    Returns: assignments, without gradient; rows sum to 1, and prototype masses are equal up to convergence.
+    Returns: assignments, without gradient; rows sum to 1, and prototype masses are equal up to convergence. A sample
+        all of whose logits lie far below the largest of every prototype, some 18 of these units, gets a row of nearly
+        0 instead: with many samples per prototype, temperatures far below the published ones do that.
     """
     assert n_iterations >= 1, f"n_sk_iter={n_iterations} must be at least 1"
     with torch.no_grad():
@@ -414,9 +416,16 @@ def normalized_entropy(entropy: Float[Tensor, ""], num_clusters: int) -> Float[T
 def batch_warning(global_batch_size: int, num_clusters: int, queue: int = 0) -> str | None:
     """What to tell a user whose batch, with those in the queue, is too small for the number of prototypes, or None.
 
-    Published is one image per prototype (16384 each); the limits here are a rule of thumb.
+    Published is one image per prototype (16384 each); the limits here are a rule of thumb, but for one image, to which
+    each balance can only give all prototypes alike.
     """
     num_images = global_batch_size * (1 + queue)
+    if num_images == 1:
+        return (
+            "A global batch of one image teaches nothing: Sinkhorn balances the images at each patch position, and of "
+            "one its targets are the same for all prototypes. Use a larger optim.batch_size_per_gpu, "
+            "optim.accumulation_steps or capi.queue, or capi.clustering_kwargs.positionwise_sk=false"
+        )
     if num_images * 8 >= num_clusters:
         return None
     batches = f"global batch of {global_batch_size} images" + (f" and the {queue} before it are" if queue else " is")

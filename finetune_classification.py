@@ -280,9 +280,9 @@ def make_head(cfg: FinetuneClassificationConfig, trunk: Trunk) -> LinearHead:
     with torch.no_grad():
         size = finetuning.probe_size(cfg, trunk)
         dim = head_inputs(cfg, trunk, torch.zeros(1, 3, size, size))[0].shape[1]
-    norms = [part for part in trunk.backbone.children() if isinstance(part, nn.LayerNorm) and part.elementwise_affine]
-    fits = cfg.classification.pooling == "avg_patch" and norms and norms[-1].normalized_shape == (dim,)
-    return LinearHead(dim, len(cfg.classes), cfg.classification.init_scale, norms[-1] if fits else None)
+    norm = trunk.final_norm if cfg.classification.pooling == "avg_patch" else None
+    fits = norm is not None and norm.normalized_shape == (dim,)
+    return LinearHead(dim, len(cfg.classes), cfg.classification.init_scale, norm if fits else None)
 
 
 def predict(cfg: FinetuneClassificationConfig, model: nn.ModuleDict, trunk: Trunk, images: Tensor) -> Tensor:

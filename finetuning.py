@@ -338,6 +338,18 @@ class Trunk:
             f"called {named}; choose a vision transformer"
         )
 
+    @property
+    def final_norm(self) -> nn.LayerNorm | None:
+        """The `LayerNorm` with weights that the backbone has after its blocks; None if it has none."""
+        path = self.name.split(".")
+        for depth in reversed(range(len(path))):  # beside the blocks, else beside what holds them, and so on outwards
+            children = dict(self.backbone.get_submodule(".".join(path[:depth])).named_children())
+            after = list(children.values())[list(children).index(path[depth]) + 1 :]
+            for part in after:
+                if isinstance(part, nn.LayerNorm):
+                    return part if part.elementwise_affine else None
+        return None
+
     def _drop(self, block: int, branch: int, _module: nn.Module, _args: Any, output: Any) -> Any:
         """Scale what a branch gives: 0 for images that skip it, 1 / probability to be kept for others."""
         if self._factors is None:
@@ -515,13 +527,14 @@ class FinetuneState(TrainState[FinetuneConfig]):
     ) -> tuple[Trunk, nn.ModuleDict]:
         cfg = self.cfg
         backbone = build_backbone(cfg.backbone, cfg.data.images_size, with_weights=with_weights)
-        trunk = Trunk(backbone, 0.0 if is_average else cfg.backbone.drop_path_rate)
+        is_learned = not (is_average or cfg.backbone.freeze)
+        trunk = Trunk(backbone, cfg.backbone.drop_path_rate if is_learned else 0.0)
         if cfg.backbone.freeze:
             backbone.requires_grad_(False)
         else:
             freeze_unused_(backbone, functools.partial(head_inputs, trunk), probe_size(cfg, trunk))
         model = nn.ModuleDict({"backbone": backbone, "head": make_head(trunk)})
-        placed = self.place(lambda: model, cfg.efficiency.compilation.do_student, is_teacher=is_average, is_filled=True)
+        placed = self.place(lambda: model, "do_student", compiles_blocks=True, is_teacher=is_average, is_filled=True)
         return trunk, placed
 
     def network(self, name: str) -> Any:

@@ -337,7 +337,7 @@ class CaeState(TrainState[CaeConfig]):
         super().__init__(cfg, device, plain=plain)
         self.student = self.place(
             lambda: nn.ModuleDict({"backbone": cfg.make_encoder(), "predictor": cfg.make_predictor()}),
-            cfg.efficiency.compilation.do_student,
+            "do_student",
             load=None if init_from is None else functools.partial(start_from, path_or_url=init_from),
         )
         self.modules = {"student": self.student}

@@ -481,15 +481,14 @@ class CapiState(TrainState[CapiConfig]):
         self, cfg: CapiConfig, device: torch.device, *, plain: bool = False, init_from: str | None = None
     ) -> None:
         super().__init__(cfg, device, plain=plain)
-        compilation = cfg.efficiency.compilation
         self.student = self.place(
             self._make_student,
-            compilation.do_student,
+            "do_student",
             load=None
             if init_from is None
             else functools.partial(start_from, path_or_url=init_from, grid=cfg.grid_size),
         )
-        self.student_ema = self.place(self._make_student, compilation.do_teacher, is_teacher=True)
+        self.student_ema = self.place(self._make_student, "do_teacher", is_teacher=True)
         ema_update_(self.student_ema, self.student, 0.0)
         self.modules = {"student": self.student, "student_ema": self.student_ema}
         if cfg.capi.clusters:
@@ -850,7 +849,7 @@ def opening(cfg: CapiConfig, state: CapiState) -> str:
 
 def warnings(cfg: CapiConfig) -> list[str]:
     """What is not going to go well."""
-    if cfg.capi.targets == "latents":
+    if cfg.capi.targets == "latents" or not cfg.capi.clustering_kwargs.positionwise_sk:  # patches are many in any batch
         return []
     warning = batch_warning(global_batch_size(cfg.optim), cfg.capi.num_clusters, cfg.capi.queue)
     return [] if warning is None else [warning]

@@ -349,16 +349,15 @@ class IjepaState(TrainState[IjepaConfig]):
         self, cfg: IjepaConfig, device: torch.device, *, plain: bool = False, init_from: str | None = None
     ) -> None:
         super().__init__(cfg, device, plain=plain)
-        compilation = cfg.efficiency.compilation
         start = None if init_from is None else StartingWeights(init_from)
         self.student = self.place(
             lambda: nn.ModuleDict({"backbone": cfg.make_encoder(), "predictor": cfg.make_predictor()}),
-            compilation.do_student,
+            "do_student",
             load=None if start is None else start.fill_student,
         )
         self.student_ema = self.place(
             lambda: nn.ModuleDict({"backbone": cfg.make_encoder()}),
-            compilation.do_teacher,
+            "do_teacher",
             is_teacher=True,
             load=None if start is None else start.fill_teacher,
         )

@@ -137,8 +137,9 @@ class TrainState(Generic[ConfigT]):
     def place(
         self,
         make: Callable[[], M],
-        compilation: CompileConfig | None = None,
+        name: str | None = None,
         *,
+        compiles_blocks: bool = False,
         is_teacher: bool = False,
         is_filled: bool = False,
         load: Callable[[M], None] | None = None,
@@ -150,7 +151,9 @@ class TrainState(Generic[ConfigT]):
         Args:
             make: builds it; every part has an `init_weights`, and transformer blocks a class attribute
                 `is_transformer_block`.
-            compilation: how its blocks are compiled; None for not.
+            name: its blocks are compiled as `efficiency.compilation.<name>` says, where `compile` cannot compile the
+                function that calls them; None for not.
+            compiles_blocks: whether there is no such function, so that blocks are compiled everywhere.
             is_teacher: whether it gets no gradient.
             is_filled: whether `make` gives it its weights, on the CPU; they are rank 0's then.
             load: changes its weights before they are divided; called on rank 0 alone.
@@ -162,13 +165,16 @@ class TrainState(Generic[ConfigT]):
             module.requires_grad_(False).eval()
         blocks: list[nn.Module] = [p for p in module.modules() if hasattr(p, "is_transformer_block")]
         if not self.plain:
-            self._speed_up(module, blocks, compilation, is_teacher)
+            self._speed_up(module, blocks, is_teacher)
+            if name is not None and not (own := self._compilation(name)).disable:
+                from speed.compiling import compile_blocks
+
+                key = f"efficiency.compilation.{name}"
+                compile_blocks(blocks, own, key, self.device, self.sharding, always=compiles_blocks)
         parallelize(module, self.sharding, self.device, blocks)
         return module
 
-    def _speed_up(
-        self, module: nn.Module, blocks: list[nn.Module], compilation: CompileConfig | None, is_teacher: bool
-    ) -> None:
+    def _speed_up(self, module: nn.Module, blocks: list[nn.Module], is_teacher: bool) -> None:
         """Of `speed`, only what is asked for is imported."""
         efficiency = self.cfg.efficiency
         if efficiency.attention == "xformers":
@@ -188,15 +194,13 @@ class TrainState(Generic[ConfigT]):
             from speed.offloading import offload_blocks
 
             offload_blocks(blocks)
-        if compilation is not None and not compilation.disable:
-            from speed.compiling import compile_blocks
 
-            compile_blocks(blocks, compilation, self.sharding)
+    def _compilation(self, name: str) -> CompileConfig:
+        return getattr(self.cfg.efficiency.compilation, name)
 
     def compile(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         """A function of tensors, compiled as `efficiency.compilation.<name>` says."""
-        options = self.cfg.efficiency.compilation
-        own: CompileConfig = getattr(options, name)
+        own = self._compilation(name)
         if own.disable or self.plain:
             return function
         from speed.compiling import compile_function
@@ -207,7 +211,7 @@ class TrainState(Generic[ConfigT]):
             f"efficiency.compilation.{name}",
             device=self.device,
             sharding=self.sharding,
-            cuda_graphs=options.cuda_graphs,
+            cuda_graphs=self.cfg.efficiency.compilation.cuda_graphs,
         )
 
     def seed_of(self, purpose: str, forward_pass: int) -> int:

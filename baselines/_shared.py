@@ -134,6 +134,13 @@ def rename_keys(state: StateDict, *rules: tuple[str, str]) -> StateDict:
 # ---------------------------------------------------------------------------------------- positions
 
 
+def fix_positions_(network: nn.Module) -> None:
+    """Make `pos_embed` a buffer: a table of sines and cosines, which no training changes."""
+    table: Any = network.pos_embed
+    del network.pos_embed
+    network.register_buffer("pos_embed", table.detach())
+
+
 def resize_like_dino(table: Float[Tensor, "1 n d"], grid: Grid) -> Float[Tensor, "1 n2 d"]:
     """The rule of DINO, iBOT and DINOv2 without registers: scaled by (n + 0.1) / side, not antialiased."""
     return resize_positions(table, grid, antialias=False, offset=0.1)

@@ -87,7 +87,8 @@ class PostNormViT(nn.Module):
         self.patch_size = patch_size
         self.patch_embed = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, (image_size // patch_size) ** 2, embed_dim))
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", 0.02 * torch.randn(1, (image_size // patch_size) ** 2, embed_dim))
         self.norm_pre = nn.LayerNorm(embed_dim, eps=1e-6)
         block = nn.TransformerEncoderLayer(
             embed_dim,

@@ -59,11 +59,7 @@ def compile_function(
         )
     if cfg.disable or (divided and divided.mode == "fully_shard"):
         return function
-    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "gcc")):
-        raise UserError(
-            f"{key}.disable=false: compiling for a CPU needs a C++ compiler and none was found; "
-            f"install g++, or set {key}.disable=true"
-        )
+    _require_compiler(key, device)
     options: dict[str, Any] | None = overlap_options(divided) if divided else None
     if cuda_graphs and device.type == "cuda":
         options = {"triton.cudagraphs": True}
@@ -73,13 +69,44 @@ def compile_function(
     return compiled  # pyright: ignore[reportReturnType]  # same signature
 
 
-def compile_blocks(blocks: Iterable[nn.Module], cfg: CompileConfig, sharding: Sharding) -> None:
-    """`torch.compile` each block in place, if `fully_shard` is to divide them; to be called before `parallelize`."""
-    if not cfg.disable and sharding.mode == "fully_shard" and is_distributed():
-        # torch.compile asks gathered weights, which are no leaves, whether they have a gradient.
-        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-        for block in blocks:
-            block.compile(dynamic=cfg.dynamic)
+def compile_blocks(
+    blocks: Iterable[nn.Module],
+    cfg: CompileConfig,
+    key: str,
+    device: torch.device,
+    sharding: Sharding,
+    *,
+    always: bool = False,
+) -> None:
+    """`torch.compile` each block in place; to be called before `parallelize`.
+
+    Args:
+        blocks: of a network.
+        cfg: the options.
+        key: their section.
+        device: where they run.
+        sharding: how their weights are going to be divided.
+        always: whatever divides them; else only if `fully_shard` is to.
+
+    Raises: UserError as `compile_function`.
+    """
+    mode = sharding.mode if is_distributed() else "none"
+    if cfg.disable or not (always or mode == "fully_shard"):
+        return
+    _require_compiler(key, device)
+    options = overlap_options(sharding) if mode == "simple" else None
+    # torch.compile asks gathered weights, which are no leaves, whether they have a gradient.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    for block in blocks:
+        block.compile(dynamic=cfg.dynamic, options=options)
+
+
+def _require_compiler(key: str, device: torch.device) -> None:
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "gcc")):
+        raise UserError(
+            f"{key}.disable=false: compiling for a CPU needs a C++ compiler and none was found; "
+            f"install g++, or set {key}.disable=true"
+        )
 
 
 @contextlib.contextmanager

@@ -537,6 +537,20 @@ def test_random_weights_need_no_file_and_give_finite_features(random_model):
         random_model(torch.zeros(1, 3, 4 * size, 4 * size + 1))
 
 
+FORMULAS = ("cae", "data2vec2", "stop")
+"""Families with a table of sines and cosines that learns in no recipe of theirs; I-JEPA's is too large for here."""
+
+
+@pytest.mark.parametrize("random_model", [*FORMULAS, "dino"], indirect=True)
+def test_positions_learn_unless_they_are_a_formula(random_model, request):
+    (is_learned,) = {
+        isinstance(tensor, nn.Parameter)
+        for name, tensor in random_model.state_dict(keep_vars=True).items()
+        if name.endswith("pos_embed")
+    }
+    assert is_learned == (request.node.callspec.params["random_model"] not in FORMULAS)
+
+
 @pytest.mark.parametrize("random_model", ["beit", "cae", "stop"], indirect=True)
 def test_other_sizes_than_the_published_one_are_announced_once_and_leave_it_unchanged(random_model, caplog):
     images = torch.randn(1, 3, 224, 224)

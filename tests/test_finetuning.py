@@ -2,6 +2,7 @@
 
 import shutil
 import textwrap
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +115,13 @@ def test_the_last_map_is_the_feature_map_and_earlier_ones_are_the_blocks(backbon
         torch.testing.assert_close(x.flatten(2).transpose(1, 2), seen[block][:, -24:])
     with pytest.raises(UserError, match="the backbone has 3 blocks, 0 to 2"):
         trunk.maps(images, [3])
+
+
+def test_the_final_norm_makes_the_last_map_of_the_last_block(backbone):
+    trunk, images = Trunk(backbone), torch.randn(2, 3, 16, 24, generator=seeded(1))
+    last = trunk.maps(images, [-1])[0].movedim(1, -1)
+    without: Any = backbone.enc_norm if isinstance(backbone, EncoderDecoder) else nn.Identity()  # has no weights
+    torch.testing.assert_close(backbone(images)[2], (trunk.final_norm or without)(last))
 
 
 def test_layers_are_counted_from_the_embedding_to_what_follows_the_blocks(backbone):
@@ -387,6 +395,26 @@ def test_what_a_loader_froze_learns_unless_it_is_a_formula(of_file, make, freeze
     assert learned == expected
 
 
+@pytest.mark.parametrize("make", ["tiny_beit", "encoder"])
+def test_the_heads_norm_begins_as_that_of_the_backbone(of_file, make):
+    state = fresh("classification", of_file(FROZEN.format(make=make)))
+    norm = state.trunk.final_norm
+    with torch.no_grad():
+        norm.weight.fill_(3), norm.bias.fill_(-1)
+    head = finetune_classification.make_head(state.cfg, state.trunk)
+    assert torch.all(head.norm.weight == 3) and torch.all(head.norm.bias == -1)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_frozen_backbone_drops_nothing(arguments, freeze):
+    own = [f"backbone.freeze={freeze}", "backbone.drop_path_rate=0.9"]
+    trunk = fresh("classification", arguments("classification", "run", *own)).trunk
+    images = torch.randn(8, 3, 16, 16, generator=seeded(1))
+    clean = trunk.maps(images, [-1])[0]
+    trunk.draw_drop_path(len(images), seeded(2), torch.device("cpu"))
+    assert torch.equal(trunk.maps(images, [-1])[0], clean) == freeze
+
+
 def test_a_backbone_without_gradient_is_named_unless_it_is_frozen(of_file):
     text = """
         import torch
@@ -477,12 +505,28 @@ ROUNDED = {"rel": 1e-4, "atol": 2e-4, "rtol": 1e-4, "but": ["head.pyramid.levels
 """A norm undoes that bias: its gradient is rounding, which AdamW scales up."""
 
 
+COMPILED = "efficiency.compilation.do_student.disable=false"
+has_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="it needs a C++ compiler")
+compiles = [pytest.mark.slow, pytest.mark.timeout(600), has_compiler]
+
+
+@has_compiler
+@pytest.mark.parametrize("own", [[], [COMPILED]])
+def test_blocks_are_compiled_if_asked_for(arguments, own):
+    cfg, _ = opened("classification", arguments("classification", "run", *own))
+    task = CASES["classification"].script.TASK
+    state = finetuning.make_state(task, cfg, torch.device("cpu"), with_weights=True)
+    assert [block._compiled_call_impl is not None for block in state.trunk.blocks] == [bool(own)] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "mode", "own", "tolerances"),
     [
         ("classification", "simple", STEPS_ARE_RANKS, {}),
         ("classification", "fully_shard", STEPS_ARE_RANKS, {}),
         ("classification", "none", STEPS_ARE_RANKS, {}),
+        pytest.param("classification", "simple", [COMPILED, *STEPS_ARE_RANKS], {}, marks=compiles),
+        pytest.param("classification", "fully_shard", [COMPILED, *STEPS_ARE_RANKS], {}, marks=compiles),
         pytest.param("segmentation", "simple", IMAGES_ARE_SHARED, ROUNDED, marks=pytest.mark.long),
         pytest.param("segmentation", "none", IMAGES_ARE_SHARED, ROUNDED, marks=pytest.mark.long),
         ("segmentation", "fully_shard", ["segmentation.head=linear", *IMAGES_ARE_SHARED], ROUNDED),

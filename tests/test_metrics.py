@@ -545,6 +545,7 @@ def test_a_small_batch_gets_a_warning_with_both_numbers_and_remedies():
         assert part in warning
     assert batch_warning(32, 256) is None, "the advice has to silence the warning"
     assert batch_warning(32, 1024) is not None and batch_warning(32, 1024, queue=3) is None
+    assert "teaches nothing" in str(batch_warning(1, 8)) and batch_warning(1, 8, queue=1) is None
     queued = batch_warning(32, 16384, queue=3)
     assert queued is not None and "32 images and the 3 before it" in queued and "0.0078 images" in queued
 
