@@ -346,7 +346,7 @@ def plan(cfg: TableConfig, *, keep: bool) -> list[Training]:
 
     Args:
         cfg: of the table.
-        keep: whether resolved configurations are written down, so that later commands need not ask the scripts again.
+        keep: whether resolved configurations are written down, for later commands to notice that they have changed.
 
     Raises: UserError for what can be seen before anything runs.
     """
@@ -426,9 +426,10 @@ def _preparation(entry: EntryConfig, title: str, folder: Path, places: Mapping[s
 
 
 def _resolve(cfg: TableConfig, name: str, entry: EntryConfig, *, keep: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is asked for by an entry, and its configuration as its script resolves it.
+    """What is asked for by an entry, and its configuration as its script resolves it now.
 
-    Raises: UserError if there is no such file, or if the script refuses it, which has then said why.
+    Raises: UserError if there is no such file, if the script refuses it, which has then said why, or if one of its seeds
+        has begun with something else.
     """
     key, folder = f"trainings.{name}", Path(cfg.output_dir, name)
     script = find_file(str(entry.script), f"{key}.script")
@@ -436,31 +437,52 @@ def _resolve(cfg: TableConfig, name: str, entry: EntryConfig, *, keep: bool) -> 
     before = None if entry.before is None else asdict(entry.before)
     hashes = {name: hash_file(path) for name, path in files.items()}
     request = {"script": script.name, "sources": _sources(entry), "files": hashes, "before": before}
+    begun = _has_begun(folder)
     noted = _read_json(folder / "asked.json")
-    if noted == request:
-        return request, yaml.safe_load((folder / "config.yaml").read_text())
-    if noted is not None and any(folder.glob("seed_*/run")):
+    if noted not in (None, request) and begun:
         raise UserError(
             f"{folder} has trainings that differ in {', '.join(changed_keys(noted, request))}; choose another "
             "output_dir, another name, or delete that folder to train anew"
         )
     if cfg.launcher.where == "slurm" and not script.absolute().is_relative_to(ROOT):
         raise UserError(f"{key}.script={script}: a Slurm job runs scripts of {ROOT} only")
+    text = _printed_config(key, script, [*map(str, files.values()), *entry.overrides])
+    config, path = yaml.safe_load(text), folder / "config.yaml"
+    changed = changed_keys(yaml.safe_load(path.read_text()), config) if noted is not None and path.is_file() else {}
+    if changed and begun:
+        raise UserError(
+            f"{folder} has trainings that differ in {', '.join(changed)} from what {script} makes of the same request "
+            "now; choose another output_dir, another name, or delete that folder to train anew (only its config.yaml, "
+            "if they are to count, and to go on, all the same)"
+        )
+    if keep and (noted != request or changed or not path.is_file()):
+        for planned in [] if begun else folder.glob("seed_*/asked.json"):  # lengths that were of something else
+            planned.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(path, text)
+        write_text_atomically(folder / "asked.json", json.dumps(request, indent=2) + "\n")
+    return request, config
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a training has a run with any seed, or a job that was to make one."""
+    noted = (_read_json(path) or {} for path in folder.glob("seed_*/asked.json"))
+    return any(folder.glob("seed_*/run")) or any(state.get("job") for state in noted)
+
+
+def _printed_config(key: str, script: Path, arguments: Sequence[str]) -> str:
+    """What a training script prints as its resolved configuration."""
     # In this process: another one for each of many trainings would import torch each time.
     train_script = import_from_path(script)
     require(
         hasattr(train_script, "main"), f"{key}.script", str(script), "must have main(arguments), as train_capi.py has"
     )
-    arguments = [*map(str, files.values()), *entry.overrides, "--print-config"]
+    arguments = [*arguments, "--print-config"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         code = train_script.main(arguments)
     if code != 0:
         raise UserError(f"{key}: {shlex.join(['python', str(script), *arguments])} failed, see above")
-    if keep:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / "config.yaml", printed.getvalue())
-        write_text_atomically(folder / "asked.json", json.dumps(request, indent=2) + "\n")
-    return request, yaml.safe_load(printed.getvalue())
+    return printed.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------------------- doing it

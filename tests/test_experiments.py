@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -360,6 +361,28 @@ def test_other_trainings_are_not_mixed_into_a_table(here, sources, message, caps
     assert compare.main(["table.yaml"]) == 0
     assert compare.main(["table.yaml", *sources]) == 2
     assert message in capsys.readouterr().err
+
+
+def change_script(before: str, after: str) -> None:
+    path = Path("train_stub.py")
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+
+
+def test_a_training_is_that_of_its_script_as_it_is_now_and_a_begun_one_is_not_mixed_with_it(here, capsys):
+    """Also after one that failed, whose configuration would fail again and again."""
+    write_table(here, seeds=[0], evaluations={}, trainings={"bad": {}, "good": {"overrides": ["fails_at=null"]}})
+    change_script('"fails_at": None', '"fails_at": 1')
+    assert compare.main(["table.yaml"]) == 1
+    change_script('"fails_at": 1', '"fails_at": None, "momentum": 0.9')
+    assert compare.main(["table.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert "out/bad has trainings that differ in fails_at, momentum from what train_stub.py" in told
+    shutil.rmtree("out/bad/seed_0")
+    Path("out/good/config.yaml").unlink()
+    assert compare.main(["table.yaml"]) == 0
+    assert yaml.safe_load(Path("out/bad/seed_0/config.yaml").read_text())["momentum"] == 0.9
+    assert starts("good") == 1, "it was said to count"
 
 
 @pytest.mark.parametrize(
