@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from summary import summarise, text_table, write_report
-from table import TableConfig, Training, evaluate, plan, planned_steps, train
+from table import TableConfig, Training, evaluate, plan, planned_steps, same_seed, train
 
 from config import check_evaluation, dump_yaml, load_config
 from keys import answer
@@ -153,10 +153,9 @@ def advance_part(cfg: TableConfig, title: str) -> int:
 def advance(training: Training, trainings: Sequence[Training], cfg: TableConfig) -> Status:
     """Train and evaluate as far as it is not done; a mistake that shows here is a failure of this training alone."""
     evaluated = any(entry is not None for entry in cfg.evaluations.values())
-    others = {other.name: other for other in trainings if other.seed == training.seed}
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
-            status = train(training, cfg, others)
+            status = train(training, cfg, same_seed(training, trainings))
             return evaluate(training, cfg) if status.word == "done" and evaluated else status
     except UserError as error:
         return Status("failed", str(error))

@@ -9,7 +9,7 @@ interrupted: the same command goes on, and does not repeat what is done. In the 
     <training>/seed_0/config.yaml    the same with length, seed and output folder, which is what runs
     <training>/seed_0/log.txt        what that run said, or jobs/ of Slurm
     <training>/seed_0/part.txt       what was said besides, where trainings ran side by side
-    <training>/seed_0/asked.json     what was asked for, the length, the processor time of each start
+    <training>/seed_0/asked.json     what was asked for, the length, what it reads, the processor time of each start
     <training>/seed_0/run            train.output_dir
     <training>/seed_0/before         a script that was run before it
     <training>/seed_0/calibration_*  short runs that measure how fast it is
@@ -316,6 +316,21 @@ class Training(Part):
         self.config = with_length(self.config, num_steps)
         self.note(num_steps=num_steps, images_per_step=images_per_step)
 
+    def note_what_it_reads(self, others: Mapping[str, "Training"]) -> None:
+        """Note at its start which runs of others, by name, it and its preparation read."""
+        if self.needs and "reads" not in (self.state() or {}):
+            self.note(reads={name: hash_file(others[name].weights) for name in self.needs})
+
+    def check_what_it_reads(self, others: Mapping[str, "Training"]) -> None:
+        """Raise UserError if a run of others that it read has been made anew since; without a note nothing is known."""
+        for name, weights in (self.state() or {}).get("reads", {}).items():
+            path = others[name].weights
+            if path.is_file() and hash_file(path) != weights:  # without the file, it is being made anew
+                raise UserError(
+                    f"{self.title} reads a run that has changed, that of {name} (SHA-256 of {path}); delete "
+                    f"{self.folder} to train anew with that one"
+                )
+
     def images_per_step(self, num_ranks: int) -> int:
         """Images of an update on all of so many processes."""
         optim = self.config["optim"]
@@ -381,7 +396,14 @@ def plan(cfg: TableConfig, *, keep: bool) -> list[Training]:
             if training.num_steps is not None:
                 training.config = with_length(training.config, training.num_steps)
             trainings.append(training)
+    for training in trainings:
+        training.check_what_it_reads(same_seed(training, trainings))
     return trainings
+
+
+def same_seed(training: Training, trainings: Sequence[Training]) -> dict[str, Training]:
+    """Trainings with the same seed, by name."""
+    return {other.name: other for other in trainings if other.seed == training.seed}
 
 
 def _sources(entry: EntryConfig) -> list[str]:
@@ -428,8 +450,8 @@ def _preparation(entry: EntryConfig, title: str, folder: Path, places: Mapping[s
 def _resolve(cfg: TableConfig, name: str, entry: EntryConfig, *, keep: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is asked for by an entry, and its configuration as its script resolves it now.
 
-    Raises: UserError if there is no such file, if the script refuses it, which has then said why, or if one of its seeds
-        has begun with something else.
+    Raises: UserError if there is no such file, if the script refuses it, which has then said why, or if a seed has begun
+        with something else.
     """
     key, folder = f"trainings.{name}", Path(cfg.output_dir, name)
     script = find_file(str(entry.script), f"{key}.script")
@@ -564,12 +586,16 @@ def train(training: Training, cfg: TableConfig, others: Mapping[str, Training]) 
         training: of the table.
         cfg: of the table.
         others: trainings with the same seed, by name.
+
+    Raises: UserError for what the user has to decide.
     """
+    training.check_what_it_reads(others)  # one of them may have been made anew just now
     if training.is_done():
         return Status("done")
     missing = [name for name in training.needs if not others[name].is_done()]
     if missing:
         return Status("left out", f"It reads the run of {', '.join(missing)}, which is not complete.")
+    training.note_what_it_reads(others)
     preparation = training.preparation
     if preparation is not None and not preparation.is_done():
         status = run(preparation, cfg)

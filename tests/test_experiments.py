@@ -276,13 +276,15 @@ def test_a_training_that_failed_leaves_the_others_alone_and_goes_on_where_it_was
     assert len(json.loads(Path("out/bad/seed_0/asked.json").read_text())["cpu_seconds"]) == 2
 
 
+BY_A_SCRIPT = {
+    "file": "before.py",
+    "makes": "<folder>/made.txt",
+    "config": {"weights": "<first>/weights.json", "output": "<folder>/made.txt"},
+}
+
+
 def test_a_training_reads_what_another_run_made_by_a_script_in_between(here, capsys):
-    before = {
-        "file": "before.py",
-        "makes": "<folder>/made.txt",
-        "config": {"weights": "<first>/weights.json", "output": "<folder>/made.txt"},
-    }
-    second = {"overrides": ["reads=<folder>/made.txt"], "before": before, "note": "Its ids are made of the first."}
+    second = {"overrides": ["reads=<folder>/made.txt"], "before": BY_A_SCRIPT, "note": "Its ids are made of the first."}
     write_table(here, trainings={"first": {}, "second": second}, evaluations={})
     assert compare.main(["table.yaml"]) == 0
     assert Path("out/second/seed_1/made.txt").read_text() == "made"
@@ -290,6 +292,39 @@ def test_a_training_reads_what_another_run_made_by_a_script_in_between(here, cap
     assert config["reads"] == "out/second/seed_1/made.txt"
     assert "second: Its ids are made of the first." in capsys.readouterr().out
     assert "Its ids are made of the first." in Path("out/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        {"overrides": ["reads=<first>/weights.json"]},
+        {"overrides": ["reads=<folder>/made.txt"], "before": BY_A_SCRIPT},
+    ],
+    ids=["itself", "before"],
+)
+def test_a_training_is_not_shown_beside_another_run_than_it_read(here, second, capsys):
+    write_table(here, seeds=[0], evaluations={}, trainings={"first": {}, "second": second})
+    assert compare.main(["table.yaml"]) == 0
+    shutil.rmtree("out/first")
+    assert compare.main(["table.yaml"]) == 0, "the same was made again"
+    assert (starts("first"), starts("second")) == (1, 1)
+
+    shutil.rmtree("out/first")
+    other = ["table.yaml", "trainings.first.overrides=[lr=0.75]"]
+    capsys.readouterr()
+    assert compare.main(other) == 1
+    assert "second, seed 0 reads a run that has changed, that of first" in capsys.readouterr().out
+    assert compare.main(other) == 2
+    assert "delete out/second/seed_0 to train anew" in capsys.readouterr().err
+
+    noted = Path("out/second/seed_0/asked.json")
+    content = json.loads(noted.read_text())
+    noted.write_text(json.dumps({key: value for key, value in content.items() if key != "reads"}))
+    assert compare.main(other) == 0, "runs of before this note are taken as they are"
+    noted.write_text(json.dumps(content))
+    shutil.rmtree("out/second/seed_0")
+    assert compare.main(other) == 0
+    assert starts("second") == 1
 
 
 def test_images_are_those_of_the_processes_that_trained(here, capsys):
