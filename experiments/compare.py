@@ -29,7 +29,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from summary import summarise, text_table, write_report
+from summary import as_json, summarise, text_table, write_report
 from table import TableConfig, Training, evaluate, plan, planned_steps, same_seed, train
 
 from config import check_evaluation, dump_yaml, load_config
@@ -70,7 +70,7 @@ def make_table(cfg: TableConfig, sources: Sequence[str]) -> int:
         for training, status in ended:
             statuses[training.title] = status
             content = summarise(cfg, trainings, statuses)
-            write_text_atomically(base / "results.json", json.dumps(content, indent=2) + "\n")
+            write_text_atomically(base / "results.json", json.dumps(as_json(content), indent=2) + "\n")
         content = summarise(cfg, trainings, statuses)
         write_report(base / "report.html", content, trainings, cfg)
         lines = [text_table(content), "", *content["notices"], str(base / "results.json"), str(base / "report.html")]

@@ -37,7 +37,7 @@ USED = (IMAGES, CPU_MINUTES)
 
 
 def summarise(cfg: TableConfig, trainings: Sequence[Training], statuses: Mapping[str, Status]) -> dict[str, Any]:
-    """The content of results.json.
+    """The content of results.json, as `as_json` writes it.
 
     Args:
         cfg: of the table.
@@ -136,13 +136,30 @@ def devices_of(training: Training) -> set[str]:
 
 
 def moments(columns: Sequence[str], values: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean, deviation of the sample and number of the values of each column, where there are enough."""
+    """Mean, deviation of the sample and number of the values of each column, where there are enough.
+
+    Of values that are not all finite, mean and deviation are NaN.
+    """
     known = {name: [seed[name] for seed in values if name in seed] for name in columns}
+    usable = {name: numbers if all(map(math.isfinite, numbers)) else [] for name, numbers in known.items()}
     return {
-        "mean": {name: statistics.fmean(numbers) for name, numbers in known.items() if numbers},
-        "deviation": {name: statistics.stdev(numbers) for name, numbers in known.items() if len(numbers) > 1},
+        "mean": {name: statistics.fmean(usable[name] or [math.nan]) for name, numbers in known.items() if numbers},
+        "deviation": {
+            name: statistics.stdev(usable[name]) if usable[name] else math.nan
+            for name, numbers in known.items()
+            if len(numbers) > 1
+        },
         "count": {name: len(numbers) for name, numbers in known.items()},
     }
+
+
+def as_json(tree: Any) -> Any:
+    """Nested values with null for numbers that are not finite, for which JSON has no word."""
+    if isinstance(tree, Mapping):
+        return {key: as_json(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [as_json(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def notices(
@@ -163,7 +180,7 @@ def shown(row: Mapping[str, Any], name: str, score: Score) -> str:
     if name not in row["mean"]:
         return "n/a"
     text = f"{row['mean'][name]:,.0f}" if name == IMAGES else score.number(row["mean"][name])
-    if name in row["deviation"] and name != IMAGES:
+    if name in row["deviation"] and name != IMAGES and not math.isnan(row["mean"][name]):
         text += f" ± {score.number(row['deviation'][name])}"
     return text
 

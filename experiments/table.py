@@ -450,8 +450,8 @@ def _preparation(entry: EntryConfig, title: str, folder: Path, places: Mapping[s
 def _resolve(cfg: TableConfig, name: str, entry: EntryConfig, *, keep: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is asked for by an entry, and its configuration as its script resolves it now.
 
-    Raises: UserError if there is no such file, if the script refuses it, which has then said why, or if a seed has begun
-        with something else.
+    Raises: UserError if there is no such file, if the script refuses it, which has then said why, or if a seed has
+        begun with something else.
     """
     key, folder = f"trainings.{name}", Path(cfg.output_dir, name)
     script = find_file(str(entry.script), f"{key}.script")

@@ -153,6 +153,12 @@ def write_table(folder: Path, **changes: Any) -> None:
     (folder / "table.yaml").write_text(yaml.safe_dump(table | changes, sort_keys=False))
 
 
+def change_script(before: str, after: str) -> None:
+    path = Path("train_stub.py")
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+
+
 def results() -> dict[str, Any]:
     return json.loads(Path("out/results.json").read_text())
 
@@ -327,6 +333,23 @@ def test_a_training_is_not_shown_beside_another_run_than_it_read(here, second, c
     assert starts("second") == 1
 
 
+def no_json(word: str) -> None:
+    pytest.fail(f"{word} is not JSON")
+
+
+@pytest.mark.parametrize("last", ['float("nan")', 'float("inf")'])
+def test_a_value_that_is_not_finite_is_called_so_and_leaves_the_rest_of_the_table(here, last, capsys):
+    """Beside a seed whose values are."""
+    write_table(here, evaluations={}, trainings={"bad": {}})
+    change_script('cfg["lr"] / step + cfg["train"]["seed"]', f'{last} if cfg["train"]["seed"] and step == 3 else 1.0')
+    assert compare.main(["table.yaml"]) == 0
+    assert re.search("^bad +not finite +8 ± 0 +24 ", capsys.readouterr().out, flags=re.MULTILINE)
+    content = json.loads(Path("out/results.json").read_text(), parse_constant=no_json)
+    row = content["rows"]["bad"]
+    assert row["mean"]["last loss"] is row["deviation"]["last loss"] is row["seeds"]["1"]["values"]["last loss"] is None
+    assert row["seeds"]["0"]["values"]["last loss"] == 1
+
+
 def test_images_are_those_of_the_processes_that_trained(here, capsys):
     write_table(here, seeds=[0], evaluations={}, trainings={"bad": {"overrides": ["fails_at=2"]}, "good": {}})
     two = ["table.yaml", "nproc_per_node=2"]
@@ -396,12 +419,6 @@ def test_other_trainings_are_not_mixed_into_a_table(here, sources, message, caps
     assert compare.main(["table.yaml"]) == 0
     assert compare.main(["table.yaml", *sources]) == 2
     assert message in capsys.readouterr().err
-
-
-def change_script(before: str, after: str) -> None:
-    path = Path("train_stub.py")
-    assert before in path.read_text()
-    path.write_text(path.read_text().replace(before, after))
 
 
 def test_a_training_is_that_of_its_script_as_it_is_now_and_a_begun_one_is_not_mixed_with_it(here, capsys):
