@@ -45,24 +45,28 @@ def summarise(cfg: TableConfig, trainings: Sequence[Training], statuses: Mapping
         statuses: title of a training -> how it stands.
 
     Returns: `columns`, name -> how its values are shown (see `report.Score`); `rows`, name -> `seeds`, with status,
-        message and values of each, and `mean`, `deviation` (of the sample) and `count` of each column; `notices`,
-        sentences that a reader must not miss; and what was asked for, when, by which code and on what.
+        message and values of each, and `mean`, `deviation` (of the sample) and `count` of each column, over the seeds
+        whose training is complete; `notices`, sentences that a reader must not miss; and what was asked for, when, by
+        which code and on what.
     """
     columns: dict[str, Score] = {}
     rows: dict[str, dict[str, Any]] = {}
+    complete: dict[str, list[dict[str, float]]] = {}
     for training in trainings:
         status = statuses[training.title]
         own, untrained = values_of(training, cfg, columns)
         standing = {"status": status.word, "message": status.message, "folder": str(training.folder)}
         made = {"note": training.entry.note, "command": training.command(training.num_steps), "seeds": {}}
-        row = rows.setdefault(training.name, made)
-        row["seeds"][str(training.seed)] = standing | {"values": own}
+        parts = [(training.name, made, own)]
         if training.entry.random:
             note = f"The model of {training.name} as it is before training."
-            row = rows.setdefault(f"{RANDOM} ({training.name})", {"note": note, "command": None, "seeds": {}})
-            row["seeds"][str(training.seed)] = standing | {"values": untrained}
-    for row in rows.values():
-        row.update(moments(list(columns), [seed["values"] for seed in row["seeds"].values()]))
+            made = {"note": note, "command": None, "seeds": {}}
+            parts.append((f"{RANDOM} ({training.name})", made, untrained))
+        for name, row, values in parts:
+            rows.setdefault(name, row)["seeds"][str(training.seed)] = standing | {"values": values}
+            complete.setdefault(name, []).extend([values] if training.is_done() else [])
+    for name, row in rows.items():
+        row.update(moments(list(columns), complete[name]))
     return {
         "title": cfg.title,
         "budget": str(cfg.budget),
@@ -90,10 +94,12 @@ def values_of(
     own, untrained = scores_of(training, cfg.scores, columns)
     records = training.records()
     for name, key in cfg.metrics.items():
-        values = [record[key] for record in records if record.get(key) is not None]
+        # What is not finite is null in a metrics.jsonl.
+        values = [math.nan if record[key] is None else record[key] for record in records if key in record]
         columns.setdefault(name, Score((key,), label=name, unit=""))
         if values:
-            own[name] = statistics.median(values) if key in TIMING_KEYS else values[-1]
+            finite = [value for value in values if math.isfinite(value)]
+            own[name] = statistics.median(finite or [math.nan]) if key in TIMING_KEYS else values[-1]
     for name in USED:
         columns.setdefault(name, Score((name,), label=name, unit=""))
     if records:
@@ -176,12 +182,14 @@ def notices(
 
 
 def shown(row: Mapping[str, Any], name: str, score: Score) -> str:
-    """The cell of a row in a column: the mean, and the deviation if there are several seeds."""
+    """The cell of a row in a column: the mean, the deviation if there are several seeds, and how many, if not all."""
     if name not in row["mean"]:
         return "n/a"
     text = f"{row['mean'][name]:,.0f}" if name == IMAGES else score.number(row["mean"][name])
     if name in row["deviation"] and name != IMAGES and not math.isnan(row["mean"][name]):
         text += f" ± {score.number(row['deviation'][name])}"
+    if row["count"][name] < len(row["seeds"]):
+        text += f" ({row['count'][name]} of {len(row['seeds'])})"
     return text
 
 
@@ -227,7 +235,10 @@ def write_report(path: Path, content: Mapping[str, Any], trainings: Sequence[Tra
     }
     seeds = ", ".join(map(str, content["seeds"]))
     told = f"{content['budget']} for each training; {'seed' if len(cfg.seeds) == 1 else 'seeds'} {seeds}."
-    caption = "Mean, and deviation of the sample where there are several seeds. Fractions are in percent."
+    caption = (
+        "Mean, and deviation of the sample where there are several seeds; (1 of 3): of one of three, as yet. Fractions "
+        "are in percent."
+    )
     heads = ["training", *(score.shown_label for score in columns.values())]
     numbers = section("scores", "Results", [numbers_table(heads, cells, caption)])
     first = [training for training in trainings if training.seed == cfg.seeds[0]]

@@ -337,7 +337,7 @@ def no_json(word: str) -> None:
     pytest.fail(f"{word} is not JSON")
 
 
-@pytest.mark.parametrize("last", ['float("nan")', 'float("inf")'])
+@pytest.mark.parametrize("last", ['float("nan")', 'float("inf")', "None"])
 def test_a_value_that_is_not_finite_is_called_so_and_leaves_the_rest_of_the_table(here, last, capsys):
     """Beside a seed whose values are."""
     write_table(here, evaluations={}, trainings={"bad": {}})
@@ -350,11 +350,25 @@ def test_a_value_that_is_not_finite_is_called_so_and_leaves_the_rest_of_the_tabl
     assert row["seeds"]["0"]["values"]["last loss"] == 1
 
 
+def test_only_complete_trainings_are_averaged_and_their_number_is_told(here, capsys):
+    write_table(here, evaluations={}, trainings={"bad": {"overrides": ["fails_at=2"]}})
+    assert compare.main(["table.yaml", "seeds=[0]"]) == 1
+    assert re.search("^bad( +n/a){4}$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert compare.main(["table.yaml", "seeds=[0]"]) == 0
+    alone = results()["rows"]["bad"]
+    assert compare.main(["table.yaml"]) == 1
+    row = results()["rows"]["bad"]
+    assert row["mean"] == alone["mean"] and not row["deviation"] and set(row["count"].values()) == {1}
+    assert row["seeds"]["1"]["values"]["images"] == 8
+    assert " 24 (1 of 2)" in capsys.readouterr().out
+
+
 def test_images_are_those_of_the_processes_that_trained(here, capsys):
     write_table(here, seeds=[0], evaluations={}, trainings={"bad": {"overrides": ["fails_at=2"]}, "good": {}})
     two = ["table.yaml", "nproc_per_node=2"]
     assert compare.main(two) == 1
-    assert results()["rows"]["good"]["mean"]["images"] == results()["rows"]["bad"]["mean"]["images"] * 2 == 32
+    seen = {name: row["seeds"]["0"]["values"]["images"] for name, row in results()["rows"].items()}
+    assert seen == {"bad": 16, "good": 32}
     capsys.readouterr()
     assert compare.main(["table.yaml"]) == 1
     assert results()["rows"]["good"]["mean"]["images"] == 32, "it was told as that of one process"
