@@ -45,11 +45,18 @@ from config import (
     require,
     within,
 )
+from evaluation import find_loader
 from launch import ROOT, NotedRun, Status
 from metrics import read_metrics
 from utils import UserError, did_you_mean, hash_file, import_from_path, remove, write_text_atomically
 
 logger = logging.getLogger("table")
+
+COUNTS = ("optim.batch_size_per_gpu", "optim.accumulation_steps")
+CONTRACT = ("train.output_dir", "train.seed", "optim.total_iters", *COUNTS)
+"""Keys that the configuration of every training script has."""
+MEASURED = ("train.health_every", "train.probe.every", "evals")
+"""Further ones, of those that are measured for a budget of processor time."""
 
 FOLDER = "folder"
 """`<folder>` in a configuration stands for the folder of the training with its seed, `<name>` for the run of another
@@ -163,6 +170,13 @@ class TableConfig:
     def __post_init__(self) -> None:
         """Check that there is something to do, in one way."""
         require(any(self.trainings.values()), "trainings", dict(self.trainings), "no training is left")
+        require(
+            "=" not in self.output_dir, "output_dir", self.output_dir, "must not contain '=', which marks overrides"
+        )
+        for column, place in self.scores.items():
+            name = place.partition("/")[0]
+            remedy = f"{name} is none of the evaluations{did_you_mean(name, self.evaluations)}"
+            require(name in self.evaluations, f"scores.{column}", place, remedy)
         is_local = self.launcher.where == "local"
         require(
             is_local or self.budget.cpu_seconds is None,
@@ -298,16 +312,23 @@ class Training(Part):
 
     def is_done(self) -> bool:
         """Whether all steps are done and the weights are there."""
-        if not self.weights.is_file():  # asked first, and often: metrics are long
-            return False
+        return self.weights.is_file() and self._has_all_steps()  # in this order, as metrics are long
+
+    def _has_all_steps(self) -> bool:
         records, planned = self.records(), self.num_steps
         return planned is not None and bool(records) and records[-1]["step"] >= planned
+
+    def _last_step_told(self) -> str:
+        """Where a training ended that is not complete."""
+        records = self.records()
+        last = f"ends with step {records[-1]['step']}" if records else "has no step"
+        return f"it ended before step {self.num_steps}: {self.run_dir / 'metrics.jsonl'} {last}"
 
     def status(self) -> Status:
         """How it stands; a training that was asked to stop ends well, but is not done."""
         status = super().status()
         if status.word == "done" and not self.is_done():
-            told = f"it ended before its last step, or without {self.weights}"
+            told = f"it ended without {self.weights}" if self._has_all_steps() else self._last_step_told()
             return Status("failed", f"{told}; the same command goes on (log: {self.log})", status.log)
         return status
 
@@ -368,6 +389,12 @@ def plan(cfg: TableConfig, *, keep: bool) -> list[Training]:
     chosen = {name: entry for name, entry in cfg.trainings.items() if entry is not None}
     entries = {name: complete(cfg.shared, entry, f"trainings.{name}") for name, entry in chosen.items()}
     needs = {name: _needs(name, entry, list(entries)) for name, entry in entries.items()}
+    if any(entry is not None for entry in cfg.evaluations.values()):
+        for name, entry in entries.items():
+            try:
+                find_loader(str(entry.model_path))
+            except UserError as error:
+                raise UserError(f"trainings.{name}: {error}") from error
     asked, resolved = {}, {}
     for name, entry in entries.items():
         asked[name], resolved[name] = _resolve(cfg, name, entry, keep=keep)
@@ -469,7 +496,7 @@ def _resolve(cfg: TableConfig, name: str, entry: EntryConfig, *, keep: bool) -> 
     if cfg.launcher.where == "slurm" and not script.absolute().is_relative_to(ROOT):
         raise UserError(f"{key}.script={script}: a Slurm job runs scripts of {ROOT} only")
     text = _printed_config(key, script, [*map(str, files.values()), *entry.overrides])
-    config, path = yaml.safe_load(text), folder / "config.yaml"
+    config, path = _checked_config(text, f"{key}.script={script}", cfg.budget), folder / "config.yaml"
     changed = changed_keys(yaml.safe_load(path.read_text()), config) if noted is not None and path.is_file() else {}
     if changed and begun:
         raise UserError(
@@ -501,10 +528,35 @@ def _printed_config(key: str, script: Path, arguments: Sequence[str]) -> str:
     )
     arguments = [*arguments, "--print-config"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        code = train_script.main(arguments)
-    if code != 0:
-        raise UserError(f"{key}: {shlex.join(['python', str(script), *arguments])} failed, see above")
+        try:
+            code = train_script.main(arguments)
+        except SystemExit as end:
+            code = end.code
+    if code not in (None, 0):  # as Python itself takes them
+        told = "failed, see above" if isinstance(code, int) else f"failed: {code}"
+        raise UserError(f"{key}: {shlex.join(['python', str(script), *arguments])} {told}")
     return printed.getvalue()
+
+
+def _checked_config(text: str, where: str, budget: BudgetConfig) -> dict[str, Any]:
+    """The configuration that a script printed, once it is sure that it has what a table sets and reads."""
+    remedy = "experiments/README.md says what a training script prints"
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        config = None
+    if not isinstance(config, dict):
+        begins = f"but begins with {text.splitlines()[0]!r}" if text.strip() else "but nothing"
+        raise UserError(f"{where}: with --print-config it prints no configuration in YAML, {begins}; {remedy}")
+    for place in (*CONTRACT, *(MEASURED if budget.cpu_seconds is not None else ())):
+        value: Any = config
+        for part in place.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise UserError(f"{where}: its configuration lacks {place}; {remedy}")
+            value = value[part]
+        if place in COUNTS and (not isinstance(value, int) or value < 1):
+            raise UserError(f"{where}: its configuration has {place}={value!r}, not a number of at least 1; {remedy}")
+    return config
 
 
 # ------------------------------------------------------------------------------------------------------------- doing it

@@ -466,12 +466,77 @@ def test_a_training_is_that_of_its_script_as_it_is_now_and_a_begun_one_is_not_mi
         (["launcher=slurm", "at_once=2"], "at_once=2: is for launcher=local"),
         (["at_once=2", "budget.cpu_seconds=3", "budget.images=null"], "at_once=2: must be 1 with budget.cpu_seconds"),
         (["at_once=0"], "at_once=0: must be"),
+        (["shared.model_path=modle_stub.py"], "trainings.low: model_path=modle_stub.py: there is no such file"),
+        (
+            ["trainings.high.model_path=train_stub.py"],
+            "trainings.high: model_path=train_stub.py: the file does not define",
+        ),
+        (
+            ["scores.top1=pest/knn/top1"],
+            "scores.top1='pest/knn/top1': pest is none of the evaluations; did you mean pets?",
+        ),
+        (["output_dir=out/lr=1"], "output_dir='out/lr=1': must not contain '='"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(here, sources, message, capfd):
     assert compare.main(["table.yaml", *sources]) == 2
     assert message in capfd.readouterr().err
+    assert not list(Path().glob("out/**/seed_*"))
+
+
+PRINTED = "        print(yaml.safe_dump(cfg))\n        return 0"
+
+
+@pytest.mark.parametrize("end", ["sys.exit(0)", "sys.exit()", "return None"])
+def test_a_script_may_end_in_every_way_that_means_success(here, end):
+    write_table(here, seeds=[0], evaluations={}, trainings={"only": {}})
+    change_script(PRINTED, PRINTED.replace("return 0", end))
+    assert compare.main(["table.yaml"]) == 0
+    assert starts("only") == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (PRINTED, PRINTED.replace("return 0", "sys.exit(3)"), "lr=0.25 --print-config failed, see above"),
+        (PRINTED, PRINTED.replace("return 0", "sys.exit('no luck')"), "lr=0.25 --print-config failed: no luck"),
+        (
+            PRINTED,
+            f"        print('[reading')\n{PRINTED}",
+            "prints no configuration in YAML, but begins with '[reading'",
+        ),
+        (PRINTED, "        print('all is well')\n        return 0", "but begins with 'all is well'"),
+        (PRINTED, "        return 0", "prints no configuration in YAML, but nothing"),
+        (', "accumulation_steps": 2', "", "its configuration lacks optim.accumulation_steps"),
+        ('"seed": 0, ', "", "its configuration lacks train.seed"),
+        ('"optim": {', '"optim": [], "was": {', "its configuration lacks optim.total_iters"),
+        ('"batch_size_per_gpu": 4', '"batch_size_per_gpu": None', "has optim.batch_size_per_gpu=None, not a number"),
+    ],
+)
+def test_a_script_that_breaks_the_contract_is_named_with_what_it_lacks(here, before, after, message, capsys):
+    change_script(before, after)
+    assert compare.main(["table.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert "train_stub.py" in told and message in told
     assert not list(Path().glob("out/*/seed_*"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            '{"step": step,',
+            '{"step": step - 1,',
+            "ended before step 3: out/bad/seed_0/run/metrics.jsonl ends with step 2;",
+        ),
+        ("weights.json", "other.json", "it ended without out/bad/seed_0/run/weights.json;"),
+    ],
+)
+def test_what_a_training_lacks_to_be_complete_is_told(here, before, after, message, capsys):
+    write_table(here, seeds=[0], evaluations={}, trainings={"bad": {}})
+    change_script(before, after)
+    assert compare.main(["table.yaml"]) == 1
+    assert message in capsys.readouterr().out
 
 
 def test_a_dry_run_shows_the_commands_and_writes_nothing(here, capsys):
