@@ -1,9 +1,6 @@
 """What came of the trainings of a table: means and deviations over seeds, as JSON, as text and as one page."""
 
-import importlib.metadata
-import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +25,6 @@ from report import (
     section,
     write_page,
 )
-from utils import git_revision
 
 RANDOM = "random weights"
 IMAGES, CPU_MINUTES = "images", "CPU minutes"
@@ -46,8 +42,8 @@ def summarise(cfg: TableConfig, trainings: Sequence[Training], statuses: Mapping
 
     Returns: `columns`, name -> how its values are shown (see `report.Score`); `rows`, name -> `seeds`, with status,
         message and values of each, and `mean`, `deviation` (of the sample) and `count` of each column, over the seeds
-        whose training is complete; `notices`, sentences that a reader must not miss; and what was asked for, when, by
-        which code and on what.
+        whose training is complete; `notices`, sentences that a reader must not miss; and what was asked for and when,
+        and which code and versions trained it.
     """
     columns: dict[str, Score] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -72,9 +68,9 @@ def summarise(cfg: TableConfig, trainings: Sequence[Training], statuses: Mapping
         "budget": str(cfg.budget),
         "seeds": cfg.seeds,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "code": git_revision(),
-        "versions": {"python": platform.python_version(), "torch": importlib.metadata.version("torch")},
-        "evaluated on": sorted({device for training in trainings for device in devices_of(training)}),
+        "code": made_by(trainings, "code"),
+        "versions": {name: made_by(trainings, name) for name in ("python", "torch")},
+        "evaluated on": sorted({device for training in trainings for device in devices_of(training, cfg)}),
         "columns": {name: score._asdict() for name, score in columns.items()},
         "rows": rows,
         "notices": notices(cfg, trainings, statuses, rows),
@@ -91,7 +87,7 @@ def values_of(
         cfg: of the table.
         columns: filled with what occurs.
     """
-    own, untrained = scores_of(training, cfg.scores, columns)
+    own, untrained = scores_of(training, cfg, columns)
     records = training.records()
     for name, key in cfg.metrics.items():
         # What is not finite is null in a metrics.jsonl.
@@ -109,35 +105,55 @@ def values_of(
     return own, untrained
 
 
+def made_by(trainings: Sequence[Training], name: str) -> list[Any]:
+    """The different values of `code`, or a version, with which trainings were started, as far as that was noted."""
+    return list(dict.fromkeys(versions.get(name) for training in trainings for versions in training.made_by))
+
+
+def evaluations_of(training: Training, cfg: TableConfig) -> dict[str, Any]:
+    """What benchmark.py wrote of a complete training, without evaluations that the table lacks, or that are not done.
+
+    One that is not done may have left the results of another request.
+    """
+    path = training.folder / "evaluation" / "results.json"
+    content = read_results(path) if path.is_file() and training.is_done() else {}
+    done = {
+        part: {
+            name: entry
+            for name, entry in content.get(part, {}).items()
+            if cfg.evaluations.get(name) is not None and entry.get("status") == "done"
+        }
+        for part in ("evaluations", "random")
+    }
+    return {"name": training.name, **done}
+
+
 def scores_of(
-    training: Training, chosen: Mapping[str, str], columns: dict[str, Score]
+    training: Training, cfg: TableConfig, columns: dict[str, Score]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Scores of a training and of its random initialisation, as far as they were evaluated, by column."""
-    path = training.folder / "evaluation" / "results.json"
-    for name, place in chosen.items():
-        columns.setdefault(name, Score(tuple(place.split("/")), label=name))
-    if not path.is_file():
-        return {}, {}
-    names = {place: name for name, place in chosen.items()}
+    for name, place in cfg.scores.items():
+        if cfg.evaluations.get(place.partition("/")[0]) is not None:
+            columns.setdefault(name, Score(tuple(place.split("/")), label=name))
+    names = {place: name for name, place in cfg.scores.items()}
     own, untrained = {}, {}
-    content = read_results(path)
+    content = evaluations_of(training, cfg)
     for row in score_rows(content):
         place = f"{row.evaluation}/{row.method}/{row.metric}"
-        if chosen and place not in names:
+        if cfg.scores and place not in names:
             continue
         name = names.get(place, place)
         columns[name] = row.score._replace(label=name)
         if row.values[0] is not None:
             own[name] = row.values[0]
-        if content.get("random") and row.values[1] is not None:
+        if content["random"] and row.values[1] is not None:
             untrained[name] = row.values[1]
     return own, untrained
 
 
-def devices_of(training: Training) -> set[str]:
+def devices_of(training: Training, cfg: TableConfig) -> set[str]:
     """The models of GPU or processor that evaluated a training; a Slurm job's are not those of this machine."""
-    path = training.folder / "evaluation" / "results.json"
-    entries = read_results(path)["evaluations"].values() if path.is_file() else ()
+    entries = evaluations_of(training, cfg)["evaluations"].values()
     return {entry["about"]["device"] for entry in entries if "device" in entry.get("about", {})}
 
 
@@ -242,7 +258,7 @@ def write_report(path: Path, content: Mapping[str, Any], trainings: Sequence[Tra
     heads = ["training", *(score.shown_label for score in columns.values())]
     numbers = section("scores", "Results", [numbers_table(heads, cells, caption)])
     first = [training for training in trainings if training.seed == cfg.seeds[0]]
-    sections = [notice(content["notices"]), numbers, curves(first, cfg), pictures(first, path.parent), about(content)]
+    sections = [notice(content["notices"]), numbers, curves(first, cfg), pictures(first, cfg), about(content)]
     write_page(path, content["title"], told, sections)
 
 
@@ -262,20 +278,17 @@ def curves(trainings: Sequence[Training], cfg: TableConfig) -> str:
     return curves_section(f"Seed {cfg.seeds[0]}.", drawings) if drawings else ""
 
 
-def pictures(trainings: Sequence[Training], base: Path) -> str:
+def pictures(trainings: Sequence[Training], cfg: TableConfig) -> str:
     """What evaluations drew of each training."""
-    contents = []
+    base, contents = Path(cfg.output_dir), []
     for training in trainings:
-        folder = training.folder / "evaluation"
-        if not (folder / "results.json").is_file():
-            continue
-        content: dict[str, Any] = {"name": training.name}
+        here = (training.folder / "evaluation").relative_to(base)
+        content = evaluations_of(training, cfg)
         for part in ("evaluations", "random"):
-            entries = json.loads((folder / "results.json").read_text()).get(part, {})
-            here = folder.relative_to(base)
-            content[part] = {name: {**entry, "folder": str(here / entry["folder"])} for name, entry in entries.items()}
-        contents.append(content)
-    return pictures_section(contents, base) if contents else ""
+            entries = content[part].items()
+            content[part] = {name: {**entry, "folder": str(here / entry["folder"])} for name, entry in entries}
+        contents += [content] if content["evaluations"] else []
+    return pictures_section(contents, base)
 
 
 def about(content: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ interrupted: the same command goes on, and does not repeat what is done. In the 
     <training>/seed_0/config.yaml    the same with length, seed and output folder, which is what runs
     <training>/seed_0/log.txt        what that run said, or jobs/ of Slurm
     <training>/seed_0/part.txt       what was said besides, where trainings ran side by side
-    <training>/seed_0/asked.json     what was asked for, the length, what it reads, the processor time of each start
+    <training>/seed_0/asked.json     what was asked for, the length, what it reads, by which code, processor times
     <training>/seed_0/run            train.output_dir
     <training>/seed_0/before         a script that was run before it
     <training>/seed_0/calibration_*  short runs that measure how fast it is
@@ -18,9 +18,11 @@ interrupted: the same command goes on, and does not repeat what is done. In the 
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import io
 import json
 import logging
+import platform
 import re
 import resource
 import shlex
@@ -48,7 +50,7 @@ from config import (
 from evaluation import find_loader
 from launch import ROOT, NotedRun, Status
 from metrics import read_metrics
-from utils import UserError, did_you_mean, hash_file, import_from_path, remove, write_text_atomically
+from utils import UserError, did_you_mean, git_revision, hash_file, import_from_path, remove, write_text_atomically
 
 logger = logging.getLogger("table")
 
@@ -231,8 +233,16 @@ class Part(NotedRun):
         return _read_json(self.folder / "asked.json")
 
     def write_state(self) -> None:
-        """Note what is asked for, and the job that does it."""
-        self.note(request=self.request, job=self.job._asdict() if self.job else None)
+        """Note what is asked for, the job that does it, and with what it starts."""
+        versions = {"code": git_revision(), "python": platform.python_version()}
+        versions |= {"torch": importlib.metadata.version("torch")}
+        made_by = self.made_by if versions in self.made_by else [*self.made_by, versions]
+        self.note(request=self.request, job=self.job._asdict() if self.job else None, made_by=made_by)
+
+    @property
+    def made_by(self) -> list[dict[str, Any]]:
+        """`code`, the revision of this repository, and versions of `python` and `torch`, at each start that differs."""
+        return (self.state() or {}).get("made_by", [])
 
     def note(self, **values: Any) -> None:
         """Note further values, or other ones."""
@@ -671,25 +681,32 @@ def train(training: Training, cfg: TableConfig, others: Mapping[str, Training]) 
 
 
 def evaluate(training: Training, cfg: TableConfig) -> Status:
-    """Evaluate a complete training by benchmark.py, as far as it is not done. Returns the worst status of them all."""
-    benchmark(
-        BenchmarkConfig(
-            output_dir=str(training.folder / "evaluation"),
-            model_path=str(training.entry.model_path),
-            model_loader_kwargs={"pretrained_weights": str(training.weights)},
-            name=training.name,
-            evals_config_path=str(Path(cfg.output_dir, "evaluations.yaml")),
-            launcher=cfg.launcher,
-            nproc_per_node=cfg.nproc_per_node,
-            retry=cfg.retry,
-            random_baseline=training.entry.random,
-            run_dir=str(training.run_dir),
-            device=cfg.device,
-            num_workers=cfg.num_workers,
-            seed=training.seed,
-        )
+    """Evaluate a complete training by benchmark.py, as far as it is not done. Returns the worst status of them all.
+
+    Raises: UserError if it cannot be evaluated in this way; no results are left then that would be of another one.
+    """
+    results = training.folder / "evaluation" / "results.json"
+    own = BenchmarkConfig(
+        output_dir=str(results.parent),
+        model_path=str(training.entry.model_path),
+        model_loader_kwargs={"pretrained_weights": str(training.weights)},
+        name=training.name,
+        evals_config_path=str(Path(cfg.output_dir, "evaluations.yaml")),
+        launcher=cfg.launcher,
+        nproc_per_node=cfg.nproc_per_node,
+        retry=cfg.retry,
+        random_baseline=training.entry.random,
+        run_dir=str(training.run_dir),
+        device=cfg.device,
+        num_workers=cfg.num_workers,
+        seed=training.seed,
     )
-    content = _read_json(training.folder / "evaluation" / "results.json") or {}
+    try:
+        benchmark(own)
+    except UserError:
+        results.unlink(missing_ok=True)
+        raise
+    content = _read_json(results) or {}
     entries = {
         f"evaluation {name}{told}": entry
         for part, told in (("evaluations", ""), ("random", " of random weights"))

@@ -1,7 +1,9 @@
 """experiments/: tables of trainings under one budget, presets, and what ails a run that left its preset's band."""
 
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -361,6 +363,73 @@ def test_only_complete_trainings_are_averaged_and_their_number_is_told(here, cap
     assert row["mean"] == alone["mean"] and not row["deviation"] and set(row["count"].values()) == {1}
     assert row["seeds"]["1"]["values"]["images"] == 8
     assert " 24 (1 of 2)" in capsys.readouterr().out
+
+
+REFUSES = """
+import os, pathlib, json, sys, yaml
+asked = yaml.safe_load(open(sys.argv[1]))
+found = pathlib.Path(asked["output_dir"], "results_stub.json")
+if found.is_file() and json.loads(found.read_text())["config"] != asked:
+    sys.exit("error: has results of another request")
+"""
+
+
+def change_the_weights():
+    Path("out/low/seed_0/run/weights.json").write_text('{"score": 0.5}')
+
+
+def lose_the_weights():
+    Path("out/low/seed_0/run/weights.json").unlink()
+    change_script("weights.json", "other.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "sources", "code", "has_column"),
+    [
+        (None, ["evaluations.pets.k=5"], 1, True),
+        (None, ["evaluations.pets=null"], 0, False),
+        (change_the_weights, [], 1, True),
+        (lose_the_weights, [], 1, True),
+    ],
+    ids=["other key", "left out", "other weights", "no weights"],
+)
+def test_scores_of_another_request_are_not_those_of_the_table(here, change, sources, code, has_column):
+    (here / "eval_stub.py").write_text(REFUSES + EVALUATION)
+    trainings = {"low": {"overrides": ["lr=0.25"]}}
+    write_table(here, seeds=[0], trainings=trainings, scores={"pets": "pets/knn/top1"})
+    assert compare.main(["table.yaml"]) == 0
+    assert results()["rows"]["low"]["mean"]["pets"] == 0.25
+    if change is not None:
+        change()
+    assert compare.main(["table.yaml", *sources]) == code
+    content = results()
+    row = content["rows"]["low"]
+    assert "pets" not in row["mean"] and "pets" not in row["seeds"]["0"]["values"] and not content["evaluated on"]
+    assert ("pets" in content["columns"]) == has_column
+    page = Path("out/report.html").read_text()
+    assert "25.0" not in page and "pets, low: overview" not in page
+    if sources:
+        assert compare.main(["table.yaml"]) == 0
+        assert results()["rows"]["low"]["mean"]["pets"] == 0.25, "what was asked for first is still there"
+
+
+def test_the_code_of_a_table_is_that_which_trained_and_not_that_which_wrote_it(here, monkeypatch):
+    write_table(here, seeds=[0], evaluations={}, trainings={"bad": {"overrides": ["fails_at=2"]}, "good": {}})
+    for revision in ("first", "second", "third"):
+        monkeypatch.setattr("table.git_revision", lambda revision=revision: revision)
+        compare.main(["table.yaml"])
+    content = results()
+    assert content["code"] == ["first", "second"]
+    assert content["versions"] == {
+        "python": [platform.python_version()],
+        "torch": [importlib.metadata.version("torch")],
+    }
+    for folder in ("bad", "good"):  # trainings of before this note
+        noted = Path(f"out/{folder}/seed_0/asked.json")
+        state = json.loads(noted.read_text())
+        noted.write_text(json.dumps({key: value for key, value in state.items() if key != "made_by"}))
+    assert compare.main(["table.yaml"]) == 0
+    assert results()["code"] == []
 
 
 def test_images_are_those_of_the_processes_that_trained(here, capsys):
