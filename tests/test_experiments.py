@@ -244,14 +244,15 @@ def test_what_runs_side_by_side_ends_with_the_command_and_goes_on_with_the_next(
     (here / "stay").touch()
     command = subprocess.Popen([sys.executable, str(ROOT / "experiments" / "compare.py"), "table.yaml", "at_once=2"])
     end = time.monotonic() + 100
-    while not all((here / f"here_{lr}").exists() for lr in (0.25, 0.5)):
+    paths = [here / f"here_{lr}" for lr in (0.25, 0.5)]
+    while not all(path.exists() and path.read_text() for path in paths):  # a file is there before what is in it
         assert time.monotonic() < end and command.poll() is None
         time.sleep(0.05)
     command.send_signal(signal.SIGTERM)
     assert command.wait(60) == 128 + signal.SIGTERM
-    for lr in (0.25, 0.5):
+    for path in paths:
         with pytest.raises(ProcessLookupError):
-            os.kill(int((here / f"here_{lr}").read_text()), 0)
+            os.kill(int(path.read_text()), 0)
     (here / "stay").unlink()
     assert compare.main(["table.yaml", "at_once=2"]) == 0
     assert (starts("low"), starts("high")) == (2, 2)
