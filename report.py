@@ -741,8 +741,8 @@ def _draw_panel(ax: "Axes", records: Sequence[Mapping[str, Any]], panel: Panel) 
     curves = {**panel.keys, **panel.right}
     looks = _looks(len(curves))
     for number, (key, label) in enumerate(curves.items()):
-        values = ((record["step"], record.get(key)) for record in records)
-        points = [(step, value) for step, value in values if _is_number(value) and math.isfinite(value)]
+        logged = [(record["step"], record[key]) for record in records if _is_number(record.get(key))]
+        points = [(step, value) for step, value in logged if math.isfinite(value)]
         if points:
             axis = right if right and key in panel.right else ax
             # Curves with an axis each may lie upon each other, so styles tell them apart too.
