@@ -51,7 +51,9 @@ if TYPE_CHECKING:
 BLUE, VERMILLION, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#777777"
 COLORS = (BLUE, VERMILLION, GREEN, ORANGE)
 STYLES = ("-", "--", "-.", ":")
-"""Of curves that share a colour."""
+"""Of curves that share a colour, or nearly."""
+FEW = 8
+"""Curves of one drawing that have their legend among them; that of more is beside them."""
 
 PANELS = "panels.json"
 """In the folder of a training: which curves its method wants seen, see `Panel`."""
@@ -606,7 +608,7 @@ class Panel(NamedTuple):
 
     title: str
     unit: str
-    """The unit of the vertical axis, which starts at 0."""
+    """The unit of the vertical axis, which starts at 0 unless something lies below."""
     keys: Mapping[str, str]
     """Keys of metrics.jsonl -> what each is called; one that is alone may be called nothing."""
     mark: tuple[str, float] | None = None
@@ -691,14 +693,17 @@ def curves_section(
 
     budget, images = _Budget(2**20), []
     for records, panel in drawings:
-        figure = Figure(figsize=(4.4, 2.9), dpi=150, layout="constrained")
+        is_wide = len(panel.keys) > FEW
+        inches, dpi = ((10.0, max(4.5, 0.18 * len(panel.keys))), 110) if is_wide else ((4.4, 2.9), 150)
+        figure = Figure(figsize=inches, dpi=dpi, layout="constrained")
         ax = figure.subplots()
         _draw_panel(ax, records, panel)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         size = (int(figure.bbox.width), int(figure.bbox.height))
-        images.append(budget.image(buffer.getvalue(), "png", size, _described(ax, records)))
-    return section(name, title, [_templates().curves(told, [image for image in images if image])])
+        image = budget.image(buffer.getvalue(), "png", size, _described(ax, records))
+        images += [(image, is_wide)] if image else []
+    return section(name, title, [_templates().curves(told, images)])
 
 
 def _last_step(records: Sequence[Mapping[str, Any]]) -> int:
@@ -722,17 +727,29 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _looks(num: int) -> list[tuple[Any, str]]:
+    """Colour and style of so many curves, no two alike; also neighbours on the map of colours differ in style."""
+    if num <= FEW:
+        return [(COLORS[i % len(COLORS)], STYLES[i // len(COLORS)]) for i in range(num)]
+    from matplotlib import colormaps
+
+    return [(colormaps["turbo"](i / (num - 1)), STYLES[i % len(STYLES)]) for i in range(num)]
+
+
 def _draw_panel(ax: "Axes", records: Sequence[Mapping[str, Any]], panel: Panel) -> None:
     right = ax.twinx() if panel.right else None
-    for number, (key, label) in enumerate({**panel.keys, **panel.right}.items()):
-        points = [(record["step"], record[key]) for record in records if _is_number(record.get(key))]
+    curves = {**panel.keys, **panel.right}
+    looks = _looks(len(curves))
+    for number, (key, label) in enumerate(curves.items()):
+        logged = [(record["step"], record[key]) for record in records if _is_number(record.get(key))]
+        points = [(step, value) for step, value in logged if math.isfinite(value)]
         if points:
             axis = right if right and key in panel.right else ax
             # Curves with an axis each may lie upon each other, so styles tell them apart too.
-            style = STYLES[number // len(COLORS) % len(STYLES)] if right is None else STYLES[number % 3]
-            style = ":" if axis is right else style
+            color, style = looks[number]
+            style = style if right is None else ":" if axis is right else STYLES[number % 3]
             marker = "o" if len(points) < 10 else ""  # one point makes no line
-            look: Any = {"color": COLORS[number % len(COLORS)], "linestyle": style, "marker": marker, "markersize": 4}
+            look: Any = {"color": color, "linestyle": style, "marker": marker, "markersize": 4}
             axis.plot(*zip(*points, strict=True), label=label, **look)
     if not ax.lines:
         ax.text(0.5, 0.5, "not logged in this run", transform=ax.transAxes, ha="center", va="center", color=GREY)
@@ -745,11 +762,14 @@ def _draw_panel(ax: "Axes", records: Sequence[Mapping[str, Any]], panel: Panel) 
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     if ax.lines:  # from 0, so that small changes look small, with room for the legend of more axes
-        headroom = 0.1 if right is None else 0.5
-        ax.set_ylim(0, (1 + headroom) * max(line.get_path().get_extents().ymax for line in ax.lines))
+        extents = [line.get_path().get_extents() for line in ax.lines]
+        low, high = min(each.ymin for each in extents), max(each.ymax for each in extents)
+        span = high - min(low, 0) or abs(high) or 1
+        ax.set_ylim(0 if low >= 0 else low - 0.1 * span, high + (0.1 if right is None else 0.5) * span)
     lines = [*ax.lines, *(right.lines if right else ())]
     if len(lines) > 1:
-        place: Any = {} if right is None else {"loc": "upper left"}
+        beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02), "handlelength": 3, "labelspacing": 0.2}
+        place: Any = beside if len(lines) > FEW else {} if right is None else {"loc": "upper left"}
         ax.legend(lines, [str(line.get_label()) for line in lines], frameon=False, fontsize=8, **place)
     if panel.whole is not None:
         unit, whole = panel.whole

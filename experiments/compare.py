@@ -29,8 +29,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from summary import summarise, text_table, write_report
-from table import TableConfig, Training, evaluate, plan, planned_steps, train
+from summary import as_json, summarise, text_table, write_report
+from table import TableConfig, Training, evaluate, plan, planned_steps, same_seed, train
 
 from config import check_evaluation, dump_yaml, load_config
 from keys import answer
@@ -70,7 +70,7 @@ def make_table(cfg: TableConfig, sources: Sequence[str]) -> int:
         for training, status in ended:
             statuses[training.title] = status
             content = summarise(cfg, trainings, statuses)
-            write_text_atomically(base / "results.json", json.dumps(content, indent=2) + "\n")
+            write_text_atomically(base / "results.json", json.dumps(as_json(content), indent=2) + "\n")
         content = summarise(cfg, trainings, statuses)
         write_report(base / "report.html", content, trainings, cfg)
         lines = [text_table(content), "", *content["notices"], str(base / "results.json"), str(base / "report.html")]
@@ -153,10 +153,9 @@ def advance_part(cfg: TableConfig, title: str) -> int:
 def advance(training: Training, trainings: Sequence[Training], cfg: TableConfig) -> Status:
     """Train and evaluate as far as it is not done; a mistake that shows here is a failure of this training alone."""
     evaluated = any(entry is not None for entry in cfg.evaluations.values())
-    others = {other.name: other for other in trainings if other.seed == training.seed}
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
-            status = train(training, cfg, others)
+            status = train(training, cfg, same_seed(training, trainings))
             return evaluate(training, cfg) if status.word == "done" and evaluated else status
     except UserError as error:
         return Status("failed", str(error))

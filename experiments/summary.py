@@ -1,9 +1,6 @@
 """What came of the trainings of a table: means and deviations over seeds, as JSON, as text and as one page."""
 
-import importlib.metadata
-import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +25,6 @@ from report import (
     section,
     write_page,
 )
-from utils import git_revision
 
 RANDOM = "random weights"
 IMAGES, CPU_MINUTES = "images", "CPU minutes"
@@ -37,7 +33,7 @@ USED = (IMAGES, CPU_MINUTES)
 
 
 def summarise(cfg: TableConfig, trainings: Sequence[Training], statuses: Mapping[str, Status]) -> dict[str, Any]:
-    """The content of results.json.
+    """The content of results.json, as `as_json` writes it.
 
     Args:
         cfg: of the table.
@@ -45,32 +41,36 @@ def summarise(cfg: TableConfig, trainings: Sequence[Training], statuses: Mapping
         statuses: title of a training -> how it stands.
 
     Returns: `columns`, name -> how its values are shown (see `report.Score`); `rows`, name -> `seeds`, with status,
-        message and values of each, and `mean`, `deviation` (of the sample) and `count` of each column; `notices`,
-        sentences that a reader must not miss; and what was asked for, when, by which code and on what.
+        message and values of each, and `mean`, `deviation` (of the sample) and `count` of each column, over the seeds
+        whose training is complete; `notices`, sentences that a reader must not miss; and what was asked for and when,
+        and which code and versions trained it.
     """
     columns: dict[str, Score] = {}
     rows: dict[str, dict[str, Any]] = {}
+    complete: dict[str, list[dict[str, float]]] = {}
     for training in trainings:
         status = statuses[training.title]
         own, untrained = values_of(training, cfg, columns)
         standing = {"status": status.word, "message": status.message, "folder": str(training.folder)}
         made = {"note": training.entry.note, "command": training.command(training.num_steps), "seeds": {}}
-        row = rows.setdefault(training.name, made)
-        row["seeds"][str(training.seed)] = standing | {"values": own}
+        parts = [(training.name, made, own)]
         if training.entry.random:
             note = f"The model of {training.name} as it is before training."
-            row = rows.setdefault(f"{RANDOM} ({training.name})", {"note": note, "command": None, "seeds": {}})
-            row["seeds"][str(training.seed)] = standing | {"values": untrained}
-    for row in rows.values():
-        row.update(moments(list(columns), [seed["values"] for seed in row["seeds"].values()]))
+            made = {"note": note, "command": None, "seeds": {}}
+            parts.append((f"{RANDOM} ({training.name})", made, untrained))
+        for name, row, values in parts:
+            rows.setdefault(name, row)["seeds"][str(training.seed)] = standing | {"values": values}
+            complete.setdefault(name, []).extend([values] if training.is_done() else [])
+    for name, row in rows.items():
+        row.update(moments(list(columns), complete[name]))
     return {
         "title": cfg.title,
         "budget": str(cfg.budget),
         "seeds": cfg.seeds,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "code": git_revision(),
-        "versions": {"python": platform.python_version(), "torch": importlib.metadata.version("torch")},
-        "evaluated on": sorted({device for training in trainings for device in devices_of(training)}),
+        "code": made_by(trainings, "code"),
+        "versions": {name: made_by(trainings, name) for name in ("python", "torch")},
+        "evaluated on": sorted({device for training in trainings for device in devices_of(training, cfg)}),
         "columns": {name: score._asdict() for name, score in columns.items()},
         "rows": rows,
         "notices": notices(cfg, trainings, statuses, rows),
@@ -87,13 +87,15 @@ def values_of(
         cfg: of the table.
         columns: filled with what occurs.
     """
-    own, untrained = scores_of(training, cfg.scores, columns)
+    own, untrained = scores_of(training, cfg, columns)
     records = training.records()
     for name, key in cfg.metrics.items():
-        values = [record[key] for record in records if record.get(key) is not None]
+        # What is not finite is null in a metrics.jsonl.
+        values = [math.nan if record[key] is None else record[key] for record in records if key in record]
         columns.setdefault(name, Score((key,), label=name, unit=""))
         if values:
-            own[name] = statistics.median(values) if key in TIMING_KEYS else values[-1]
+            finite = [value for value in values if math.isfinite(value)]
+            own[name] = statistics.median(finite or [math.nan]) if key in TIMING_KEYS else values[-1]
     for name in USED:
         columns.setdefault(name, Score((name,), label=name, unit=""))
     if records:
@@ -103,46 +105,83 @@ def values_of(
     return own, untrained
 
 
+def made_by(trainings: Sequence[Training], name: str) -> list[Any]:
+    """The different values of `code`, or a version, with which trainings were started, as far as that was noted."""
+    return list(dict.fromkeys(versions.get(name) for training in trainings for versions in training.made_by))
+
+
+def evaluations_of(training: Training, cfg: TableConfig) -> dict[str, Any]:
+    """What benchmark.py wrote of a complete training, without evaluations that the table lacks, or that are not done.
+
+    One that is not done may have left the results of another request.
+    """
+    path = training.folder / "evaluation" / "results.json"
+    content = read_results(path) if path.is_file() and training.is_done() else {}
+    done = {
+        part: {
+            name: entry
+            for name, entry in content.get(part, {}).items()
+            if cfg.evaluations.get(name) is not None and entry.get("status") == "done"
+        }
+        for part in ("evaluations", "random")
+    }
+    return {"name": training.name, **done}
+
+
 def scores_of(
-    training: Training, chosen: Mapping[str, str], columns: dict[str, Score]
+    training: Training, cfg: TableConfig, columns: dict[str, Score]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Scores of a training and of its random initialisation, as far as they were evaluated, by column."""
-    path = training.folder / "evaluation" / "results.json"
-    for name, place in chosen.items():
-        columns.setdefault(name, Score(tuple(place.split("/")), label=name))
-    if not path.is_file():
-        return {}, {}
-    names = {place: name for name, place in chosen.items()}
+    for name, place in cfg.scores.items():
+        if cfg.evaluations.get(place.partition("/")[0]) is not None:
+            columns.setdefault(name, Score(tuple(place.split("/")), label=name))
+    names = {place: name for name, place in cfg.scores.items()}
     own, untrained = {}, {}
-    content = read_results(path)
+    content = evaluations_of(training, cfg)
     for row in score_rows(content):
         place = f"{row.evaluation}/{row.method}/{row.metric}"
-        if chosen and place not in names:
+        if cfg.scores and place not in names:
             continue
         name = names.get(place, place)
         columns[name] = row.score._replace(label=name)
         if row.values[0] is not None:
             own[name] = row.values[0]
-        if content.get("random") and row.values[1] is not None:
+        if content["random"] and row.values[1] is not None:
             untrained[name] = row.values[1]
     return own, untrained
 
 
-def devices_of(training: Training) -> set[str]:
+def devices_of(training: Training, cfg: TableConfig) -> set[str]:
     """The models of GPU or processor that evaluated a training; a Slurm job's are not those of this machine."""
-    path = training.folder / "evaluation" / "results.json"
-    entries = read_results(path)["evaluations"].values() if path.is_file() else ()
+    entries = evaluations_of(training, cfg)["evaluations"].values()
     return {entry["about"]["device"] for entry in entries if "device" in entry.get("about", {})}
 
 
 def moments(columns: Sequence[str], values: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean, deviation of the sample and number of the values of each column, where there are enough."""
+    """Mean, deviation of the sample and number of the values of each column, where there are enough.
+
+    Of values that are not all finite, mean and deviation are NaN.
+    """
     known = {name: [seed[name] for seed in values if name in seed] for name in columns}
+    usable = {name: numbers if all(map(math.isfinite, numbers)) else [] for name, numbers in known.items()}
     return {
-        "mean": {name: statistics.fmean(numbers) for name, numbers in known.items() if numbers},
-        "deviation": {name: statistics.stdev(numbers) for name, numbers in known.items() if len(numbers) > 1},
+        "mean": {name: statistics.fmean(usable[name] or [math.nan]) for name, numbers in known.items() if numbers},
+        "deviation": {
+            name: statistics.stdev(usable[name]) if usable[name] else math.nan
+            for name, numbers in known.items()
+            if len(numbers) > 1
+        },
         "count": {name: len(numbers) for name, numbers in known.items()},
     }
+
+
+def as_json(tree: Any) -> Any:
+    """Nested values with null for numbers that are not finite, for which JSON has no word."""
+    if isinstance(tree, Mapping):
+        return {key: as_json(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [as_json(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def notices(
@@ -159,12 +198,14 @@ def notices(
 
 
 def shown(row: Mapping[str, Any], name: str, score: Score) -> str:
-    """The cell of a row in a column: the mean, and the deviation if there are several seeds."""
+    """The cell of a row in a column: the mean, the deviation if there are several seeds, and how many, if not all."""
     if name not in row["mean"]:
         return "n/a"
     text = f"{row['mean'][name]:,.0f}" if name == IMAGES else score.number(row["mean"][name])
-    if name in row["deviation"] and name != IMAGES:
+    if name in row["deviation"] and name != IMAGES and not math.isnan(row["mean"][name]):
         text += f" ± {score.number(row['deviation'][name])}"
+    if row["count"][name] < len(row["seeds"]):
+        text += f" ({row['count'][name]} of {len(row['seeds'])})"
     return text
 
 
@@ -210,11 +251,14 @@ def write_report(path: Path, content: Mapping[str, Any], trainings: Sequence[Tra
     }
     seeds = ", ".join(map(str, content["seeds"]))
     told = f"{content['budget']} for each training; {'seed' if len(cfg.seeds) == 1 else 'seeds'} {seeds}."
-    caption = "Mean, and deviation of the sample where there are several seeds. Fractions are in percent."
+    caption = (
+        "Mean, and deviation of the sample where there are several seeds; (1 of 3): of one of three, as yet. Fractions "
+        "are in percent."
+    )
     heads = ["training", *(score.shown_label for score in columns.values())]
     numbers = section("scores", "Results", [numbers_table(heads, cells, caption)])
     first = [training for training in trainings if training.seed == cfg.seeds[0]]
-    sections = [notice(content["notices"]), numbers, curves(first, cfg), pictures(first, path.parent), about(content)]
+    sections = [notice(content["notices"]), numbers, curves(first, cfg), pictures(first, cfg), about(content)]
     write_page(path, content["title"], told, sections)
 
 
@@ -234,20 +278,17 @@ def curves(trainings: Sequence[Training], cfg: TableConfig) -> str:
     return curves_section(f"Seed {cfg.seeds[0]}.", drawings) if drawings else ""
 
 
-def pictures(trainings: Sequence[Training], base: Path) -> str:
+def pictures(trainings: Sequence[Training], cfg: TableConfig) -> str:
     """What evaluations drew of each training."""
-    contents = []
+    base, contents = Path(cfg.output_dir), []
     for training in trainings:
-        folder = training.folder / "evaluation"
-        if not (folder / "results.json").is_file():
-            continue
-        content: dict[str, Any] = {"name": training.name}
+        here = (training.folder / "evaluation").relative_to(base)
+        content = evaluations_of(training, cfg)
         for part in ("evaluations", "random"):
-            entries = json.loads((folder / "results.json").read_text()).get(part, {})
-            here = folder.relative_to(base)
-            content[part] = {name: {**entry, "folder": str(here / entry["folder"])} for name, entry in entries.items()}
-        contents.append(content)
-    return pictures_section(contents, base) if contents else ""
+            entries = content[part].items()
+            content[part] = {name: {**entry, "folder": str(here / entry["folder"])} for name, entry in entries}
+        contents += [content] if content["evaluations"] else []
+    return pictures_section(contents, base)
 
 
 def about(content: Mapping[str, Any]) -> str:

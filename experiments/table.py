@@ -9,7 +9,7 @@ interrupted: the same command goes on, and does not repeat what is done. In the 
     <training>/seed_0/config.yaml    the same with length, seed and output folder, which is what runs
     <training>/seed_0/log.txt        what that run said, or jobs/ of Slurm
     <training>/seed_0/part.txt       what was said besides, where trainings ran side by side
-    <training>/seed_0/asked.json     what was asked for, the length, the processor time of each start
+    <training>/seed_0/asked.json     what was asked for, the length, what it reads, by which code, processor times
     <training>/seed_0/run            train.output_dir
     <training>/seed_0/before         a script that was run before it
     <training>/seed_0/calibration_*  short runs that measure how fast it is
@@ -18,9 +18,11 @@ interrupted: the same command goes on, and does not repeat what is done. In the 
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import io
 import json
 import logging
+import platform
 import re
 import resource
 import shlex
@@ -45,11 +47,18 @@ from config import (
     require,
     within,
 )
+from evaluation import find_loader
 from launch import ROOT, NotedRun, Status
 from metrics import read_metrics
-from utils import UserError, did_you_mean, hash_file, import_from_path, remove, write_text_atomically
+from utils import UserError, did_you_mean, git_revision, hash_file, import_from_path, remove, write_text_atomically
 
 logger = logging.getLogger("table")
+
+COUNTS = ("optim.batch_size_per_gpu", "optim.accumulation_steps")
+CONTRACT = ("train.output_dir", "train.seed", "optim.total_iters", *COUNTS)
+"""Keys that the configuration of every training script has."""
+MEASURED = ("train.health_every", "train.probe.every", "evals")
+"""Further ones, of those that are measured for a budget of processor time."""
 
 FOLDER = "folder"
 """`<folder>` in a configuration stands for the folder of the training with its seed, `<name>` for the run of another
@@ -163,6 +172,13 @@ class TableConfig:
     def __post_init__(self) -> None:
         """Check that there is something to do, in one way."""
         require(any(self.trainings.values()), "trainings", dict(self.trainings), "no training is left")
+        require(
+            "=" not in self.output_dir, "output_dir", self.output_dir, "must not contain '=', which marks overrides"
+        )
+        for column, place in self.scores.items():
+            name = place.partition("/")[0]
+            remedy = f"{name} is none of the evaluations{did_you_mean(name, self.evaluations)}"
+            require(name in self.evaluations, f"scores.{column}", place, remedy)
         is_local = self.launcher.where == "local"
         require(
             is_local or self.budget.cpu_seconds is None,
@@ -217,8 +233,16 @@ class Part(NotedRun):
         return _read_json(self.folder / "asked.json")
 
     def write_state(self) -> None:
-        """Note what is asked for, and the job that does it."""
-        self.note(request=self.request, job=self.job._asdict() if self.job else None)
+        """Note what is asked for, the job that does it, and with what it starts."""
+        versions = {"code": git_revision(), "python": platform.python_version()}
+        versions |= {"torch": importlib.metadata.version("torch")}
+        made_by = self.made_by if versions in self.made_by else [*self.made_by, versions]
+        self.note(request=self.request, job=self.job._asdict() if self.job else None, made_by=made_by)
+
+    @property
+    def made_by(self) -> list[dict[str, Any]]:
+        """`code`, the revision of this repository, and versions of `python` and `torch`, at each start that differs."""
+        return (self.state() or {}).get("made_by", [])
 
     def note(self, **values: Any) -> None:
         """Note further values, or other ones."""
@@ -298,16 +322,23 @@ class Training(Part):
 
     def is_done(self) -> bool:
         """Whether all steps are done and the weights are there."""
-        if not self.weights.is_file():  # asked first, and often: metrics are long
-            return False
+        return self.weights.is_file() and self._has_all_steps()  # in this order, as metrics are long
+
+    def _has_all_steps(self) -> bool:
         records, planned = self.records(), self.num_steps
         return planned is not None and bool(records) and records[-1]["step"] >= planned
+
+    def _last_step_told(self) -> str:
+        """Where a training ended that is not complete."""
+        records = self.records()
+        last = f"ends with step {records[-1]['step']}" if records else "has no step"
+        return f"it ended before step {self.num_steps}: {self.run_dir / 'metrics.jsonl'} {last}"
 
     def status(self) -> Status:
         """How it stands; a training that was asked to stop ends well, but is not done."""
         status = super().status()
         if status.word == "done" and not self.is_done():
-            told = f"it ended before its last step, or without {self.weights}"
+            told = f"it ended without {self.weights}" if self._has_all_steps() else self._last_step_told()
             return Status("failed", f"{told}; the same command goes on (log: {self.log})", status.log)
         return status
 
@@ -315,6 +346,21 @@ class Training(Part):
         """Plan so many steps of so many images; the schedules follow."""
         self.config = with_length(self.config, num_steps)
         self.note(num_steps=num_steps, images_per_step=images_per_step)
+
+    def note_what_it_reads(self, others: Mapping[str, "Training"]) -> None:
+        """Note at its start which runs of others, by name, it and its preparation read."""
+        if self.needs and "reads" not in (self.state() or {}):
+            self.note(reads={name: hash_file(others[name].weights) for name in self.needs})
+
+    def check_what_it_reads(self, others: Mapping[str, "Training"]) -> None:
+        """Raise UserError if a run of others that it read has been made anew since; without a note nothing is known."""
+        for name, weights in (self.state() or {}).get("reads", {}).items():
+            path = others[name].weights
+            if path.is_file() and hash_file(path) != weights:  # without the file, it is being made anew
+                raise UserError(
+                    f"{self.title} reads a run that has changed, that of {name} (SHA-256 of {path}); delete "
+                    f"{self.folder} to train anew with that one"
+                )
 
     def images_per_step(self, num_ranks: int) -> int:
         """Images of an update on all of so many processes."""
@@ -346,13 +392,19 @@ def plan(cfg: TableConfig, *, keep: bool) -> list[Training]:
 
     Args:
         cfg: of the table.
-        keep: whether resolved configurations are written down, so that later commands need not ask the scripts again.
+        keep: whether resolved configurations are written down, for later commands to notice that they have changed.
 
     Raises: UserError for what can be seen before anything runs.
     """
     chosen = {name: entry for name, entry in cfg.trainings.items() if entry is not None}
     entries = {name: complete(cfg.shared, entry, f"trainings.{name}") for name, entry in chosen.items()}
     needs = {name: _needs(name, entry, list(entries)) for name, entry in entries.items()}
+    if any(entry is not None for entry in cfg.evaluations.values()):
+        for name, entry in entries.items():
+            try:
+                find_loader(str(entry.model_path))
+            except UserError as error:
+                raise UserError(f"trainings.{name}: {error}") from error
     asked, resolved = {}, {}
     for name, entry in entries.items():
         asked[name], resolved[name] = _resolve(cfg, name, entry, keep=keep)
@@ -381,7 +433,14 @@ def plan(cfg: TableConfig, *, keep: bool) -> list[Training]:
             if training.num_steps is not None:
                 training.config = with_length(training.config, training.num_steps)
             trainings.append(training)
+    for training in trainings:
+        training.check_what_it_reads(same_seed(training, trainings))
     return trainings
+
+
+def same_seed(training: Training, trainings: Sequence[Training]) -> dict[str, Training]:
+    """Trainings with the same seed, by name."""
+    return {other.name: other for other in trainings if other.seed == training.seed}
 
 
 def _sources(entry: EntryConfig) -> list[str]:
@@ -426,9 +485,10 @@ def _preparation(entry: EntryConfig, title: str, folder: Path, places: Mapping[s
 
 
 def _resolve(cfg: TableConfig, name: str, entry: EntryConfig, *, keep: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is asked for by an entry, and its configuration as its script resolves it.
+    """What is asked for by an entry, and its configuration as its script resolves it now.
 
-    Raises: UserError if there is no such file, or if the script refuses it, which has then said why.
+    Raises: UserError if there is no such file, if the script refuses it, which has then said why, or if a seed has
+        begun with something else.
     """
     key, folder = f"trainings.{name}", Path(cfg.output_dir, name)
     script = find_file(str(entry.script), f"{key}.script")
@@ -436,31 +496,77 @@ def _resolve(cfg: TableConfig, name: str, entry: EntryConfig, *, keep: bool) -> 
     before = None if entry.before is None else asdict(entry.before)
     hashes = {name: hash_file(path) for name, path in files.items()}
     request = {"script": script.name, "sources": _sources(entry), "files": hashes, "before": before}
+    begun = _has_begun(folder)
     noted = _read_json(folder / "asked.json")
-    if noted == request:
-        return request, yaml.safe_load((folder / "config.yaml").read_text())
-    if noted is not None and any(folder.glob("seed_*/run")):
+    if noted not in (None, request) and begun:
         raise UserError(
             f"{folder} has trainings that differ in {', '.join(changed_keys(noted, request))}; choose another "
             "output_dir, another name, or delete that folder to train anew"
         )
     if cfg.launcher.where == "slurm" and not script.absolute().is_relative_to(ROOT):
         raise UserError(f"{key}.script={script}: a Slurm job runs scripts of {ROOT} only")
+    text = _printed_config(key, script, [*map(str, files.values()), *entry.overrides])
+    config, path = _checked_config(text, f"{key}.script={script}", cfg.budget), folder / "config.yaml"
+    changed = changed_keys(yaml.safe_load(path.read_text()), config) if noted is not None and path.is_file() else {}
+    if changed and begun:
+        raise UserError(
+            f"{folder} has trainings that differ in {', '.join(changed)} from what {script} makes of the same request "
+            "now; choose another output_dir, another name, or delete that folder to train anew (only its config.yaml, "
+            "if they are to count, and to go on, all the same)"
+        )
+    if keep and (noted != request or changed or not path.is_file()):
+        for planned in [] if begun else folder.glob("seed_*/asked.json"):  # lengths that were of something else
+            planned.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(path, text)
+        write_text_atomically(folder / "asked.json", json.dumps(request, indent=2) + "\n")
+    return request, config
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a training has a run with any seed, or a job that was to make one."""
+    noted = (_read_json(path) or {} for path in folder.glob("seed_*/asked.json"))
+    return any(folder.glob("seed_*/run")) or any(state.get("job") for state in noted)
+
+
+def _printed_config(key: str, script: Path, arguments: Sequence[str]) -> str:
+    """What a training script prints as its resolved configuration."""
     # In this process: another one for each of many trainings would import torch each time.
     train_script = import_from_path(script)
     require(
         hasattr(train_script, "main"), f"{key}.script", str(script), "must have main(arguments), as train_capi.py has"
     )
-    arguments = [*map(str, files.values()), *entry.overrides, "--print-config"]
+    arguments = [*arguments, "--print-config"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        code = train_script.main(arguments)
-    if code != 0:
-        raise UserError(f"{key}: {shlex.join(['python', str(script), *arguments])} failed, see above")
-    if keep:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / "config.yaml", printed.getvalue())
-        write_text_atomically(folder / "asked.json", json.dumps(request, indent=2) + "\n")
-    return request, yaml.safe_load(printed.getvalue())
+        try:
+            code = train_script.main(arguments)
+        except SystemExit as end:
+            code = end.code
+    if code not in (None, 0):  # as Python itself takes them
+        told = "failed, see above" if isinstance(code, int) else f"failed: {code}"
+        raise UserError(f"{key}: {shlex.join(['python', str(script), *arguments])} {told}")
+    return printed.getvalue()
+
+
+def _checked_config(text: str, where: str, budget: BudgetConfig) -> dict[str, Any]:
+    """The configuration that a script printed, once it is sure that it has what a table sets and reads."""
+    remedy = "experiments/README.md says what a training script prints"
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        config = None
+    if not isinstance(config, dict):
+        begins = f"but begins with {text.splitlines()[0]!r}" if text.strip() else "but nothing"
+        raise UserError(f"{where}: with --print-config it prints no configuration in YAML, {begins}; {remedy}")
+    for place in (*CONTRACT, *(MEASURED if budget.cpu_seconds is not None else ())):
+        value: Any = config
+        for part in place.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise UserError(f"{where}: its configuration lacks {place}; {remedy}")
+            value = value[part]
+        if place in COUNTS and (not isinstance(value, int) or value < 1):
+            raise UserError(f"{where}: its configuration has {place}={value!r}, not a number of at least 1; {remedy}")
+    return config
 
 
 # ------------------------------------------------------------------------------------------------------------- doing it
@@ -542,12 +648,16 @@ def train(training: Training, cfg: TableConfig, others: Mapping[str, Training]) 
         training: of the table.
         cfg: of the table.
         others: trainings with the same seed, by name.
+
+    Raises: UserError for what the user has to decide.
     """
+    training.check_what_it_reads(others)  # one of them may have been made anew just now
     if training.is_done():
         return Status("done")
     missing = [name for name in training.needs if not others[name].is_done()]
     if missing:
         return Status("left out", f"It reads the run of {', '.join(missing)}, which is not complete.")
+    training.note_what_it_reads(others)
     preparation = training.preparation
     if preparation is not None and not preparation.is_done():
         status = run(preparation, cfg)
@@ -571,25 +681,32 @@ def train(training: Training, cfg: TableConfig, others: Mapping[str, Training]) 
 
 
 def evaluate(training: Training, cfg: TableConfig) -> Status:
-    """Evaluate a complete training by benchmark.py, as far as it is not done. Returns the worst status of them all."""
-    benchmark(
-        BenchmarkConfig(
-            output_dir=str(training.folder / "evaluation"),
-            model_path=str(training.entry.model_path),
-            model_loader_kwargs={"pretrained_weights": str(training.weights)},
-            name=training.name,
-            evals_config_path=str(Path(cfg.output_dir, "evaluations.yaml")),
-            launcher=cfg.launcher,
-            nproc_per_node=cfg.nproc_per_node,
-            retry=cfg.retry,
-            random_baseline=training.entry.random,
-            run_dir=str(training.run_dir),
-            device=cfg.device,
-            num_workers=cfg.num_workers,
-            seed=training.seed,
-        )
+    """Evaluate a complete training by benchmark.py, as far as it is not done. Returns the worst status of them all.
+
+    Raises: UserError if it cannot be evaluated in this way; no results are left then that would be of another one.
+    """
+    results = training.folder / "evaluation" / "results.json"
+    own = BenchmarkConfig(
+        output_dir=str(results.parent),
+        model_path=str(training.entry.model_path),
+        model_loader_kwargs={"pretrained_weights": str(training.weights)},
+        name=training.name,
+        evals_config_path=str(Path(cfg.output_dir, "evaluations.yaml")),
+        launcher=cfg.launcher,
+        nproc_per_node=cfg.nproc_per_node,
+        retry=cfg.retry,
+        random_baseline=training.entry.random,
+        run_dir=str(training.run_dir),
+        device=cfg.device,
+        num_workers=cfg.num_workers,
+        seed=training.seed,
     )
-    content = _read_json(training.folder / "evaluation" / "results.json") or {}
+    try:
+        benchmark(own)
+    except UserError:
+        results.unlink(missing_ok=True)
+        raise
+    content = _read_json(results) or {}
     entries = {
         f"evaluation {name}{told}": entry
         for part, told in (("evaluations", ""), ("random", " of random weights"))

@@ -1,9 +1,12 @@
 """experiments/: tables of trainings under one budget, presets, and what ails a run that left its preset's band."""
 
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +155,12 @@ def write_table(folder: Path, **changes: Any) -> None:
     (folder / "table.yaml").write_text(yaml.safe_dump(table | changes, sort_keys=False))
 
 
+def change_script(before: str, after: str) -> None:
+    path = Path("train_stub.py")
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+
+
 def results() -> dict[str, Any]:
     return json.loads(Path("out/results.json").read_text())
 
@@ -235,14 +244,15 @@ def test_what_runs_side_by_side_ends_with_the_command_and_goes_on_with_the_next(
     (here / "stay").touch()
     command = subprocess.Popen([sys.executable, str(ROOT / "experiments" / "compare.py"), "table.yaml", "at_once=2"])
     end = time.monotonic() + 100
-    while not all((here / f"here_{lr}").exists() for lr in (0.25, 0.5)):
+    paths = [here / f"here_{lr}" for lr in (0.25, 0.5)]
+    while not all(path.exists() and path.read_text() for path in paths):  # a file is there before what is in it
         assert time.monotonic() < end and command.poll() is None
         time.sleep(0.05)
     command.send_signal(signal.SIGTERM)
     assert command.wait(60) == 128 + signal.SIGTERM
-    for lr in (0.25, 0.5):
+    for path in paths:
         with pytest.raises(ProcessLookupError):
-            os.kill(int((here / f"here_{lr}").read_text()), 0)
+            os.kill(int(path.read_text()), 0)
     (here / "stay").unlink()
     assert compare.main(["table.yaml", "at_once=2"]) == 0
     assert (starts("low"), starts("high")) == (2, 2)
@@ -275,13 +285,15 @@ def test_a_training_that_failed_leaves_the_others_alone_and_goes_on_where_it_was
     assert len(json.loads(Path("out/bad/seed_0/asked.json").read_text())["cpu_seconds"]) == 2
 
 
+BY_A_SCRIPT = {
+    "file": "before.py",
+    "makes": "<folder>/made.txt",
+    "config": {"weights": "<first>/weights.json", "output": "<folder>/made.txt"},
+}
+
+
 def test_a_training_reads_what_another_run_made_by_a_script_in_between(here, capsys):
-    before = {
-        "file": "before.py",
-        "makes": "<folder>/made.txt",
-        "config": {"weights": "<first>/weights.json", "output": "<folder>/made.txt"},
-    }
-    second = {"overrides": ["reads=<folder>/made.txt"], "before": before, "note": "Its ids are made of the first."}
+    second = {"overrides": ["reads=<folder>/made.txt"], "before": BY_A_SCRIPT, "note": "Its ids are made of the first."}
     write_table(here, trainings={"first": {}, "second": second}, evaluations={})
     assert compare.main(["table.yaml"]) == 0
     assert Path("out/second/seed_1/made.txt").read_text() == "made"
@@ -291,11 +303,142 @@ def test_a_training_reads_what_another_run_made_by_a_script_in_between(here, cap
     assert "Its ids are made of the first." in Path("out/report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    "second",
+    [
+        {"overrides": ["reads=<first>/weights.json"]},
+        {"overrides": ["reads=<folder>/made.txt"], "before": BY_A_SCRIPT},
+    ],
+    ids=["itself", "before"],
+)
+def test_a_training_is_not_shown_beside_another_run_than_it_read(here, second, capsys):
+    write_table(here, seeds=[0], evaluations={}, trainings={"first": {}, "second": second})
+    assert compare.main(["table.yaml"]) == 0
+    shutil.rmtree("out/first")
+    assert compare.main(["table.yaml"]) == 0, "the same was made again"
+    assert (starts("first"), starts("second")) == (1, 1)
+
+    shutil.rmtree("out/first")
+    other = ["table.yaml", "trainings.first.overrides=[lr=0.75]"]
+    capsys.readouterr()
+    assert compare.main(other) == 1
+    assert "second, seed 0 reads a run that has changed, that of first" in capsys.readouterr().out
+    assert compare.main(other) == 2
+    assert "delete out/second/seed_0 to train anew" in capsys.readouterr().err
+
+    noted = Path("out/second/seed_0/asked.json")
+    content = json.loads(noted.read_text())
+    noted.write_text(json.dumps({key: value for key, value in content.items() if key != "reads"}))
+    assert compare.main(other) == 0, "runs of before this note are taken as they are"
+    noted.write_text(json.dumps(content))
+    shutil.rmtree("out/second/seed_0")
+    assert compare.main(other) == 0
+    assert starts("second") == 1
+
+
+def no_json(word: str) -> None:
+    pytest.fail(f"{word} is not JSON")
+
+
+@pytest.mark.parametrize("last", ['float("nan")', 'float("inf")', "None"])
+def test_a_value_that_is_not_finite_is_called_so_and_leaves_the_rest_of_the_table(here, last, capsys):
+    """Beside a seed whose values are."""
+    write_table(here, evaluations={}, trainings={"bad": {}})
+    change_script('cfg["lr"] / step + cfg["train"]["seed"]', f'{last} if cfg["train"]["seed"] and step == 3 else 1.0')
+    assert compare.main(["table.yaml"]) == 0
+    assert re.search("^bad +not finite +8 ± 0 +24 ", capsys.readouterr().out, flags=re.MULTILINE)
+    content = json.loads(Path("out/results.json").read_text(), parse_constant=no_json)
+    row = content["rows"]["bad"]
+    assert row["mean"]["last loss"] is row["deviation"]["last loss"] is row["seeds"]["1"]["values"]["last loss"] is None
+    assert row["seeds"]["0"]["values"]["last loss"] == 1
+
+
+def test_only_complete_trainings_are_averaged_and_their_number_is_told(here, capsys):
+    write_table(here, evaluations={}, trainings={"bad": {"overrides": ["fails_at=2"]}})
+    assert compare.main(["table.yaml", "seeds=[0]"]) == 1
+    assert re.search("^bad( +n/a){4}$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert compare.main(["table.yaml", "seeds=[0]"]) == 0
+    alone = results()["rows"]["bad"]
+    assert compare.main(["table.yaml"]) == 1
+    row = results()["rows"]["bad"]
+    assert row["mean"] == alone["mean"] and not row["deviation"] and set(row["count"].values()) == {1}
+    assert row["seeds"]["1"]["values"]["images"] == 8
+    assert " 24 (1 of 2)" in capsys.readouterr().out
+
+
+REFUSES = """
+import os, pathlib, json, sys, yaml
+asked = yaml.safe_load(open(sys.argv[1]))
+found = pathlib.Path(asked["output_dir"], "results_stub.json")
+if found.is_file() and json.loads(found.read_text())["config"] != asked:
+    sys.exit("error: has results of another request")
+"""
+
+
+def change_the_weights():
+    Path("out/low/seed_0/run/weights.json").write_text('{"score": 0.5}')
+
+
+def lose_the_weights():
+    Path("out/low/seed_0/run/weights.json").unlink()
+    change_script("weights.json", "other.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "sources", "code", "has_column"),
+    [
+        (None, ["evaluations.pets.k=5"], 1, True),
+        (None, ["evaluations.pets=null"], 0, False),
+        (change_the_weights, [], 1, True),
+        (lose_the_weights, [], 1, True),
+    ],
+    ids=["other key", "left out", "other weights", "no weights"],
+)
+def test_scores_of_another_request_are_not_those_of_the_table(here, change, sources, code, has_column):
+    (here / "eval_stub.py").write_text(REFUSES + EVALUATION)
+    trainings = {"low": {"overrides": ["lr=0.25"]}}
+    write_table(here, seeds=[0], trainings=trainings, scores={"pets": "pets/knn/top1"})
+    assert compare.main(["table.yaml"]) == 0
+    assert results()["rows"]["low"]["mean"]["pets"] == 0.25
+    if change is not None:
+        change()
+    assert compare.main(["table.yaml", *sources]) == code
+    content = results()
+    row = content["rows"]["low"]
+    assert "pets" not in row["mean"] and "pets" not in row["seeds"]["0"]["values"] and not content["evaluated on"]
+    assert ("pets" in content["columns"]) == has_column
+    page = Path("out/report.html").read_text()
+    assert "25.0" not in page and "pets, low: overview" not in page
+    if sources:
+        assert compare.main(["table.yaml"]) == 0
+        assert results()["rows"]["low"]["mean"]["pets"] == 0.25, "what was asked for first is still there"
+
+
+def test_the_code_of_a_table_is_that_which_trained_and_not_that_which_wrote_it(here, monkeypatch):
+    write_table(here, seeds=[0], evaluations={}, trainings={"bad": {"overrides": ["fails_at=2"]}, "good": {}})
+    for revision in ("first", "second", "third"):
+        monkeypatch.setattr("table.git_revision", lambda revision=revision: revision)
+        compare.main(["table.yaml"])
+    content = results()
+    assert content["code"] == ["first", "second"]
+    assert content["versions"] == {
+        "python": [platform.python_version()],
+        "torch": [importlib.metadata.version("torch")],
+    }
+    for folder in ("bad", "good"):  # trainings of before this note
+        noted = Path(f"out/{folder}/seed_0/asked.json")
+        state = json.loads(noted.read_text())
+        noted.write_text(json.dumps({key: value for key, value in state.items() if key != "made_by"}))
+    assert compare.main(["table.yaml"]) == 0
+    assert results()["code"] == []
+
+
 def test_images_are_those_of_the_processes_that_trained(here, capsys):
     write_table(here, seeds=[0], evaluations={}, trainings={"bad": {"overrides": ["fails_at=2"]}, "good": {}})
     two = ["table.yaml", "nproc_per_node=2"]
     assert compare.main(two) == 1
-    assert results()["rows"]["good"]["mean"]["images"] == results()["rows"]["bad"]["mean"]["images"] * 2 == 32
+    seen = {name: row["seeds"]["0"]["values"]["images"] for name, row in results()["rows"].items()}
+    assert seen == {"bad": 16, "good": 32}
     capsys.readouterr()
     assert compare.main(["table.yaml"]) == 1
     assert results()["rows"]["good"]["mean"]["images"] == 32, "it was told as that of one process"
@@ -362,6 +505,22 @@ def test_other_trainings_are_not_mixed_into_a_table(here, sources, message, caps
     assert message in capsys.readouterr().err
 
 
+def test_a_training_is_that_of_its_script_as_it_is_now_and_a_begun_one_is_not_mixed_with_it(here, capsys):
+    """Also after one that failed, whose configuration would fail again and again."""
+    write_table(here, seeds=[0], evaluations={}, trainings={"bad": {}, "good": {"overrides": ["fails_at=null"]}})
+    change_script('"fails_at": None', '"fails_at": 1')
+    assert compare.main(["table.yaml"]) == 1
+    change_script('"fails_at": 1', '"fails_at": None, "momentum": 0.9')
+    assert compare.main(["table.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert "out/bad has trainings that differ in fails_at, momentum from what train_stub.py" in told
+    shutil.rmtree("out/bad/seed_0")
+    Path("out/good/config.yaml").unlink()
+    assert compare.main(["table.yaml"]) == 0
+    assert yaml.safe_load(Path("out/bad/seed_0/config.yaml").read_text())["momentum"] == 0.9
+    assert starts("good") == 1, "it was said to count"
+
+
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
@@ -377,12 +536,77 @@ def test_other_trainings_are_not_mixed_into_a_table(here, sources, message, caps
         (["launcher=slurm", "at_once=2"], "at_once=2: is for launcher=local"),
         (["at_once=2", "budget.cpu_seconds=3", "budget.images=null"], "at_once=2: must be 1 with budget.cpu_seconds"),
         (["at_once=0"], "at_once=0: must be"),
+        (["shared.model_path=modle_stub.py"], "trainings.low: model_path=modle_stub.py: there is no such file"),
+        (
+            ["trainings.high.model_path=train_stub.py"],
+            "trainings.high: model_path=train_stub.py: the file does not define",
+        ),
+        (
+            ["scores.top1=pest/knn/top1"],
+            "scores.top1='pest/knn/top1': pest is none of the evaluations; did you mean pets?",
+        ),
+        (["output_dir=out/lr=1"], "output_dir='out/lr=1': must not contain '='"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(here, sources, message, capfd):
     assert compare.main(["table.yaml", *sources]) == 2
     assert message in capfd.readouterr().err
+    assert not list(Path().glob("out/**/seed_*"))
+
+
+PRINTED = "        print(yaml.safe_dump(cfg))\n        return 0"
+
+
+@pytest.mark.parametrize("end", ["sys.exit(0)", "sys.exit()", "return None"])
+def test_a_script_may_end_in_every_way_that_means_success(here, end):
+    write_table(here, seeds=[0], evaluations={}, trainings={"only": {}})
+    change_script(PRINTED, PRINTED.replace("return 0", end))
+    assert compare.main(["table.yaml"]) == 0
+    assert starts("only") == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (PRINTED, PRINTED.replace("return 0", "sys.exit(3)"), "lr=0.25 --print-config failed, see above"),
+        (PRINTED, PRINTED.replace("return 0", "sys.exit('no luck')"), "lr=0.25 --print-config failed: no luck"),
+        (
+            PRINTED,
+            f"        print('[reading')\n{PRINTED}",
+            "prints no configuration in YAML, but begins with '[reading'",
+        ),
+        (PRINTED, "        print('all is well')\n        return 0", "but begins with 'all is well'"),
+        (PRINTED, "        return 0", "prints no configuration in YAML, but nothing"),
+        (', "accumulation_steps": 2', "", "its configuration lacks optim.accumulation_steps"),
+        ('"seed": 0, ', "", "its configuration lacks train.seed"),
+        ('"optim": {', '"optim": [], "was": {', "its configuration lacks optim.total_iters"),
+        ('"batch_size_per_gpu": 4', '"batch_size_per_gpu": None', "has optim.batch_size_per_gpu=None, not a number"),
+    ],
+)
+def test_a_script_that_breaks_the_contract_is_named_with_what_it_lacks(here, before, after, message, capsys):
+    change_script(before, after)
+    assert compare.main(["table.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert "train_stub.py" in told and message in told
     assert not list(Path().glob("out/*/seed_*"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            '{"step": step,',
+            '{"step": step - 1,',
+            "ended before step 3: out/bad/seed_0/run/metrics.jsonl ends with step 2;",
+        ),
+        ("weights.json", "other.json", "it ended without out/bad/seed_0/run/weights.json;"),
+    ],
+)
+def test_what_a_training_lacks_to_be_complete_is_told(here, before, after, message, capsys):
+    write_table(here, seeds=[0], evaluations={}, trainings={"bad": {}})
+    change_script(before, after)
+    assert compare.main(["table.yaml"]) == 1
+    assert message in capsys.readouterr().out
 
 
 def test_a_dry_run_shows_the_commands_and_writes_nothing(here, capsys):

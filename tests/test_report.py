@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from conftest import GOLDEN
 from figures import assert_no_overlaps, num_coloured
 from figures import panels as cut_panels
+from matplotlib.figure import Figure
 from PIL import Image
 
 import report
@@ -608,8 +610,31 @@ def test_curves_leave_out_what_was_not_logged_or_not_finite(tmp_path):
     report.draw_curves([], panels(64)).savefig(tmp_path / "empty.png")
 
 
-def test_every_curve_of_many_is_told_apart():
-    names = {f"run{number}": f"run {number}" for number in range(16)}
-    records = [{"step": step} | dict.fromkeys(names, 1.0 + step) for step in range(3)]
-    (ax,) = report.draw_curves(records, [report.Panel("Loss", "nats", names)]).axes
-    assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 16
+@pytest.mark.parametrize("num", [2, 8, 9, 26, 40])
+def test_every_curve_of_many_is_told_apart_and_has_room(num, monkeypatch):
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (figures.append(self), save(self, *args, **kw)))
+    names = {f"run{number}": f"inverse_blocks_no_roll_{number}" for number in range(num)}
+    records = [{"step": step} | {name: step + place for place, name in enumerate(names)} for step in range(12)]
+    report.curves_section("", [(records, report.Panel("Loss", "nats", names))])
+    (ax,) = figures[0].axes
+    assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == num
+    box, legend = ax.get_window_extent(), ax.get_legend().get_window_extent()
+    assert box.width > 0.5 * figures[0].bbox.width and box.height > 0.5 * figures[0].bbox.height
+    assert figures[0].bbox.y0 <= legend.y0 and legend.x1 <= figures[0].bbox.x1, "the legend is cut off"
+    assert num <= 8 or not legend.overlaps(box)
+
+
+@pytest.mark.parametrize(
+    ("heights", "from_zero"),
+    [([0.5, 2], True), ([0, 0], True), ([-0.9, -0.32], False), ([-1, -1], False), ([-1, 3], False)],
+    ids=str,
+)
+def test_a_vertical_axis_points_up_and_has_all_heights_and_zero_unless_some_are_below(heights, from_zero):
+    """Also beside a height that is not finite."""
+    records = [{"step": step, "loss": height} for step, height in enumerate([*heights, math.inf], start=1)]
+    (ax,) = report.draw_curves(records, [report.Panel("Loss", "nats", {"loss": ""})]).axes
+    low, high = ax.get_ylim()
+    assert low <= min(heights) and max(heights) < high
+    assert (low == 0) == from_zero
