@@ -23,17 +23,23 @@ with command_line(__doc__, __name__) as parser:
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import yaml
 
-from config import changed_keys, read_yaml
+from config import DEFAULT_PRETRAIN_CONFIG, changed_keys, load_config, merge
 from metrics import TIMING_KEYS, read_metrics
+from train_capi import CapiConfig, CapiState
 from utils import UserError, did_you_mean, ending_in_words, write_text_atomically
 
+ROOT = Path(__file__).parent.parent
 PRESETS = Path(__file__).parent / "presets"
 CURVE = ".metrics.jsonl"
+BASE = re.compile(r"^#   python \S+ (configs/\S+\.yaml) ", re.MULTILINE)
+"""In the command at the head of a preset, the configuration that it goes on top of."""
 MOST_RECORDS = 200
 """Of a curve that is kept."""
 IN_A_ROW = 2
@@ -48,11 +54,11 @@ class Run(NamedTuple):
 
     name: str
     config: Mapping[str, Any]
-    """Resolved configuration; of a preset, what it sets."""
+    """Resolved."""
     records: Sequence[Mapping[str, Any]]
 
-    def number(self, key: str) -> float:
-        """A number of the configuration, by its dotted key."""
+    def value(self, key: str) -> Any:
+        """A value of the configuration, by its dotted key."""
         value: Any = self.config
         for part in key.split("."):
             value = value[part]
@@ -61,17 +67,17 @@ class Run(NamedTuple):
     @property
     def num_images(self) -> float:
         """Images seen by one process in the whole training."""
-        return self.number("optim.total_iters") * self.images_per_step
+        return self.value("optim.total_iters") * self.images_per_step
 
     @property
     def images_per_step(self) -> float:
         """Images of an update of one process."""
-        return self.number("optim.batch_size_per_gpu") * self.config["optim"].get("accumulation_steps", 1)
+        return self.value("optim.batch_size_per_gpu") * self.value("optim.accumulation_steps")
 
     @property
     def num_prototypes(self) -> float:
         """K."""
-        return self.number("capi.num_clusters")
+        return self.value("capi.num_clusters")
 
     def points(self, quantity: "Quantity") -> list[tuple[int, float | None]]:
         """Step and value of each reading of a quantity; None where it was not finite."""
@@ -90,11 +96,11 @@ def read_run(folder: Path) -> Run:
     records = read_metrics(folder / "metrics.jsonl")
     if not records:
         raise UserError(f"{folder} has logged nothing yet")
-    return Run(str(folder), config, records)
+    return Run(str(folder), merge(CapiState.LATER_KEYS, config), records)
 
 
 def read_preset(name: str) -> Run:
-    """A preset and its curve.
+    """A preset, on top of its configuration, and its curve.
 
     Raises: UserError if there is none, or if it was not run.
     """
@@ -105,7 +111,9 @@ def read_preset(name: str) -> Run:
     curve = PRESETS / f"{name}{CURVE}"
     if not curve.is_file():
         raise UserError(f"--preset {name}: it was not run, so there is no curve to compare with")
-    return Run(f"preset {name}", read_yaml(path), read_metrics(curve))
+    sources = [*(str(ROOT / base) for base in BASE.findall(path.read_text())), str(path)]
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, sources)
+    return Run(f"preset {name}", asdict(cfg), read_metrics(curve))
 
 
 def nearest_preset(run: Run) -> Run:
@@ -138,6 +146,13 @@ class Quantity(NamedTuple):
     high: float
     measure: Callable[[float, Run], float] = lambda value, _: value
     """Of a logged value, what can be compared between runs of different sizes."""
+    is_of_loss: bool = False
+    """Whether it says nothing beside that of another loss."""
+
+
+def of_log_k(loss: float, run: Run) -> float:
+    """A cross-entropy over the prototypes, beside that of knowing nothing."""
+    return loss / math.log(run.num_prototypes)
 
 
 QUANTITIES = (
@@ -148,13 +163,15 @@ QUANTITIES = (
     Quantity(
         "prototypes_used", "share of the prototypes in use", 0.8, 1.25, lambda used, run: used / run.num_prototypes
     ),
-    Quantity("capi_loss", "student's loss / log K", 0.8, 1.2, lambda loss, run: loss / math.log(run.num_prototypes)),
-    Quantity(
-        "clustering_loss", "clustering loss / log K", 0.5, 2, lambda loss, run: loss / math.log(run.num_prototypes)
-    ),
-    Quantity("grad_norm", "norm of the student's gradient", 0.3, 3),
+    Quantity("capi_loss", "student's loss / log K", 0.8, 1.2, of_log_k, is_of_loss=True),
+    Quantity("clustering_loss", "clustering loss / log K", 0.5, 2, of_log_k, is_of_loss=True),
+    Quantity("grad_norm", "norm of the student's gradient", 0.3, 3, is_of_loss=True),
 )
 """A run with another seed stays in these bands, and runs that fail leave some: tests/test_experiments.py has both."""
+
+
+LOSS_KEY = "capi.targets"
+"""What the loss means depends on this key."""
 
 
 class Departure(NamedTuple):
@@ -178,8 +195,10 @@ class Departure(NamedTuple):
 
 def departures(run: Run, reference: Run) -> list[Departure]:
     """What left its band, the earliest first. Runs of different lengths are compared at the same part of the whole."""
-    scale = reference.number("optim.total_iters") / run.number("optim.total_iters")
-    candidates = (_departure(quantity, run, reference, scale) for quantity in QUANTITIES)
+    scale = reference.value("optim.total_iters") / run.value("optim.total_iters")
+    has_another_loss = run.value(LOSS_KEY) != reference.value(LOSS_KEY)
+    judged = [quantity for quantity in QUANTITIES if not (quantity.is_of_loss and has_another_loss)]
+    candidates = (_departure(quantity, run, reference, scale) for quantity in judged)
     return sorted(filter(None, candidates), key=lambda departure: departure.step)
 
 
@@ -270,22 +289,20 @@ def causes(departed: Sequence[Departure], run: Run, reference: Run) -> list[str]
     return [cause.words for cause in CAUSES if cause.fits(frozenset(signs))] or ([UNKNOWN] if departed else [])
 
 
-SHAPING = ("capi", "optim", "data", "model")
-"""Sections of the configuration that make a training what it is."""
+SHAPING = ("capi", "optim", "data", "model", "train.init_from", "efficiency.param_dtype", "efficiency.teacher_fp8")
+"""Sections and keys of the configuration that make a training what it is ..."""
+IDLE = ("capi.clustering_chunk", "capi.clustering_kernel", "data.dataset", "data.decode", "data.max_bad_fraction")
+"""... and those among them that do not."""
 
 
-def differing_keys(run: Run, reference: Run) -> list[str]:
-    """Keys of the reference that the run has otherwise, as `key: the run's value instead of the reference's`."""
-    expected = {name: reference.config[name] for name in SHAPING if name in reference.config}
-    changed = changed_keys(expected, common(run.config, expected))
-    return [f"{key}: {new!r} instead of {old!r}" for key, (old, new) in changed.items() if key != "data.dataset"]
-
-
-def common(tree: Any, other: Any) -> Any:
-    """Of nested values those whose keys are in another tree as well."""
-    if not (isinstance(tree, dict) and isinstance(other, dict)):
-        return tree
-    return {name: common(tree.get(name), value) for name, value in other.items()}
+def differing_keys(run: Run, reference: Run) -> dict[str, str]:
+    """Keys that shape a training and differ, each with `the run's value instead of the reference's`."""
+    changed = changed_keys(reference.config, run.config).items()
+    return {
+        key: f"{new!r} instead of {old!r}"
+        for key, (old, new) in changed
+        if any(f"{key}.".startswith(f"{part}.") for part in SHAPING) and key not in IDLE
+    }
 
 
 @ending_in_words
@@ -302,12 +319,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reference = nearest_preset(run)
     else:
         reference = read_run(Path(args.preset)) if Path(args.preset).is_dir() else read_preset(args.preset)
-    departed = departures(run, reference)
+    departed, differ = departures(run, reference), differing_keys(run, reference)
     lines = [f"{run.name} beside {reference.name}, {len(run.records)} lines up to step {run.records[-1]['step']}"]
     lines += [f"  {departure}" for departure in departed] or ["  all that is logged stays in its band"]
+    if LOSS_KEY in differ:
+        left_out = ", ".join(quantity.words for quantity in QUANTITIES if quantity.is_of_loss)
+        lines.append(f"  {LOSS_KEY}: {differ[LOSS_KEY]}, so these are not compared: {left_out}")
     if departed:
         lines += ["", *causes(departed, run, reference), "", "Keys that differ:"]
-        lines += [f"  {line}" for line in differing_keys(run, reference)] or ["  none"]
+        lines += [f"  {key}: {values}" for key, values in differ.items()] or ["  none"]
     sys.stdout.write("\n".join(lines) + "\n")
     return 1 if departed else 0
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from PIL import Image
 
 import train_capi
 import train_distributed
-from config import DEFAULT_PRETRAIN_CONFIG, changed_keys, check_evaluation, load_config, read_yaml, to_yaml
+from config import DEFAULT_PRETRAIN_CONFIG, changed_keys, check_evaluation, load_config, to_yaml
 
 sys.path.append(str(ROOT / "experiments"))  # where the scripts look for each other
 
@@ -545,8 +546,6 @@ def test_a_preset_follows_the_rule(name, config, images, dataset_images, monkeyp
         "batch_size_per_gpu"
     )
     has = asdict(cfg)
-    raw = read_yaml(PRESETS / f"{name}.yaml")
-    assert not changed_keys(raw, compare_run.common(has, raw)), "a number is no number without the types of the keys"
     different = {key: pair for key, pair in changed_keys(has, follows).items() if pair[1] is not None}
     assert not different, "preset, rule"
 
@@ -673,20 +672,62 @@ def test_what_ails_a_run_that_was_made_to_fail_is_told(overrides, left, meaning,
     assert differ == {override.partition("=")[0] for override in overrides}
 
 
-def test_a_run_is_laid_over_the_preset_that_is_nearest_to_it(good, tmp_path, capsys):
-    """Its own curve, in the form of a run's folder."""
-    sources = ["configs/imagenette.yaml", str(PRESETS / "cpu_30min.yaml")]
-    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [str(ROOT / sources[0]), sources[1]])
+IMAGENETTE = str(ROOT / "configs" / "imagenette.yaml")
+LONG_RUN = ROOT / "experiments" / "measured" / "long_run"
+
+
+def folder_of(tmp_path: Path, curve: Path, *overrides: str) -> Path:
+    """A curve in the form of a run's folder."""
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [IMAGENETTE, f"{curve}.yaml", *overrides])
     (tmp_path / "config.yaml").write_text(to_yaml(cfg))
-    (tmp_path / "metrics.jsonl").write_text((PRESETS / "cpu_30min.metrics.jsonl").read_text())
-    assert compare_run.main([str(tmp_path)]) == 0
-    assert f"{tmp_path} beside preset cpu_30min, 15 lines up to step 600" in capsys.readouterr().out
-    records = read_metrics(tmp_path / "metrics.jsonl")
-    for record in records:
-        record["teacher_rank"] = None
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert compare_run.main([str(tmp_path), "--preset", "cpu_30min"]) == 1
-    assert "step 50: effective rank of the teacher's features is not finite" in capsys.readouterr().out
+    (tmp_path / "metrics.jsonl").write_text(Path(f"{curve}.metrics.jsonl").read_text())
+    return tmp_path
+
+
+def change_metrics(run: Path, **changes: Callable[[float], float | None]) -> None:
+    """Change what a run has logged, by key."""
+    records = [
+        {key: changes.get(key, lambda same: same)(value) for key, value in record.items()}
+        for record in read_metrics(run / "metrics.jsonl")
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_a_run_is_laid_over_the_preset_that_is_nearest_to_it(tmp_path, capsys):
+    run = folder_of(tmp_path, PRESETS / "cpu_30min")
+    assert compare_run.main([str(run)]) == 0
+    assert f"{run} beside preset cpu_30min, 15 lines up to step 600" in capsys.readouterr().out
+    change_metrics(run, teacher_rank=lambda _: None)
+    assert compare_run.main([str(run), "--preset", "cpu_30min"]) == 1
+    assert "step 200: effective rank of the teacher's features is not finite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["capi.num_clusters=64", "model.encoder_kwargs.depth=3", "data.mask_ratio=0.5", "efficiency.param_dtype=bfloat16"],
+    ids=["of the preset", "of its configuration", "of the defaults", "of the precision"],
+)
+def test_every_key_that_shapes_a_training_is_told_where_it_differs(override, tmp_path, capsys):
+    idle = ["data.dataset=/my/images", "train.log_loss_every=3", "efficiency.dataloader_num_workers=0"]
+    run = folder_of(tmp_path, PRESETS / "cpu_30min", *idle, override)
+    change_metrics(run, lr=lambda lr: 10 * lr)
+    assert compare_run.main([str(run), "--preset", "cpu_30min"]) == 1
+    differ = re.findall(r"^  ([\w.]+): (\S+) instead of", capsys.readouterr().out, re.MULTILINE)
+    assert ["=".join(pair).replace("'", "") for pair in differ] == [override]
+
+
+def test_losses_are_not_judged_where_they_mean_something_else(tmp_path, capsys):
+    factors = {"capi_loss": 0.01, "clustering_loss": 100, "grad_norm": 0.01}
+    run = folder_of(tmp_path, PRESETS / "cpu_30min", "capi.targets=ema_head")
+    change_metrics(run, **{key: lambda value, by=by: by * value for key, by in factors.items()})
+    assert compare_run.main([str(run), "--preset", "cpu_30min"]) == 0
+    said = capsys.readouterr().out
+    assert "capi.targets: 'ema_head' instead of 'clustering', so these are not compared: " in said
+    assert "student's loss / log K, clustering loss / log K, norm of the student's gradient" in said
+    folder_of(tmp_path, PRESETS / "cpu_30min", "capi.targets=clustering")
+    change_metrics(run, capi_loss=lambda loss: 0.01 * loss)
+    assert compare_run.main([str(run), "--preset", "cpu_30min"]) == 1
+    assert "are not compared" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
