@@ -155,10 +155,15 @@ def of_log_k(loss: float, run: Run) -> float:
     return loss / math.log(run.num_prototypes)
 
 
+def of_width(rank: float, run: Run) -> float:
+    """The part of their dimensions that features fill."""
+    return rank / run.value("model.transformers_kwargs.embed_dim")
+
+
 QUANTITIES = (
     Quantity("lr", "learning rate", 0.4, 2.5),
     Quantity("momentum", "share of the student in each step of the teacher, 1 - m", 0.2, 5, lambda m, _: 1 - m),
-    Quantity("teacher_rank", "effective rank of the teacher's features", 0.75, 1.35),
+    Quantity("teacher_rank", "effective rank of the teacher's features / width", 0.75, 1.6, of_width),
     Quantity("target_entropy_rel", "entropy of the targets / log K", 0.6, 1.7),
     Quantity(
         "prototypes_used", "share of the prototypes in use", 0.8, 1.25, lambda used, run: used / run.num_prototypes

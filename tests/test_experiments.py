@@ -641,7 +641,7 @@ def momentum(**values: float) -> list[str]:
     [
         (
             ["optim.lr_schedule.base_value=0.3"],
-            "effective rank of the teacher's features is below its band",
+            "effective rank of the teacher's features / width is below its band",
             "A learning rate",
         ),
         (
@@ -656,7 +656,7 @@ def momentum(**values: float) -> list[str]:
         ),
         (
             [*momentum(start_warmup_value=0, base_value=0, final_value=0), "optim.lr_schedule.base_value=4e-3"],
-            "effective rank of the teacher's features is below its band",
+            "effective rank of the teacher's features / width is below its band",
             "Collapse",
         ),
     ],
@@ -699,7 +699,17 @@ def test_a_run_is_laid_over_the_preset_that_is_nearest_to_it(tmp_path, capsys):
     assert f"{run} beside preset cpu_30min, 15 lines up to step 600" in capsys.readouterr().out
     change_metrics(run, teacher_rank=lambda _: None)
     assert compare_run.main([str(run), "--preset", "cpu_30min"]) == 1
-    assert "step 200: effective rank of the teacher's features is not finite" in capsys.readouterr().out
+    assert "step 200: effective rank of the teacher's features / width is not finite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("shrunk", "code"), [(1, 0), (2, 1)])
+def test_a_good_run_of_another_width_has_not_collapsed_and_one_of_half_its_rank_has(shrunk, code, tmp_path, capsys):
+    run = folder_of(tmp_path, LONG_RUN)
+    change_metrics(run, teacher_rank=lambda rank: rank / shrunk)
+    assert compare_run.main([str(run)]) == code
+    said = capsys.readouterr().out
+    assert "beside preset gpu_10min" in said, "of width 384 instead of 128"
+    assert ("Collapse" in said) == bool(code)
 
 
 @pytest.mark.parametrize(
