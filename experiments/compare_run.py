@@ -30,9 +30,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from checkpoint import Checkpoints
 from config import DEFAULT_PRETRAIN_CONFIG, changed_keys, load_config, merge
 from metrics import TIMING_KEYS, read_metrics
 from train_capi import CapiConfig, CapiState
+from training import BATCH_KEYS
 from utils import UserError, did_you_mean, ending_in_words, write_text_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +42,8 @@ PRESETS = Path(__file__).parent / "presets"
 CURVE = ".metrics.jsonl"
 BASE = re.compile(r"^#   python \S+ (configs/\S+\.yaml) ", re.MULTILINE)
 """In the command at the head of a preset, the configuration that it goes on top of."""
+PROCESSES = re.compile(r", (\d+) process\(es\), code ")
+"""In the log, on how many processes a training starts."""
 MOST_RECORDS = 200
 """Of a curve that is kept."""
 IN_A_ROW = 2
@@ -56,6 +60,8 @@ class Run(NamedTuple):
     config: Mapping[str, Any]
     """Resolved."""
     records: Sequence[Mapping[str, Any]]
+    num_processes: int | None
+    """None where nothing that is left of a run says it."""
 
     def value(self, key: str) -> Any:
         """A value of the configuration, by its dotted key."""
@@ -66,13 +72,14 @@ class Run(NamedTuple):
 
     @property
     def num_images(self) -> float:
-        """Images seen by one process in the whole training."""
+        """Images seen in the whole training."""
         return self.value("optim.total_iters") * self.images_per_step
 
     @property
     def images_per_step(self) -> float:
-        """Images of an update of one process."""
-        return self.value("optim.batch_size_per_gpu") * self.value("optim.accumulation_steps")
+        """Images of an update on all processes, over which Sinkhorn balances; of one if their number is unknown."""
+        per_process = self.value("optim.batch_size_per_gpu") * self.value("optim.accumulation_steps")
+        return per_process * (self.num_processes or 1)
 
     @property
     def num_prototypes(self) -> float:
@@ -96,7 +103,17 @@ def read_run(folder: Path) -> Run:
     records = read_metrics(folder / "metrics.jsonl")
     if not records:
         raise UserError(f"{folder} has logged nothing yet")
-    return Run(str(folder), merge(CapiState.LATER_KEYS, config), records)
+    return Run(str(folder), merge(CapiState.LATER_KEYS, config), records, num_processes(folder))
+
+
+def num_processes(folder: Path) -> int | None:
+    """Processes of a training: by its log, where its last start says it, or by its newest checkpoint."""
+    log = folder / "log.txt"
+    told = PROCESSES.findall(log.read_text(errors="replace")) if log.is_file() else []
+    if told:
+        return int(told[-1])
+    newest = Checkpoints(folder, keep=1).newest()
+    return None if newest is None else json.loads((newest / "state.json").read_text())["world_size"]
 
 
 def read_preset(name: str) -> Run:
@@ -113,7 +130,8 @@ def read_preset(name: str) -> Run:
         raise UserError(f"--preset {name}: it was not run, so there is no curve to compare with")
     sources = [*(str(ROOT / base) for base in BASE.findall(path.read_text())), str(path)]
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, sources)
-    return Run(f"preset {name}", asdict(cfg), read_metrics(curve))
+    num_tasks = cfg.launcher.num_nodes * cfg.launcher.num_tasks_per_node
+    return Run(f"preset {name}", asdict(cfg), read_metrics(curve), num_tasks)
 
 
 def nearest_preset(run: Run) -> Run:
@@ -285,11 +303,16 @@ CAUSES = (
 UNKNOWN = "No pattern that is known. Look at the quantity that left first, and at the keys that differ."
 
 
+def uncounted(*runs: Run) -> list[str]:
+    """Runs whose images per prototype are unknown."""
+    return [run.name for run in runs if run.num_processes is None]
+
+
 def causes(departed: Sequence[Departure], run: Run, reference: Run) -> list[str]:
     """What departures usually mean; empty if there are none."""
     signs = {f"{departure.quantity.key} {departure.side}" for departure in departed}
     own, usual = (curve.images_per_step / curve.num_prototypes for curve in (run, reference))
-    if own < FEWER * usual:
+    if not uncounted(run, reference) and own < FEWER * usual:
         signs.add(FEW_IMAGES)
     return [cause.words for cause in CAUSES if cause.fits(frozenset(signs))] or ([UNKNOWN] if departed else [])
 
@@ -302,12 +325,16 @@ IDLE = ("capi.clustering_chunk", "capi.clustering_kernel", "data.dataset", "data
 
 def differing_keys(run: Run, reference: Run) -> dict[str, str]:
     """Keys that shape a training and differ, each with `the run's value instead of the reference's`."""
-    changed = changed_keys(reference.config, run.config).items()
-    return {
-        key: f"{new!r} instead of {old!r}"
-        for key, (old, new) in changed
+    changed = {
+        key: pair
+        for key, pair in changed_keys(reference.config, run.config).items()
         if any(f"{key}.".startswith(f"{part}.") for part in SHAPING) and key not in IDLE
     }
+    if not uncounted(run, reference):  # how an update is divided does not matter then
+        changed = {key: pair for key, pair in changed.items() if f"{key}." not in BATCH_KEYS}
+        old, new = reference.images_per_step, run.images_per_step
+        changed |= {"images of an update": (old, new)} if old != new else {}
+    return {key: f"{new!r} instead of {old!r}" for key, (old, new) in changed.items()}
 
 
 @ending_in_words
@@ -330,6 +357,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if LOSS_KEY in differ:
         left_out = ", ".join(quantity.words for quantity in QUANTITIES if quantity.is_of_loss)
         lines.append(f"  {LOSS_KEY}: {differ[LOSS_KEY]}, so these are not compared: {left_out}")
+    for name in uncounted(run, reference):
+        lines.append(
+            f"  {name} has neither log.txt nor checkpoints, so on how many processes it trained is unknown, "
+            "and images per prototype are not compared"
+        )
     if departed:
         lines += ["", *causes(departed, run, reference), "", "Keys that differ:"]
         lines += [f"  {key}: {values}" for key, values in differ.items()] or ["  none"]

@@ -541,8 +541,8 @@ def test_a_preset_follows_the_rule(name, config, images, dataset_images, monkeyp
     monkeypatch.chdir(ROOT)
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [config, f"experiments/presets/{name}.yaml"])
     follows = rule.recommended(*(int(number.replace(",", "")) for number in (images, dataset_images)), cfg.num_patches)
-    num_gpus = max(1, cfg.launcher.num_nodes * cfg.launcher.gpus_per_node) if "gpu" in name else 1
-    assert cfg.optim.batch_size_per_gpu * cfg.optim.accumulation_steps * num_gpus == follows["optim"].pop(
+    num_processes = cfg.launcher.num_nodes * cfg.launcher.num_tasks_per_node
+    assert cfg.optim.batch_size_per_gpu * cfg.optim.accumulation_steps * num_processes == follows["optim"].pop(
         "batch_size_per_gpu"
     )
     has = asdict(cfg)
@@ -724,6 +724,35 @@ def test_every_key_that_shapes_a_training_is_told_where_it_differs(override, tmp
     assert compare_run.main([str(run), "--preset", "cpu_30min"]) == 1
     differ = re.findall(r"^  ([\w.]+): (\S+) instead of", capsys.readouterr().out, re.MULTILINE)
     assert ["=".join(pair).replace("'", "") for pair in differ] == [override]
+
+
+@pytest.mark.parametrize(("processes", "batch"), [(1, 512), (4, 128), (4, 64), (None, 128)])
+@pytest.mark.parametrize("told_by", ["log", "checkpoint"])
+def test_images_per_prototype_are_those_of_all_processes(processes, batch, told_by, tmp_path, capsys):
+    run = folder_of(tmp_path, PRESETS / "gpu_10min", f"optim.batch_size_per_gpu={batch}")
+    if processes and told_by == "log":
+        start = "12:00:00 I training: torch 2 on cpu (x), {} process(es), code 0123abc\n"
+        (run / "log.txt").write_text(start.format(1) + start.format(processes))
+    elif processes:
+        (run / "checkpoints" / "step_000000003").mkdir(parents=True)
+        state = {"world_size": processes}
+        (run / "checkpoints" / "step_000000003" / "state.json").write_text(json.dumps(state))
+    change_metrics(run, target_entropy_rel=lambda entropy: 3 * entropy)
+    assert compare_run.main([str(run)]) == 1
+    said = capsys.readouterr().out
+    assert "beside preset gpu_10min" in said or processes is None
+    is_short = processes is not None and processes * batch < 512
+    assert ("Too few images for the prototypes" in said) == is_short
+    assert ("images of an update: 256 instead of 512" in said) == is_short
+    assert ("on how many processes it trained is unknown" in said) == (processes is None)
+
+
+@pytest.mark.parametrize(("processes", "nearest"), [(1, "cpu_30min"), (32, "gpu_10min")])
+def test_the_nearest_preset_has_about_as_many_images_as_all_processes(processes, nearest, tmp_path, capsys):
+    run = folder_of(tmp_path, PRESETS / "cpu_30min")
+    (run / "log.txt").write_text(f"12:00:00 I training: torch 2 on cpu (x), {processes} process(es), code 0123abc\n")
+    compare_run.main([str(run)])
+    assert f"beside preset {nearest}" in capsys.readouterr().out
 
 
 def test_losses_are_not_judged_where_they_mean_something_else(tmp_path, capsys):
