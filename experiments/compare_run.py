@@ -1,7 +1,8 @@
 """Lay a run of CAPI over the curve of a preset: what left the band, at which step, and what that usually means.
 
     python experiments/compare_run.py RUN [--preset NAME]
-    python experiments/compare_run.py RUN --keep-as NAME     write the run's curve, thinned, as that of a preset
+    python experiments/compare_run.py RUN --keep-as NAME     write the run's curve, thinned, as that of a preset, which
+                                                             a new name makes one with the run's configuration
 
 RUN is the output folder of a training, finished or not. NAME is a preset of experiments/presets that has been run, or
 the folder of a run that went well; without it, the preset with the nearest number of images. Exit code 1 if something
@@ -31,7 +32,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from checkpoint import Checkpoints
-from config import DEFAULT_PRETRAIN_CONFIG, changed_keys, load_config, merge
+from config import DEFAULT_PRETRAIN_CONFIG, build, changed_keys, load_config, merge, require_name, to_yaml
 from metrics import TIMING_KEYS, read_metrics
 from train_capi import CapiConfig, CapiState
 from training import BATCH_KEYS
@@ -125,18 +126,22 @@ def read_preset(name: str) -> Run:
     known = sorted(preset.stem for preset in PRESETS.glob("*.yaml"))
     if not path.is_file():
         raise UserError(f"--preset {name}: there is no such preset, and no such folder{did_you_mean(name, known)}")
-    curve = PRESETS / f"{name}{CURVE}"
+    curve = path.with_suffix(CURVE)
     if not curve.is_file():
         raise UserError(f"--preset {name}: it was not run, so there is no curve to compare with")
+    return _preset(path, read_metrics(curve))
+
+
+def _preset(path: Path, records: Sequence[Mapping[str, Any]]) -> Run:
     sources = [*(str(ROOT / base) for base in BASE.findall(path.read_text())), str(path)]
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, sources)
-    num_tasks = cfg.launcher.num_nodes * cfg.launcher.num_tasks_per_node
-    return Run(f"preset {name}", asdict(cfg), read_metrics(curve), num_tasks)
+    return Run(f"preset {path.stem}", asdict(cfg), records, cfg.launcher.num_nodes * cfg.launcher.num_tasks_per_node)
 
 
 def nearest_preset(run: Run) -> Run:
     """The preset with a curve whose number of images is nearest to that of a run."""
-    presets = [read_preset(path.name.removesuffix(CURVE)) for path in sorted(PRESETS.glob(f"*{CURVE}"))]
+    with_curve = [path.stem for path in sorted(PRESETS.glob("*.yaml")) if path.with_suffix(CURVE).is_file()]
+    presets = [read_preset(name) for name in with_curve]
     return min(presets, key=lambda preset: abs(math.log(preset.num_images / run.num_images)))
 
 
@@ -303,6 +308,9 @@ CAUSES = (
 UNKNOWN = "No pattern that is known. Look at the quantity that left first, and at the keys that differ."
 
 
+UNCOUNTED = "{} has neither log.txt nor checkpoints, so on how many processes it trained is unknown"
+
+
 def uncounted(*runs: Run) -> list[str]:
     """Runs whose images per prototype are unknown."""
     return [run.name for run in runs if run.num_processes is None]
@@ -337,15 +345,43 @@ def differing_keys(run: Run, reference: Run) -> dict[str, str]:
     return {key: f"{new!r} instead of {old!r}" for key, (old, new) in changed.items()}
 
 
+def keep(run: Run, name: str) -> Path:
+    """Make a run's curve that of a preset; under a new name, its configuration becomes one.
+
+    Returns: where the curve is.
+    Raises: UserError if it cannot be called that, or if a preset of that name is of other trainings.
+    """
+    require_name(f"--keep-as {name}", name)
+    path = PRESETS / f"{name}.yaml"
+    if path.is_file():
+        differ = differing_keys(run, _preset(path, []))
+        if differ:
+            raise UserError(
+                f"--keep-as {name}: there is a preset of that name, with other keys ({', '.join(differ)}) than "
+                f"{run.name}; choose another name"
+            )
+    elif run.num_processes is None:
+        raise UserError(f"--keep-as {name}: {UNCOUNTED.format(run.name)}; a new preset has to say how many")
+    else:
+        processes = {"num_nodes": 1, "gpus_per_node": run.num_processes, "tasks_per_node": None}
+        own = {"train": {"output_dir": f"runs/{name}"}, "launcher": processes}
+        start = "python" if run.num_processes == 1 else f"torchrun --nproc-per-node {run.num_processes}"
+        head = (
+            f"# The whole configuration of {run.name}.\n#   {start} train_capi.py experiments/presets/{name}.yaml\n\n"
+        )
+        write_text_atomically(path, head + to_yaml(build(CapiConfig, merge(run.config, own))))
+    curve = path.with_suffix(CURVE)
+    write_text_atomically(curve, "".join(json.dumps(record) + "\n" for record in thinned(run.records)))
+    return curve
+
+
 @ending_in_words
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 within the bands, 1 something left one, 2 a mistake of the user."""
     args = parser.parse_args(arguments)
     run = read_run(args.run)
     if args.keep_as is not None:
-        path = PRESETS / f"{args.keep_as}{CURVE}"
-        write_text_atomically(path, "".join(json.dumps(record) + "\n" for record in thinned(run.records)))
-        sys.stdout.write(f"{path}\n")
+        sys.stdout.write(f"{keep(run, args.keep_as)}\n")
         return 0
     if args.preset is None:
         reference = nearest_preset(run)
@@ -358,10 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         left_out = ", ".join(quantity.words for quantity in QUANTITIES if quantity.is_of_loss)
         lines.append(f"  {LOSS_KEY}: {differ[LOSS_KEY]}, so these are not compared: {left_out}")
     for name in uncounted(run, reference):
-        lines.append(
-            f"  {name} has neither log.txt nor checkpoints, so on how many processes it trained is unknown, "
-            "and images per prototype are not compared"
-        )
+        lines.append(f"  {UNCOUNTED.format(name)}, and images per prototype are not compared")
     if departed:
         lines += ["", *causes(departed, run, reference), "", "Keys that differ:"]
         lines += [f"  {key}: {values}" for key, values in differ.items()] or ["  none"]

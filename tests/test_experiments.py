@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -780,6 +781,33 @@ def test_losses_are_not_judged_where_they_mean_something_else(tmp_path, capsys):
 def test_what_there_is_no_curve_for_is_told(arguments, message, good, capsys):
     assert compare_run.main([word.replace("RUN", str(good)) for word in arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_kept_is_a_preset_that_later_runs_are_compared_with(processes, tmp_path, monkeypatch, capsys):
+    run = folder_of(tmp_path, PRESETS / "cpu_30min", "capi.num_clusters=256")
+    (run / "log.txt").write_text(f"12:00:00 I training: torch 2 on cpu (x), {processes} process(es), code 0123abc\n")
+    presets = tmp_path / "presets"
+    presets.mkdir()
+    shutil.copy(PRESETS / "cpu_30min.metrics.jsonl", presets / "a_curve_alone.metrics.jsonl")
+    monkeypatch.setattr(compare_run, "PRESETS", presets)
+    for _ in range(2):
+        assert compare_run.main([str(run), "--keep-as", "mine"]) == 0
+    for named in ([], ["--preset", "mine"]):
+        assert compare_run.main([str(run), *named]) == 0
+        assert "beside preset mine, " in capsys.readouterr().out
+    kept, own = compare_run.read_preset("mine"), compare_run.read_run(run)
+    assert kept.images_per_step == own.images_per_step == 128 * processes
+    other = {key for key in changed_keys(own.config, kept.config) if not key.startswith("launcher.")}
+    assert other == {"train.output_dir"}
+    before = sorted(presets.iterdir()), (presets / "mine.metrics.jsonl").read_text()
+    folder_of(tmp_path, PRESETS / "cpu_30min", "capi.num_clusters=128")
+    change_metrics(run, lr=lambda lr: 2 * lr)
+    assert compare_run.main([str(run), "--keep-as", "mine"]) == 2
+    assert "there is a preset of that name, with other keys (capi.num_clusters)" in capsys.readouterr().err
+    assert compare_run.main([str(run), "--keep-as", "sub/mine"]) == 2
+    assert "--keep-as sub/mine: " in capsys.readouterr().err
+    assert before == (sorted(presets.iterdir()), (presets / "mine.metrics.jsonl").read_text())
 
 
 def test_a_curve_that_is_kept_is_thin_and_without_what_depends_on_the_machine(good, tmp_path, monkeypatch, capsys):
