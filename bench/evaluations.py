@@ -467,7 +467,7 @@ def main() -> None:
         rows = measure(name, part, args.repeats, device)
         print_table(rows)
         settings = {**part.settings, "device": device.type, "repeats": args.repeats}
-        record(args, f"evaluations, {name}", settings, rows)
+        record(args, f"evaluations, {name}", settings, rows, device)
 
 
 if __name__ == "__main__":

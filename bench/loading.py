@@ -36,6 +36,7 @@ from torchvision import transforms
 
 from config import DEFAULT_PRETRAIN_CONFIG, load_config
 from data import IMAGENET_MEAN, IMAGENET_STD, normalize
+from distributed import device_model
 from reading.crops import cut, draw_crop
 from reading.sources import as_bytes_tensor, decode_pixels, jpeg_decoder, silent_decoders
 from train_capi import CapiConfig, make_loader
@@ -204,7 +205,8 @@ def main() -> None:
     ]
     print_table(numbers)
     settings = {"jpeg": f"{WIDTH}x{HEIGHT}", "crop": SIZE, "batch": BATCH, "images": args.images}
-    record(args, "loading", settings, numbers)
+    gpu = {"gpu": device_model(torch.device("cuda"))} if has_gpu else {}
+    record(args, "loading", settings | gpu, numbers, torch.device("cpu"))
 
 
 if __name__ == "__main__":
