@@ -256,6 +256,12 @@ def test_the_loader_is_measured_as_typed(tmp_path):
         assert row["times the baseline"] > 1, "slower than Pillow and torchvision's v1 transforms"
 
 
+def test_fewer_images_than_a_batch_are_refused(tmp_path):
+    done = run_forked("bench/loading.py", "--images", "10", "--results", tmp_path / "results.jsonl")
+    assert done.returncode == 2
+    assert "argument --images: it=10: must be at least 64" in done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would search")
 def test_a_largest_batch_is_not_searched_on_a_cpu():
     done = run_forked("bench/step.py", "--largest-batch")

@@ -587,6 +587,8 @@ def test_the_rule_is_printed_as_a_configuration(tmp_path, capsys):
     assert cfg.data.prediction_subsampling == 1, "there are fewer hidden patches than should be predicted"
     assert rule.main(["--images", "10", "--dataset-images", "9469"]) == 2
     assert "10 images of 9469 are too few" in capsys.readouterr().err
+    assert rule.main(["--images", "76800", "--dataset-images", "9469", "--patches", "0"]) == 2
+    assert "--patches=0: must be at least 1" in capsys.readouterr().err
 
 
 # A run beside the curve of a preset.
