@@ -168,7 +168,8 @@ def main() -> None:
     print_bounds(args, floor_s)
     print_table(rows)
     sizes = {key: getattr(args, key) for key in ("positions", "batch", "width", "prototypes")}
-    record(args, "clustering", sizes | {"dtype": "bfloat16" if is_cuda else "float32"}, rows)
+    dtype = "bfloat16" if is_cuda else "float32"
+    record(args, "clustering", sizes | {"dtype": dtype, "chunks": " ".join(args.chunks)}, rows)
 
 
 if __name__ == "__main__":

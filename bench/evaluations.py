@@ -15,10 +15,11 @@ Parts, with their sizes at `--scale 1` (images, patches and queries are scaled, 
 The ways are measured in turn, `--repeats` times; medians are shown. Bounds: operations over the rate of a large matrix
 product, and bytes (inputs and results once; of parameters what a step must read and write) over the rate of a large
 copy, both measured in the same turns. `times bound` is the time in units of the larger one. Memory is what is added at
-the peak to what was there before.
+the peak to what was there before, in the turn that adds most.
 """
 
 import argparse
+import ctypes
 import statistics
 import sys
 import time
@@ -103,10 +104,13 @@ def memory_gib(device: torch.device, *, peak: bool) -> float | None:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget earlier peaks."""
+    """Forget earlier peaks, and what was freed: memory that stays in the process would hide what is asked for next."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif REFERENCES.exists():
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+        if trim is not None:
+            trim(0)
         REFERENCES.write_text("5")
 
 
@@ -143,7 +147,7 @@ def measure(name: str, part: Part, repeats: int, device: torch.device) -> list[R
     """The rows of a part."""
     rates = Rates(device, {way.rate for way in part.ways})
     seconds: dict[str, list[float]] = {way.name: [] for way in part.ways}
-    added: dict[str, list[float | None]] = {way.name: [] for way in part.ways}
+    added: dict[str, list[float]] = {way.name: [] for way in part.ways}
     outcomes: dict[str, Any] = {}
     for _ in range(repeats):
         rates.measure()
@@ -153,7 +157,8 @@ def measure(name: str, part: Part, repeats: int, device: torch.device) -> list[R
             elapsed, outcomes[way.name] = timed(way.run, device)
             peak = memory_gib(device, peak=True)
             seconds[way.name].append(elapsed)
-            added[way.name].append(None if before is None or peak is None else max(0.0, peak - before))
+            if before is not None and peak is not None:
+                added[way.name].append(max(0.0, peak - before))
     ours = part.ways[0].name
     rows = []
     for way in part.ways:
@@ -169,7 +174,7 @@ def measure(name: str, part: Part, repeats: int, device: torch.device) -> list[R
                 "operations bound s": by_operations,
                 "bytes bound s": by_bytes,
                 "times bound": elapsed / max(by_operations, by_bytes),
-                "added GiB": added[way.name][-1],
+                "added GiB": max(added[way.name], default=None),
                 "against ours": "" if way.name == ours else part.agreement(outcomes[ours], outcomes[way.name]),
             }
         )
@@ -467,7 +472,7 @@ def main() -> None:
         rows = measure(name, part, args.repeats, device)
         print_table(rows)
         settings = {**part.settings, "device": device.type, "repeats": args.repeats}
-        record(args, f"evaluations, {name}", settings, rows)
+        record(args, f"evaluations, {name}", settings, rows, device)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,9 @@ from results import add_arguments, print_table, record, whole_number
 from torch import Tensor
 from torchvision import transforms
 
-from config import DEFAULT_PRETRAIN_CONFIG, load_config
+from config import DEFAULT_PRETRAIN_CONFIG, argument, load_config
 from data import IMAGENET_MEAN, IMAGENET_STD, normalize
+from distributed import device_model
 from reading.crops import cut, draw_crop
 from reading.sources import as_bytes_tensor, decode_pixels, jpeg_decoder, silent_decoders
 from train_capi import CapiConfig, make_loader
@@ -171,7 +172,8 @@ def measure(rows: dict[str, tuple[int, Callable[[], object]]], num_images: int, 
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=whole_number, default=64, help="images per row and repeat, a multiple of 64")
+    images = argument(int, at_least=BATCH)
+    parser.add_argument("--images", type=images, default=64, help="images per row and repeat, a multiple of 64")
     parser.add_argument("--repeats", type=whole_number, default=9)
     add_arguments(parser)
     args = parser.parse_args()
@@ -204,7 +206,8 @@ def main() -> None:
     ]
     print_table(numbers)
     settings = {"jpeg": f"{WIDTH}x{HEIGHT}", "crop": SIZE, "batch": BATCH, "images": args.images}
-    record(args, "loading", settings, numbers)
+    gpu = {"gpu": device_model(torch.device("cuda"))} if has_gpu else {}
+    record(args, "loading", settings | gpu, numbers, torch.device("cpu"))
 
 
 if __name__ == "__main__":

@@ -199,7 +199,9 @@ def report(args: argparse.Namespace, device: torch.device) -> None:
         )
     print_table(rows)
     settings = {"encoder": f"ViT-S/{PATCH}", "batch": args.batch, "px": args.px, "steps": args.steps}
-    record(args, "methods", settings | {"dtype": "float32" if device.type == "cpu" else "bfloat16"}, rows)
+    settings["dtype"] = "float32" if device.type == "cpu" else "bfloat16"
+    chosen = {} if args.method == list(METHODS) else {"methods": " ".join(args.method)}
+    record(args, "methods", settings | chosen, rows)
 
 
 def main() -> None:

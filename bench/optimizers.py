@@ -53,6 +53,7 @@ def main() -> None:
     add_arguments(parser)
     args = parser.parse_intermixed_args()
     device = pick_device("auto")
+    overrides = {"overrides": " ".join(args.sources)} if args.sources else {}
     given = [*args.sources, f"data.images_size={args.px}"]
     steps = {}
     for kind in OPTIMIZERS:
@@ -85,7 +86,7 @@ def main() -> None:
     print_table(rows)
     dtype = str(steps["AdamW"].state.dtype).removeprefix("torch.")
     settings = {"model": args.model, "batch": args.batch, "px": args.px, "steps": args.steps, "dtype": dtype}
-    record(args, "optimizers", settings, rows)
+    record(args, "optimizers", settings | overrides, rows)
 
 
 if __name__ == "__main__":

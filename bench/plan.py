@@ -387,7 +387,7 @@ def scale(sources: list[str], args: argparse.Namespace) -> None:
         print_table(model_rows)
         rows += model_rows
     settings = {"assumed TFLOP/s": 450, "assumed GB/s": "360 in a node, 320 across", "overrides": " ".join(sources)}
-    record(args, "scale, predicted", settings, rows)
+    record(args, "scale, predicted", settings, rows, torch.device("cpu"))
 
 
 def scale_row(

@@ -47,6 +47,7 @@ def main() -> None:
     add_arguments(parser)
     args = parser.parse_intermixed_args()
     args.model, device = "vits14", pick_device("auto")
+    overrides = {"overrides": " ".join(args.sources)} if args.sources else {}
     args.sources.append(f"data.images_size={args.px}")
     published = {
         kind: flops(load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [f"model.predictor={kind}"]))
@@ -78,7 +79,7 @@ def main() -> None:
     print_table(rows)
     dtype = str(steps["cross"].state.dtype).removeprefix("torch.")
     settings = {"encoder": "ViT-S/14", "batch": args.batch, "px": args.px, "steps": args.steps, "dtype": dtype}
-    record(args, "predictors", settings, rows)
+    record(args, "predictors", settings | overrides, rows)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository is not i
 import torch
 
 from config import argument
-from distributed import device_model
+from distributed import device_model, pick_device
 from utils import git_revision
 
 RESULTS = Path(__file__).parent / "results.jsonl"
@@ -41,7 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines file that the result is appended to")
 
 
-def record(args: argparse.Namespace, bench: str, settings: Mapping[str, Any], numbers: Sequence[Row]) -> None:
+def record(
+    args: argparse.Namespace,
+    bench: str,
+    settings: Mapping[str, Any],
+    numbers: Sequence[Row],
+    device: torch.device | None = None,
+) -> None:
     """Append one line to `args.results`.
 
     Args:
@@ -49,11 +55,12 @@ def record(args: argparse.Namespace, bench: str, settings: Mapping[str, Any], nu
         bench: name of the benchmark.
         settings: what was measured; with `bench` and the device, lines of equal settings replace each other in README.
         numbers: rows of the table, by column; None where nothing was measured.
+        device: what it was measured on; what is picked for a training if None.
     """
     line = {
         "bench": bench,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": hardware(),
+        "hardware": hardware(device or pick_device("auto")),
         "commit": git_revision("bench/results.jsonl", "bench/README.md"),  # what an earlier benchmark has written
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "settings": dict(settings),
@@ -65,12 +72,11 @@ def record(args: argparse.Namespace, bench: str, settings: Mapping[str, Any], nu
 
 
 @functools.cache
-def hardware() -> str:
-    """The GPU, or the processor and the number of threads that torch uses."""
-    if torch.cuda.is_available():
-        memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-        return f"{device_model(torch.device('cuda', 0))}, {memory_gib:.0f} GiB"
-    name = device_model(torch.device("cpu"))
+def hardware(device: torch.device) -> str:
+    """A GPU and its memory, or the processor and the number of threads that torch uses."""
+    name = device_model(device)
+    if device.type == "cuda":
+        return f"{name}, {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
     return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} shared cores"
 
 

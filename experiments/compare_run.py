@@ -1,7 +1,8 @@
 """Lay a run of CAPI over the curve of a preset: what left the band, at which step, and what that usually means.
 
     python experiments/compare_run.py RUN [--preset NAME]
-    python experiments/compare_run.py RUN --keep-as NAME     write the run's curve, thinned, as that of a preset
+    python experiments/compare_run.py RUN --keep-as NAME     write the run's curve, thinned, as that of a preset, which
+                                                             a new name makes one with the run's configuration
 
 RUN is the output folder of a training, finished or not. NAME is a preset of experiments/presets that has been run, or
 the folder of a run that went well; without it, the preset with the nearest number of images. Exit code 1 if something
@@ -23,17 +24,27 @@ with command_line(__doc__, __name__) as parser:
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import yaml
 
-from config import changed_keys, read_yaml
+from checkpoint import Checkpoints
+from config import DEFAULT_PRETRAIN_CONFIG, build, changed_keys, load_config, merge, require_name, to_yaml
 from metrics import TIMING_KEYS, read_metrics
+from train_capi import CapiConfig, CapiState
+from training import BATCH_KEYS
 from utils import UserError, did_you_mean, ending_in_words, write_text_atomically
 
+ROOT = Path(__file__).parent.parent
 PRESETS = Path(__file__).parent / "presets"
 CURVE = ".metrics.jsonl"
+BASE = re.compile(r"^#   python \S+ (configs/\S+\.yaml) ", re.MULTILINE)
+"""In the command at the head of a preset, the configuration that it goes on top of."""
+PROCESSES = re.compile(r", (\d+) process\(es\), code ")
+"""In the log, on how many processes a training starts."""
 MOST_RECORDS = 200
 """Of a curve that is kept."""
 IN_A_ROW = 2
@@ -48,11 +59,13 @@ class Run(NamedTuple):
 
     name: str
     config: Mapping[str, Any]
-    """Resolved configuration; of a preset, what it sets."""
+    """Resolved."""
     records: Sequence[Mapping[str, Any]]
+    num_processes: int | None
+    """None where nothing that is left of a run says it."""
 
-    def number(self, key: str) -> float:
-        """A number of the configuration, by its dotted key."""
+    def value(self, key: str) -> Any:
+        """A value of the configuration, by its dotted key."""
         value: Any = self.config
         for part in key.split("."):
             value = value[part]
@@ -60,18 +73,19 @@ class Run(NamedTuple):
 
     @property
     def num_images(self) -> float:
-        """Images seen by one process in the whole training."""
-        return self.number("optim.total_iters") * self.images_per_step
+        """Images seen in the whole training."""
+        return self.value("optim.total_iters") * self.images_per_step
 
     @property
     def images_per_step(self) -> float:
-        """Images of an update of one process."""
-        return self.number("optim.batch_size_per_gpu") * self.config["optim"].get("accumulation_steps", 1)
+        """Images of an update on all processes, over which Sinkhorn balances; of one if their number is unknown."""
+        per_process = self.value("optim.batch_size_per_gpu") * self.value("optim.accumulation_steps")
+        return per_process * (self.num_processes or 1)
 
     @property
     def num_prototypes(self) -> float:
         """K."""
-        return self.number("capi.num_clusters")
+        return self.value("capi.num_clusters")
 
     def points(self, quantity: "Quantity") -> list[tuple[int, float | None]]:
         """Step and value of each reading of a quantity; None where it was not finite."""
@@ -90,11 +104,21 @@ def read_run(folder: Path) -> Run:
     records = read_metrics(folder / "metrics.jsonl")
     if not records:
         raise UserError(f"{folder} has logged nothing yet")
-    return Run(str(folder), config, records)
+    return Run(str(folder), merge(CapiState.LATER_KEYS, config), records, num_processes(folder))
+
+
+def num_processes(folder: Path) -> int | None:
+    """Processes of a training: by its log, where its last start says it, or by its newest checkpoint."""
+    log = folder / "log.txt"
+    told = PROCESSES.findall(log.read_text(errors="replace")) if log.is_file() else []
+    if told:
+        return int(told[-1])
+    newest = Checkpoints(folder, keep=1).newest()
+    return None if newest is None else json.loads((newest / "state.json").read_text())["world_size"]
 
 
 def read_preset(name: str) -> Run:
-    """A preset and its curve.
+    """A preset, on top of its configuration, and its curve.
 
     Raises: UserError if there is none, or if it was not run.
     """
@@ -102,15 +126,22 @@ def read_preset(name: str) -> Run:
     known = sorted(preset.stem for preset in PRESETS.glob("*.yaml"))
     if not path.is_file():
         raise UserError(f"--preset {name}: there is no such preset, and no such folder{did_you_mean(name, known)}")
-    curve = PRESETS / f"{name}{CURVE}"
+    curve = path.with_suffix(CURVE)
     if not curve.is_file():
         raise UserError(f"--preset {name}: it was not run, so there is no curve to compare with")
-    return Run(f"preset {name}", read_yaml(path), read_metrics(curve))
+    return _preset(path, read_metrics(curve))
+
+
+def _preset(path: Path, records: Sequence[Mapping[str, Any]]) -> Run:
+    sources = [*(str(ROOT / base) for base in BASE.findall(path.read_text())), str(path)]
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, sources)
+    return Run(f"preset {path.stem}", asdict(cfg), records, cfg.launcher.num_nodes * cfg.launcher.num_tasks_per_node)
 
 
 def nearest_preset(run: Run) -> Run:
     """The preset with a curve whose number of images is nearest to that of a run."""
-    presets = [read_preset(path.name.removesuffix(CURVE)) for path in sorted(PRESETS.glob(f"*{CURVE}"))]
+    with_curve = [path.stem for path in sorted(PRESETS.glob("*.yaml")) if path.with_suffix(CURVE).is_file()]
+    presets = [read_preset(name) for name in with_curve]
     return min(presets, key=lambda preset: abs(math.log(preset.num_images / run.num_images)))
 
 
@@ -138,23 +169,37 @@ class Quantity(NamedTuple):
     high: float
     measure: Callable[[float, Run], float] = lambda value, _: value
     """Of a logged value, what can be compared between runs of different sizes."""
+    is_of_loss: bool = False
+    """Whether it says nothing beside that of another loss."""
+
+
+def of_log_k(loss: float, run: Run) -> float:
+    """A cross-entropy over the prototypes, beside that of knowing nothing."""
+    return loss / math.log(run.num_prototypes)
+
+
+def of_width(rank: float, run: Run) -> float:
+    """The part of their dimensions that features fill."""
+    return rank / run.value("model.transformers_kwargs.embed_dim")
 
 
 QUANTITIES = (
     Quantity("lr", "learning rate", 0.4, 2.5),
     Quantity("momentum", "share of the student in each step of the teacher, 1 - m", 0.2, 5, lambda m, _: 1 - m),
-    Quantity("teacher_rank", "effective rank of the teacher's features", 0.75, 1.35),
+    Quantity("teacher_rank", "effective rank of the teacher's features / width", 0.75, 1.6, of_width),
     Quantity("target_entropy_rel", "entropy of the targets / log K", 0.6, 1.7),
     Quantity(
         "prototypes_used", "share of the prototypes in use", 0.8, 1.25, lambda used, run: used / run.num_prototypes
     ),
-    Quantity("capi_loss", "student's loss / log K", 0.8, 1.2, lambda loss, run: loss / math.log(run.num_prototypes)),
-    Quantity(
-        "clustering_loss", "clustering loss / log K", 0.5, 2, lambda loss, run: loss / math.log(run.num_prototypes)
-    ),
-    Quantity("grad_norm", "norm of the student's gradient", 0.3, 3),
+    Quantity("capi_loss", "student's loss / log K", 0.8, 1.2, of_log_k, is_of_loss=True),
+    Quantity("clustering_loss", "clustering loss / log K", 0.5, 2, of_log_k, is_of_loss=True),
+    Quantity("grad_norm", "norm of the student's gradient", 0.3, 3, is_of_loss=True),
 )
 """A run with another seed stays in these bands, and runs that fail leave some: tests/test_experiments.py has both."""
+
+
+LOSS_KEY = "capi.targets"
+"""What the loss means depends on this key."""
 
 
 class Departure(NamedTuple):
@@ -178,8 +223,10 @@ class Departure(NamedTuple):
 
 def departures(run: Run, reference: Run) -> list[Departure]:
     """What left its band, the earliest first. Runs of different lengths are compared at the same part of the whole."""
-    scale = reference.number("optim.total_iters") / run.number("optim.total_iters")
-    candidates = (_departure(quantity, run, reference, scale) for quantity in QUANTITIES)
+    scale = reference.value("optim.total_iters") / run.value("optim.total_iters")
+    has_another_loss = run.value(LOSS_KEY) != reference.value(LOSS_KEY)
+    judged = [quantity for quantity in QUANTITIES if not (quantity.is_of_loss and has_another_loss)]
+    candidates = (_departure(quantity, run, reference, scale) for quantity in judged)
     return sorted(filter(None, candidates), key=lambda departure: departure.step)
 
 
@@ -261,31 +308,71 @@ CAUSES = (
 UNKNOWN = "No pattern that is known. Look at the quantity that left first, and at the keys that differ."
 
 
+UNCOUNTED = "{} has neither log.txt nor checkpoints, so on how many processes it trained is unknown"
+
+
+def uncounted(*runs: Run) -> list[str]:
+    """Runs whose images per prototype are unknown."""
+    return [run.name for run in runs if run.num_processes is None]
+
+
 def causes(departed: Sequence[Departure], run: Run, reference: Run) -> list[str]:
     """What departures usually mean; empty if there are none."""
     signs = {f"{departure.quantity.key} {departure.side}" for departure in departed}
     own, usual = (curve.images_per_step / curve.num_prototypes for curve in (run, reference))
-    if own < FEWER * usual:
+    if not uncounted(run, reference) and own < FEWER * usual:
         signs.add(FEW_IMAGES)
     return [cause.words for cause in CAUSES if cause.fits(frozenset(signs))] or ([UNKNOWN] if departed else [])
 
 
-SHAPING = ("capi", "optim", "data", "model")
-"""Sections of the configuration that make a training what it is."""
+SHAPING = ("capi", "optim", "data", "model", "train.init_from", "efficiency.param_dtype", "efficiency.teacher_fp8")
+"""Sections and keys of the configuration that make a training what it is ..."""
+IDLE = ("capi.clustering_chunk", "capi.clustering_kernel", "data.dataset", "data.decode", "data.max_bad_fraction")
+"""... and those among them that do not."""
 
 
-def differing_keys(run: Run, reference: Run) -> list[str]:
-    """Keys of the reference that the run has otherwise, as `key: the run's value instead of the reference's`."""
-    expected = {name: reference.config[name] for name in SHAPING if name in reference.config}
-    changed = changed_keys(expected, common(run.config, expected))
-    return [f"{key}: {new!r} instead of {old!r}" for key, (old, new) in changed.items() if key != "data.dataset"]
+def differing_keys(run: Run, reference: Run) -> dict[str, str]:
+    """Keys that shape a training and differ, each with `the run's value instead of the reference's`."""
+    changed = {
+        key: pair
+        for key, pair in changed_keys(reference.config, run.config).items()
+        if any(f"{key}.".startswith(f"{part}.") for part in SHAPING) and key not in IDLE
+    }
+    if not uncounted(run, reference):  # how an update is divided does not matter then
+        changed = {key: pair for key, pair in changed.items() if f"{key}." not in BATCH_KEYS}
+        old, new = reference.images_per_step, run.images_per_step
+        changed |= {"images of an update": (old, new)} if old != new else {}
+    return {key: f"{new!r} instead of {old!r}" for key, (old, new) in changed.items()}
 
 
-def common(tree: Any, other: Any) -> Any:
-    """Of nested values those whose keys are in another tree as well."""
-    if not (isinstance(tree, dict) and isinstance(other, dict)):
-        return tree
-    return {name: common(tree.get(name), value) for name, value in other.items()}
+def keep(run: Run, name: str) -> Path:
+    """Make a run's curve that of a preset; under a new name, its configuration becomes one.
+
+    Returns: where the curve is.
+    Raises: UserError if it cannot be called that, or if a preset of that name is of other trainings.
+    """
+    require_name(f"--keep-as {name}", name)
+    path = PRESETS / f"{name}.yaml"
+    if path.is_file():
+        differ = differing_keys(run, _preset(path, []))
+        if differ:
+            raise UserError(
+                f"--keep-as {name}: there is a preset of that name, with other keys ({', '.join(differ)}) than "
+                f"{run.name}; choose another name"
+            )
+    elif run.num_processes is None:
+        raise UserError(f"--keep-as {name}: {UNCOUNTED.format(run.name)}; a new preset has to say how many")
+    else:
+        processes = {"num_nodes": 1, "gpus_per_node": run.num_processes, "tasks_per_node": None}
+        own = {"train": {"output_dir": f"runs/{name}"}, "launcher": processes}
+        start = "python" if run.num_processes == 1 else f"torchrun --nproc-per-node {run.num_processes}"
+        head = (
+            f"# The whole configuration of {run.name}.\n#   {start} train_capi.py experiments/presets/{name}.yaml\n\n"
+        )
+        write_text_atomically(path, head + to_yaml(build(CapiConfig, merge(run.config, own))))
+    curve = path.with_suffix(CURVE)
+    write_text_atomically(curve, "".join(json.dumps(record) + "\n" for record in thinned(run.records)))
+    return curve
 
 
 @ending_in_words
@@ -294,20 +381,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     run = read_run(args.run)
     if args.keep_as is not None:
-        path = PRESETS / f"{args.keep_as}{CURVE}"
-        write_text_atomically(path, "".join(json.dumps(record) + "\n" for record in thinned(run.records)))
-        sys.stdout.write(f"{path}\n")
+        sys.stdout.write(f"{keep(run, args.keep_as)}\n")
         return 0
     if args.preset is None:
         reference = nearest_preset(run)
     else:
         reference = read_run(Path(args.preset)) if Path(args.preset).is_dir() else read_preset(args.preset)
-    departed = departures(run, reference)
+    departed, differ = departures(run, reference), differing_keys(run, reference)
     lines = [f"{run.name} beside {reference.name}, {len(run.records)} lines up to step {run.records[-1]['step']}"]
     lines += [f"  {departure}" for departure in departed] or ["  all that is logged stays in its band"]
+    if LOSS_KEY in differ:
+        left_out = ", ".join(quantity.words for quantity in QUANTITIES if quantity.is_of_loss)
+        lines.append(f"  {LOSS_KEY}: {differ[LOSS_KEY]}, so these are not compared: {left_out}")
+    for name in uncounted(run, reference):
+        lines.append(f"  {UNCOUNTED.format(name)}, and images per prototype are not compared")
     if departed:
         lines += ["", *causes(departed, run, reference), "", "Keys that differ:"]
-        lines += [f"  {line}" for line in differing_keys(run, reference)] or ["  none"]
+        lines += [f"  {key}: {values}" for key, values in differ.items()] or ["  none"]
     sys.stdout.write("\n".join(lines) + "\n")
     return 1 if departed else 0
 

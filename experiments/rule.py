@@ -23,7 +23,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from config import dump_yaml
+from config import dump_yaml, require
 from utils import UserError, ending_in_words
 
 PUBLISHED = 16_384
@@ -40,12 +40,13 @@ def recommended(num_images: int, dataset_images: int, num_patches: int) -> dict[
         dataset_images: in the data set.
         num_patches: of one image.
 
-    Raises: UserError if that is too little for a training.
+    Raises: UserError if that is too little for a training, or if an image has no patches.
     """
     if num_images < 1000 or dataset_images < 100:
         raise UserError(
             f"{num_images} images of {dataset_images} are too few for any training; 1000 of 100 are the least"
         )
+    require(num_patches >= 1, "--patches", num_patches, "must be at least 1")
     batch = min(_power_of_two(math.sqrt(num_images) / 2), PUBLISHED)
     steps = round(num_images / batch)
     averaged_steps = min(1000.0, 4 * math.sqrt(steps))

@@ -191,7 +191,7 @@ def test_methods_are_measured_beside_each_other_as_typed(tmp_path):
     done = run_forked("bench/methods.py", "--method", "cae", "stop", *small, "--results", results, timeout=280)
     assert done.returncode == 0, done.stderr
     (line,) = map(json.loads, results.read_text().splitlines())
-    assert line["settings"]["px"] == 128
+    assert (line["settings"]["px"], line["settings"]["methods"]) == (128, "cae stop")
     first, second = line["numbers"]
     assert (first["method"], second["method"]) == ("cae", "stop")
     assert first["times the first"] == 1 != second["times the first"] > 0
@@ -200,13 +200,26 @@ def test_methods_are_measured_beside_each_other_as_typed(tmp_path):
     assert second["TFLOP per image"] < first["TFLOP per image"], "it sees a quarter of the patches, the other half"
 
 
+@pytest.mark.long
+def test_the_clustering_head_is_measured_as_typed(tmp_path):
+    results = tmp_path / "results.jsonl"
+    small = ["--positions", "8", "--batch", "2", "--width", "32", "--prototypes", "64", "--repeats", "1"]
+    done = run_forked("bench/clustering.py", *small, "--chunks", "2", "auto", "--results", results, timeout=280)
+    assert done.returncode == 0, done.stderr
+    (line,) = map(json.loads, results.read_text().splitlines())
+    assert line["settings"]["chunks"] == "2 auto"
+    assert {"floor", "step, torch, chunk 2", "step, torch, chunk auto", "plain"} <= {
+        row["what"] for row in line["numbers"]
+    }
+
+
 def test_predictors_are_measured_beside_what_the_author_reports_as_typed(tmp_path):
     results = tmp_path / "results.jsonl"
     command = ["bench/predictors.py", *SMALL, "--batch", "2", "--px", "84", "--steps", "1", "--results", results]
     done = run_forked(*command, timeout=280)
     assert done.returncode == 0, done.stderr
     (line,) = map(json.loads, results.read_text().splitlines())
-    assert line["settings"]["px"] == 84
+    assert (line["settings"]["px"], line["settings"]["overrides"]) == (84, " ".join(SMALL))
     cross, split, fused = line["numbers"]
     assert [row["predictor"] for row in (cross, split, fused)] == ["cross", "split", "fused"]
     assert cross["times cross"] == cross["by FLOPs"] == 1 < split["by FLOPs"] < fused["by FLOPs"]
@@ -223,6 +236,7 @@ def test_moments_in_8_bits_are_measured_beside_those_in_32_as_typed(tmp_path):
     done = run_forked(*command, timeout=280)
     assert done.returncode == 0, done.stderr
     (line,) = map(json.loads, results.read_text().splitlines())
+    assert line["settings"]["overrides"] == " ".join(SMALL)
     whole, eight = line["numbers"]
     assert whole["bytes per weight"] == 8 > 4 > eight["bytes per weight"] > 2
     assert whole["step, times AdamW"] == whole["update, times AdamW"] == 1 < eight["update, times AdamW"]
@@ -240,6 +254,12 @@ def test_the_loader_is_measured_as_typed(tmp_path):
         row = rows[f"ours: {source}"]
         assert row["images/s per core"] == pytest.approx(1000 / row["ms per image"])
         assert row["times the baseline"] > 1, "slower than Pillow and torchvision's v1 transforms"
+
+
+def test_fewer_images_than_a_batch_are_refused(tmp_path):
+    done = run_forked("bench/loading.py", "--images", "10", "--results", tmp_path / "results.jsonl")
+    assert done.returncode == 2
+    assert "argument --images: it=10: must be at least 64" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would search")

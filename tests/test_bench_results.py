@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from commands import run_forked
 from conftest import ROOT
 
@@ -31,6 +32,24 @@ def test_a_recorded_line_says_what_was_measured_where(tmp_path):
     assert set(first) == {"bench", "date", "hardware", "commit", "versions", "settings", "numbers"}
     assert first["versions"]["torch"]
     assert "core" in first["hardware"] or "GiB" in first["hardware"]
+
+
+class Gpu:
+    total_memory = 80 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("device", "names"), [("cpu", "core"), ("cuda", "a GPU, 80 GiB"), (None, "a GPU, 80 GiB")], ids=str
+)
+def test_where_it_was_measured_is_the_device_and_not_what_else_the_machine_has(device, names, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(results, "pick_device", lambda _: torch.device("cuda"))
+    args = arguments(tmp_path)
+    results.record(args, "step", {}, [{"what": "eager"}], device=None if device is None else torch.device(device))
+    (line,) = map(json.loads, args.results.read_text().splitlines())
+    assert names in line["hardware"]
 
 
 RECORD = """
@@ -84,7 +103,7 @@ def test_a_recorded_commit_is_that_of_the_code_whatever_was_recorded_before(tmp_
 def test_the_newest_line_of_each_setting_and_device_is_shown(tmp_path, monkeypatch):
     args = arguments(tmp_path)
     for hardware, batch, ms in (("CPU", 4, 1.0), ("GPU", 4, 0.1), ("CPU", 8, 2.0), ("CPU", 4, 1234.5)):
-        monkeypatch.setattr(results, "hardware", lambda name=hardware: name)
+        monkeypatch.setattr(results, "hardware", lambda _, name=hardware: name)
         results.record(args, "step", {"batch": batch}, [{"what": "eager", "ms": ms, "MFU": None}])
     found = results.newest(args.results)
     assert [(line["hardware"], line["settings"]["batch"]) for line in found] == [("CPU", 4), ("GPU", 4), ("CPU", 8)]

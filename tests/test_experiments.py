@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from PIL import Image
 
 import train_capi
 import train_distributed
-from config import DEFAULT_PRETRAIN_CONFIG, changed_keys, check_evaluation, load_config, read_yaml, to_yaml
+from config import DEFAULT_PRETRAIN_CONFIG, changed_keys, check_evaluation, load_config, to_yaml
 
 sys.path.append(str(ROOT / "experiments"))  # where the scripts look for each other
 
@@ -764,13 +765,11 @@ def test_a_preset_follows_the_rule(name, config, images, dataset_images, monkeyp
     monkeypatch.chdir(ROOT)
     cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [config, f"experiments/presets/{name}.yaml"])
     follows = rule.recommended(*(int(number.replace(",", "")) for number in (images, dataset_images)), cfg.num_patches)
-    num_gpus = max(1, cfg.launcher.num_nodes * cfg.launcher.gpus_per_node) if "gpu" in name else 1
-    assert cfg.optim.batch_size_per_gpu * cfg.optim.accumulation_steps * num_gpus == follows["optim"].pop(
+    num_processes = cfg.launcher.num_nodes * cfg.launcher.num_tasks_per_node
+    assert cfg.optim.batch_size_per_gpu * cfg.optim.accumulation_steps * num_processes == follows["optim"].pop(
         "batch_size_per_gpu"
     )
     has = asdict(cfg)
-    raw = read_yaml(PRESETS / f"{name}.yaml")
-    assert not changed_keys(raw, compare_run.common(has, raw)), "a number is no number without the types of the keys"
     different = {key: pair for key, pair in changed_keys(has, follows).items() if pair[1] is not None}
     assert not different, "preset, rule"
 
@@ -811,6 +810,8 @@ def test_the_rule_is_printed_as_a_configuration(tmp_path, capsys):
     assert cfg.data.prediction_subsampling == 1, "there are fewer hidden patches than should be predicted"
     assert rule.main(["--images", "10", "--dataset-images", "9469"]) == 2
     assert "10 images of 9469 are too few" in capsys.readouterr().err
+    assert rule.main(["--images", "76800", "--dataset-images", "9469", "--patches", "0"]) == 2
+    assert "--patches=0: must be at least 1" in capsys.readouterr().err
 
 
 # A run beside the curve of a preset.
@@ -866,7 +867,7 @@ def momentum(**values: float) -> list[str]:
     [
         (
             ["optim.lr_schedule.base_value=0.3"],
-            "effective rank of the teacher's features is below its band",
+            "effective rank of the teacher's features / width is below its band",
             "A learning rate",
         ),
         (
@@ -881,7 +882,7 @@ def momentum(**values: float) -> list[str]:
         ),
         (
             [*momentum(start_warmup_value=0, base_value=0, final_value=0), "optim.lr_schedule.base_value=4e-3"],
-            "effective rank of the teacher's features is below its band",
+            "effective rank of the teacher's features / width is below its band",
             "Collapse",
         ),
     ],
@@ -897,20 +898,101 @@ def test_what_ails_a_run_that_was_made_to_fail_is_told(overrides, left, meaning,
     assert differ == {override.partition("=")[0] for override in overrides}
 
 
-def test_a_run_is_laid_over_the_preset_that_is_nearest_to_it(good, tmp_path, capsys):
-    """Its own curve, in the form of a run's folder."""
-    sources = ["configs/imagenette.yaml", str(PRESETS / "cpu_30min.yaml")]
-    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [str(ROOT / sources[0]), sources[1]])
+IMAGENETTE = str(ROOT / "configs" / "imagenette.yaml")
+LONG_RUN = ROOT / "experiments" / "measured" / "long_run"
+
+
+def folder_of(tmp_path: Path, curve: Path, *overrides: str) -> Path:
+    """A curve in the form of a run's folder."""
+    cfg = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, [IMAGENETTE, f"{curve}.yaml", *overrides])
     (tmp_path / "config.yaml").write_text(to_yaml(cfg))
-    (tmp_path / "metrics.jsonl").write_text((PRESETS / "cpu_30min.metrics.jsonl").read_text())
-    assert compare_run.main([str(tmp_path)]) == 0
-    assert f"{tmp_path} beside preset cpu_30min, 15 lines up to step 600" in capsys.readouterr().out
-    records = read_metrics(tmp_path / "metrics.jsonl")
-    for record in records:
-        record["teacher_rank"] = None
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert compare_run.main([str(tmp_path), "--preset", "cpu_30min"]) == 1
-    assert "step 50: effective rank of the teacher's features is not finite" in capsys.readouterr().out
+    (tmp_path / "metrics.jsonl").write_text(Path(f"{curve}.metrics.jsonl").read_text())
+    return tmp_path
+
+
+def change_metrics(run: Path, **changes: Callable[[float], float | None]) -> None:
+    """Change what a run has logged, by key."""
+    records = [
+        {key: changes.get(key, lambda same: same)(value) for key, value in record.items()}
+        for record in read_metrics(run / "metrics.jsonl")
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_a_run_is_laid_over_the_preset_that_is_nearest_to_it(tmp_path, capsys):
+    run = folder_of(tmp_path, PRESETS / "cpu_30min")
+    assert compare_run.main([str(run)]) == 0
+    assert f"{run} beside preset cpu_30min, 15 lines up to step 600" in capsys.readouterr().out
+    change_metrics(run, teacher_rank=lambda _: None)
+    assert compare_run.main([str(run), "--preset", "cpu_30min"]) == 1
+    assert "step 200: effective rank of the teacher's features / width is not finite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("shrunk", "code"), [(1, 0), (2, 1)])
+def test_a_good_run_of_another_width_has_not_collapsed_and_one_of_half_its_rank_has(shrunk, code, tmp_path, capsys):
+    run = folder_of(tmp_path, LONG_RUN)
+    change_metrics(run, teacher_rank=lambda rank: rank / shrunk)
+    assert compare_run.main([str(run)]) == code
+    said = capsys.readouterr().out
+    assert "beside preset gpu_10min" in said, "of width 384 instead of 128"
+    assert ("Collapse" in said) == bool(code)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["capi.num_clusters=64", "model.encoder_kwargs.depth=3", "data.mask_ratio=0.5", "efficiency.param_dtype=bfloat16"],
+    ids=["of the preset", "of its configuration", "of the defaults", "of the precision"],
+)
+def test_every_key_that_shapes_a_training_is_told_where_it_differs(override, tmp_path, capsys):
+    idle = ["data.dataset=/my/images", "train.log_loss_every=3", "efficiency.dataloader_num_workers=0"]
+    run = folder_of(tmp_path, PRESETS / "cpu_30min", *idle, override)
+    change_metrics(run, lr=lambda lr: 10 * lr)
+    assert compare_run.main([str(run), "--preset", "cpu_30min"]) == 1
+    differ = re.findall(r"^  ([\w.]+): (\S+) instead of", capsys.readouterr().out, re.MULTILINE)
+    assert ["=".join(pair).replace("'", "") for pair in differ] == [override]
+
+
+@pytest.mark.parametrize(("processes", "batch"), [(1, 512), (4, 128), (4, 64), (None, 128)])
+@pytest.mark.parametrize("told_by", ["log", "checkpoint"])
+def test_images_per_prototype_are_those_of_all_processes(processes, batch, told_by, tmp_path, capsys):
+    run = folder_of(tmp_path, PRESETS / "gpu_10min", f"optim.batch_size_per_gpu={batch}")
+    if processes and told_by == "log":
+        start = "12:00:00 I training: torch 2 on cpu (x), {} process(es), code 0123abc\n"
+        (run / "log.txt").write_text(start.format(1) + start.format(processes))
+    elif processes:
+        (run / "checkpoints" / "step_000000003").mkdir(parents=True)
+        state = {"world_size": processes}
+        (run / "checkpoints" / "step_000000003" / "state.json").write_text(json.dumps(state))
+    change_metrics(run, target_entropy_rel=lambda entropy: 3 * entropy)
+    assert compare_run.main([str(run)]) == 1
+    said = capsys.readouterr().out
+    assert "beside preset gpu_10min" in said or processes is None
+    is_short = processes is not None and processes * batch < 512
+    assert ("Too few images for the prototypes" in said) == is_short
+    assert ("images of an update: 256 instead of 512" in said) == is_short
+    assert ("on how many processes it trained is unknown" in said) == (processes is None)
+
+
+@pytest.mark.parametrize(("processes", "nearest"), [(1, "cpu_30min"), (32, "gpu_10min")])
+def test_the_nearest_preset_has_about_as_many_images_as_all_processes(processes, nearest, tmp_path, capsys):
+    run = folder_of(tmp_path, PRESETS / "cpu_30min")
+    (run / "log.txt").write_text(f"12:00:00 I training: torch 2 on cpu (x), {processes} process(es), code 0123abc\n")
+    compare_run.main([str(run)])
+    assert f"beside preset {nearest}" in capsys.readouterr().out
+
+
+def test_losses_are_not_judged_where_they_mean_something_else(tmp_path, capsys):
+    factors = {"capi_loss": 0.01, "clustering_loss": 100, "grad_norm": 0.01}
+    run = folder_of(tmp_path, PRESETS / "cpu_30min", "capi.targets=ema_head")
+    change_metrics(run, **{key: lambda value, by=by: by * value for key, by in factors.items()})
+    assert compare_run.main([str(run), "--preset", "cpu_30min"]) == 0
+    said = capsys.readouterr().out
+    assert "capi.targets: 'ema_head' instead of 'clustering', so these are not compared: " in said
+    assert "student's loss / log K, clustering loss / log K, norm of the student's gradient" in said
+    folder_of(tmp_path, PRESETS / "cpu_30min", "capi.targets=clustering")
+    change_metrics(run, capi_loss=lambda loss: 0.01 * loss)
+    assert compare_run.main([str(run), "--preset", "cpu_30min"]) == 1
+    assert "so these are not compared" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -924,6 +1006,33 @@ def test_a_run_is_laid_over_the_preset_that_is_nearest_to_it(good, tmp_path, cap
 def test_what_there_is_no_curve_for_is_told(arguments, message, good, capsys):
     assert compare_run.main([word.replace("RUN", str(good)) for word in arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_kept_is_a_preset_that_later_runs_are_compared_with(processes, tmp_path, monkeypatch, capsys):
+    run = folder_of(tmp_path, PRESETS / "cpu_30min", "capi.num_clusters=256")
+    (run / "log.txt").write_text(f"12:00:00 I training: torch 2 on cpu (x), {processes} process(es), code 0123abc\n")
+    presets = tmp_path / "presets"
+    presets.mkdir()
+    shutil.copy(PRESETS / "cpu_30min.metrics.jsonl", presets / "a_curve_alone.metrics.jsonl")
+    monkeypatch.setattr(compare_run, "PRESETS", presets)
+    for _ in range(2):
+        assert compare_run.main([str(run), "--keep-as", "mine"]) == 0
+    for named in ([], ["--preset", "mine"]):
+        assert compare_run.main([str(run), *named]) == 0
+        assert "beside preset mine, " in capsys.readouterr().out
+    kept, own = compare_run.read_preset("mine"), compare_run.read_run(run)
+    assert kept.images_per_step == own.images_per_step == 128 * processes
+    other = {key for key in changed_keys(own.config, kept.config) if not key.startswith("launcher.")}
+    assert other == {"train.output_dir"}
+    before = sorted(presets.iterdir()), (presets / "mine.metrics.jsonl").read_text()
+    folder_of(tmp_path, PRESETS / "cpu_30min", "capi.num_clusters=128")
+    change_metrics(run, lr=lambda lr: 2 * lr)
+    assert compare_run.main([str(run), "--keep-as", "mine"]) == 2
+    assert "there is a preset of that name, with other keys (capi.num_clusters)" in capsys.readouterr().err
+    assert compare_run.main([str(run), "--keep-as", "sub/mine"]) == 2
+    assert "--keep-as sub/mine: " in capsys.readouterr().err
+    assert before == (sorted(presets.iterdir()), (presets / "mine.metrics.jsonl").read_text())
 
 
 def test_a_curve_that_is_kept_is_thin_and_without_what_depends_on_the_machine(good, tmp_path, monkeypatch, capsys):
