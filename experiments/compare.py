@@ -75,7 +75,7 @@ def make_table(cfg: TableConfig, sources: Sequence[str]) -> int:
         write_report(base / "report.html", content, trainings, cfg)
         lines = [text_table(content), "", *content["notices"], str(base / "results.json"), str(base / "report.html")]
         sys.stdout.write("\n".join(lines) + "\n")
-    return 1 if any(status.word == "failed" for status in statuses.values()) else 0
+    return 1 if any(status.word in ("failed", "refused") for status in statuses.values()) else 0
 
 
 def in_turn(trainings: Sequence[Training], cfg: TableConfig) -> Iterator[tuple[Training, Status]]:

@@ -50,7 +50,7 @@ def summarise(cfg: TableConfig, trainings: Sequence[Training], statuses: Mapping
     complete: dict[str, list[dict[str, float]]] = {}
     for training in trainings:
         status = statuses[training.title]
-        own, untrained = values_of(training, cfg, columns)
+        own, untrained = values_of(training, cfg, status.word, columns)
         standing = {"status": status.word, "message": status.message, "folder": str(training.folder)}
         made = {"note": training.entry.note, "command": training.command(training.num_steps), "seeds": {}}
         parts = [(training.name, made, own)]
@@ -70,7 +70,9 @@ def summarise(cfg: TableConfig, trainings: Sequence[Training], statuses: Mapping
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "code": made_by(trainings, "code"),
         "versions": {name: made_by(trainings, name) for name in ("python", "torch")},
-        "evaluated on": sorted({device for training in trainings for device in devices_of(training, cfg)}),
+        "evaluated on": sorted(
+            {device for training in trainings for device in devices_of(training, cfg, statuses[training.title].word)}
+        ),
         "columns": {name: score._asdict() for name, score in columns.items()},
         "rows": rows,
         "notices": notices(cfg, trainings, statuses, rows),
@@ -78,16 +80,17 @@ def summarise(cfg: TableConfig, trainings: Sequence[Training], statuses: Mapping
 
 
 def values_of(
-    training: Training, cfg: TableConfig, columns: dict[str, Score]
+    training: Training, cfg: TableConfig, status: str, columns: dict[str, Score]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The values of a training, and those of its model at random initialisation, by column.
 
     Args:
         training: as far as it got.
         cfg: of the table.
+        status: the word for how it stands.
         columns: filled with what occurs.
     """
-    own, untrained = scores_of(training, cfg, columns)
+    own, untrained = scores_of(training, cfg, status, columns)
     records = training.records()
     for name, key in cfg.metrics.items():
         # What is not finite is null in a metrics.jsonl.
@@ -110,13 +113,13 @@ def made_by(trainings: Sequence[Training], name: str) -> list[Any]:
     return list(dict.fromkeys(versions.get(name) for training in trainings for versions in training.made_by))
 
 
-def evaluations_of(training: Training, cfg: TableConfig) -> dict[str, Any]:
+def evaluations_of(training: Training, cfg: TableConfig, status: str) -> dict[str, Any]:
     """What benchmark.py wrote of a complete training, without evaluations that the table lacks, or that are not done.
 
-    One that is not done may have left the results of another request.
+    One that is not done, or was refused, may have left the results of another request.
     """
     path = training.folder / "evaluation" / "results.json"
-    content = read_results(path) if path.is_file() and training.is_done() else {}
+    content = read_results(path) if path.is_file() and training.is_done() and status != "refused" else {}
     done = {
         part: {
             name: entry
@@ -129,7 +132,7 @@ def evaluations_of(training: Training, cfg: TableConfig) -> dict[str, Any]:
 
 
 def scores_of(
-    training: Training, cfg: TableConfig, columns: dict[str, Score]
+    training: Training, cfg: TableConfig, status: str, columns: dict[str, Score]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Scores of a training and of its random initialisation, as far as they were evaluated, by column."""
     for name, place in cfg.scores.items():
@@ -137,7 +140,7 @@ def scores_of(
             columns.setdefault(name, Score(tuple(place.split("/")), label=name))
     names = {place: name for name, place in cfg.scores.items()}
     own, untrained = {}, {}
-    content = evaluations_of(training, cfg)
+    content = evaluations_of(training, cfg, status)
     for row in score_rows(content):
         place = f"{row.evaluation}/{row.method}/{row.metric}"
         if cfg.scores and place not in names:
@@ -151,9 +154,9 @@ def scores_of(
     return own, untrained
 
 
-def devices_of(training: Training, cfg: TableConfig) -> set[str]:
+def devices_of(training: Training, cfg: TableConfig, status: str) -> set[str]:
     """The models of GPU or processor that evaluated a training; a Slurm job's are not those of this machine."""
-    entries = evaluations_of(training, cfg)["evaluations"].values()
+    entries = evaluations_of(training, cfg, status)["evaluations"].values()
     return {entry["about"]["device"] for entry in entries if "device" in entry.get("about", {})}
 
 
@@ -258,7 +261,7 @@ def write_report(path: Path, content: Mapping[str, Any], trainings: Sequence[Tra
     heads = ["training", *(score.shown_label for score in columns.values())]
     numbers = section("scores", "Results", [numbers_table(heads, cells, caption)])
     first = [training for training in trainings if training.seed == cfg.seeds[0]]
-    sections = [notice(content["notices"]), numbers, curves(first, cfg), pictures(first, cfg), about(content)]
+    sections = [notice(content["notices"]), numbers, curves(first, cfg), pictures(first, cfg, content), about(content)]
     write_page(path, content["title"], told, sections)
 
 
@@ -278,12 +281,13 @@ def curves(trainings: Sequence[Training], cfg: TableConfig) -> str:
     return curves_section(f"Seed {cfg.seeds[0]}.", drawings) if drawings else ""
 
 
-def pictures(trainings: Sequence[Training], cfg: TableConfig) -> str:
+def pictures(trainings: Sequence[Training], cfg: TableConfig, content_of_table: Mapping[str, Any]) -> str:
     """What evaluations drew of each training."""
     base, contents = Path(cfg.output_dir), []
     for training in trainings:
         here = (training.folder / "evaluation").relative_to(base)
-        content = evaluations_of(training, cfg)
+        status = content_of_table["rows"][training.name]["seeds"][str(training.seed)]["status"]
+        content = evaluations_of(training, cfg, status)
         for part in ("evaluations", "random"):
             entries = content[part].items()
             content[part] = {name: {**entry, "folder": str(here / entry["folder"])} for name, entry in entries}

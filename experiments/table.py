@@ -683,7 +683,7 @@ def train(training: Training, cfg: TableConfig, others: Mapping[str, Training]) 
 def evaluate(training: Training, cfg: TableConfig) -> Status:
     """Evaluate a complete training by benchmark.py, as far as it is not done. Returns the worst status of them all.
 
-    Raises: UserError if it cannot be evaluated in this way; no results are left then that would be of another one.
+    One that cannot be evaluated in this way is "refused": what was written before is of another request.
     """
     results = training.folder / "evaluation" / "results.json"
     own = BenchmarkConfig(
@@ -703,9 +703,8 @@ def evaluate(training: Training, cfg: TableConfig) -> Status:
     )
     try:
         benchmark(own)
-    except UserError:
-        results.unlink(missing_ok=True)
-        raise
+    except UserError as error:
+        return Status("refused", str(error))
     content = _read_json(results) or {}
     entries = {
         f"evaluation {name}{told}": entry

@@ -410,6 +410,7 @@ def test_scores_of_another_request_are_not_those_of_the_table(here, change, sour
     assert ("pets" in content["columns"]) == has_column
     page = Path("out/report.html").read_text()
     assert "25.0" not in page and "pets, low: overview" not in page
+    assert Path("out/low/seed_0/evaluation/results.json").is_file(), "what was evaluated is lost"
     if sources:
         assert compare.main(["table.yaml"]) == 0
         assert results()["rows"]["low"]["mean"]["pets"] == 0.25, "what was asked for first is still there"
