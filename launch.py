@@ -54,6 +54,14 @@ HOLD_SIGNALS = (
 """Runs Python with the arguments that follow. A signal that comes during its imports, which can take a minute on a
 shared file system, waits for `StopRequest` instead of ending the task, and with it the job for good."""
 
+OF_RANKS = re.compile(
+    r"RANK$|^LOCAL_|^GROUP_|^ROLE_|^WORLD_SIZE$|^MASTER_|^TORCHELASTIC_|^PMI|^SRUN_CPUS_PER_TASK$"
+    r"|^SLURM_(?!CONF|JWT$|CLUSTERS$)"
+)
+"""Environment variables of a job, of Slurm or torchrun, and of a process's place in it. What a rank starts would take
+itself for that rank by them, and what it submits would be bound to that rank's processors. Which Slurm it is and how
+one reaches it is not among them."""
+
 LARGEST_UNTRACKED_MIB = 10
 """An untracked file above this size is data, not code, and stays out of a job's copy of the code."""
 
@@ -351,7 +359,8 @@ class Job:
             folder.mkdir(parents=True)
             copy_code(folder / "code", leave_out=self.output_dir)
             (folder / "config.yaml").write_text(self.config_yaml)
-            job = self._executor(folder)._submit_command(self._command(folder))
+            with _environment_without_ranks():  # all of which sbatch would hand on
+                job = self._executor(folder)._submit_command(self._command(folder))
         except OSError as error:
             raise UserError(f"train.output_dir={str(self.output_dir)!r} cannot be written: {error}") from error
         except (FailedJobError, FailedSubmissionError) as error:
@@ -417,6 +426,22 @@ class Job:
             },
         )
         return executor
+
+
+def without_ranks() -> dict[str, str]:
+    """The environment for what has nothing to do with the ranks of this process's job; see `OF_RANKS`."""
+    return {name: value for name, value in os.environ.items() if not OF_RANKS.search(name)}
+
+
+@contextlib.contextmanager
+def _environment_without_ranks() -> Iterator[None]:
+    before, others = dict(os.environ), without_ranks()
+    for name in before.keys() - others.keys():
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 def copy_code(destination: Path, *, leave_out: Path | None = None) -> None:

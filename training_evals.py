@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 
 from config import EvalConfig, LauncherConfig, chosen_evals, dump_yaml
 from distributed import any_rank, on_rank_0, rank
-from launch import ROOT, STOP_SIGNALS, ScriptRun, StopRequest, SubmittedJob
+from launch import ROOT, STOP_SIGNALS, ScriptRun, StopRequest, SubmittedJob, without_ranks
 from metrics import Metrics, read_metrics
 from reading.sources import is_on_disk
 from report import PICTURES_EACH, pictures_of, read_results, score_rows
@@ -33,8 +32,6 @@ ASK_SLURM_S = 60.0
 """Time between questions about a job. What another machine wrote to a shared file system shows by then."""
 UNANSWERED_S = 1800.0
 """The same after a question without an answer, for which a training waits up to a minute."""
-OF_RANKS = re.compile(r"RANK$|^LOCAL_|^GROUP_|^ROLE_|^WORLD_SIZE$|^MASTER_|^TORCHELASTIC_|^SLURM_|^PMI")
-"""Environment variables by which an evaluation would take itself for a rank of the training."""
 ENDED_BY_STOP = {code for number in STOP_SIGNALS for code in (-number, 128 + number)}
 """Exit codes of a process that was asked to stop; the latter are those of `utils.ending_in_words`."""
 
@@ -261,10 +258,9 @@ class Evaluations:
                 assert run.job is not None
                 run.job_file.write_text("\n".join(run.job))
             else:
-                environment = {key: value for key, value in os.environ.items() if not OF_RANKS.search(key)}
                 with run.log.open("ab") as log:
                     # In a session of its own: Ctrl-C is for the training, which ends this one in its own time.
-                    run.start(stdout=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+                    run.start(stdout=log, stdin=subprocess.DEVNULL, env=without_ranks(), start_new_session=True)
                 logger.info("%s started, log %s", run.title, run.log)
         except (OSError, UserError) as error:
             self._fail(run, str(error))

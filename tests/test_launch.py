@@ -25,6 +25,7 @@ from launch import (
     copy_code,
     requeue,
     was_requeued,
+    without_ranks,
 )
 from speed.compiling import kept_compilations
 from utils import UserError
@@ -287,6 +288,36 @@ def job(output_dir: str = "run", **launcher: Any) -> Job:
     )
     given: dict[str, Any] = {"num_nodes": 1, "gpus_per_node": 0, "signal_delay_s": 60, "setup": [], "sbatch": {}}
     return Job(ROOT / "train_capi.py", "", Path(output_dir), LauncherConfig(**(none | given | launcher)))
+
+
+OF_A_RANK = {
+    "torchrun": {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "64",
+                 "MASTER_ADDR": "gpu7", "MASTER_PORT": "29400", "TORCHELASTIC_RUN_ID": "none"},
+    "srun": {"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "64", "SLURM_PROCID": "0",
+             "SLURM_CPU_BIND": "quiet,mask_cpu:0xF", "SLURM_CPU_BIND_LIST": "0xF", "SRUN_CPUS_PER_TASK": "16",
+             "SLURM_RESTART_COUNT": "1", "SLURM_ARRAY_JOB_ID": "5", "PMI_RANK": "0"},
+}  # fmt: skip
+OF_THE_USER = {
+    "SLURM_CONF": "/etc/slurm.conf", "SLURM_JWT": "x", "SLURM_CLUSTERS": "a", "SBATCH_EXPORT": "ALL", "HF_TOKEN": "x",
+    "CUDA_VISIBLE_DEVICES": "0", "TORCH_HOME": "x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", OF_A_RANK)
+def test_what_a_rank_submits_or_starts_is_no_rank_of_its_job(launcher, tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\nenv -0 >{tmp_path}/exported\necho Submitted batch job 17\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setattr(launch, "copy_code", lambda *_, **__: None)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in (OF_A_RANK[launcher] | OF_THE_USER).items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    assert job(str(tmp_path / "run")).submit()[0] == "17"
+    assert dict(os.environ) == before, "the rank has lost its place"
+    exported = dict(line.split("=", 1) for line in (tmp_path / "exported").read_text().split("\0") if line)
+    for environment in (exported, without_ranks()):
+        assert not OF_A_RANK[launcher].keys() & environment.keys()
+        assert environment.items() >= OF_THE_USER.items()
 
 
 @pytest.mark.parametrize("character", ["\n", "\r", "\x00", "\x1b", "\u2028", "\x85"])
