@@ -34,6 +34,10 @@ TIMING_KEYS = ("images_per_s", "step_ms", "data_wait", "memory_gib", "mfu", "eta
 """Keys of `Throughput.read`: the part of a metrics line that two runs of the same training do not share."""
 
 
+REST_S = 600.0
+"""Time for which a logger that failed gets nothing: each call to a server that is down may wait for minutes."""
+
+
 def read_metrics(path: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
     """Records of a metrics.jsonl, oldest first, without the half-written last line that a killed process may leave.
 
@@ -73,6 +77,9 @@ def read_metrics(path: Path, damaged: list[str] | None = None) -> list[dict[str,
 class Metrics:
     """Averages of scalars between two log lines, kept on the device, and the places they are written to.
 
+    metrics.jsonl is the record, without which a run cannot go on. A logger that fails is left out for `REST_S`, then
+    tried again; what it missed, it does not get later.
+
     Args:
         output_dir: folder of metrics.jsonl.
         loggers: further places, any of tensorboard, wandb, mlflow, trackio.
@@ -95,6 +102,7 @@ class Metrics:
         self._config, self._enabled = dict(config or {}), enabled
         self._modules = {name: _import_logger(name) for name in loggers} if enabled else {}
         self._loggers: dict[str, Logger] = {}
+        self._rests_until: dict[str, float] = {}  # of loggers that failed
         self._sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, int] = {}
         self._run_ids: dict[str, str] = {}
@@ -126,14 +134,32 @@ class Metrics:
             finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
             with self.path.open("a") as file:
                 file.write(json.dumps(finite, allow_nan=False) + "\n")
+            numbers = {key: value for key, value in record.items() if key != "step"}
             for name in self._modules:
-                self._opened(name).log(step, {key: value for key, value in record.items() if key != "step"})
+                self._tell(name, lambda opened: opened.log(step, numbers))
         return record
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Show the image of a file in the loggers; metrics.jsonl has numbers alone."""
+        if self._modules:
+            with Image.open(path) as image:
+                image.load()  # a damaged file is no fault of a logger
         for logger_name in self._modules:
-            self._opened(logger_name).picture(step, name, path)
+            self._tell(logger_name, lambda opened: opened.picture(step, name, path))
+
+    def _tell(self, name: str, act: Callable[["Logger"], None]) -> None:
+        if time.monotonic() < self._rests_until.get(name, -math.inf):
+            return
+        try:
+            act(self._opened(name))
+        except Exception as error:  # noqa: BLE001  # each package has errors of its own
+            if name not in self._rests_until:
+                logger.warning(
+                    "train.loggers=%s failed (%s: %s); training goes on, metrics.jsonl has all, and it is tried again "
+                    "every %.0f minutes",
+                    *(name, type(error).__name__, error, REST_S / 60),
+                )
+            self._rests_until[name] = time.monotonic() + REST_S
 
     def _opened(self, name: str) -> "Logger":
         if name not in self._loggers:
@@ -181,8 +207,8 @@ class Metrics:
 
     def close(self) -> None:
         """Finish the loggers' runs."""
-        for opened in self._loggers.values():
-            opened.close()
+        for name in self._loggers:
+            self._tell(name, lambda opened: opened.close())
         self._loggers = {}
 
 

@@ -39,8 +39,10 @@ from flops import (
     training_flops_per_image,
 )
 from metrics import (
+    _LOGGERS,
     TIMING_KEYS,
     FiniteWatch,
+    Logger,
     Metrics,
     NonFiniteError,
     Profile,
@@ -420,6 +422,64 @@ def test_a_run_without_a_name_has_that_of_its_folder(tmp_path, monkeypatch):
     (tmp_path / "vitl14").mkdir()
     Metrics(tmp_path / "vitl14", ["wandb"]).write(1, loss=0.5)
     assert calls[0]["name"] == "vitl14"
+
+
+class ServerDownError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [ServerDownError, ConnectionError, RuntimeError])
+@pytest.mark.parametrize("fails", ["__init__", "log", "picture", "close"])
+def test_a_logger_that_is_down_is_told_of_once_and_tried_again_later(error, fails, tmp_path, monkeypatch, caplog):
+    is_down, calls, now = True, [], 0.0
+
+    def answer(method: str) -> None:
+        if method == fails:
+            calls.append(now)
+            if is_down:
+                raise error("max retries exceeded")
+
+    class Remote(Logger):
+        def __init__(self, *_: Any) -> None:
+            answer("__init__")
+
+        def log(self, *_: Any) -> None:
+            answer("log")
+
+        def picture(self, *_: Any) -> None:
+            answer("picture")
+
+        def close(self) -> None:
+            answer("close")
+
+    caplog.set_level("INFO")
+    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
+    monkeypatch.setitem(_LOGGERS, "wandb", Remote)
+    monkeypatch.setattr("metrics.time", SimpleNamespace(monotonic=lambda: now))
+    Image.new("RGB", (5, 4)).save(tmp_path / "a.png")
+    meters = Metrics(tmp_path, ["wandb"])
+    for step, now in enumerate((0.0, 1.0, 599.0, 601.0, 1500.0, 1501.0)):
+        is_down = now < 1000
+        meters.write(step, loss=0.5)
+        meters.picture(step, "a", tmp_path / "a.png")
+    is_down = fails == "close"
+    meters.close()
+    assert [record["step"] for record in read_metrics(meters.path)] == [0, 1, 2, 3, 4, 5]
+    assert caplog.text.count("train.loggers=wandb failed") == 1
+    assert f"{error.__name__}: max retries exceeded" in caplog.text
+    if fails != "close":
+        assert calls[:3] == [0.0, 601.0, 1500.0], "a server that is down is asked too often, or never again"
+
+
+def test_a_damaged_picture_is_no_fault_of_a_logger(tmp_path, monkeypatch):
+    calls: list[Any] = []
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(calls))
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    meters = Metrics(tmp_path, ["wandb"])
+    with pytest.raises(OSError, match="cannot identify image file"):
+        meters.picture(0, "a", tmp_path / "a.png")
+    meters.write(1, loss=0.5)
+    assert calls[-1][0] == 1
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])
