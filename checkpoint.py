@@ -7,6 +7,7 @@ checkpoint that cannot be read stops the run with the name of one that can; trai
 import contextlib
 import dataclasses
 import errno
+import gc
 import json
 import logging
 import os
@@ -113,7 +114,9 @@ class Checkpoints:
     **In the background.** With `async_save`, `save` copies the tensors to host memory, which has to hold that much
     more, and returns; one thread does the rest with a process group of its own, so that training may go on in between.
     At most one save is under way: the next `save`, `load` or `restore*` first waits for it, as `wait` and `close` do.
-    Whichever comes first raises what the save would have raised. `all` and `newest` see finished checkpoints only.
+    A save that fails is logged at once. `wait`, `close`, `load` and `restore*` then raise what it would have raised;
+    `save` saves again what there is now, this time waits for it, and raises if that fails, too. `all` and `newest` see
+    finished checkpoints only.
 
     Args:
         output_dir: folder of the run, on a file system that all ranks share.
@@ -148,7 +151,7 @@ class Checkpoints:
         self.finished = None
         self._thread = _one_thread() if async_save else None
         self._group = _group_of_the_thread() if async_save and is_distributed() else None
-        self._saving: Future[None] | None = None
+        self._saving: Future[UserError | None] | None = None
         self._start_step = 0  # the history of this process begins here
         self._others_are_aside = False  # checkpoints of other histories beyond it were set aside
         self._resumed_from: str | None = None  # the checkpoint last chosen by hand in this history
@@ -194,10 +197,16 @@ class Checkpoints:
 
         Raises: UserError if it failed, once: saving can be tried again.
         """
-        if self._saving is not None:
-            self._saving.exception()  # waits; if a signal ends the waiting, the outcome is still to be told
-            saving, self._saving = self._saving, None
-            saving.result()
+        if failure := self._outcome():
+            raise failure
+
+    def _outcome(self) -> UserError | None:
+        """Wait until the save under way, if there is one, has ended; why it failed, if it did, once."""
+        if self._saving is None:
+            return None
+        self._saving.exception()  # waits; if a signal ends the waiting, the outcome is still to be told
+        saving, self._saving = self._saving, None
+        return saving.result()
 
     def last(self) -> Path | None:
         """`finished`, once the save under way has ended, well or not: so that no later save deletes what this names."""
@@ -231,9 +240,9 @@ class Checkpoints:
         Returns: the checkpoint's folder. With `async_save` everything given may be changed from here on, but the
             folder is not there before `wait` has returned.
         Raises: UserError if it cannot be written (disk full, quota, permissions). Older checkpoints stay as they were.
-            With `async_save` that of the save before, without having begun this one.
+            With `async_save` only if the save before could not be written either; else see `wait`.
         """
-        self.wait()
+        has_failed = self._outcome() is not None
         final = self.directory / f"step_{step:09d}"
         tensors = _model_tensors(modules) | _optimizer_tensors(optimizers)
         state = {
@@ -250,8 +259,22 @@ class Checkpoints:
         if self._thread is None:
             self._write(final, tensors, state, config_yaml)
         else:
-            self._saving = self._thread.submit(self._write, final, _copy_to_host(tensors), state, config_yaml)
+            self._saving = self._thread.submit(self._try_to_write, final, _copy_to_host(tensors), state, config_yaml)
+            if has_failed:
+                self.wait()
         return final
+
+    def _try_to_write(self, *args: Any) -> UserError | None:
+        """`_write` in the background: why it failed, if it did, on all ranks."""
+        try:
+            self._write(*args)
+        except (UserError, OSError) as error:
+            failure = UserError(str(error))
+        else:
+            return None
+        logger.warning("%s. The run ends if the next save fails, too", failure)
+        gc.collect()  # tracebacks hold the copies of all tensors, and training collects by itself only now and then
+        return failure
 
     def _write(self, final: Path, tensors: dict[str, Tensor], state: dict[str, Any], config_yaml: str) -> None:
         group, temporary = self._group, self.directory / f".tmp-{final.name}"
