@@ -155,6 +155,7 @@ class Checkpoints:
         self._start_step = 0  # the history of this process begins here
         self._others_are_aside = False  # checkpoints of other histories beyond it were set aside
         self._resumed_from: str | None = None  # the checkpoint last chosen by hand in this history
+        self._resumed_by: list[str] = []  # names of the launch in which it was chosen
 
     def all(self) -> list[Path]:
         """Finished checkpoints, lowest step first."""
@@ -253,6 +254,7 @@ class Checkpoints:
             "modules": sorted(modules),
             "optimizers": sorted(optimizers),
             "resumed_from": self._resumed_from,
+            "resumed_by": self._resumed_by,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
@@ -341,22 +343,25 @@ class Checkpoints:
         modules: Modules,
         optimizers: Optimizers,
         config: dict[str, Any] | None = None,
-        restarted: bool = False,
+        launches: Sequence[str] = (),
+        repeated: str | None = None,
     ) -> SavedState:
         """Load the checkpoint that the user chose; newer ones are set aside at the next save.
 
         Args:
             resume_from: a checkpoint folder, of this run or of another one.
             modules, optimizers, config: as for `load`.
-            restarted: whether a scheduler, not the user, repeats the command. If checkpoints that descend from
-                `resume_from` exist, the choice was carried out before, and the newest of them is loaded instead.
+            launches: names of what started this process, by which it knows a repetition of itself.
+            repeated: the one of them that repeats the command of a user; None if none does. If there are checkpoints
+                that descend from `resume_from` as chosen in that launch, the choice was carried out before, and the
+                newest of them is loaded instead.
 
         Raises: UserError if there is no such folder (it lists those there are) or it is damaged.
         """
         self.wait()
         chosen = Path(resume_from)
         on_rank_0(self._sweep)
-        if restarted and on_rank_0(lambda: any(_chosen_ancestor(path) == str(chosen.resolve()) for path in self.all())):
+        if repeated and on_rank_0(lambda: any(_was_chosen(path, chosen, repeated) for path in self.all())):
             logger.info("restarted: continuing after %s with the newest checkpoint that descends from it", chosen)
             state = self.restore_latest(modules=modules, optimizers=optimizers, config=config)
             assert state is not None
@@ -375,7 +380,7 @@ class Checkpoints:
                 + self.remedy(chosen)
             )
         state = self._load_verified(chosen, modules, optimizers, config)
-        self._resumed_from = str(chosen.resolve())
+        self._resumed_from, self._resumed_by = str(chosen.resolve()), list(launches)
         return state
 
     def _load_verified(
@@ -406,7 +411,7 @@ class Checkpoints:
         _read_tensors(path, modules, optimizers)
         self._start_step = state.step
         self._others_are_aside = False
-        self._resumed_from = saved["resumed_from"]
+        self._resumed_from, self._resumed_by = saved["resumed_from"], saved.get("resumed_by", [])
         self.finished = path
         logger.info("loaded %s", path)
         return state
@@ -863,12 +868,13 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _chosen_ancestor(path: Path) -> str | None:
-    """The checkpoint chosen by hand from which this one descends; None also if it cannot be read."""
+def _was_chosen(path: Path, chosen: Path, launch: str) -> bool:
+    """Whether a checkpoint descends from another one as chosen by hand in this launch; not if it cannot be read."""
     try:
-        return json.loads((path / "state.json").read_text())["resumed_from"]
+        state = json.loads((path / "state.json").read_text())
+        return state["resumed_from"] == str(chosen.resolve()) and launch in state["resumed_by"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return False
 
 
 def _json_copy(value: dict[str, Any]) -> dict[str, Any]:

@@ -230,9 +230,18 @@ def _claim(output_dir: Path, key: str, claim: contextlib.ExitStack, remedy: str)
 # Requeue.
 
 
-def was_requeued() -> bool:
-    """Whether Slurm started this job before, so that the command line is a repetition and no new decision."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+def launches() -> list[str]:
+    """Names of what started this process and may start it again by itself: its Slurm job, its torchrun."""
+    names = [f"Slurm job {job}"] if (job := _slurm_job()) else []
+    if run := os.environ.get("TORCHELASTIC_RUN_ID"):  # "none" if it was given none and needs none
+        names.append(f"torchrun {run if run != 'none' else f'{os.getppid()} on {socket.gethostname()}'}")
+    return names
+
+
+def repeated_launch() -> str | None:
+    """The one of `launches` that started this before, so that the command line is a repetition and no new decision."""
+    counts = {"Slurm": "SLURM_RESTART_COUNT", "torchrun": "TORCHELASTIC_RESTART_COUNT"}
+    return next((name for name in launches() if os.environ.get(counts[name.split()[0]], "0") != "0"), None)
 
 
 def requeue(stop: StopRequest) -> None:

@@ -358,14 +358,33 @@ def test_a_scheduler_that_repeats_the_command_does_not_go_back_twice(three, tmp_
     chosen, three.keep = tmp_path / "favourite", 1
     shutil.copytree(three.directory / "step_000000100", chosen)
     back, run = again(three), Training(seed=2)
-    assert run.restore(back, chosen, restarted=True).step == 100, "the first start has no successors yet"
+    again_in_job = {"launches": ["job 7", "torchrun b"], "repeated": "job 7"}
+    assert run.restore(back, chosen, **again_in_job).step == 100, "the first start has no successors yet"
     run.save(back, 150)
     for step in (160, 170):
         back = again(three)
-        assert run.restore(back, chosen, restarted=True).step == step - 10
+        assert run.restore(back, chosen, **again_in_job).step == step - 10
         run.save(back, step)
     assert not any("150.set-aside" in name or "160.set-aside" in name for name in names(three.directory))
     assert run.restore(again(three), chosen).step == 100, "the user who asks again gets what they ask for"
+
+
+@pytest.mark.parametrize("launches", [["job 7"], [], None], ids=["noted", "without a launch", "of earlier versions"])
+def test_a_scheduler_that_repeats_a_second_return_goes_on_with_no_steps_of_the_first(launches, three):
+    chosen, run = three.directory / "step_000000100", Training(seed=2)
+    first = again(three)
+    run.restore(first, chosen, launches=launches or [])
+    path = run.save(first, 200)
+    if launches is None:
+        state = json.loads((path / "state.json").read_text())
+        del state["resumed_by"]
+        (path / "state.json").write_text(json.dumps(state))
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["state.json"] = described(path / "state.json")
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        assert run.restore_latest(again(three)) is not None
+    # The user returned in a job of its own, which is repeated before it has saved anything.
+    assert run.restore(again(three), chosen, launches=["job 8"], repeated="job 8").step == 100
 
 
 def test_a_checkpoint_of_another_run_can_be_continued(three, tmp_path):

@@ -16,6 +16,7 @@ import launch
 from config import LauncherConfig
 from launch import (
     HOLD_SIGNALS,
+    OF_RANKS,
     Job,
     ScriptRun,
     Status,
@@ -23,8 +24,9 @@ from launch import (
     SubmittedJob,
     claim_output_dir,
     copy_code,
+    launches,
+    repeated_launch,
     requeue,
-    was_requeued,
     without_ranks,
 )
 from speed.compiling import kept_compilations
@@ -244,7 +246,7 @@ def stopped_by(number: signal.Signals) -> StopRequest:
     ],
 )
 def test_a_job_is_requeued_only_if_slurm_ended_it_and_will_not_do_so_itself(slurm_job, number, shown, calls):
-    assert was_requeued()
+    assert repeated_launch() == "Slurm job 7"
     requeued = slurm_job(shown)
     stopped_by(number)
     assert requeued() == calls
@@ -257,6 +259,39 @@ def test_only_the_own_element_of_an_array_is_requeued(slurm_job, monkeypatch):
     requeued = slurm_job(RUNNING)
     stopped_by(signal.SIGUSR2)
     assert requeued() == ["requeue 7_3"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "names", "repeated"),
+    [
+        ({}, [], None),
+        ({"SLURM_JOB_ID": "7"}, ["Slurm job 7"], None),
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}, ["Slurm job 7"], "Slurm job 7"),
+        ({"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "0"}, ["torchrun a"], None),
+        ({"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "1"}, ["torchrun a"], "torchrun a"),
+        (
+            {"SLURM_JOB_ID": "7", "TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "1"},
+            ["Slurm job 7", "torchrun a"],
+            "torchrun a",
+        ),
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "b"},
+            ["Slurm job 7", "torchrun b"],
+            "Slurm job 7",
+        ),
+        (
+            {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "1"},
+            [f"torchrun {os.getppid()} on {socket.gethostname()}"],
+            f"torchrun {os.getppid()} on {socket.gethostname()}",
+        ),
+    ],
+)
+def test_a_process_knows_what_repeats_it(environment, names, repeated, monkeypatch):
+    for name in [name for name in os.environ if OF_RANKS.search(name)]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert (launches(), repeated_launch()) == (names, repeated)
 
 
 @pytest.mark.parametrize("refusal", ["Requested operation is presently disabled", None])
@@ -279,7 +314,7 @@ def test_outside_slurm_nothing_happens(slurm_job, monkeypatch, tmp_path):
     stopped_by(signal.SIGTERM)
     assert not (tmp_path / "calls").exists()
     assert signal.getsignal(signal.SIGTERM) == handler
-    assert not was_requeued()
+    assert repeated_launch() is None
 
 
 def job(output_dir: str = "run", **launcher: Any) -> Job:
