@@ -47,6 +47,11 @@ FAULT = 1 + len(STOP_SIGNALS)
 SECOND_INTERRUPT_S = 1.0
 """A Ctrl-C that follows another one by less than this is the same one, passed on by a launcher."""
 
+NO_ANSWER = re.compile("unable to contact|timed out|connection|zero bytes|socket|temporarily", re.IGNORECASE)
+"""What Slurm's commands say while its controller restarts or has too much to do; anything else is an answer."""
+ASKS_S, PAUSE_S = 60.0, 5.0
+"""For how long a controller that does not answer is asked for a requeue, and the time in between."""
+
 HOLD_SIGNALS = (
     "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR2]); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -262,22 +267,35 @@ def requeue(stop: StopRequest) -> None:
     stop.deafen()
     if rank() != 0:
         return
-    try:
-        fields = _job_fields(_run("scontrol", "show", "job", "--oneliner", job))
-        reason = _why_not_requeue(fields, stop)
-        if reason:
-            logger.info("Slurm job %s: no requeue, because %s", job, reason)
+    asks_until = time.monotonic() + ASKS_S
+    while True:
+        try:
+            _requeue(job, stop)
+        except (OSError, subprocess.SubprocessError) as error:
+            why = str(getattr(error, "stderr", None) or error).strip()
+            is_answer = not (isinstance(error, subprocess.TimeoutExpired) or NO_ANSWER.search(why))
+            if is_answer or time.monotonic() > asks_until:
+                logger.error(  # noqa: TRY400  # no traceback: the run itself ended well
+                    "Slurm job %s could not be requeued: %s. Submit it again; it continues from its checkpoint",
+                    *(job, why),
+                )
+                return
+            logger.warning("Slurm job %s could not be requeued yet: %s", job, why)
+        else:
             return
-        # The job may be killed before the next statement.
-        logger.info("requeueing Slurm job %s after %s", job, stop.name)
-        _run("scontrol", "requeue", job)
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        logger.error(  # noqa: TRY400  # no traceback: the run itself ended well
-            "Slurm job %s could not be requeued: %s. Submit it again; it continues from its checkpoint",
-            job,
-            str(reason).strip(),
-        )
+        time.sleep(PAUSE_S)
+
+
+def _requeue(job: str, stop: StopRequest) -> None:
+    """Requeue a job if it is to be; it may be already, by a call to which no answer came."""
+    fields = _job_fields(_run("scontrol", "show", "job", "--oneliner", job))
+    reason = _why_not_requeue(fields, stop)
+    if reason:
+        logger.info("Slurm job %s: no requeue, because %s", job, reason)
+        return
+    # The job may be killed before the next statement.
+    logger.info("requeueing Slurm job %s after %s", job, stop.name)
+    _run("scontrol", "requeue", job)
 
 
 def _slurm_job() -> str | None:
@@ -308,7 +326,7 @@ def _job_fields(shown: str) -> dict[str, str]:
 
 
 def _run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
 
 
 # Submission.

@@ -5,6 +5,7 @@ import subprocess
 import textwrap
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,6 +130,7 @@ def test_ranks_agree_on_the_strongest_signal_of_any():
 
 SCONTROL = """#!/bin/bash
 echo "$@" >>{calls}
+[ $(wc -l <{calls}) -gt {silent} ] || {{ echo "{silence}" >&2; exit 1; }}
 case "$1" in
 show) echo "{shown}" ;;
 requeue) [ -z "{refusal}" ] || {{ echo "{refusal}" >&2; exit 1; }} ;;
@@ -201,8 +203,9 @@ def slurm_job(tmp_path, monkeypatch):
     """A `scontrol` that shows the given job and remembers what it was asked. Other tests have a real one."""
     calls = tmp_path / "calls"
 
-    def make(shown: str, *, refusal: str = ""):
-        (tmp_path / "scontrol").write_text(SCONTROL.format(calls=calls, shown=shown, refusal=refusal))
+    def make(shown: str, *, refusal: str = "", silent: int = 0, silence: str = ""):
+        words = {"shown": shown, "refusal": refusal, "silent": silent, "silence": silence}
+        (tmp_path / "scontrol").write_text(SCONTROL.format(calls=calls, **words))
         (tmp_path / "scontrol").chmod(0o755)
         return lambda: [line for line in calls.read_text().splitlines() if line.startswith("requeue")]
 
@@ -211,6 +214,9 @@ def slurm_job(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    now = [0.0]
+    clock = {"monotonic": lambda: now[0], "sleep": lambda seconds: now.append(now.pop() + seconds)}
+    monkeypatch.setattr("launch.time", SimpleNamespace(**clock))
     before = {number: signal.getsignal(number) for number in launch.STOP_SIGNALS}
     yield make
     for number, handler in before.items():
@@ -304,6 +310,29 @@ def test_a_refused_requeue_is_said_and_does_not_fail_the_run(slurm_job, caplog, 
     assert "Slurm job 7 could not be requeued" in caplog.text
     assert (refusal or "scontrol") in caplog.text
     assert "Submit it again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "silence",
+    [
+        "slurm_load_jobs error: Unable to contact slurm controller (connect failure)",
+        "Socket timed out on send/recv operation",
+        "Zero Bytes were transmitted or received",
+    ],
+)
+@pytest.mark.parametrize(("silent", "requeues"), [(1, 1), (5, 1), (1000, 0)])
+def test_a_controller_that_does_not_answer_is_asked_again_for_a_while(slurm_job, caplog, silence, silent, requeues):
+    requeued = slurm_job(RUNNING, silent=silent, silence=silence)
+    stopped_by(signal.SIGUSR2)
+    assert len(requeued()) == requeues
+    assert (f"Slurm job 7 could not be requeued: {silence}. Submit it again" in caplog.text) == (requeues == 0)
+
+
+@pytest.mark.parametrize("refusal", ["Requested operation is presently disabled", "Access/permission denied"])
+def test_a_refusal_is_not_contested(slurm_job, refusal):
+    requeued = slurm_job(RUNNING, refusal=refusal)
+    stopped_by(signal.SIGUSR2)
+    assert requeued() == ["requeue 7"]
 
 
 def test_outside_slurm_nothing_happens(slurm_job, monkeypatch, tmp_path):
