@@ -50,7 +50,11 @@ SECOND_INTERRUPT_S = 1.0
 NO_ANSWER = re.compile("unable to contact|timed out|connection|zero bytes|socket|temporarily", re.IGNORECASE)
 """What Slurm's commands say while its controller restarts or has too much to do; anything else is an answer."""
 ASKS_S, PAUSE_S = 60.0, 5.0
-"""For how long a controller that does not answer is asked for a requeue, and the time in between."""
+"""For how long a controller that does not answer is asked for a requeue, and the time between two tries of anything."""
+
+CLAIM_S = 300.0
+"""For how long a start that repeats another one waits until that has left the folder: it may still be dying, on a
+machine that does not answer."""
 
 HOLD_SIGNALS = (
     "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR2]); "
@@ -186,7 +190,8 @@ def claim_output_dir(
 ) -> Iterator[Path]:
     """Create `output_dir` and keep other runs out of it until the block ends; every rank calls it, rank 0 holds it.
 
-    The claim is a lock on `output_dir/.lock`, a file with the holder's name.
+    The claim is a lock on `output_dir/.lock`, a file with the holder's name. A start that repeats another one, see
+    `repeated_launch`, waits up to `CLAIM_S` for that to leave.
 
     Args:
         output_dir: folder of a training or an evaluation.
@@ -214,13 +219,21 @@ def _claim(output_dir: Path, key: str, claim: contextlib.ExitStack, remedy: str)
     """Take the lock; `claim` gives it back when it is closed."""
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = output_dir / ".lock"
-    try:
-        descriptor = lock_file(lock, wait=False)
-    except BlockingIOError as error:
-        holder = lock.read_text(errors="replace").strip()
-        raise UserError(
-            f"{key}={str(output_dir)!r} is in use by another run ({holder or 'just starting'}); {remedy}"
-        ) from error
+    began = told = time.monotonic()
+    while True:
+        try:
+            descriptor = lock_file(lock, wait=False)
+            break
+        except BlockingIOError as error:
+            holder, now = lock.read_text(errors="replace").strip(), time.monotonic()
+            if now - began >= CLAIM_S or repeated_launch() is None:
+                raise UserError(
+                    f"{key}={str(output_dir)!r} is in use by another run ({holder or 'just starting'}); {remedy}"
+                ) from error
+        if now >= told:
+            logger.warning("waiting for %s to leave %s", holder, output_dir)
+            told += 60
+        time.sleep(PAUSE_S)
     if descriptor is None:
         logger.warning("%s is on a file system without locks: a second run in it will not be noticed", output_dir)
         return

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import socket
@@ -173,6 +174,41 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
         finally:
             holder.kill()
             os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("variable", "leaves_after_s", "waited_s"), [
+    ("SLURM_RESTART_COUNT", 130, 130),
+    ("TORCHELASTIC_RESTART_COUNT", 130, 130),
+    ("SLURM_RESTART_COUNT", 10_000, 300),
+    (None, 130, 0),
+])  # fmt: skip
+def test_a_start_that_repeats_another_one_waits_for_its_end_but_not_for_ever(
+    variable, leaves_after_s, waited_s, tmp_path, monkeypatch, caplog
+):
+    now = 0.0
+
+    def sleep(seconds):
+        nonlocal now
+        now += seconds
+
+    def lock_file(path, *, wait):
+        assert not wait
+        path.write_text("process 3")
+        if now < leaves_after_s:
+            raise BlockingIOError
+
+    monkeypatch.setattr("launch.time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr("launch.lock_file", lock_file)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.setenv(name, str(int(name == variable)))
+    refused = waited_s < leaves_after_s
+    expectation = pytest.raises(UserError, match="in use by another run") if refused else contextlib.nullcontext()
+    with expectation, claim_output_dir(tmp_path):
+        pass
+    assert waited_s <= now < waited_s + 10
+    assert caplog.text.count("waiting for process 3 to leave") == -(-waited_s // 60)
 
 
 def test_a_claim_ends_with_its_block(tmp_path):
