@@ -30,6 +30,7 @@ from utils import (
     lock_file,
     reason,
     start_python,
+    unblock,
     write_text_atomically,
     writing_explained,
 )
@@ -61,7 +62,8 @@ HOLD_SIGNALS = (
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 """Runs Python with the arguments that follow. A signal that comes during its imports, which can take a minute on a
-shared file system, waits for `StopRequest` instead of ending the task, and with it the job for good."""
+shared file system, waits for `StopRequest` instead of ending the task, and with it the job for good. Only for scripts
+with a `StopRequest`: others would not hear of these signals at all."""
 
 OF_RANKS = re.compile(
     r"RANK$|^LOCAL_|^GROUP_|^ROLE_|^WORLD_SIZE$|^MASTER_|^TORCHELASTIC_|^PMI|^SRUN_CPUS_PER_TASK$"
@@ -106,7 +108,7 @@ class StopRequest:
         # Signals can only be caught in the main thread; a run inside another one is stopped by its owner.
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # see HOLD_SIGNALS
+            unblock(STOP_SIGNALS)  # see HOLD_SIGNALS
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -365,6 +367,8 @@ class Job:
     config_yaml: str
     output_dir: Path
     launcher: LauncherConfig
+    is_training: bool = False
+    """Whether it has a `StopRequest`, for which signals are held during its imports."""
 
     def __post_init__(self) -> None:
         """Check everything that becomes a line of the job script: a line break in it would begin another one."""
@@ -426,8 +430,8 @@ class Job:
 
     def _command(self, folder: Path) -> str:
         script = folder / "code" / self.script.absolute().relative_to(ROOT)
-        python = sys.executable
-        return shlex.join([python, "-c", HOLD_SIGNALS, "-u", str(script), str(folder / "config.yaml")])
+        hold = ["-c", HOLD_SIGNALS] if self.is_training else []
+        return shlex.join([sys.executable, *hold, "-u", str(script), str(folder / "config.yaml")])
 
     def _executor(self, folder: Path) -> Any:
         import submitit

@@ -265,12 +265,19 @@ class Normalisation:
 
 
 START_WITH_PARENT = (
-    "import os, sys; sys.path.insert(0, sys.argv[1]); from utils import end_with_parent; import signal; "
-    "end_with_parent(signal.SIGTERM, int(sys.argv[2])); os.execv(sys.executable, [sys.executable, *sys.argv[3:]])"
+    "import os, sys; sys.path.insert(0, sys.argv[1]); from utils import end_with_parent, unblock; "
+    "import signal; unblock(signal.valid_signals()); end_with_parent(signal.SIGTERM, int(sys.argv[2])); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[3:]])"
 )
 PR_SET_PDEATHSIG = 1
 END_S = 40
 """How long a process may take to end; torchrun gives its own processes 30 s."""
+
+
+def unblock(signals: Collection[int]) -> None:
+    """Let signals through that who started this process has blocked; Windows knows no such thing."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
 
 def end_with_parent(number: signal.Signals, parent: int | None = None) -> None:

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import textwrap
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -418,6 +419,20 @@ def test_what_a_rank_submits_or_starts_is_no_rank_of_its_job(launcher, tmp_path,
     for environment in (exported, without_ranks()):
         assert not OF_A_RANK[launcher].keys() & environment.keys()
         assert environment.items() >= OF_THE_USER.items()
+
+
+BLOCKED = "import signal; print(sorted(signal.Signals(n).name for n in signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+CHILD = f"from utils import start_python; start_python(['-c', {BLOCKED!r}]).wait()"
+
+
+@pytest.mark.parametrize(("is_training", "blocked"), [(False, []), (True, ["SIGTERM", "SIGUSR2"])])
+def test_signals_are_held_for_those_alone_who_let_them_through_again(is_training, blocked, tmp_path):
+    (tmp_path / "code").mkdir()
+    script = tmp_path / "code" / "train_capi.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{BLOCKED}; sys.stdout.flush(); {CHILD}")
+    command = replace(job(), is_training=is_training)._command(tmp_path)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.splitlines() == [str(blocked), "[]"], "its children have no part in it"
 
 
 @pytest.mark.parametrize("character", ["\n", "\r", "\x00", "\x1b", "\u2028", "\x85"])
