@@ -23,7 +23,7 @@ from launch import ROOT, STOP_SIGNALS, ScriptRun, StopRequest, SubmittedJob, wit
 from metrics import Metrics, read_metrics
 from reading.sources import is_on_disk
 from report import PICTURES_EACH, pictures_of, read_results, score_rows
-from utils import UserError, due, end_process, remove
+from utils import UserError, due, end_process, reason, remove
 
 logger = logging.getLogger("evals")
 
@@ -57,7 +57,10 @@ class _Launched(ScriptRun):
 
     def is_done(self) -> bool:
         """Whether benchmark.py came to its end, where it writes the report."""
-        return (self.folder / "results" / "report.html").is_file()
+        try:
+            return (self.folder / "results" / "report.html").is_file()
+        except OSError:  # a stale handle of a shared file system, for example: it may be seen the next time
+            return False
 
     def ask_slurm(self) -> None:
         """Find out whether the job is alive: it has failed if it was gone the last time, and still has no report.
@@ -181,12 +184,12 @@ class Evaluations:
 
     def _take_up(self, run: _Launched) -> None:
         """Wait for what an earlier process launched, if it is done or still a job of Slurm's; else launch it anew."""
-        if run.job_file.is_file():
-            number, _, log = run.job_file.read_text().partition("\n")
-            run.job = SubmittedJob(number, log)
         try:
+            if run.job_file.is_file():
+                number, _, log = run.job_file.read_text().partition("\n")
+                run.job = SubmittedJob(number, log)
             is_under_way = run.is_done() or run.status().word in ("running", "done")
-        except UserError as error:  # the run may go on where there is no Slurm
+        except (OSError, UserError) as error:  # the run may go on where there is no Slurm
             logger.warning("whether %s still runs as a Slurm job is unknown, so it starts anew: %s", run.folder, error)
             is_under_way = False
         if is_under_way:
@@ -273,17 +276,26 @@ class Evaluations:
         landed = []
         for run in [run for run in self.pending if self._is_over(run)]:
             self.pending.remove(run)
-            scores, pictures, is_complete = self._read(run)
-            if run.process is not None and run.process.returncode != 0:
-                run.failure = run.status().message
-            if run.failure is not None:
-                self._fail(run, run.failure)
-            elif not is_complete:
-                self._fail(run, f"not all of it has results, see {run.log if run.process else run.folder}")
-            else:
-                run.weights.unlink(missing_ok=True)  # the checkpoint has them
-            landed.append(Landed(run.step, scores, pictures))
+            try:
+                landed.append(self._land(run))
+            except OSError as error:
+                self._fail(run, f"what came of it cannot be read: {reason(error)}")
         return landed
+
+    def _land(self, run: _Launched) -> Landed:
+        scores, pictures, is_complete = self._read(run)
+        if run.process is not None and run.process.returncode != 0:
+            run.failure = run.status().message
+        if run.failure is not None:
+            self._fail(run, run.failure)
+        elif not is_complete:
+            self._fail(run, f"not all of it has results, see {run.log if run.process else run.folder}")
+        else:
+            try:
+                run.weights.unlink(missing_ok=True)  # the checkpoint has them
+            except OSError as error:
+                logger.warning("%s could not be deleted: %s", run.weights, reason(error))
+        return Landed(run.step, scores, pictures)
 
     def _ask_slurm(self) -> None:
         """How the jobs stand: one that ran out of memory or time leaves no other trace."""

@@ -1,5 +1,6 @@
 """Evaluations during training: they land in the run's metrics, they pick up where they were, they never stop it."""
 
+import errno
 import json
 import os
 import re
@@ -426,6 +427,45 @@ def test_not_even_a_disk_that_takes_no_note_of_a_failure_stops_the_training(plac
     assert "evals.mine of step 1 failed, training goes on" in caplog.text
     assert "could not be marked as failed" in caplog.text
     assert runs.finished() == []
+
+
+STALE = OSError(errno.ESTALE, "Stale file handle")
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "told", "scores"),
+    [
+        ("unlink", "weights.pth", "weights.pth could not be deleted: Stale file handle", 1),
+        ("is_file", "report.html", "ended without finishing", 1),
+        ("read_text", "results.json", "failed, training goes on", 0),
+        ("is_file", "pca.png", "failed, training goes on: what came of it cannot be read: Stale file handle", 0),
+    ],
+)
+def test_no_error_of_the_file_system_while_scores_are_taken_in_stops_the_training(
+    jobs, fake_slurm, stub, tmp_path, caplog, monkeypatch, method, name, told, scores
+):
+    folder = tmp_path / "evals" / "mine" / "step_000000001"
+    fake_slurm.states["17"] = None
+    shutil.copytree(stub.results, folder / "results")
+    plain = getattr(Path, method)
+
+    def fails(path, *args, **kwargs):
+        if path.name == name and path.is_relative_to(folder):
+            raise STALE
+        return plain(path, *args, **kwargs)
+
+    def pictures_of(*_):
+        (folder / "results" / "pca.png").is_file()
+        return []
+
+    (tmp_path / "metrics.jsonl").touch()
+    monkeypatch.setattr(Path, method, fails)
+    monkeypatch.setattr("training_evals.pictures_of", pictures_of)
+    for fake_slurm.now in range(0, 600, 50):
+        jobs.record(Metrics(tmp_path), 5)
+    assert told in caplog.text
+    assert len(eval_records(tmp_path)) == scores
+    assert jobs.pending == []
 
 
 def test_pictures_go_to_the_loggers_and_none_that_is_broken_stops_the_training(tmp_path, caplog, monkeypatch):
