@@ -98,7 +98,8 @@ class Checkpoints:
 
     Folders are ordered by the number in their name; modification times and symbolic links mean nothing. What a killed
     run left behind (`.tmp-`, `.trash-`) is deleted by the next `restore*` or `save`, so a run must hold
-    `launch.claim_output_dir` when it calls them; `all`, `newest` and `load` change nothing on disk.
+    `launch.claim_output_dir` when it calls them; `all`, `newest` and `load` change nothing on disk, and neither
+    do `restore*` with `only_reads`.
 
     **Histories.** A run may start from a checkpoint that is not the newest one (`restore`), or from none at all in a
     folder that has some. Checkpoints beyond its starting step then belong to another history, and would be picked by
@@ -125,6 +126,7 @@ class Checkpoints:
         later_keys: keys that the configurations of earlier checkpoints may lack, as nested dicts, with their values
             there.
         check: raises UserError for a checkpoint that this run cannot continue, before its tensors are read.
+        only_reads: nothing is saved: what looks left behind may be what another process, unseen by locks, is writing.
         async_save: save in the background. All ranks must then construct the object together, and `close` it, or use
             it as a context.
     """
@@ -140,6 +142,7 @@ class Checkpoints:
         model_keys: Sequence[str] = ("model",),
         later_keys: Mapping[str, Any] | None = None,
         check: Callable[[SavedState], None] = lambda _: None,
+        only_reads: bool = False,
         async_save: bool = False,
     ) -> None:
         assert keep >= 1
@@ -148,7 +151,7 @@ class Checkpoints:
         self._home = self.output_dir.stat() if self.output_dir.is_dir() else None
         self.keep = keep
         self.model_keys, self.later_keys, self._check = model_keys, dict(later_keys or {}), check
-        self.finished = None
+        self.only_reads, self.finished = only_reads, None
         self._thread = _one_thread() if async_save else None
         self._group = _group_of_the_thread() if async_save and is_distributed() else None
         self._saving: Future[UserError | None] | None = None
@@ -243,6 +246,7 @@ class Checkpoints:
         Raises: UserError if it cannot be written (disk full, quota, permissions). Older checkpoints stay as they were.
             With `async_save` only if the save before could not be written either; else see `wait`.
         """
+        assert not self.only_reads
         has_failed = self._outcome() is not None
         final = self.directory / f"step_{step:09d}"
         tensors = _model_tensors(modules) | _optimizer_tensors(optimizers)
@@ -327,7 +331,7 @@ class Checkpoints:
         Raises: UserError if the newest one is damaged; it says which older one is good and how to choose it.
         """
         self.wait()
-        on_rank_0(self._sweep)
+        self._sweep_before_restoring()
         path = on_rank_0(self.newest)
         if path is None:
             return None
@@ -360,7 +364,7 @@ class Checkpoints:
         """
         self.wait()
         chosen = Path(resume_from)
-        on_rank_0(self._sweep)
+        self._sweep_before_restoring()
         if repeated and on_rank_0(lambda: any(_was_chosen(path, chosen, repeated) for path in self.all())):
             logger.info("restarted: continuing after %s with the newest checkpoint that descends from it", chosen)
             state = self.restore_latest(modules=modules, optimizers=optimizers, config=config)
@@ -474,6 +478,10 @@ class Checkpoints:
                 path.rename(self.directory / name)
             else:
                 self._delete(path)
+
+    def _sweep_before_restoring(self) -> None:
+        if not self.only_reads:
+            on_rank_0(self._sweep)
 
     def _after_failure(self) -> str:
         newest = on_rank_0(self.newest, self._group)

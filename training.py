@@ -589,6 +589,7 @@ def export_newest(
         model_keys=state.MODEL_KEYS,
         later_keys=state.LATER_KEYS,
         check=state.check,
+        only_reads=True,
     )
     restore(state, checkpoints)
     return export_all(state, output_dir)
