@@ -369,10 +369,10 @@ class Evaluations:
 
     def close(self) -> None:
         """End what still runs on this machine, which starts anew when the run continues; jobs of Slurm go on."""
-        for run in self._processes():
-            assert run.process is not None
+        running = self._processes()
+        for run in running:
             logger.info("%s is ended; it starts anew with the run", run.title)
-            end_process(run.process, group=True)
+        end_process(*(run.process for run in running if run.process is not None), group=True)
         if jobs := self._jobs():
             told = "evaluations that are still Slurm jobs: %d; the same command records their scores when they are done"
             logger.info(told, len(jobs))

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -310,28 +311,30 @@ def start_python(arguments: Sequence[str], **options: Any) -> "subprocess.Popen[
     return subprocess.Popen([sys.executable, "-c", START_WITH_PARENT, root, str(os.getpid()), *arguments], **options)
 
 
-def end_process(process: "subprocess.Popen[Any]", *, group: bool = False) -> None:
-    """Ask a process to end and wait until it has; after `END_S`, or if this wait is interrupted, kill it.
+def end_process(*processes: "subprocess.Popen[Any]", group: bool = False) -> None:
+    """Ask processes to end, and wait until all have; after `END_S`, or if this wait is interrupted, kill the others.
 
     Args:
-        process: may have ended.
-        group: whether it leads a session of its own, all of which is meant.
+        processes: may have ended.
+        group: whether each leads a session of its own, all of which is meant.
     """
 
     def send(number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number) if group else process.send_signal(number)
+        for process in processes:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number) if group else process.send_signal(number)
 
-    if process.poll() is not None:
-        return
     send(signal.SIGTERM)
+    end = time.monotonic() + END_S
     try:
-        process.wait(END_S)
+        for process in processes:
+            process.wait(max(0.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
         pass
     finally:
-        if process.poll() is None:
-            send(signal.SIGKILL)
+        send(signal.SIGKILL)
+        for process in processes:
             process.wait()
 
 
