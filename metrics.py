@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,10 @@ TIMING_KEYS = ("images_per_s", "step_ms", "data_wait", "memory_gib", "mfu", "eta
 
 REST_S = 600.0
 """Time for which a logger that failed gets nothing: each call to a server that is down may wait for minutes."""
+
+
+FAILURES = (OSError, RuntimeError, ValueError, LookupError)
+"""What a logger may raise beside errors that its package has made for itself."""
 
 
 def read_metrics(path: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
@@ -152,7 +157,7 @@ class Metrics:
             return
         try:
             act(self._opened(name))
-        except Exception as error:  # noqa: BLE001  # each package has errors of its own
+        except (*FAILURES, *_LOGGERS[name].own_errors(self._modules[name])) as error:
             if name not in self._rests_until:
                 logger.warning(
                     "train.loggers=%s failed (%s: %s); training goes on, metrics.jsonl has all, and it is tried again "
@@ -241,6 +246,11 @@ class Logger:
         """Start the run, or continue it. `module` is the imported package."""
         raise NotImplementedError
 
+    @staticmethod
+    def own_errors(module: Any) -> tuple[type[Exception], ...]:
+        """The errors that its package has made for itself, for a server that is down or refuses, for example."""
+        return ()
+
     def log(self, step: int, values: dict[str, int | float]) -> None:
         """Send the scalars of one step."""
         raise NotImplementedError
@@ -288,6 +298,10 @@ class _Wandb(Logger):
         )
         self.run_id = self.run.id
 
+    @staticmethod
+    def own_errors(module: Any) -> tuple[type[Exception], ...]:
+        return (module.errors.Error,)
+
     def log(self, step: int, values: dict[str, int | float]) -> None:
         self.run.log(values, step=step)
 
@@ -304,6 +318,10 @@ class _Trackio(Logger):
         resume = "allow" if run.run_id else "never"
         self.run = module.init(project="capi", name=run.run_id or run.name, config=run.config, resume=resume)
         self.run_id = self.run.name  # a free one, if the name was taken
+
+    @staticmethod
+    def own_errors(module: Any) -> tuple[type[Exception], ...]:
+        return (sqlite3.Error,)  # it keeps its values in a database, and sends them from a thread of its own
 
     def log(self, step: int, values: dict[str, int | float]) -> None:
         self.run.log(values, step=step)
@@ -323,6 +341,10 @@ class _Mlflow(Logger):
         if run.run_id is None:
             # Not log_params: it limits number, length and characters of the parameters.
             module.log_dict(run.config, "config.json")
+
+    @staticmethod
+    def own_errors(module: Any) -> tuple[type[Exception], ...]:
+        return (module.exceptions.MlflowException,)
 
     def log(self, step: int, values: dict[str, int | float]) -> None:
         self.module.log_metrics(values, step=step)
