@@ -3,6 +3,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import textwrap
 import threading
 from dataclasses import replace
@@ -430,8 +431,17 @@ def test_signals_are_held_for_those_alone_who_let_them_through_again(is_training
     (tmp_path / "code").mkdir()
     script = tmp_path / "code" / "train_capi.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{BLOCKED}; sys.stdout.flush(); {CHILD}")
-    command = replace(job(), is_training=is_training)._command(tmp_path)
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100, check=True)
+    (tmp_path / "srun").write_text('#!/bin/bash\nwhile [ "$1" != "$PYTHON" ]; do shift; done; exec "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-s"],
+        input=replace(job(), is_training=is_training).sbatch_script(tmp_path),
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
     assert done.stdout.splitlines() == [str(blocked), "[]"], "its children have no part in it"
 
 

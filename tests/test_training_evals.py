@@ -319,26 +319,27 @@ def test_an_evaluation_that_is_ended_alone_has_failed(place, tmp_path, monkeypat
     assert re.match("exit code 143|ended by SIGTERM", failed.read_text())
 
 
-def test_all_evaluations_are_asked_to_end_before_any_is_waited_for(tmp_path, monkeypatch):
+def test_all_evaluations_are_asked_to_end_before_any_is_waited_for(place, tmp_path, monkeypatch):
     """Each may take long, and the training has to requeue itself within the time that Slurm gives it."""
+    processes = []
+
+    def start(command, **options):  # ends only once both were asked to
+        own, other = f"asked-{len(processes)}", f"asked-{1 - len(processes)}"
+        code = (
+            'trap "touch $0; until [ -e $1 ]; do sleep 0.01; done; exit 0" TERM; touch $2; while :; do sleep 0.01; done'
+        )
+        ready = tmp_path / f"ready-{len(processes)}"
+        shell = ["sh", "-c", code, str(tmp_path / own), str(tmp_path / other), str(ready)]
+        processes.append(subprocess.Popen(shell, **options))
+        while not ready.exists():
+            time.sleep(0.01)
+        return processes[-1]
+
+    monkeypatch.setattr("launch.start_python", start)
     monkeypatch.setattr("utils.END_S", 10)
-    cfg = EvalConfig(1, False, "student", "model.py", {}, "process", False)
-    launcher = load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, ["data.dataset=x"]).launcher
-    names = ("one", "two")
-    runs = Evaluations(tmp_path, dict.fromkeys(names, cfg), launcher, StopRequest(), device="cpu", kept_step=0)
-    code = 'trap "touch $0; until [ -e $1 ]; do sleep 0.01; done; exit 0" TERM; echo; while :; do sleep 0.01; done'
-    for pair in (names, names[::-1]):
-        command = ["sh", "-c", code, *pair]
-        run = runs._run(pair[0], 1)
-        run.process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tmp_path, start_new_session=True)
-        assert run.process.stdout is not None
-        assert run.process.stdout.readline() == b"\n"  # its trap is set
-        runs.pending.append(run)
-    runs.close()
-    assert [run.process.returncode for run in runs.pending if run.process is not None] == [0, 0]
-    for run in runs.pending:
-        assert run.process is not None and run.process.stdout is not None
-        run.process.stdout.close()
+    sets = {"one": {"period": 4}, "two": {"period": 4}}
+    assert train_toy(place, tmp_path, during=signal_at(5), monkeypatch=monkeypatch, **sets) == 0
+    assert [process.returncode for process in processes] == [0, 0]
 
 
 class FakeSlurm:
