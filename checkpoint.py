@@ -7,6 +7,7 @@ checkpoint that cannot be read stops the run with the name of one that can; trai
 import contextlib
 import dataclasses
 import errno
+import gc
 import json
 import logging
 import os
@@ -97,7 +98,8 @@ class Checkpoints:
 
     Folders are ordered by the number in their name; modification times and symbolic links mean nothing. What a killed
     run left behind (`.tmp-`, `.trash-`) is deleted by the next `restore*` or `save`, so a run must hold
-    `launch.claim_output_dir` when it calls them; `all`, `newest` and `load` change nothing on disk.
+    `launch.claim_output_dir` when it calls them; `all`, `newest` and `load` change nothing on disk, and neither
+    do `restore*` with `only_reads`.
 
     **Histories.** A run may start from a checkpoint that is not the newest one (`restore`), or from none at all in a
     folder that has some. Checkpoints beyond its starting step then belong to another history, and would be picked by
@@ -113,7 +115,9 @@ class Checkpoints:
     **In the background.** With `async_save`, `save` copies the tensors to host memory, which has to hold that much
     more, and returns; one thread does the rest with a process group of its own, so that training may go on in between.
     At most one save is under way: the next `save`, `load` or `restore*` first waits for it, as `wait` and `close` do.
-    Whichever comes first raises what the save would have raised. `all` and `newest` see finished checkpoints only.
+    A save that fails is logged at once. `wait`, `close`, `load` and `restore*` then raise what it would have raised;
+    `save` saves again what there is now, this time waits for it, and raises if that fails, too. `all` and `newest` see
+    finished checkpoints only.
 
     Args:
         output_dir: folder of the run, on a file system that all ranks share.
@@ -122,6 +126,7 @@ class Checkpoints:
         later_keys: keys that the configurations of earlier checkpoints may lack, as nested dicts, with their values
             there.
         check: raises UserError for a checkpoint that this run cannot continue, before its tensors are read.
+        only_reads: nothing is saved: what looks left behind may be what another process, unseen by locks, is writing.
         async_save: save in the background. All ranks must then construct the object together, and `close` it, or use
             it as a context.
     """
@@ -137,6 +142,7 @@ class Checkpoints:
         model_keys: Sequence[str] = ("model",),
         later_keys: Mapping[str, Any] | None = None,
         check: Callable[[SavedState], None] = lambda _: None,
+        only_reads: bool = False,
         async_save: bool = False,
     ) -> None:
         assert keep >= 1
@@ -145,13 +151,14 @@ class Checkpoints:
         self._home = self.output_dir.stat() if self.output_dir.is_dir() else None
         self.keep = keep
         self.model_keys, self.later_keys, self._check = model_keys, dict(later_keys or {}), check
-        self.finished = None
+        self.only_reads, self.finished = only_reads, None
         self._thread = _one_thread() if async_save else None
         self._group = _group_of_the_thread() if async_save and is_distributed() else None
-        self._saving: Future[None] | None = None
+        self._saving: Future[UserError | None] | None = None
         self._start_step = 0  # the history of this process begins here
         self._others_are_aside = False  # checkpoints of other histories beyond it were set aside
         self._resumed_from: str | None = None  # the checkpoint last chosen by hand in this history
+        self._resumed_by: list[str] = []  # names of the launch in which it was chosen
 
     def all(self) -> list[Path]:
         """Finished checkpoints, lowest step first."""
@@ -194,10 +201,16 @@ class Checkpoints:
 
         Raises: UserError if it failed, once: saving can be tried again.
         """
-        if self._saving is not None:
-            self._saving.exception()  # waits; if a signal ends the waiting, the outcome is still to be told
-            saving, self._saving = self._saving, None
-            saving.result()
+        if failure := self._outcome():
+            raise failure
+
+    def _outcome(self) -> UserError | None:
+        """Wait until the save under way, if there is one, has ended; why it failed, if it did, once."""
+        if self._saving is None:
+            return None
+        self._saving.exception()  # waits; if a signal ends the waiting, the outcome is still to be told
+        saving, self._saving = self._saving, None
+        return saving.result()
 
     def last(self) -> Path | None:
         """`finished`, once the save under way has ended, well or not: so that no later save deletes what this names."""
@@ -231,9 +244,10 @@ class Checkpoints:
         Returns: the checkpoint's folder. With `async_save` everything given may be changed from here on, but the
             folder is not there before `wait` has returned.
         Raises: UserError if it cannot be written (disk full, quota, permissions). Older checkpoints stay as they were.
-            With `async_save` that of the save before, without having begun this one.
+            With `async_save` only if the save before could not be written either; else see `wait`.
         """
-        self.wait()
+        assert not self.only_reads
+        has_failed = self._outcome() is not None
         final = self.directory / f"step_{step:09d}"
         tensors = _model_tensors(modules) | _optimizer_tensors(optimizers)
         state = {
@@ -244,14 +258,29 @@ class Checkpoints:
             "modules": sorted(modules),
             "optimizers": sorted(optimizers),
             "resumed_from": self._resumed_from,
+            "resumed_by": self._resumed_by,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
         if self._thread is None:
             self._write(final, tensors, state, config_yaml)
         else:
-            self._saving = self._thread.submit(self._write, final, _copy_to_host(tensors), state, config_yaml)
+            self._saving = self._thread.submit(self._try_to_write, final, _copy_to_host(tensors), state, config_yaml)
+            if has_failed:
+                self.wait()
         return final
+
+    def _try_to_write(self, *args: Any) -> UserError | None:
+        """`_write` in the background: why it failed, if it did, on all ranks."""
+        try:
+            self._write(*args)
+        except (UserError, OSError) as error:
+            failure = UserError(str(error))
+        else:
+            return None
+        logger.warning("%s. The run ends if the next save fails, too", failure)
+        gc.collect()  # tracebacks hold the copies of all tensors, and training collects by itself only now and then
+        return failure
 
     def _write(self, final: Path, tensors: dict[str, Tensor], state: dict[str, Any], config_yaml: str) -> None:
         group, temporary = self._group, self.directory / f".tmp-{final.name}"
@@ -302,7 +331,7 @@ class Checkpoints:
         Raises: UserError if the newest one is damaged; it says which older one is good and how to choose it.
         """
         self.wait()
-        on_rank_0(self._sweep)
+        self._sweep_before_restoring()
         path = on_rank_0(self.newest)
         if path is None:
             return None
@@ -318,22 +347,25 @@ class Checkpoints:
         modules: Modules,
         optimizers: Optimizers,
         config: dict[str, Any] | None = None,
-        restarted: bool = False,
+        launches: Sequence[str] = (),
+        repeated: str | None = None,
     ) -> SavedState:
         """Load the checkpoint that the user chose; newer ones are set aside at the next save.
 
         Args:
             resume_from: a checkpoint folder, of this run or of another one.
             modules, optimizers, config: as for `load`.
-            restarted: whether a scheduler, not the user, repeats the command. If checkpoints that descend from
-                `resume_from` exist, the choice was carried out before, and the newest of them is loaded instead.
+            launches: names of what started this process, by which it knows a repetition of itself.
+            repeated: the one of them that repeats the command of a user; None if none does. If there are checkpoints
+                that descend from `resume_from` as chosen in that launch, the choice was carried out before, and the
+                newest of them is loaded instead.
 
         Raises: UserError if there is no such folder (it lists those there are) or it is damaged.
         """
         self.wait()
         chosen = Path(resume_from)
-        on_rank_0(self._sweep)
-        if restarted and on_rank_0(lambda: any(_chosen_ancestor(path) == str(chosen.resolve()) for path in self.all())):
+        self._sweep_before_restoring()
+        if repeated and on_rank_0(lambda: any(_was_chosen(path, chosen, repeated) for path in self.all())):
             logger.info("restarted: continuing after %s with the newest checkpoint that descends from it", chosen)
             state = self.restore_latest(modules=modules, optimizers=optimizers, config=config)
             assert state is not None
@@ -352,7 +384,7 @@ class Checkpoints:
                 + self.remedy(chosen)
             )
         state = self._load_verified(chosen, modules, optimizers, config)
-        self._resumed_from = str(chosen.resolve())
+        self._resumed_from, self._resumed_by = str(chosen.resolve()), list(launches)
         return state
 
     def _load_verified(
@@ -383,7 +415,7 @@ class Checkpoints:
         _read_tensors(path, modules, optimizers)
         self._start_step = state.step
         self._others_are_aside = False
-        self._resumed_from = saved["resumed_from"]
+        self._resumed_from, self._resumed_by = saved["resumed_from"], saved.get("resumed_by", [])
         self.finished = path
         logger.info("loaded %s", path)
         return state
@@ -446,6 +478,10 @@ class Checkpoints:
                 path.rename(self.directory / name)
             else:
                 self._delete(path)
+
+    def _sweep_before_restoring(self) -> None:
+        if not self.only_reads:
+            on_rank_0(self._sweep)
 
     def _after_failure(self) -> str:
         newest = on_rank_0(self.newest, self._group)
@@ -840,12 +876,13 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _chosen_ancestor(path: Path) -> str | None:
-    """The checkpoint chosen by hand from which this one descends; None also if it cannot be read."""
+def _was_chosen(path: Path, chosen: Path, launch: str) -> bool:
+    """Whether a checkpoint descends from another one as chosen by hand in this launch; not if it cannot be read."""
     try:
-        return json.loads((path / "state.json").read_text())["resumed_from"]
+        state = json.loads((path / "state.json").read_text())
+        return state["resumed_from"] == str(chosen.resolve()) and launch in state["resumed_by"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return False
 
 
 def _json_copy(value: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from utils import (
     lock_file,
     reason,
     start_python,
+    unblock,
     write_text_atomically,
     writing_explained,
 )
@@ -47,12 +48,30 @@ FAULT = 1 + len(STOP_SIGNALS)
 SECOND_INTERRUPT_S = 1.0
 """A Ctrl-C that follows another one by less than this is the same one, passed on by a launcher."""
 
+NO_ANSWER = re.compile("unable to contact|timed out|connection|zero bytes|socket|temporarily", re.IGNORECASE)
+"""What Slurm's commands say while its controller restarts or has too much to do; anything else is an answer."""
+ASKS_S, PAUSE_S = 60.0, 5.0
+"""For how long a controller that does not answer is asked for a requeue, and the time between two tries of anything."""
+
+CLAIM_S = 300.0
+"""For how long a start that repeats another one waits until that has left the folder: it may still be dying, on a
+machine that does not answer."""
+
 HOLD_SIGNALS = (
     "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR2]); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 """Runs Python with the arguments that follow. A signal that comes during its imports, which can take a minute on a
-shared file system, waits for `StopRequest` instead of ending the task, and with it the job for good."""
+shared file system, waits for `StopRequest` instead of ending the task, and with it the job for good. Only for scripts
+with a `StopRequest`: others would not hear of these signals at all."""
+
+OF_RANKS = re.compile(
+    r"RANK$|^LOCAL_|^GROUP_|^ROLE_|^WORLD_SIZE$|^MASTER_|^TORCHELASTIC_|^PMI|^SRUN_CPUS_PER_TASK$"
+    r"|^SLURM_(?!CONF|JWT$|CLUSTERS$)"
+)
+"""Environment variables of a job, of Slurm or torchrun, and of a process's place in it. What a rank starts would take
+itself for that rank by them, and what it submits would be bound to that rank's processors. Which Slurm it is and how
+one reaches it is not among them."""
 
 LARGEST_UNTRACKED_MIB = 10
 """An untracked file above this size is data, not code, and stays out of a job's copy of the code."""
@@ -89,7 +108,7 @@ class StopRequest:
         # Signals can only be caught in the main thread; a run inside another one is stopped by its owner.
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # see HOLD_SIGNALS
+            unblock(STOP_SIGNALS)  # see HOLD_SIGNALS
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -173,7 +192,8 @@ def claim_output_dir(
 ) -> Iterator[Path]:
     """Create `output_dir` and keep other runs out of it until the block ends; every rank calls it, rank 0 holds it.
 
-    The claim is a lock on `output_dir/.lock`, a file with the holder's name.
+    The claim is a lock on `output_dir/.lock`, a file with the holder's name. A start that repeats another one, see
+    `repeated_launch`, waits up to `CLAIM_S` for that to leave.
 
     Args:
         output_dir: folder of a training or an evaluation.
@@ -201,13 +221,21 @@ def _claim(output_dir: Path, key: str, claim: contextlib.ExitStack, remedy: str)
     """Take the lock; `claim` gives it back when it is closed."""
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = output_dir / ".lock"
-    try:
-        descriptor = lock_file(lock, wait=False)
-    except BlockingIOError as error:
-        holder = lock.read_text(errors="replace").strip()
-        raise UserError(
-            f"{key}={str(output_dir)!r} is in use by another run ({holder or 'just starting'}); {remedy}"
-        ) from error
+    began = told = time.monotonic()
+    while True:
+        try:
+            descriptor = lock_file(lock, wait=False)
+            break
+        except BlockingIOError as error:
+            holder, now = lock.read_text(errors="replace").strip(), time.monotonic()
+            if now - began >= CLAIM_S or repeated_launch() is None:
+                raise UserError(
+                    f"{key}={str(output_dir)!r} is in use by another run ({holder or 'just starting'}); {remedy}"
+                ) from error
+        if now >= told:
+            logger.warning("waiting for %s to leave %s", holder, output_dir)
+            told += 60
+        time.sleep(PAUSE_S)
     if descriptor is None:
         logger.warning("%s is on a file system without locks: a second run in it will not be noticed", output_dir)
         return
@@ -222,9 +250,18 @@ def _claim(output_dir: Path, key: str, claim: contextlib.ExitStack, remedy: str)
 # Requeue.
 
 
-def was_requeued() -> bool:
-    """Whether Slurm started this job before, so that the command line is a repetition and no new decision."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+def launches() -> list[str]:
+    """Names of what started this process and may start it again by itself: its Slurm job, its torchrun."""
+    names = [f"Slurm job {job}"] if (job := _slurm_job()) else []
+    if run := os.environ.get("TORCHELASTIC_RUN_ID"):  # "none" if it was given none and needs none
+        names.append(f"torchrun {run if run != 'none' else f'{os.getppid()} on {socket.gethostname()}'}")
+    return names
+
+
+def repeated_launch() -> str | None:
+    """The one of `launches` that started this before, so that the command line is a repetition and no new decision."""
+    counts = {"Slurm": "SLURM_RESTART_COUNT", "torchrun": "TORCHELASTIC_RESTART_COUNT"}
+    return next((name for name in launches() if os.environ.get(counts[name.split()[0]], "0") != "0"), None)
 
 
 def requeue(stop: StopRequest) -> None:
@@ -245,22 +282,35 @@ def requeue(stop: StopRequest) -> None:
     stop.deafen()
     if rank() != 0:
         return
-    try:
-        fields = _job_fields(_run("scontrol", "show", "job", "--oneliner", job))
-        reason = _why_not_requeue(fields, stop)
-        if reason:
-            logger.info("Slurm job %s: no requeue, because %s", job, reason)
+    asks_until = time.monotonic() + ASKS_S
+    while True:
+        try:
+            _requeue(job, stop)
+        except (OSError, subprocess.SubprocessError) as error:
+            why = str(getattr(error, "stderr", None) or error).strip()
+            is_answer = not (isinstance(error, subprocess.TimeoutExpired) or NO_ANSWER.search(why))
+            if is_answer or time.monotonic() > asks_until:
+                logger.error(  # noqa: TRY400  # no traceback: the run itself ended well
+                    "Slurm job %s could not be requeued: %s. Submit it again; it continues from its checkpoint",
+                    *(job, why),
+                )
+                return
+            logger.warning("Slurm job %s could not be requeued yet: %s", job, why)
+        else:
             return
-        # The job may be killed before the next statement.
-        logger.info("requeueing Slurm job %s after %s", job, stop.name)
-        _run("scontrol", "requeue", job)
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        logger.error(  # noqa: TRY400  # no traceback: the run itself ended well
-            "Slurm job %s could not be requeued: %s. Submit it again; it continues from its checkpoint",
-            job,
-            str(reason).strip(),
-        )
+        time.sleep(PAUSE_S)
+
+
+def _requeue(job: str, stop: StopRequest) -> None:
+    """Requeue a job if it is to be; it may be already, by a call to which no answer came."""
+    fields = _job_fields(_run("scontrol", "show", "job", "--oneliner", job))
+    reason = _why_not_requeue(fields, stop)
+    if reason:
+        logger.info("Slurm job %s: no requeue, because %s", job, reason)
+        return
+    # The job may be killed before the next statement.
+    logger.info("requeueing Slurm job %s after %s", job, stop.name)
+    _run("scontrol", "requeue", job)
 
 
 def _slurm_job() -> str | None:
@@ -291,7 +341,7 @@ def _job_fields(shown: str) -> dict[str, str]:
 
 
 def _run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
 
 
 # Submission.
@@ -317,6 +367,8 @@ class Job:
     config_yaml: str
     output_dir: Path
     launcher: LauncherConfig
+    is_training: bool = False
+    """Whether it has a `StopRequest`, for which signals are held during its imports."""
 
     def __post_init__(self) -> None:
         """Check everything that becomes a line of the job script: a line break in it would begin another one."""
@@ -351,7 +403,8 @@ class Job:
             folder.mkdir(parents=True)
             copy_code(folder / "code", leave_out=self.output_dir)
             (folder / "config.yaml").write_text(self.config_yaml)
-            job = self._executor(folder)._submit_command(self._command(folder))
+            with _environment_without_ranks():  # all of which sbatch would hand on
+                job = self._executor(folder)._submit_command(self._command(folder))
         except OSError as error:
             raise UserError(f"train.output_dir={str(self.output_dir)!r} cannot be written: {error}") from error
         except (FailedJobError, FailedSubmissionError) as error:
@@ -377,8 +430,8 @@ class Job:
 
     def _command(self, folder: Path) -> str:
         script = folder / "code" / self.script.absolute().relative_to(ROOT)
-        python = sys.executable
-        return shlex.join([python, "-c", HOLD_SIGNALS, "-u", str(script), str(folder / "config.yaml")])
+        hold = ["-c", HOLD_SIGNALS] if self.is_training else []
+        return shlex.join([sys.executable, *hold, "-u", str(script), str(folder / "config.yaml")])
 
     def _executor(self, folder: Path) -> Any:
         import submitit
@@ -417,6 +470,22 @@ class Job:
             },
         )
         return executor
+
+
+def without_ranks() -> dict[str, str]:
+    """The environment for what has nothing to do with the ranks of this process's job; see `OF_RANKS`."""
+    return {name: value for name, value in os.environ.items() if not OF_RANKS.search(name)}
+
+
+@contextlib.contextmanager
+def _environment_without_ranks() -> Iterator[None]:
+    before, others = dict(os.environ), without_ranks()
+    for name in before.keys() - others.keys():
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 def copy_code(destination: Path, *, leave_out: Path | None = None) -> None:

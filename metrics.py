@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,14 @@ Scalar = Tensor | int | float
 
 TIMING_KEYS = ("images_per_s", "step_ms", "data_wait", "memory_gib", "mfu", "eta_s")
 """Keys of `Throughput.read`: the part of a metrics line that two runs of the same training do not share."""
+
+
+REST_S = 600.0
+"""Time for which a logger that failed gets nothing: each call to a server that is down may wait for minutes."""
+
+
+FAILURES = (OSError, RuntimeError, ValueError, LookupError)
+"""What a logger may raise beside errors that its package has made for itself."""
 
 
 def read_metrics(path: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
@@ -73,6 +82,9 @@ def read_metrics(path: Path, damaged: list[str] | None = None) -> list[dict[str,
 class Metrics:
     """Averages of scalars between two log lines, kept on the device, and the places they are written to.
 
+    metrics.jsonl is the record, without which a run cannot go on. A logger that fails is left out for `REST_S`, then
+    tried again; what it missed, it does not get later.
+
     Args:
         output_dir: folder of metrics.jsonl.
         loggers: further places, any of tensorboard, wandb, mlflow, trackio.
@@ -95,6 +107,7 @@ class Metrics:
         self._config, self._enabled = dict(config or {}), enabled
         self._modules = {name: _import_logger(name) for name in loggers} if enabled else {}
         self._loggers: dict[str, Logger] = {}
+        self._rests_until: dict[str, float] = {}  # of loggers that failed
         self._sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, int] = {}
         self._run_ids: dict[str, str] = {}
@@ -126,14 +139,32 @@ class Metrics:
             finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
             with self.path.open("a") as file:
                 file.write(json.dumps(finite, allow_nan=False) + "\n")
+            numbers = {key: value for key, value in record.items() if key != "step"}
             for name in self._modules:
-                self._opened(name).log(step, {key: value for key, value in record.items() if key != "step"})
+                self._tell(name, lambda opened: opened.log(step, numbers))
         return record
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Show the image of a file in the loggers; metrics.jsonl has numbers alone."""
+        if self._modules:
+            with Image.open(path) as image:
+                image.load()  # a damaged file is no fault of a logger
         for logger_name in self._modules:
-            self._opened(logger_name).picture(step, name, path)
+            self._tell(logger_name, lambda opened: opened.picture(step, name, path))
+
+    def _tell(self, name: str, act: Callable[["Logger"], None]) -> None:
+        if time.monotonic() < self._rests_until.get(name, -math.inf):
+            return
+        try:
+            act(self._opened(name))
+        except (*FAILURES, *_LOGGERS[name].own_errors(self._modules[name])) as error:
+            if name not in self._rests_until:
+                logger.warning(
+                    "train.loggers=%s failed (%s: %s); training goes on, metrics.jsonl has all, and it is tried again "
+                    "every %.0f minutes",
+                    *(name, type(error).__name__, error, REST_S / 60),
+                )
+            self._rests_until[name] = time.monotonic() + REST_S
 
     def _opened(self, name: str) -> "Logger":
         if name not in self._loggers:
@@ -181,8 +212,8 @@ class Metrics:
 
     def close(self) -> None:
         """Finish the loggers' runs."""
-        for opened in self._loggers.values():
-            opened.close()
+        for name in self._loggers:
+            self._tell(name, lambda opened: opened.close())
         self._loggers = {}
 
 
@@ -214,6 +245,11 @@ class Logger:
     def __init__(self, module: Any, run: RunInfo) -> None:
         """Start the run, or continue it. `module` is the imported package."""
         raise NotImplementedError
+
+    @staticmethod
+    def own_errors(module: Any) -> tuple[type[Exception], ...]:
+        """The errors that its package has made for itself, for a server that is down or refuses, for example."""
+        return ()
 
     def log(self, step: int, values: dict[str, int | float]) -> None:
         """Send the scalars of one step."""
@@ -262,6 +298,10 @@ class _Wandb(Logger):
         )
         self.run_id = self.run.id
 
+    @staticmethod
+    def own_errors(module: Any) -> tuple[type[Exception], ...]:
+        return (module.errors.Error,)
+
     def log(self, step: int, values: dict[str, int | float]) -> None:
         self.run.log(values, step=step)
 
@@ -278,6 +318,10 @@ class _Trackio(Logger):
         resume = "allow" if run.run_id else "never"
         self.run = module.init(project="capi", name=run.run_id or run.name, config=run.config, resume=resume)
         self.run_id = self.run.name  # a free one, if the name was taken
+
+    @staticmethod
+    def own_errors(module: Any) -> tuple[type[Exception], ...]:
+        return (sqlite3.Error,)  # it keeps its values in a database, and sends them from a thread of its own
 
     def log(self, step: int, values: dict[str, int | float]) -> None:
         self.run.log(values, step=step)
@@ -297,6 +341,10 @@ class _Mlflow(Logger):
         if run.run_id is None:
             # Not log_params: it limits number, length and characters of the parameters.
             module.log_dict(run.config, "config.json")
+
+    @staticmethod
+    def own_errors(module: Any) -> tuple[type[Exception], ...]:
+        return (module.exceptions.MlflowException,)
 
     def log(self, step: int, values: dict[str, int | float]) -> None:
         self.module.log_metrics(values, step=step)

@@ -56,7 +56,7 @@ def read_job(script_name: str, sources: list[str]) -> Job | None:
         return None
     cfg: dict[str, Any] = yaml.safe_load(done.stdout)
     launcher = build(LauncherConfig, cfg["launcher"], "launcher")
-    return Job(script, done.stdout, Path(cfg["train"]["output_dir"]), launcher)
+    return Job(script, done.stdout, Path(cfg["train"]["output_dir"]), launcher, is_training=True)
 
 
 def check_slurm(job: Job, sources: list[str]) -> None:

@@ -60,7 +60,7 @@ from data import (
 )
 from distributed import device_model, on_rank_0, pick_device, rank, session, world_size
 from fsdp import Sharding, average_gradients_, divide_like, parallelize
-from launch import StopRequest, claim_output_dir, requeue, was_requeued
+from launch import StopRequest, claim_output_dir, launches, repeated_launch, requeue
 from metrics import FiniteWatch, Metrics, Profile, Throughput, rounded_speed
 from optim import MOMENTS, grad_norm
 from probe import Probe
@@ -486,7 +486,7 @@ def restore(state: TrainState[Any], checkpoints: Checkpoints) -> SavedState | No
         "config": dataclasses.asdict(state.cfg),
     }
     if train.resume_from is not None:
-        saved = checkpoints.restore(train.resume_from, **places, restarted=was_requeued())
+        saved = checkpoints.restore(train.resume_from, **places, launches=launches(), repeated=repeated_launch())
     elif train.auto_resume:
         saved = checkpoints.restore_latest(**places)
     else:
@@ -593,6 +593,7 @@ def export_newest(
         model_keys=state.MODEL_KEYS,
         later_keys=state.LATER_KEYS,
         check=state.check,
+        only_reads=True,
     )
     restore(state, checkpoints)
     return export_all(state, output_dir)

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,11 +19,11 @@ from typing import Any, NamedTuple
 
 from config import EvalConfig, LauncherConfig, chosen_evals, dump_yaml
 from distributed import any_rank, on_rank_0, rank
-from launch import ROOT, STOP_SIGNALS, ScriptRun, StopRequest, SubmittedJob
+from launch import ROOT, STOP_SIGNALS, ScriptRun, StopRequest, SubmittedJob, without_ranks
 from metrics import Metrics, read_metrics
 from reading.sources import is_on_disk
 from report import PICTURES_EACH, pictures_of, read_results, score_rows
-from utils import UserError, due, end_process, remove
+from utils import UserError, due, end_process, reason, remove
 
 logger = logging.getLogger("evals")
 
@@ -33,8 +32,6 @@ ASK_SLURM_S = 60.0
 """Time between questions about a job. What another machine wrote to a shared file system shows by then."""
 UNANSWERED_S = 1800.0
 """The same after a question without an answer, for which a training waits up to a minute."""
-OF_RANKS = re.compile(r"RANK$|^LOCAL_|^GROUP_|^ROLE_|^WORLD_SIZE$|^MASTER_|^TORCHELASTIC_|^SLURM_|^PMI")
-"""Environment variables by which an evaluation would take itself for a rank of the training."""
 ENDED_BY_STOP = {code for number in STOP_SIGNALS for code in (-number, 128 + number)}
 """Exit codes of a process that was asked to stop; the latter are those of `utils.ending_in_words`."""
 
@@ -60,7 +57,10 @@ class _Launched(ScriptRun):
 
     def is_done(self) -> bool:
         """Whether benchmark.py came to its end, where it writes the report."""
-        return (self.folder / "results" / "report.html").is_file()
+        try:
+            return (self.folder / "results" / "report.html").is_file()
+        except OSError:  # a stale handle of a shared file system, for example: it may be seen the next time
+            return False
 
     def ask_slurm(self) -> None:
         """Find out whether the job is alive: it has failed if it was gone the last time, and still has no report.
@@ -184,12 +184,12 @@ class Evaluations:
 
     def _take_up(self, run: _Launched) -> None:
         """Wait for what an earlier process launched, if it is done or still a job of Slurm's; else launch it anew."""
-        if run.job_file.is_file():
-            number, _, log = run.job_file.read_text().partition("\n")
-            run.job = SubmittedJob(number, log)
         try:
+            if run.job_file.is_file():
+                number, _, log = run.job_file.read_text().partition("\n")
+                run.job = SubmittedJob(number, log)
             is_under_way = run.is_done() or run.status().word in ("running", "done")
-        except UserError as error:  # the run may go on where there is no Slurm
+        except (OSError, UserError) as error:  # the run may go on where there is no Slurm
             logger.warning("whether %s still runs as a Slurm job is unknown, so it starts anew: %s", run.folder, error)
             is_under_way = False
         if is_under_way:
@@ -261,10 +261,9 @@ class Evaluations:
                 assert run.job is not None
                 run.job_file.write_text("\n".join(run.job))
             else:
-                environment = {key: value for key, value in os.environ.items() if not OF_RANKS.search(key)}
                 with run.log.open("ab") as log:
                     # In a session of its own: Ctrl-C is for the training, which ends this one in its own time.
-                    run.start(stdout=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+                    run.start(stdout=log, stdin=subprocess.DEVNULL, env=without_ranks(), start_new_session=True)
                 logger.info("%s started, log %s", run.title, run.log)
         except (OSError, UserError) as error:
             self._fail(run, str(error))
@@ -277,17 +276,26 @@ class Evaluations:
         landed = []
         for run in [run for run in self.pending if self._is_over(run)]:
             self.pending.remove(run)
-            scores, pictures, is_complete = self._read(run)
-            if run.process is not None and run.process.returncode != 0:
-                run.failure = run.status().message
-            if run.failure is not None:
-                self._fail(run, run.failure)
-            elif not is_complete:
-                self._fail(run, f"not all of it has results, see {run.log if run.process else run.folder}")
-            else:
-                run.weights.unlink(missing_ok=True)  # the checkpoint has them
-            landed.append(Landed(run.step, scores, pictures))
+            try:
+                landed.append(self._land(run))
+            except OSError as error:
+                self._fail(run, f"what came of it cannot be read: {reason(error)}")
         return landed
+
+    def _land(self, run: _Launched) -> Landed:
+        scores, pictures, is_complete = self._read(run)
+        if run.process is not None and run.process.returncode != 0:
+            run.failure = run.status().message
+        if run.failure is not None:
+            self._fail(run, run.failure)
+        elif not is_complete:
+            self._fail(run, f"not all of it has results, see {run.log if run.process else run.folder}")
+        else:
+            try:
+                run.weights.unlink(missing_ok=True)  # the checkpoint has them
+            except OSError as error:
+                logger.warning("%s could not be deleted: %s", run.weights, reason(error))
+        return Landed(run.step, scores, pictures)
 
     def _ask_slurm(self) -> None:
         """How the jobs stand: one that ran out of memory or time leaves no other trace."""
@@ -361,10 +369,10 @@ class Evaluations:
 
     def close(self) -> None:
         """End what still runs on this machine, which starts anew when the run continues; jobs of Slurm go on."""
-        for run in self._processes():
-            assert run.process is not None
+        running = self._processes()
+        for run in running:
             logger.info("%s is ended; it starts anew with the run", run.title)
-            end_process(run.process, group=True)
+        end_process(*(run.process for run in running if run.process is not None), group=True)
         if jobs := self._jobs():
             told = "evaluations that are still Slurm jobs: %d; the same command records their scores when they are done"
             logger.info(told, len(jobs))

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -265,12 +266,19 @@ class Normalisation:
 
 
 START_WITH_PARENT = (
-    "import os, sys; sys.path.insert(0, sys.argv[1]); from utils import end_with_parent; import signal; "
-    "end_with_parent(signal.SIGTERM, int(sys.argv[2])); os.execv(sys.executable, [sys.executable, *sys.argv[3:]])"
+    "import os, sys; sys.path.insert(0, sys.argv[1]); from utils import end_with_parent, unblock; "
+    "import signal; unblock(signal.valid_signals()); end_with_parent(signal.SIGTERM, int(sys.argv[2])); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[3:]])"
 )
 PR_SET_PDEATHSIG = 1
 END_S = 40
 """How long a process may take to end; torchrun gives its own processes 30 s."""
+
+
+def unblock(signals: Collection[int]) -> None:
+    """Let signals through that who started this process has blocked; Windows knows no such thing."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
 
 def end_with_parent(number: signal.Signals, parent: int | None = None) -> None:
@@ -303,28 +311,30 @@ def start_python(arguments: Sequence[str], **options: Any) -> "subprocess.Popen[
     return subprocess.Popen([sys.executable, "-c", START_WITH_PARENT, root, str(os.getpid()), *arguments], **options)
 
 
-def end_process(process: "subprocess.Popen[Any]", *, group: bool = False) -> None:
-    """Ask a process to end and wait until it has; after `END_S`, or if this wait is interrupted, kill it.
+def end_process(*processes: "subprocess.Popen[Any]", group: bool = False) -> None:
+    """Ask processes to end, and wait until all have; after `END_S`, or if this wait is interrupted, kill the others.
 
     Args:
-        process: may have ended.
-        group: whether it leads a session of its own, all of which is meant.
+        processes: may have ended.
+        group: whether each leads a session of its own, all of which is meant.
     """
 
     def send(number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number) if group else process.send_signal(number)
+        for process in processes:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number) if group else process.send_signal(number)
 
-    if process.poll() is not None:
-        return
     send(signal.SIGTERM)
+    end = time.monotonic() + END_S
     try:
-        process.wait(END_S)
+        for process in processes:
+            process.wait(max(0.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
         pass
     finally:
-        if process.poll() is None:
-            send(signal.SIGKILL)
+        send(signal.SIGKILL)
+        for process in processes:
             process.wait()
 
 

@@ -358,14 +358,33 @@ def test_a_scheduler_that_repeats_the_command_does_not_go_back_twice(three, tmp_
     chosen, three.keep = tmp_path / "favourite", 1
     shutil.copytree(three.directory / "step_000000100", chosen)
     back, run = again(three), Training(seed=2)
-    assert run.restore(back, chosen, restarted=True).step == 100, "the first start has no successors yet"
+    again_in_job = {"launches": ["job 7", "torchrun b"], "repeated": "job 7"}
+    assert run.restore(back, chosen, **again_in_job).step == 100, "the first start has no successors yet"
     run.save(back, 150)
     for step in (160, 170):
         back = again(three)
-        assert run.restore(back, chosen, restarted=True).step == step - 10
+        assert run.restore(back, chosen, **again_in_job).step == step - 10
         run.save(back, step)
     assert not any("150.set-aside" in name or "160.set-aside" in name for name in names(three.directory))
     assert run.restore(again(three), chosen).step == 100, "the user who asks again gets what they ask for"
+
+
+@pytest.mark.parametrize("launches", [["job 7"], [], None], ids=["noted", "without a launch", "of earlier versions"])
+def test_a_scheduler_that_repeats_a_second_return_goes_on_with_no_steps_of_the_first(launches, three):
+    chosen, run = three.directory / "step_000000100", Training(seed=2)
+    first = again(three)
+    run.restore(first, chosen, launches=launches or [])
+    path = run.save(first, 200)
+    if launches is None:
+        state = json.loads((path / "state.json").read_text())
+        del state["resumed_by"]
+        (path / "state.json").write_text(json.dumps(state))
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["state.json"] = described(path / "state.json")
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        assert run.restore_latest(again(three)) is not None
+    # The user returned in a job of its own, which is repeated before it has saved anything.
+    assert run.restore(again(three), chosen, launches=["job 8"], repeated="job 8").step == 100
 
 
 def test_a_checkpoint_of_another_run_can_be_continued(three, tmp_path):
@@ -594,17 +613,18 @@ def test_the_next_call_first_waits_for_the_save_under_way(call, gate, tmp_path):
     assert len(checkpoints.all()) == (2 if call == "save" else 1)
 
 
-@pytest.mark.parametrize("call", ["save", "wait", "close"])
-def test_a_failure_in_the_background_is_raised_by_the_next_call(call, three):
+@pytest.mark.parametrize("call", ["wait", "close"])
+def test_a_failure_in_the_background_is_logged_at_once_and_raised_by_who_waits_for_the_save(call, three, caplog):
     run, full = Training(seed=2), Checkpoints(three.directory.parent, keep=3, async_save=True)
     run.restore_latest(full)
+    why = r"step 400 could not be saved.*File too large.*newest is .*000300"
     with files_limited_to(100):
         run.save(full, 400)
-        calls = {"save": lambda: run.save(full, 500), "wait": full.wait, "close": full.close}
-        with pytest.raises(UserError, match=r"step 400 could not be saved.*File too large.*newest is .*000300"):
-            calls[call]()
+        assert full.last() == full.directory / "step_000000300"
+        assert re.search(why, caplog.text), "it is known, and not told"
+        with pytest.raises(UserError, match=why):
+            getattr(full, call)()
     assert names(full.directory) == ["step_000000100", "step_000000200", "step_000000300"], "no half checkpoint stays"
-    assert full.finished == full.directory / "step_000000300"
     full.wait()  # it is told once
     if call != "close":
         path = run.mark(500).save(full, 500)
@@ -612,6 +632,25 @@ def test_a_failure_in_the_background_is_raised_by_the_next_call(call, three):
         assert full.newest() == full.finished == path, "with space again, saving works"
     for path in three.all():
         run.restore(again(three), path)
+
+
+@pytest.mark.parametrize("has_room_again", [True, False])
+def test_the_save_after_one_that_failed_is_tried_and_ends_the_run_only_if_it_fails_too(has_room_again, three):
+    run, full = Training(seed=2), Checkpoints(three.directory.parent, keep=9, async_save=True)
+    run.restore_latest(full)
+    with files_limited_to(100):
+        run.save(full, 400)
+        full.last()
+        if not has_room_again:
+            with pytest.raises(UserError, match=r"step 500 could not be saved"):
+                run.save(full, 500)
+    if has_room_again:
+        run.mark(500).save(full, 500)
+    full.close()
+    there = [100, 200, 300] + [500] * has_room_again
+    assert names(full.directory) == [f"step_{step:09d}" for step in there]
+    run.mark(0).restore_latest(again(three))
+    assert run.marked == there[-1]
 
 
 def test_a_failure_in_the_background_does_not_hide_the_error_that_ends_the_run(tmp_path):
@@ -639,7 +678,8 @@ def test_a_closed_object_leaves_no_thread_and_cannot_save(tmp_path):
     checkpoints.close()
 
 
-def test_the_copies_are_freed_although_no_garbage_is_collected(monkeypatch, tmp_path):
+@pytest.mark.parametrize("size", [100, resource.RLIM_INFINITY], ids=["full", "free"])
+def test_the_copies_are_freed_although_no_garbage_is_collected(size, monkeypatch, tmp_path):
     copies = []
     save_tensors = checkpoint.save_tensors
 
@@ -653,13 +693,16 @@ def test_the_copies_are_freed_although_no_garbage_is_collected(monkeypatch, tmp_
     gc.disable()  # as during training
     try:
         with Checkpoints(tmp_path, keep=1, async_save=True) as checkpoints:
-            run.save(checkpoints, 1)
-            checkpoints.wait()
+            with files_limited_to(size):
+                run.save(checkpoints, 1)
+                checkpoints.last()
             deadline = time.monotonic() + 20  # the thread lets go of its task just after the result is there
             while any(copy() is not None for copy in copies) and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert copies
             assert not any(copy() is not None for copy in copies), "every save would take memory until the run ends"
+            with contextlib.suppress(UserError):
+                checkpoints.wait()
     finally:
         gc.enable()
 
@@ -1007,7 +1050,10 @@ def save_while_training_on_a_rank(path: Path) -> None:
             with pytest.raises(UserError, match=r"step 4 could not be saved.*File too large"), disk:
                 run.save(checkpoints, 4)
                 checkpoints.wait()
-        run.save(checkpoints, 5)
+            with files_limited_to(2000) if rank == full_rank else contextlib.nullcontext():
+                run.save(checkpoints, 4)
+                checkpoints.last()
+            run.save(checkpoints, 5)  # it is for all ranks to forget the one before
 
 
 def test_ranks_train_on_while_they_save(tmp_path):

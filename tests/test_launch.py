@@ -1,10 +1,14 @@
+import contextlib
 import os
 import signal
 import socket
 import subprocess
+import sys
 import textwrap
 import threading
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ import launch
 from config import LauncherConfig
 from launch import (
     HOLD_SIGNALS,
+    OF_RANKS,
     Job,
     ScriptRun,
     Status,
@@ -23,8 +28,10 @@ from launch import (
     SubmittedJob,
     claim_output_dir,
     copy_code,
+    launches,
+    repeated_launch,
     requeue,
-    was_requeued,
+    without_ranks,
 )
 from speed.compiling import kept_compilations
 from utils import UserError
@@ -126,6 +133,7 @@ def test_ranks_agree_on_the_strongest_signal_of_any():
 
 SCONTROL = """#!/bin/bash
 echo "$@" >>{calls}
+[ $(wc -l <{calls}) -gt {silent} ] || {{ echo "{silence}" >&2; exit 1; }}
 case "$1" in
 show) echo "{shown}" ;;
 requeue) [ -z "{refusal}" ] || {{ echo "{refusal}" >&2; exit 1; }} ;;
@@ -170,6 +178,41 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
             os.kill(worker, signal.SIGKILL)
 
 
+@pytest.mark.parametrize(("variable", "leaves_after_s", "waited_s"), [
+    ("SLURM_RESTART_COUNT", 130, 130),
+    ("TORCHELASTIC_RESTART_COUNT", 130, 130),
+    ("SLURM_RESTART_COUNT", 10_000, 300),
+    (None, 130, 0),
+])  # fmt: skip
+def test_a_start_that_repeats_another_one_waits_for_its_end_but_not_for_ever(
+    variable, leaves_after_s, waited_s, tmp_path, monkeypatch, caplog
+):
+    now = 0.0
+
+    def sleep(seconds):
+        nonlocal now
+        now += seconds
+
+    def lock_file(path, *, wait):
+        assert not wait
+        path.write_text("process 3")
+        if now < leaves_after_s:
+            raise BlockingIOError
+
+    monkeypatch.setattr("launch.time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr("launch.lock_file", lock_file)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.setenv(name, str(int(name == variable)))
+    refused = waited_s < leaves_after_s
+    expectation = pytest.raises(UserError, match="in use by another run") if refused else contextlib.nullcontext()
+    with expectation, claim_output_dir(tmp_path):
+        pass
+    assert waited_s <= now < waited_s + 10
+    assert caplog.text.count("waiting for process 3 to leave") == -(-waited_s // 60)
+
+
 def test_a_claim_ends_with_its_block(tmp_path):
     for _ in range(2):
         with claim_output_dir(tmp_path / "new" / "run") as directory:
@@ -198,8 +241,9 @@ def slurm_job(tmp_path, monkeypatch):
     """A `scontrol` that shows the given job and remembers what it was asked. Other tests have a real one."""
     calls = tmp_path / "calls"
 
-    def make(shown: str, *, refusal: str = ""):
-        (tmp_path / "scontrol").write_text(SCONTROL.format(calls=calls, shown=shown, refusal=refusal))
+    def make(shown: str, *, refusal: str = "", silent: int = 0, silence: str = ""):
+        words = {"shown": shown, "refusal": refusal, "silent": silent, "silence": silence}
+        (tmp_path / "scontrol").write_text(SCONTROL.format(calls=calls, **words))
         (tmp_path / "scontrol").chmod(0o755)
         return lambda: [line for line in calls.read_text().splitlines() if line.startswith("requeue")]
 
@@ -208,6 +252,9 @@ def slurm_job(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    now = [0.0]
+    clock = {"monotonic": lambda: now[0], "sleep": lambda seconds: now.append(now.pop() + seconds)}
+    monkeypatch.setattr("launch.time", SimpleNamespace(**clock))
     before = {number: signal.getsignal(number) for number in launch.STOP_SIGNALS}
     yield make
     for number, handler in before.items():
@@ -243,7 +290,7 @@ def stopped_by(number: signal.Signals) -> StopRequest:
     ],
 )
 def test_a_job_is_requeued_only_if_slurm_ended_it_and_will_not_do_so_itself(slurm_job, number, shown, calls):
-    assert was_requeued()
+    assert repeated_launch() == "Slurm job 7"
     requeued = slurm_job(shown)
     stopped_by(number)
     assert requeued() == calls
@@ -258,6 +305,39 @@ def test_only_the_own_element_of_an_array_is_requeued(slurm_job, monkeypatch):
     assert requeued() == ["requeue 7_3"]
 
 
+@pytest.mark.parametrize(
+    ("environment", "names", "repeated"),
+    [
+        ({}, [], None),
+        ({"SLURM_JOB_ID": "7"}, ["Slurm job 7"], None),
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}, ["Slurm job 7"], "Slurm job 7"),
+        ({"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "0"}, ["torchrun a"], None),
+        ({"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "1"}, ["torchrun a"], "torchrun a"),
+        (
+            {"SLURM_JOB_ID": "7", "TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "1"},
+            ["Slurm job 7", "torchrun a"],
+            "torchrun a",
+        ),
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "b"},
+            ["Slurm job 7", "torchrun b"],
+            "Slurm job 7",
+        ),
+        (
+            {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "1"},
+            [f"torchrun {os.getppid()} on {socket.gethostname()}"],
+            f"torchrun {os.getppid()} on {socket.gethostname()}",
+        ),
+    ],
+)
+def test_a_process_knows_what_repeats_it(environment, names, repeated, monkeypatch):
+    for name in [name for name in os.environ if OF_RANKS.search(name)]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert (launches(), repeated_launch()) == (names, repeated)
+
+
 @pytest.mark.parametrize("refusal", ["Requested operation is presently disabled", None])
 def test_a_refused_requeue_is_said_and_does_not_fail_the_run(slurm_job, caplog, monkeypatch, refusal):
     if refusal:
@@ -270,6 +350,29 @@ def test_a_refused_requeue_is_said_and_does_not_fail_the_run(slurm_job, caplog, 
     assert "Submit it again" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "silence",
+    [
+        "slurm_load_jobs error: Unable to contact slurm controller (connect failure)",
+        "Socket timed out on send/recv operation",
+        "Zero Bytes were transmitted or received",
+    ],
+)
+@pytest.mark.parametrize(("silent", "requeues"), [(1, 1), (5, 1), (1000, 0)])
+def test_a_controller_that_does_not_answer_is_asked_again_for_a_while(slurm_job, caplog, silence, silent, requeues):
+    requeued = slurm_job(RUNNING, silent=silent, silence=silence)
+    stopped_by(signal.SIGUSR2)
+    assert len(requeued()) == requeues
+    assert (f"Slurm job 7 could not be requeued: {silence}. Submit it again" in caplog.text) == (requeues == 0)
+
+
+@pytest.mark.parametrize("refusal", ["Requested operation is presently disabled", "Access/permission denied"])
+def test_a_refusal_is_not_contested(slurm_job, refusal):
+    requeued = slurm_job(RUNNING, refusal=refusal)
+    stopped_by(signal.SIGUSR2)
+    assert requeued() == ["requeue 7"]
+
+
 def test_outside_slurm_nothing_happens(slurm_job, monkeypatch, tmp_path):
     slurm_job(PREEMPTED)
     monkeypatch.delenv("SLURM_JOB_ID")
@@ -278,7 +381,7 @@ def test_outside_slurm_nothing_happens(slurm_job, monkeypatch, tmp_path):
     stopped_by(signal.SIGTERM)
     assert not (tmp_path / "calls").exists()
     assert signal.getsignal(signal.SIGTERM) == handler
-    assert not was_requeued()
+    assert repeated_launch() is None
 
 
 def job(output_dir: str = "run", **launcher: Any) -> Job:
@@ -287,6 +390,59 @@ def job(output_dir: str = "run", **launcher: Any) -> Job:
     )
     given: dict[str, Any] = {"num_nodes": 1, "gpus_per_node": 0, "signal_delay_s": 60, "setup": [], "sbatch": {}}
     return Job(ROOT / "train_capi.py", "", Path(output_dir), LauncherConfig(**(none | given | launcher)))
+
+
+OF_A_RANK = {
+    "torchrun": {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "64",
+                 "MASTER_ADDR": "gpu7", "MASTER_PORT": "29400", "TORCHELASTIC_RUN_ID": "none"},
+    "srun": {"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "64", "SLURM_PROCID": "0",
+             "SLURM_CPU_BIND": "quiet,mask_cpu:0xF", "SLURM_CPU_BIND_LIST": "0xF", "SRUN_CPUS_PER_TASK": "16",
+             "SLURM_RESTART_COUNT": "1", "SLURM_ARRAY_JOB_ID": "5", "PMI_RANK": "0"},
+}  # fmt: skip
+OF_THE_USER = {
+    "SLURM_CONF": "/etc/slurm.conf", "SLURM_JWT": "x", "SLURM_CLUSTERS": "a", "SBATCH_EXPORT": "ALL", "HF_TOKEN": "x",
+    "CUDA_VISIBLE_DEVICES": "0", "TORCH_HOME": "x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", OF_A_RANK)
+def test_what_a_rank_submits_or_starts_is_no_rank_of_its_job(launcher, tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\nenv -0 >{tmp_path}/exported\necho Submitted batch job 17\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setattr(launch, "copy_code", lambda *_, **__: None)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in (OF_A_RANK[launcher] | OF_THE_USER).items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    assert job(str(tmp_path / "run")).submit()[0] == "17"
+    assert dict(os.environ) == before, "the rank has lost its place"
+    exported = dict(line.split("=", 1) for line in (tmp_path / "exported").read_text().split("\0") if line)
+    for environment in (exported, without_ranks()):
+        assert not OF_A_RANK[launcher].keys() & environment.keys()
+        assert environment.items() >= OF_THE_USER.items()
+
+
+BLOCKED = "import signal; print(sorted(signal.Signals(n).name for n in signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+CHILD = f"from utils import start_python; start_python(['-c', {BLOCKED!r}]).wait()"
+
+
+@pytest.mark.parametrize(("is_training", "blocked"), [(False, []), (True, ["SIGTERM", "SIGUSR2"])])
+def test_signals_are_held_for_those_alone_who_let_them_through_again(is_training, blocked, tmp_path):
+    (tmp_path / "code").mkdir()
+    script = tmp_path / "code" / "train_capi.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{BLOCKED}; sys.stdout.flush(); {CHILD}")
+    (tmp_path / "srun").write_text('#!/bin/bash\nwhile [ "$1" != "$PYTHON" ]; do shift; done; exec "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-s"],
+        input=replace(job(), is_training=is_training).sbatch_script(tmp_path),
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [str(blocked), "[]"], "its children have no part in it"
 
 
 @pytest.mark.parametrize("character", ["\n", "\r", "\x00", "\x1b", "\u2028", "\x85"])

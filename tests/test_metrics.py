@@ -2,6 +2,7 @@ import io
 import json
 import math
 import re
+import sqlite3
 import sys
 import weakref
 from dataclasses import replace
@@ -420,6 +421,66 @@ def test_a_run_without_a_name_has_that_of_its_folder(tmp_path, monkeypatch):
     (tmp_path / "vitl14").mkdir()
     Metrics(tmp_path / "vitl14", ["wandb"]).write(1, loss=0.5)
     assert calls[0]["name"] == "vitl14"
+
+
+class ServerDownError(Exception):
+    """As packages have them: no RuntimeError, no OSError."""
+
+
+@pytest.mark.parametrize("error", [ServerDownError, ConnectionError, RuntimeError])
+@pytest.mark.parametrize("fails", ["start_run", "log_metrics", "log_image", "end_run"])
+def test_a_logger_that_is_down_is_told_of_once_and_tried_again_later(error, fails, tmp_path, monkeypatch, caplog):
+    is_down, asked, now = True, [], 0.0
+    package = fake_mlflow([])
+    answer = getattr(package, fails)
+
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        asked.append(now)
+        if is_down:
+            raise error("max retries exceeded")
+        return answer(*args, **kwargs)
+
+    package.__dict__.update({fails: ask, "exceptions": SimpleNamespace(MlflowException=ServerDownError)})
+    monkeypatch.setitem(sys.modules, "mlflow", package)
+    monkeypatch.setattr("metrics.time", SimpleNamespace(monotonic=lambda: now))
+    Image.new("RGB", (5, 4)).save(tmp_path / "a.png")
+    meters = Metrics(tmp_path, ["mlflow"])
+    for step, now in enumerate((0.0, 1.0, 599.0, 601.0, 1500.0, 1501.0)):
+        is_down = now < 1000
+        meters.write(step, loss=0.5)
+        meters.picture(step, "a", tmp_path / "a.png")
+    is_down = fails == "end_run"
+    meters.close()
+    assert [record["step"] for record in read_metrics(meters.path)] == [0, 1, 2, 3, 4, 5]
+    assert caplog.text.count("train.loggers=mlflow failed") == 1
+    assert f"{error.__name__}: max retries exceeded" in caplog.text
+    if fails != "end_run":
+        assert asked[:3] == [0.0, 601.0, 1500.0], "a server that is down is asked too often, or never again"
+
+
+@pytest.mark.parametrize(("name", "fake"), [("wandb", fake_wandb), ("trackio", fake_trackio)])
+def test_errors_that_a_package_has_made_for_itself_do_not_end_a_run(name, fake, tmp_path, monkeypatch, caplog):
+    def init(*_: Any, **__: Any) -> None:
+        raise sqlite3.OperationalError("no room") if name == "trackio" else ServerDownError("no route")
+
+    package = fake([])
+    package.__dict__.update(init=init, errors=SimpleNamespace(Error=ServerDownError))
+    monkeypatch.setitem(sys.modules, name, package)
+    meters = Metrics(tmp_path, [name])
+    meters.write(1, loss=0.5)
+    meters.close()
+    assert f"train.loggers={name} failed" in caplog.text
+
+
+def test_a_damaged_picture_is_no_fault_of_a_logger(tmp_path, monkeypatch):
+    calls: list[Any] = []
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(calls))
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    meters = Metrics(tmp_path, ["wandb"])
+    with pytest.raises(OSError, match="cannot identify image file"):
+        meters.picture(0, "a", tmp_path / "a.png")
+    meters.write(1, loss=0.5)
+    assert calls[-1][0] == 1
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])

@@ -234,6 +234,19 @@ def test_the_commands_of_a_toy_are_those_of_every_training(place, finished, tmp_
     assert (finished / "student.pth").read_bytes() == before
 
 
+@pytest.mark.parametrize("chosen", [True, False])
+def test_an_export_leaves_what_a_training_that_no_lock_shows_is_writing(place, finished, tmp_path, chosen):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in (".tmp-step_000000008", ".trash-step_000000002-1", ".replaced-step_000000001"):
+        (run / "checkpoints" / name).mkdir()
+        (run / "checkpoints" / name / "__0_0.distcp").write_bytes(b"half")
+    before = sorted(run.glob("checkpoints/**/*"))
+    own = [f"train.resume_from={run / 'checkpoints' / 'step_000000006'}"] if chosen else []
+    assert toy_method.main([*arguments(place, run, *own), "--export"]) == 0
+    assert sorted(run.glob("checkpoints/**/*")) == before
+
+
 def test_a_toy_whose_loss_is_not_finite_is_stopped_before_it_is_saved(place, tmp_path, monkeypatch, capsys):
     average = training.average_gradients_
 

@@ -1,5 +1,6 @@
 """Evaluations during training: they land in the run's metrics, they pick up where they were, they never stop it."""
 
+import errno
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from launch import StopRequest
 from metrics import Metrics
 from reading.sources import is_on_disk
 from train_capi import CapiConfig
-from training_evals import OF_RANKS, Evaluations, Landed, plan_evals
+from training_evals import Evaluations, Landed, plan_evals
 from utils import UserError
 
 
@@ -318,6 +319,29 @@ def test_an_evaluation_that_is_ended_alone_has_failed(place, tmp_path, monkeypat
     assert re.match("exit code 143|ended by SIGTERM", failed.read_text())
 
 
+def test_all_evaluations_are_asked_to_end_before_any_is_waited_for(place, tmp_path, monkeypatch):
+    """Each may take long, and the training has to requeue itself within the time that Slurm gives it."""
+    processes = []
+
+    def start(command, **options):  # ends only once both were asked to
+        own, other = f"asked-{len(processes)}", f"asked-{1 - len(processes)}"
+        code = (
+            'trap "touch $0; until [ -e $1 ]; do sleep 0.01; done; exit 0" TERM; touch $2; while :; do sleep 0.01; done'
+        )
+        ready = tmp_path / f"ready-{len(processes)}"
+        shell = ["sh", "-c", code, str(tmp_path / own), str(tmp_path / other), str(ready)]
+        processes.append(subprocess.Popen(shell, **options))
+        while not ready.exists():
+            time.sleep(0.01)
+        return processes[-1]
+
+    monkeypatch.setattr("launch.start_python", start)
+    monkeypatch.setattr("utils.END_S", 10)
+    sets = {"one": {"period": 4}, "two": {"period": 4}}
+    assert train_toy(place, tmp_path, during=signal_at(5), monkeypatch=monkeypatch, **sets) == 0
+    assert [process.returncode for process in processes] == [0, 0]
+
+
 class FakeSlurm:
     """Takes jobs, and says how they stand."""
 
@@ -426,6 +450,45 @@ def test_not_even_a_disk_that_takes_no_note_of_a_failure_stops_the_training(plac
     assert "evals.mine of step 1 failed, training goes on" in caplog.text
     assert "could not be marked as failed" in caplog.text
     assert runs.finished() == []
+
+
+STALE = OSError(errno.ESTALE, "Stale file handle")
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "told", "scores"),
+    [
+        ("unlink", "weights.pth", "weights.pth could not be deleted: Stale file handle", 1),
+        ("is_file", "report.html", "ended without finishing", 1),
+        ("read_text", "results.json", "failed, training goes on", 0),
+        ("is_file", "pca.png", "failed, training goes on: what came of it cannot be read: Stale file handle", 0),
+    ],
+)
+def test_no_error_of_the_file_system_while_scores_are_taken_in_stops_the_training(
+    jobs, fake_slurm, stub, tmp_path, caplog, monkeypatch, method, name, told, scores
+):
+    folder = tmp_path / "evals" / "mine" / "step_000000001"
+    fake_slurm.states["17"] = None
+    shutil.copytree(stub.results, folder / "results")
+    plain = getattr(Path, method)
+
+    def fails(path, *args, **kwargs):
+        if path.name == name and path.is_relative_to(folder):
+            raise STALE
+        return plain(path, *args, **kwargs)
+
+    def pictures_of(*_):
+        (folder / "results" / "pca.png").is_file()
+        return []
+
+    (tmp_path / "metrics.jsonl").touch()
+    monkeypatch.setattr(Path, method, fails)
+    monkeypatch.setattr("training_evals.pictures_of", pictures_of)
+    for fake_slurm.now in range(0, 600, 50):
+        jobs.record(Metrics(tmp_path), 5)
+    assert told in caplog.text
+    assert len(eval_records(tmp_path)) == scores
+    assert jobs.pending == []
 
 
 def test_pictures_go_to_the_loggers_and_none_that_is_broken_stops_the_training(tmp_path, caplog, monkeypatch):
@@ -600,9 +663,3 @@ def test_mistakes_in_a_set_are_found_before_training(entry, words):
     with pytest.raises(UserError) as caught:
         load_config(CapiConfig, DEFAULT_PRETRAIN_CONFIG, ["data.dataset=x", f"evals.fast={entry}"])
     assert all(word in str(caught.value) for word in words), caught.value
-
-
-def test_an_evaluation_does_not_see_the_variables_of_ranks():
-    hidden = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "SLURM_PROCID", "GROUP_RANK"]
-    assert all(OF_RANKS.search(name) for name in hidden)
-    assert not any(OF_RANKS.search(name) for name in ("PATH", "HOME", "CUDA_VISIBLE_DEVICES", "HF_TOKEN", "TORCH_HOME"))
