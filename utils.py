@@ -639,7 +639,11 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     Args:
         path: file to write or replace.
         shared: whether several processes may replace it at the same time.
+
+    Raises: UserError where `path` is a device or a pipe, which a privileged user would replace.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a device or a pipe, in whose place a file would come; choose another path")
     temporary = path.with_name(f".tmp-{path.name}{f'-{uuid.uuid4().hex}' if shared else ''}")
     remove(temporary)
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))

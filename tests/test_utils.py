@@ -59,6 +59,13 @@ def test_what_stands_under_the_temporary_name_is_neither_followed_nor_in_the_way
     assert shared or not os.path.lexists(planted)
 
 
+def test_a_file_comes_in_the_place_of_no_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is a device or a pipe"):
+        write_text_atomically(tmp_path / "pipe", "text")
+    assert [path.is_fifo() for path in tmp_path.iterdir()] == [True]
+
+
 def test_a_file_written_atomically_has_the_permissions_of_any_other(tmp_path):
     write_text_atomically(tmp_path / "a", "text")
     (tmp_path / "b").write_text("text")
