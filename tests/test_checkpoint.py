@@ -10,7 +10,6 @@ import logging
 import os
 import pickle
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -26,7 +25,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from commands import run_forked
-from conftest import ROOT
+from conftest import ROOT, files_limited_to
 from golden import tiny_model
 from ranks import run_on_ranks
 from torch import Tensor, nn
@@ -465,17 +464,6 @@ def test_without_a_good_one_the_user_is_told_how_to_start_anew(three):
 
 
 # Full disks
-
-
-@contextlib.contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    """Every file of this process ends at `size` bytes, as on a disk that is full by then."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # At the first byte, in small tensors, in a large one (a path of its own in torch), in state.json.

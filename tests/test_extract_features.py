@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import files_limited_to
 from PIL import Image
 from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
@@ -314,6 +315,16 @@ def test_a_folder_that_has_changed_is_not_mixed_with_what_it_was(weights, tmp_pa
         (tmp_path / "images" / f"{number}.png").write_bytes(encode(photo(number)))
         assert extract(tmp_path / "images", weights, tmp_path / "out") == (2 if number else 0)
     assert "has 3 images, and had 1 when" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "parquet"])
+def test_a_full_disk_is_explained_and_the_same_command_goes_on(images, weights, tmp_path, capsys, file_format):
+    command = (images, weights, tmp_path / "out", f"format={file_format}", "features=[patches]", "shard_size=100")
+    with files_limited_to(4000):
+        assert extract(*command) == 2
+    assert f"000000.{file_format} could not be written: [Errno 27] " in capsys.readouterr().err
+    assert extract(*command) == 0
+    assert joined(tmp_path / "out", "patches").shape == (10, 2, 2, 32)
 
 
 @pytest.mark.parametrize(
