@@ -56,13 +56,13 @@ import cae
 import ijepa
 import train_cae
 import train_ijepa
-from checkpoint import Checkpoints, export_weights, read_weights
+from checkpoint import Checkpoints, export_weights, read_weights, replacing_export, save_atomically
 from config import DEFAULT_PRETRAIN_CONFIG, TrainingConfig, load_config, read_yaml, require_one_of, to_yaml
 from model import EncoderDecoder
 from train_cae import CaeConfig
 from train_capi import CapiConfig, make_head
 from train_ijepa import IjepaConfig
-from utils import Normalisation, UserError, ending_in_words, replacing, setup_logging, write_text_atomically
+from utils import Normalisation, UserError, ending_in_words, setup_logging
 from weights import load_backbone_weights, load_strictly, read_state_dict, save_safetensors
 
 logger = logging.getLogger("export")
@@ -217,8 +217,7 @@ def publish(source: str, path: Path) -> None:
         raise UserError(f"{str(path)!r}: what the authors of this method publish is what .pth holds; call it so")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with replacing(path) as temporary:
-            torch.save(as_published({model: exportable.modules for model, exportable in models.items()}), temporary)
+        save_atomically(path, as_published({model: exportable.modules for model, exportable in models.items()}))
     except OSError as error:
         raise UserError(f"{str(path)!r} could not be written: {error}") from error
 
@@ -242,10 +241,9 @@ def _write_safetensors(exportable: Exportable, path: Path) -> None:
         for name, module in exportable.modules.items()
         for key, tensor in module.state_dict().items()
     }
-    write_text_atomically(path.with_suffix(".yaml"), to_yaml(exportable.cfg))
     is_default = exportable.cfg.data.normalisation == Normalisation()  # without a word, as released weights
     notes = {} if is_default else _normalisation_notes(exportable.cfg)
-    with replacing(path) as temporary:
+    with replacing_export(path, to_yaml(exportable.cfg)) as temporary:
         save_safetensors(weights, temporary, {"format": "pt", **notes})
 
 

@@ -1093,7 +1093,7 @@ def test_an_export_to_a_full_disk_keeps_the_last_one(size, tmp_path):
     before = path.read_bytes()
     message = r"could not be exported to .*student.pth.*File too large"
     with pytest.raises(UserError, match=message), files_limited_to(size):
-        export_weights(path, {"backbone": nn.Linear(300, 300) if size > 500 else Tower()}, YAML)
+        export_weights(path, {"backbone": nn.Linear(300, 300) if size > 500 else Tower()}, "model:\n  depth: 3\n")
     assert path.read_bytes() == before
     assert path.with_suffix(".yaml").read_text() == YAML
     assert names(tmp_path) == ["student.pth", "student.yaml"]

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from commands import make_images, run_forked, run_main, tiny
+from conftest import files_limited_to
 from finetunes import CASES, write_classes
 from golden_ijepa import tiny_run
 from methods import METHODS, images_for_all
@@ -537,6 +538,21 @@ def test_mistakes_with_files_of_the_authors_are_explained(
     assert export.main([argument.format(**places) for argument in arguments]) == 2
     assert says in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "w.pth.tar"])
+def test_a_full_disk_is_explained_and_leaves_an_earlier_export_with_its_configuration(
+    ijepa_run, tmp_path, capsys, name
+):
+    out = tmp_path / name
+    assert export.main([str(ijepa_run), str(out)]) == 0
+    for config in tmp_path.glob("*.yaml"):
+        config.write_text(f"{config.read_text()}# an earlier one\n")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with files_limited_to(20_000):  # room for a configuration
+        assert export.main([str(ijepa_run), str(out)]) == 2
+    assert re.search(f"{name}'.*: .*File too large", capsys.readouterr().err)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.slow
