@@ -130,11 +130,14 @@ def read(source: str, *, model: str | None = None, config_path: Path | None = No
             that the method exports first.
         config_path: configuration of a file of weights. None: the one beside it, or the default.
 
-    Raises: UserError if there is nothing to read or it does not fit its configuration.
+    Raises: UserError if there is nothing to read, it does not fit its configuration, or there is nothing to choose.
     """
     folder = _checkpoint_in(Path(source)) if Path(source).is_dir() else None
     weights: Mapping[str, Any] = {}
     if folder is not None:
+        if config_path is not None:
+            own = str(folder / "config.yaml")
+            raise UserError(f"--config={str(config_path)!r}: {source!r} has its own, {own!r}; leave --config out")
         config_path = folder / "config.yaml"
     else:
         # Published files may have the options of their training beside the weights: a bag of values, no code.
@@ -142,7 +145,10 @@ def read(source: str, *, model: str | None = None, config_path: Path | None = No
             weights = read_state_dict(source, key="source")
         beside = Path(source).with_suffix(".yaml")
         config_path = config_path or (beside if beside.is_file() else None)
-        if config_path is None and any(part in weights for part in ijepa.PUBLISHED_PARTS):
+        has_several = any(part in weights for part in ijepa.PUBLISHED_PARTS)
+        if model is not None and not has_several:
+            raise UserError(f"--model={model!r}: in {source!r} there is one network to export; leave --model out")
+        if config_path is None and has_several:
             raise UserError(
                 f"source={source!r} holds several networks, and no configuration lies beside it: give the one that "
                 "describes them, such as --config configs/ijepa/vith14.yaml"

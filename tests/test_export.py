@@ -528,6 +528,11 @@ def test_a_training_starts_from_a_run_in_the_layout_of_the_authors(images, ijepa
         (("{ijepa}/student.pth", "w.pth.tar"), "is to hold student and average: give a run or a checkpoint, not"),
         (("{capi}", "w.pth.tar"), "what the authors of this method publish is what .pth holds"),
         (("{ijepa}", "w.tar"), "the name must end in one of .pth, .safetensors, .onnx, .pth.tar"),
+        (("{capi}/student_ema.pth", "w.pth", "--model", "student"), "student_ema.pth' there is one network"),
+        (
+            ("{capi}", "w.pth", "--config", "{ijepa}/config.yaml"),
+            "--config='{ijepa}/config.yaml': '{capi}' has its own",
+        ),
     ],
 )
 def test_mistakes_with_files_of_the_authors_are_explained(
@@ -536,7 +541,7 @@ def test_mistakes_with_files_of_the_authors_are_explained(
     monkeypatch.chdir(tmp_path)
     places = {"published": published, "ijepa": ijepa_run, "capi": run}
     assert export.main([argument.format(**places) for argument in arguments]) == 2
-    assert says in capsys.readouterr().err
+    assert says.format(**places) in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
