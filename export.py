@@ -209,7 +209,7 @@ def write(exportable: Exportable, path: Path) -> None:
 
 
 def publish(source: str, path: Path) -> None:
-    """Write student and average of a run or checkpoint into one file, in the layout in which the authors publish.
+    """Write student and average of a checkpoint into one file, in the layout in which the authors publish.
 
     Raises: UserError for another source or method, as `read` does, or for a folder that cannot be written to.
     """
@@ -314,10 +314,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup_logging()
     for path in args.files:
         check_path(path)
-    exportable = read(args.source, model=args.model, config_path=args.config)
+    # Once for all: a run that trains has a newer one at any moment.
+    source = str(_checkpoint_in(Path(args.source))) if Path(args.source).is_dir() else args.source
+    exportable = read(source, model=args.model, config_path=args.config)
     for path in args.files:
         if path.name.endswith(".pth.tar"):
-            publish(args.source, path)
+            publish(source, path)
         else:
             write(exportable, path)
         sys.stdout.write(os.fsencode(path).decode(errors="backslashreplace") + "\n")

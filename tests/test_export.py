@@ -503,6 +503,20 @@ def test_a_run_is_written_in_the_layout_of_the_authors(ijepa_run, published):
         assert_equal_weights(model.state_dict(), exported.state_dict())
 
 
+def test_all_files_are_of_one_checkpoint_of_a_run_that_trains(ijepa_run, tmp_path, monkeypatch):
+    run, read, seen = Path(shutil.copytree(ijepa_run, tmp_path / "run")), export.read_weights, []
+
+    def read_while_it_trains(folder: Path, name: str) -> dict[str, Tensor]:
+        weights = read(folder, name)
+        seen.append(folder.name)
+        shutil.copytree(folder, run / "checkpoints" / f"step_{len(seen) + 2:09d}")
+        return weights
+
+    monkeypatch.setattr(export, "read_weights", read_while_it_trains)
+    assert export.main([str(run), str(tmp_path / "w.pth"), str(tmp_path / "w.pth.tar")]) == 0
+    assert seen == 3 * ["step_000000002"]
+
+
 @pytest.mark.parametrize("model", ["student", "student_ema"])
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 def test_a_file_of_the_authors_becomes_what_a_run_exports(ijepa_run, published, tmp_path, model, name):
@@ -531,7 +545,7 @@ def test_a_training_starts_from_a_run_in_the_layout_of_the_authors(images, ijepa
         (("{capi}/student_ema.pth", "w.pth", "--model", "student"), "student_ema.pth' there is one network"),
         (
             ("{capi}", "w.pth", "--config", "{ijepa}/config.yaml"),
-            "--config='{ijepa}/config.yaml': '{capi}' has its own",
+            "--config='{ijepa}/config.yaml': '{capi}/checkpoints",
         ),
     ],
 )
