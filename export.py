@@ -175,7 +175,12 @@ def read(source: str, *, model: str | None = None, config_path: Path | None = No
 
 def _method_of(config_path: Path | None) -> Method:
     sections = None if config_path is None else read_yaml(config_path)
-    names = [name for name in METHODS if isinstance(sections, dict) and name in sections]
+    sections = sections if isinstance(sections, dict) else {}
+    if "backbone" in sections:
+        raise UserError(
+            f"{str(config_path)!r} is of a fine-tuned model, which is not exported: finetuning.load_model loads it"
+        )
+    names = [name for name in METHODS if name in sections]
     return METHODS[[*names, *METHODS][0]]
 
 

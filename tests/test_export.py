@@ -168,9 +168,12 @@ def test_without_the_extra_onnx_says_what_to_install(run, tmp_path, monkeypatch,
         ("nothing.pth", "w.pth", "there is no such file"),
         ("checkpoints", "w.pth", "neither a checkpoint nor the folder of a run"),
         ("other.pth", "w.pth", "do not fit the model"),
+        ("tuned.pth", "w.pth", "is of a fine-tuned model, which is not exported: finetuning.load_model loads it"),
     ],
 )
 def test_mistakes_are_explained(run, tmp_path, capsys, source, file, message):
+    tuned = shutil.copyfile(run / "student_ema.pth", run / "tuned.pth")
+    tuned.with_suffix(".yaml").write_text("backbone: {model_path: model.py}\nclassification: {}\n")
     torch.save({"backbone.mask_token": torch.zeros(1, 2)}, run / "other.pth")
     assert export.main([str(run / source), str(tmp_path / file)]) == 2
     assert message in capsys.readouterr().err
