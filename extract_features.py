@@ -145,6 +145,30 @@ class _ByNumber(Dataset[Read]):
         return self.read(index, self.dataset[index])
 
 
+class Batch(NamedTuple):
+    """Some images of the data, in order."""
+
+    indices: list[int]
+    """Numbers in the data of those that can be read."""
+    names: list[str]
+    images: Shaped[Tensor, "b c h w"] | None
+    """None if none can be read."""
+    skipped: list[Skipped]
+
+    @property
+    def num_seen(self) -> int:
+        """With those that cannot be read."""
+        return len(self.names) + len(self.skipped)
+
+
+def _stack(items: list[Read]) -> Batch:
+    """Of a worker: each tensor that it hands over takes a file descriptor, and memory of all that it is a view of."""
+    good = [(index, name, x) for index, name, x in items if isinstance(x, Tensor)]
+    skipped = [Skipped(name, x) for _, name, x in items if isinstance(x, str)]
+    images = torch.stack([x for _, _, x in good]) if good else None
+    return Batch([index for index, _, _ in good], [name for _, name, _ in good], images, skipped)
+
+
 class _InOrder(IterableDataset[list[Read]]):
     """Batches of one part of a stream, none of which lies across the border of two files."""
 
@@ -162,10 +186,6 @@ class _InOrder(IterableDataset[list[Read]]):
                 batch = []
         if batch:
             yield batch
-
-
-def _as_list(items: list[Read]) -> list[Read]:
-    return items
 
 
 # ------------------------------------------------------------------------------------------------------ shards
@@ -186,14 +206,13 @@ class Writer:
         self.features: dict[str, Tensor] = {}
         self.num_seen = 0
 
-    def add(self, batch: list[Read], model: FrozenModel) -> None:
+    def add(self, batch: Batch, model: FrozenModel) -> None:
         """Run the model on the readable images of a batch."""
-        self.num_seen += len(batch)
-        self.skipped += [Skipped(name, x) for _, name, x in batch if isinstance(x, str)]
-        good = [(index, name, x) for index, name, x in batch if isinstance(x, Tensor)]
-        if not good:
+        self.num_seen += batch.num_seen
+        self.skipped += batch.skipped
+        if batch.images is None:
             return
-        out = model(torch.stack([x for _, _, x in good]))
+        out = model(batch.images)
         start = len(self.names)
         for kind in self.cfg.features:
             rows = KINDS[kind](out)
@@ -202,8 +221,8 @@ class Writer:
             if kind not in self.features:  # all memory at once: pieces would be there twice when they are joined
                 self.features[kind] = torch.empty(self.capacity, *rows.shape[1:], dtype=self.dtype)
             self.features[kind][start : start + len(rows)] = rows.to(self.dtype)
-        self.names += [name for _, name, _ in good]
-        self.index += [index for index, _, _ in good]
+        self.names += batch.names
+        self.index += batch.indices
 
     def write(self, path: Path, *, is_last: bool) -> None:
         """Write the file in one step and begin the next."""
@@ -342,7 +361,7 @@ def _check_shards(cfg: FeaturesConfig, made_of: dict[str, Any]) -> None:
 def _loader(cfg: FeaturesConfig, model: FrozenModel, data: Any, most_workers: int, **batching: Any) -> DataLoader[Any]:
     batch_bytes = cfg.batch_size * model.blank(cfg.resolution).nbytes
     workers = reader_processes(cfg.num_workers, batch_bytes, most_workers)
-    return DataLoader(data, num_workers=workers, collate_fn=_as_list, timeout=worker_poll_s(workers), **batching)
+    return DataLoader(data, num_workers=workers, collate_fn=_stack, timeout=worker_poll_s(workers), **batching)
 
 
 def _reader(cfg: FeaturesConfig, model: FrozenModel) -> Callable[[int, Sample], Read]:
@@ -371,7 +390,7 @@ def _extract_dataset(cfg: FeaturesConfig, model: FrozenModel, dataset: ImageData
             while writer.num_seen < len(images):
                 batch = next(batches)
                 writer.add(batch, model)
-                bar.update(len(batch))
+                bar.update(batch.num_seen)
             writer.write(path, is_last=True)
 
 
@@ -392,7 +411,7 @@ def _extract_stream(cfg: FeaturesConfig, model: FrozenModel, stream: ImageStream
                     writer.write(_path(cfg, part, number), is_last=False)
                     number += 1
                 writer.add(batch, model)
-                bar.update(len(batch))
+                bar.update(batch.num_seen)
             writer.write(_path(cfg, part, number), is_last=True)
 
 

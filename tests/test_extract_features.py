@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import files_limited_to
+from conftest import files_limited_to, run_cli
 from PIL import Image
 from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
@@ -182,11 +182,11 @@ def test_an_interrupted_extraction_goes_on_with_what_is_missing(images, weights,
     assert written[0].stat().st_mtime_ns == before, "what was there was computed again"
 
 
-def stream_of(images: Path, folder: Path) -> str:
-    """Two Parquet files, one of more than two shards' images, as a stream."""
+def stream_of(images: Path, folder: Path, at: int = 9) -> str:
+    """Two Parquet files, the first with so many images, more than two shards', as a stream."""
     datasets: Any = pytest.importorskip("datasets")
     files = sorted(images.rglob("*.png"))
-    for number, part in enumerate((files[:9], files[9:])):
+    for number, part in enumerate((files[:at], files[at:])):
         rows = [{"image": {"bytes": file.read_bytes(), "path": None}} for file in part]
         table = datasets.Dataset.from_list(rows, features=datasets.Features({"image": datasets.Image()}))
         table.to_parquet(folder / f"{number}.parquet")
@@ -234,6 +234,21 @@ def test_processes_that_read_change_nothing(images, weights, tmp_path, source):
     assert extract(data, weights, tmp_path / "none", "num_workers=0") == 0
     assert extract(data, weights, tmp_path / "two", "num_workers=2") == 0
     assert contents(tmp_path / "two") == contents(tmp_path / "none")
+
+
+@pytest.mark.parametrize("source", ["folder", "stream"])
+def test_few_files_may_be_open(images, weights, tmp_path, source):
+    """A batch is one tensor between processes: each takes a descriptor, of which a shell often gives 1024."""
+    program = "import resource as r, sys, extract_features as e; r.setrlimit(r.RLIMIT_NOFILE, (150, 150))"
+    (tmp_path / "images").mkdir()
+    for number in range(240):
+        shutil.copyfile(images / "0.png", tmp_path / "images" / f"{number}.png")
+    data = tmp_path / "images" if source == "folder" else stream_of(tmp_path / "images", tmp_path, at=231)
+    more = ["num_workers=2", "batch_size=120", "shard_size=240"]
+    command = arguments(data, weights, tmp_path / "out", *more)
+    done = run_cli("-c", f"{program}; sys.exit(e.main(sys.argv[1:]))", *command, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert len(joined(tmp_path / "out", "global")) == 240
 
 
 @pytest.mark.parametrize("source", ["folder", "stream"])
