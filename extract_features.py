@@ -191,11 +191,27 @@ class _InOrder(IterableDataset[list[Read]]):
 # ------------------------------------------------------------------------------------------------------ shards
 
 
+Shapes = dict[str, torch.Size]
+"""Of each kind of features of an image."""
+
+
+def shapes_of(cfg: FeaturesConfig, model: FrozenModel) -> Shapes:
+    """What a shard has of each image, also where none can be read.
+
+    Raises: UserError if the model has no such features.
+    """
+    out = model(model.blank(cfg.resolution), check_finite=False)
+    rows = {kind: KINDS[kind](out) for kind in cfg.features}
+    if rows.get("registers", out.global_repr) is None:
+        raise UserError(f"features={cfg.features}: {model.name} has no registers; leave them out")
+    return {kind: x.shape[1:] for kind, x in rows.items() if x is not None}
+
+
 class Writer:
     """Collects the features of up to `capacity` images and writes them as one file, which says what it is made of."""
 
-    def __init__(self, cfg: FeaturesConfig, capacity: int, made_of: dict[str, Any]) -> None:
-        self.cfg, self.capacity, self.made_of = cfg, capacity, made_of
+    def __init__(self, cfg: FeaturesConfig, capacity: int, made_of: dict[str, Any], shapes: Shapes) -> None:
+        self.cfg, self.capacity, self.made_of, self.shapes = cfg, capacity, made_of, shapes
         self.dtype: torch.dtype = getattr(torch, cfg.feature_dtype)
         self._clear()
 
@@ -216,17 +232,20 @@ class Writer:
         start = len(self.names)
         for kind in self.cfg.features:
             rows = KINDS[kind](out)
-            if rows is None:
-                raise UserError(f"features={self.cfg.features}: {model.name} has no registers; leave them out")
-            if kind not in self.features:  # all memory at once: pieces would be there twice when they are joined
-                self.features[kind] = torch.empty(self.capacity, *rows.shape[1:], dtype=self.dtype)
-            self.features[kind][start : start + len(rows)] = rows.to(self.dtype)
+            assert rows is not None, f"{kind} are there for one batch and not for another"
+            self._room(kind)[start : start + len(rows)] = rows.to(self.dtype)
         self.names += batch.names
         self.index += batch.indices
 
+    def _room(self, kind: str) -> Tensor:
+        """All memory at once: pieces would be there twice when they are joined."""
+        if kind not in self.features:
+            self.features[kind] = torch.empty(self.capacity, *self.shapes[kind], dtype=self.dtype)
+        return self.features[kind]
+
     def write(self, path: Path, *, is_last: bool) -> None:
         """Write the file in one step and begin the next."""
-        features = {kind: rows[: len(self.names)] for kind, rows in self.features.items()}
+        features = {kind: self._room(kind)[: len(self.names)] for kind in self.cfg.features}
         index = torch.tensor(self.index, dtype=torch.int64)
         shard = Shard(self.names, features, index, self.skipped, is_last, self.made_of)
         try:
@@ -317,6 +336,7 @@ def _read_parquet(path: Path, only_notes: bool) -> Shard:
 def extract_features(cfg: FeaturesConfig, model: FrozenModel, results: Results) -> None:
     """Write all shards that are missing; all ranks call this together."""
     model.grid(cfg.resolution)  # raises
+    shapes = shapes_of(cfg, model)
     dataset = make_dataset(cfg.dataset, key="dataset")
     if rank() == 0:
         log_pixels(dataset, "dataset", model.bands, only_warnings=True)
@@ -332,9 +352,9 @@ def extract_features(cfg: FeaturesConfig, model: FrozenModel, results: Results) 
     made_of = results.identity()
     on_rank_0(lambda: _check_shards(cfg, made_of))
     if isinstance(dataset, ImageStream):
-        _extract_stream(cfg, model, dataset, made_of)
+        _extract_stream(cfg, model, dataset, made_of, shapes)
     else:
-        _extract_dataset(cfg, model, dataset, made_of)
+        _extract_dataset(cfg, model, dataset, made_of, shapes)
     barrier()
     _summarise(cfg, results)
 
@@ -372,7 +392,9 @@ def _bar(total: int | None) -> Any:
     return tqdm(total=total, unit="img", dynamic_ncols=True, disable=None if rank() == 0 else True)
 
 
-def _extract_dataset(cfg: FeaturesConfig, model: FrozenModel, dataset: ImageDataset, made_of: dict[str, Any]) -> None:
+def _extract_dataset(
+    cfg: FeaturesConfig, model: FrozenModel, dataset: ImageDataset, made_of: dict[str, Any], shapes: Shapes
+) -> None:
     """Shard k has the images from k * shard_size on, whatever the number of processes."""
     starts = range(0, len(dataset), cfg.shard_size)
     own_shards = list(enumerate(starts))[rank() :: world_size()]
@@ -386,7 +408,7 @@ def _extract_dataset(cfg: FeaturesConfig, model: FrozenModel, dataset: ImageData
     batches = read_batches(loader, "num_workers")
     with _bar(sum(len(images) for _, images in missing)) as bar:
         for path, images in missing:
-            writer = Writer(cfg, len(images), made_of)
+            writer = Writer(cfg, len(images), made_of, shapes)
             while writer.num_seen < len(images):
                 batch = next(batches)
                 writer.add(batch, model)
@@ -394,7 +416,9 @@ def _extract_dataset(cfg: FeaturesConfig, model: FrozenModel, dataset: ImageData
             writer.write(path, is_last=True)
 
 
-def _extract_stream(cfg: FeaturesConfig, model: FrozenModel, stream: ImageStream, made_of: dict[str, Any]) -> None:
+def _extract_stream(
+    cfg: FeaturesConfig, model: FrozenModel, stream: ImageStream, made_of: dict[str, Any], shapes: Shapes
+) -> None:
     """Each part of the stream is read by one process from start to end, and becomes as many files as it needs."""
     with _bar(None) as bar:
         for part in range(stream.num_shards)[rank() :: world_size()]:
@@ -404,7 +428,7 @@ def _extract_stream(cfg: FeaturesConfig, model: FrozenModel, stream: ImageStream
             if number and read_shard(_path(cfg, part, number - 1), only_notes=True).is_last:
                 continue
             data = _InOrder(stream, part, number * cfg.shard_size, _reader(cfg, model), cfg)
-            writer = Writer(cfg, cfg.shard_size, made_of)
+            writer = Writer(cfg, cfg.shard_size, made_of, shapes)
             loader = _loader(cfg, model, data, 1, batch_size=None)
             for batch in read_batches(loader, "num_workers"):
                 if writer.num_seen == cfg.shard_size:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import files_limited_to, run_cli
+from methods import METHODS, write_export
 from PIL import Image
 from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
@@ -146,13 +147,22 @@ def broken_number(images: Path) -> int:
     return next(i for i in range(len(dataset)) if "broken" in dataset[i].name)
 
 
-def test_a_shard_of_unreadable_images_is_written_too(weights, tmp_path):
+@pytest.mark.parametrize("file_format", ["safetensors", "parquet"])
+def test_a_shard_of_unreadable_images_has_the_columns_of_the_others(weights, tmp_path, file_format):
     (tmp_path / "images").mkdir()
     for number in range(5):
         (tmp_path / "images" / f"{number}.jpg").write_bytes(b"no")
     (tmp_path / "images" / "9.png").write_bytes(encode(photo(0)))
-    assert extract(tmp_path / "images", weights, tmp_path / "out", "format=parquet") == 0
-    assert [len(shard.names) for shard in shards(tmp_path / "out")] == [0, 1]
+    kinds = "features=[global,patches,registers]"
+    more = [kinds, f"format={file_format}", "feature_dtype=float16"]
+    assert extract(tmp_path / "images", weights, tmp_path / "out", *more) == 0
+    empty, other = shards(tmp_path / "out")
+    assert [len(shard.names) for shard in (empty, other)] == [0, 1]
+    for kind, rows in other.features.items():
+        assert (empty.features[kind].dtype, empty.features[kind].shape) == (rows.dtype, (0, *rows.shape[1:]))
+    if file_format == "parquet":
+        table = pq.read_table(tmp_path / "out" / "shards")  # by the columns of the first file
+        assert table.num_rows == 1 and {"global", "patches", "registers"} <= set(table.column_names)
 
 
 @pytest.mark.parametrize("source", ["folder", "stream"])
@@ -340,6 +350,14 @@ def test_a_full_disk_is_explained_and_the_same_command_goes_on(images, weights, 
     assert f"000000.{file_format} could not be written: [Errno 27] " in capsys.readouterr().err
     assert extract(*command) == 0
     assert joined(tmp_path / "out", "patches").shape == (10, 2, 2, 32)
+
+
+def test_an_attempt_that_failed_does_not_keep_the_next_from_its_folder(images, tmp_path, capsys):
+    weights, _ = write_export(METHODS["ijepa"], tmp_path / "run")
+    others = ["model_path=ijepa.py", "resolution=32"]
+    assert extract(images, weights, tmp_path / "out", *others, "features=[registers]") == 2
+    assert "ijepa.py has no registers; leave them out" in capsys.readouterr().err
+    assert extract(images, weights, tmp_path / "out", *others) == 0
 
 
 @pytest.mark.parametrize(
