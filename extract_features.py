@@ -347,7 +347,7 @@ def extract_features(cfg: FeaturesConfig, model: FrozenModel, results: Results) 
             f"dataset={cfg.dataset}: has {size} images, and had {before} when output_dir={cfg.output_dir} was begun; "
             "choose another output_dir"
         )
-    results.note(num_samples=size)
+    results.about["num_samples"] = size  # as the data, not written before there is a result
     results.note_data(dataset=dataset)
     made_of = results.identity()
     on_rank_0(lambda: _check_shards(cfg, made_of))
@@ -451,6 +451,12 @@ def _summarise(cfg: FeaturesConfig, results: Results) -> None:
     names = sorted(path.name for path in _folder(cfg).glob(f"*.{cfg.format}") if not path.name.startswith("."))
     notes = [read_shard(_folder(cfg) / name, only_notes=True) for name in names]
     skipped = [image for note in notes for image in note.skipped]
+    if skipped and not any(note.names for note in notes):
+        barrier()  # all have read them
+        on_rank_0(lambda: [(_folder(cfg) / name).unlink() for name in names])  # so that they do not refuse other images
+        raise UserError(
+            f"dataset={cfg.dataset}: none of {len(skipped)} images can be read; the first is {': '.join(skipped[0])}"
+        )
     results.add("num_images", sum(len(note.names) for note in notes))
     results.add("shards", names)
     results.add("skipped", [image._asdict() for image in skipped])

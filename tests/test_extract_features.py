@@ -360,6 +360,17 @@ def test_an_attempt_that_failed_does_not_keep_the_next_from_its_folder(images, t
     assert extract(images, weights, tmp_path / "out", *others) == 0
 
 
+def test_without_a_readable_image_the_command_fails_and_goes_on_once_they_are_repaired(weights, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for number in range(5):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(b"no")
+    assert extract(tmp_path / "images", weights, tmp_path / "out") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "none of 5 images can be read" in message and "images/0.jpg: not an image of a known format" in message
+    (tmp_path / "images" / "0.jpg").write_bytes(encode(photo(0)))
+    assert extract(tmp_path / "images", weights, tmp_path / "out", "fit=squash") == 0
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
