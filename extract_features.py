@@ -223,7 +223,10 @@ class Writer:
         self.num_seen = 0
 
     def add(self, batch: Batch, model: FrozenModel) -> None:
-        """Run the model on the readable images of a batch."""
+        """Run the model on the readable images of a batch.
+
+        Raises: UserError if the type of the files does not reach to the values.
+        """
         self.num_seen += batch.num_seen
         self.skipped += batch.skipped
         if batch.images is None:
@@ -233,7 +236,14 @@ class Writer:
         for kind in self.cfg.features:
             rows = KINDS[kind](out)
             assert rows is not None, f"{kind} are there for one batch and not for another"
-            self._room(kind)[start : start + len(rows)] = rows.to(self.dtype)
+            converted = rows.to(self.dtype)
+            if not converted.isfinite().all():  # the model's own are
+                raise UserError(
+                    f"feature_dtype={self.cfg.feature_dtype}: {kind} features of {model.name} reach "
+                    f"{rows.abs().max():.3g}, and {self.cfg.feature_dtype} ends at {torch.finfo(self.dtype).max:.3g}; "
+                    "use float32, or bfloat16 with format=safetensors"
+                )
+            self._room(kind)[start : start + len(rows)] = converted
         self.names += batch.names
         self.index += batch.indices
 

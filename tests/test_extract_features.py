@@ -1,6 +1,7 @@
 """extract_features.py: every image once, in files that survive interruptions, on any number of processes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -369,6 +370,34 @@ def test_without_a_readable_image_the_command_fails_and_goes_on_once_they_are_re
     assert "none of 5 images can be read" in message and "images/0.jpg: not an image of a known format" in message
     (tmp_path / "images" / "0.jpg").write_bytes(encode(photo(0)))
     assert extract(tmp_path / "images", weights, tmp_path / "out", "fit=squash") == 0
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "parquet"])
+def test_features_beyond_the_range_of_their_type_are_refused(images, tmp_path, capsys, file_format):
+    (tmp_path / "large.py").write_text(LARGE)
+    own = [f"dataset={images}", f"output_dir={tmp_path / 'out'}", f"model_path={tmp_path / 'large.py'}"]
+    command = [*own, "resolution=8", "device=cpu", "num_workers=0", f"format={file_format}"]
+    assert extract_features.main([*command, "feature_dtype=float16"]) == 2
+    said = "feature_dtype=float16: global features of .*large.py reach 1e+05, and float16 ends at 6.55e+04; use float32"
+    assert re.search(said.replace("+", "\\+"), capsys.readouterr().err)
+    assert not list(tmp_path.glob("out/shards/*"))
+    for dtype in ("float32", "bfloat16")[: 2 if file_format == "safetensors" else 1]:
+        assert extract_features.main([*command, f"output_dir={tmp_path / dtype}", f"feature_dtype={dtype}"]) == 0
+        assert joined(tmp_path / dtype, "global").isfinite().all()
+
+
+LARGE = """
+import torch
+
+class Large(torch.nn.Module):
+    patch_size = 4
+
+    def forward(self, images):
+        b, _, h, w = images.shape
+        return torch.full((b, 2), -1e5), None, torch.ones(b, h // 4, w // 4, 2)
+
+__model_loader__ = Large
+"""
 
 
 @pytest.mark.parametrize(
