@@ -9,8 +9,9 @@ made of, and what is there of others is refused. Images that cannot be read are 
 shows all keys.
 
 A `.safetensors` shard in `output_dir/shards` holds one tensor per kind of features, with a row per image, and `index`,
-the image's number in the data; its metadata `images` has the names, as JSON. A `.parquet` shard has the same as
-columns, `name` included. `read_shard` reads both.
+the image's number in the data; its metadata `images` has the names, as JSON. Of a stream, `index` counts in each of its
+parts, and `part` says which: both together are the key of an image. A `.parquet` shard has the same as columns, `name`
+included. `read_shard` reads both.
 """
 
 from utils import add_sources, command_line
@@ -104,6 +105,14 @@ class Shard(NamedTuple):
     """Whether no other file of its part of a stream follows."""
     made_of: dict[str, Any]
     """Model, data and keys that its features follow from: see `evaluation.Results.identity`."""
+    part: int | None
+    """Of the stream, in which `indices` count; None of a data set."""
+
+    @property
+    def keys(self) -> dict[str, Tensor]:
+        """What tells an image from all others of the data, as columns."""
+        of_stream = {} if self.part is None else {"part": torch.full_like(self.indices, self.part)}
+        return {**of_stream, "index": self.indices}
 
 
 # ------------------------------------------------------------------------------------------------------ images
@@ -210,8 +219,10 @@ def shapes_of(cfg: FeaturesConfig, model: FrozenModel) -> Shapes:
 class Writer:
     """Collects the features of up to `capacity` images and writes them as one file, which says what it is made of."""
 
-    def __init__(self, cfg: FeaturesConfig, capacity: int, made_of: dict[str, Any], shapes: Shapes) -> None:
-        self.cfg, self.capacity, self.made_of, self.shapes = cfg, capacity, made_of, shapes
+    def __init__(
+        self, cfg: FeaturesConfig, capacity: int, made_of: dict[str, Any], shapes: Shapes, part: int | None = None
+    ) -> None:
+        self.cfg, self.capacity, self.made_of, self.shapes, self.part = cfg, capacity, made_of, shapes, part
         self.dtype: torch.dtype = getattr(torch, cfg.feature_dtype)
         self._clear()
 
@@ -257,7 +268,7 @@ class Writer:
         """Write the file in one step and begin the next."""
         features = {kind: self._room(kind)[: len(self.names)] for kind in self.cfg.features}
         index = torch.tensor(self.index, dtype=torch.int64)
-        shard = Shard(self.names, features, index, self.skipped, is_last, self.made_of)
+        shard = Shard(self.names, features, index, self.skipped, is_last, self.made_of, self.part)
         try:
             with replacing(path) as temporary:
                 (_write_parquet if path.suffix == ".parquet" else _write_safetensors)(temporary, shard)
@@ -272,9 +283,10 @@ def _write_safetensors(path: Path, shard: Shard) -> None:
         "skipped": [s._asdict() for s in shard.skipped],
         "is_last": shard.is_last,
         "made_of": shard.made_of,
+        "part": shard.part,
     }
     # One entry, as several come in a random order and the same features would make different files.
-    save_safetensors(shard.features | {"index": shard.indices}, path, {"images": json.dumps(notes)})
+    save_safetensors(shard.features | shard.keys, path, {"images": json.dumps(notes)})
 
 
 def _write_parquet(path: Path, shard: Shard) -> None:
@@ -282,7 +294,8 @@ def _write_parquet(path: Path, shard: Shard) -> None:
     import pyarrow.parquet as pq
 
     names = [name.encode(errors="backslashreplace").decode() for name in shard.names]  # a file's name may be any bytes
-    columns: dict[str, Any] = {"name": pa.array(names, pa.string()), "index": pa.array(shard.indices.numpy())}
+    columns: dict[str, Any] = {"name": pa.array(names, pa.string())}
+    columns |= {key: pa.array(numbers.numpy()) for key, numbers in shard.keys.items()}
     for kind, rows in shard.features.items():
         flat = rows.flatten(1)
         columns[kind] = pa.FixedSizeListArray.from_arrays(pa.array(flat.flatten().numpy()), flat.shape[1])
@@ -291,6 +304,7 @@ def _write_parquet(path: Path, shard: Shard) -> None:
         "skipped": [s._asdict() for s in shard.skipped],
         "is_last": shard.is_last,
         "made_of": shard.made_of,
+        "part": shard.part,
     }
     table = pa.table(columns).replace_schema_metadata({key: json.dumps(v) for key, v in metadata.items()})
     pq.write_table(table, path)
@@ -313,7 +327,7 @@ def _read_safetensors(path: Path, only_notes: bool) -> Shard:
     try:
         with safe_open(path, "pt") as file:
             notes = json.loads(file.metadata()["images"])
-            kinds = [key for key in file.keys() if key != "index"]  # noqa: SIM118  # not a dict
+            kinds = [key for key in file.keys() if key not in ("part", "index")]  # noqa: SIM118  # not a dict
             features = {} if only_notes else {kind: file.get_tensor(kind) for kind in kinds}
             index = file.get_tensor("index")
     except SafetensorError as error:
@@ -323,7 +337,7 @@ def _read_safetensors(path: Path, only_notes: bool) -> Shard:
 
 def _noted(notes: dict[str, Any], names: list[str], features: dict[str, Tensor], index: Tensor) -> Shard:
     skipped = [Skipped(**image) for image in notes["skipped"]]
-    return Shard(names, features, index, skipped, notes["is_last"], notes.get("made_of", {}))
+    return Shard(names, features, index, skipped, notes["is_last"], notes.get("made_of", {}), notes.get("part"))
 
 
 def _read_parquet(path: Path, only_notes: bool) -> Shard:
@@ -438,7 +452,7 @@ def _extract_stream(
             if number and read_shard(_path(cfg, part, number - 1), only_notes=True).is_last:
                 continue
             data = _InOrder(stream, part, number * cfg.shard_size, _reader(cfg, model), cfg)
-            writer = Writer(cfg, cfg.shard_size, made_of, shapes)
+            writer = Writer(cfg, cfg.shard_size, made_of, shapes, part)
             loader = _loader(cfg, model, data, 1, batch_size=None)
             for batch in read_batches(loader, "num_workers"):
                 if writer.num_seen == cfg.shard_size:

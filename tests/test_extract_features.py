@@ -213,6 +213,21 @@ def test_a_stream_gives_the_features_of_its_images(images, weights, tmp_path):
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("file_format", ["safetensors", "parquet"])
+@pytest.mark.parametrize("source", ["folder", "stream"])
+def test_numbers_are_of_one_image_each(images, weights, tmp_path, source, file_format):
+    data = images if source == "folder" else stream_of(images, tmp_path)
+    assert extract(data, weights, tmp_path / "out", f"format={file_format}") == 0
+    assert {shard.part for shard in shards(tmp_path / "out")} == ({None} if source == "folder" else {0, 1})
+    keys = ["index"] if source == "folder" else ["part", "index"]
+    rows = []
+    for path in (tmp_path / "out" / "shards").iterdir():
+        columns = pq.read_table(path).to_pydict() if file_format == "parquet" else load_file(path)
+        assert ("part" in columns) == (source == "stream")
+        rows += zip(*(map(int, columns[key]) for key in keys), strict=True)
+    assert len(rows) == len(set(rows)) == 10
+
+
 def test_a_stream_whose_end_is_that_of_a_shard_is_not_begun_again(images, weights, tmp_path):
     stream = stream_of(images, tmp_path)
     out = tmp_path / "out"
