@@ -53,7 +53,6 @@ from utils import (
     reason,
     remove,
     replacing,
-    write_text_atomically,
 )
 from weights import not_finite, published_key
 
@@ -552,13 +551,25 @@ def export_weights(path: Path, modules: Modules, config_yaml: str) -> None:
 
     def write() -> None:
         path.parent.mkdir(exist_ok=True)
-        write_text_atomically(path.with_suffix(".yaml"), config_yaml)
-        save_atomically(path, weights)
+        with replacing_export(path, config_yaml) as temporary:
+            _save(temporary, weights)
 
     try:
         on_rank_0(write)
     except OSError as error:
         raise UserError(f"The weights could not be exported to {str(path)!r}: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def replacing_export(path: Path, config_yaml: str) -> Iterator[Path]:
+    """A name to write weights to, which become `path` when the block ends; `config_yaml` goes beside it.
+
+    Of an earlier export nothing is replaced before both are written: weights never lie beside another configuration.
+    """
+    with replacing(path) as weights, replacing(path.with_suffix(".yaml")) as config:
+        config.write_text(config_yaml)
+        yield weights
+        fsync(weights)
 
 
 def read_weights(path: Path, module: str) -> dict[str, Tensor]:
@@ -601,7 +612,12 @@ def read_tensors(path: Path, choose: Callable[[Mapping[str, torch.Size]], Iterab
 
 def save_atomically(path: Path, value: Any) -> None:
     """As `write_text_atomically`, for tensors in containers, which `torch.load(path, weights_only=True)` reads."""
-    with replacing(path) as temporary, temporary.open("wb") as file, _os_errors_shown():
+    with replacing(path) as temporary:
+        _save(temporary, value)
+
+
+def _save(path: Path, value: Any) -> None:
+    with path.open("wb") as file, _os_errors_shown():
         torch.save(value, file)
 
 

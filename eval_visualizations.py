@@ -1058,13 +1058,14 @@ class _Nearest(Kind):
 
     @staticmethod
     def columns(scene: Scene, report: Mapping[str, Any]) -> dict[str, str]:
-        query = scene.query
+        query = Query(*report["query"])  # that was drawn, not asked for now
         return {"nearest": f"similarity to patch\n({query.row}, {query.column}) of image {query.image}"}
 
     @staticmethod
     def annotate(ax: "Axes", scene: Scene, report: Mapping[str, Any], row: int) -> None:
-        if scene.shown[row] == scene.query.image:
-            _frame(ax, scene.query, scene)
+        query = Query(*report["query"])
+        if scene.shown[row] == query.image:
+            _frame(ax, query, scene)
 
 
 class _Clusters(Kind):
@@ -1341,12 +1342,13 @@ def draw_overview(scene: Scene, results: Results, columns: Sequence[tuple[type["
         f"{as_typed(scene.cfg.resolution)} pixels, patches of {scene.patch_size}",
         fontsize=10,
     )
+    query = Query(*results.values[_Nearest.name]["query"]) if _Nearest.name in results else None
     for row, number in enumerate(scene.shown):
         pixels = scene.picture(number).numpy()
         show(axes[row, 0], pixels, "image" if row == 0 else "")
         axes[row, 0].set_ylabel(str(number), fontsize=9)
-        if number == scene.query.image and _Nearest.name in results:
-            _frame(axes[row, 0], scene.query, scene)
+        if query is not None and number == query.image:
+            _frame(axes[row, 0], query, scene)
         for ax, (kind, folder, title) in zip(axes[row, 1:], columns, strict=True):
             show(ax, _read(scene, folder, number), title if row == 0 else "")
             kind.annotate(ax, scene, results.values[kind.name], row)

@@ -56,13 +56,13 @@ import cae
 import ijepa
 import train_cae
 import train_ijepa
-from checkpoint import Checkpoints, export_weights, read_weights
+from checkpoint import Checkpoints, export_weights, read_weights, replacing_export, save_atomically
 from config import DEFAULT_PRETRAIN_CONFIG, TrainingConfig, load_config, read_yaml, require_one_of, to_yaml
 from model import EncoderDecoder
 from train_cae import CaeConfig
 from train_capi import CapiConfig, make_head
 from train_ijepa import IjepaConfig
-from utils import Normalisation, UserError, ending_in_words, replacing, setup_logging, write_text_atomically
+from utils import Normalisation, UserError, ending_in_words, setup_logging
 from weights import load_backbone_weights, load_strictly, read_state_dict, save_safetensors
 
 logger = logging.getLogger("export")
@@ -130,11 +130,14 @@ def read(source: str, *, model: str | None = None, config_path: Path | None = No
             that the method exports first.
         config_path: configuration of a file of weights. None: the one beside it, or the default.
 
-    Raises: UserError if there is nothing to read or it does not fit its configuration.
+    Raises: UserError if there is nothing to read, it does not fit its configuration, or there is nothing to choose.
     """
     folder = _checkpoint_in(Path(source)) if Path(source).is_dir() else None
     weights: Mapping[str, Any] = {}
     if folder is not None:
+        if config_path is not None:
+            own = str(folder / "config.yaml")
+            raise UserError(f"--config={str(config_path)!r}: {source!r} has its own, {own!r}; leave --config out")
         config_path = folder / "config.yaml"
     else:
         # Published files may have the options of their training beside the weights: a bag of values, no code.
@@ -142,7 +145,10 @@ def read(source: str, *, model: str | None = None, config_path: Path | None = No
             weights = read_state_dict(source, key="source")
         beside = Path(source).with_suffix(".yaml")
         config_path = config_path or (beside if beside.is_file() else None)
-        if config_path is None and any(part in weights for part in ijepa.PUBLISHED_PARTS):
+        has_several = any(part in weights for part in ijepa.PUBLISHED_PARTS)
+        if model is not None and not has_several:
+            raise UserError(f"--model={model!r}: in {source!r} there is one network to export; leave --model out")
+        if config_path is None and has_several:
             raise UserError(
                 f"source={source!r} holds several networks, and no configuration lies beside it: give the one that "
                 "describes them, such as --config configs/ijepa/vith14.yaml"
@@ -169,7 +175,12 @@ def read(source: str, *, model: str | None = None, config_path: Path | None = No
 
 def _method_of(config_path: Path | None) -> Method:
     sections = None if config_path is None else read_yaml(config_path)
-    names = [name for name in METHODS if isinstance(sections, dict) and name in sections]
+    sections = sections if isinstance(sections, dict) else {}
+    if "backbone" in sections:
+        raise UserError(
+            f"{str(config_path)!r} is of a fine-tuned model, which is not exported: finetuning.load_model loads it"
+        )
+    names = [name for name in METHODS if name in sections]
     return METHODS[[*names, *METHODS][0]]
 
 
@@ -203,7 +214,7 @@ def write(exportable: Exportable, path: Path) -> None:
 
 
 def publish(source: str, path: Path) -> None:
-    """Write student and average of a run or checkpoint into one file, in the layout in which the authors publish.
+    """Write student and average of a checkpoint into one file, in the layout in which the authors publish.
 
     Raises: UserError for another source or method, as `read` does, or for a folder that cannot be written to.
     """
@@ -217,8 +228,7 @@ def publish(source: str, path: Path) -> None:
         raise UserError(f"{str(path)!r}: what the authors of this method publish is what .pth holds; call it so")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with replacing(path) as temporary:
-            torch.save(as_published({model: exportable.modules for model, exportable in models.items()}), temporary)
+        save_atomically(path, as_published({model: exportable.modules for model, exportable in models.items()}))
     except OSError as error:
         raise UserError(f"{str(path)!r} could not be written: {error}") from error
 
@@ -242,10 +252,9 @@ def _write_safetensors(exportable: Exportable, path: Path) -> None:
         for name, module in exportable.modules.items()
         for key, tensor in module.state_dict().items()
     }
-    write_text_atomically(path.with_suffix(".yaml"), to_yaml(exportable.cfg))
     is_default = exportable.cfg.data.normalisation == Normalisation()  # without a word, as released weights
     notes = {} if is_default else _normalisation_notes(exportable.cfg)
-    with replacing(path) as temporary:
+    with replacing_export(path, to_yaml(exportable.cfg)) as temporary:
         save_safetensors(weights, temporary, {"format": "pt", **notes})
 
 
@@ -310,10 +319,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup_logging()
     for path in args.files:
         check_path(path)
-    exportable = read(args.source, model=args.model, config_path=args.config)
+    # Once for all: a run that trains has a newer one at any moment.
+    source = str(_checkpoint_in(Path(args.source))) if Path(args.source).is_dir() else args.source
+    exportable = read(source, model=args.model, config_path=args.config)
     for path in args.files:
         if path.name.endswith(".pth.tar"):
-            publish(args.source, path)
+            publish(source, path)
         else:
             write(exportable, path)
         sys.stdout.write(os.fsencode(path).decode(errors="backslashreplace") + "\n")

@@ -9,8 +9,9 @@ made of, and what is there of others is refused. Images that cannot be read are 
 shows all keys.
 
 A `.safetensors` shard in `output_dir/shards` holds one tensor per kind of features, with a row per image, and `index`,
-the image's number in the data; its metadata `images` has the names, as JSON. A `.parquet` shard has the same as
-columns, `name` included. `read_shard` reads both.
+the image's number in the data; its metadata `images` has the names, as JSON. Of a stream, `index` counts in each of its
+parts, and `part` says which: both together are the key of an image. A `.parquet` shard has the same as columns, `name`
+included. `read_shard` reads both.
 """
 
 from utils import add_sources, command_line
@@ -104,6 +105,14 @@ class Shard(NamedTuple):
     """Whether no other file of its part of a stream follows."""
     made_of: dict[str, Any]
     """Model, data and keys that its features follow from: see `evaluation.Results.identity`."""
+    part: int | None
+    """Of the stream, in which `indices` count; None of a data set."""
+
+    @property
+    def keys(self) -> dict[str, Tensor]:
+        """What tells an image from all others of the data, as columns."""
+        of_stream = {} if self.part is None else {"part": torch.full_like(self.indices, self.part)}
+        return {**of_stream, "index": self.indices}
 
 
 # ------------------------------------------------------------------------------------------------------ images
@@ -145,6 +154,30 @@ class _ByNumber(Dataset[Read]):
         return self.read(index, self.dataset[index])
 
 
+class Batch(NamedTuple):
+    """Some images of the data, in order."""
+
+    indices: list[int]
+    """Numbers in the data of those that can be read."""
+    names: list[str]
+    images: Shaped[Tensor, "b c h w"] | None
+    """None if none can be read."""
+    skipped: list[Skipped]
+
+    @property
+    def num_seen(self) -> int:
+        """With those that cannot be read."""
+        return len(self.names) + len(self.skipped)
+
+
+def _stack(items: list[Read]) -> Batch:
+    """Of a worker: each tensor that it hands over takes a file descriptor, and memory of all that it is a view of."""
+    good = [(index, name, x) for index, name, x in items if isinstance(x, Tensor)]
+    skipped = [Skipped(name, x) for _, name, x in items if isinstance(x, str)]
+    images = torch.stack([x for _, _, x in good]) if good else None
+    return Batch([index for index, _, _ in good], [name for _, name, _ in good], images, skipped)
+
+
 class _InOrder(IterableDataset[list[Read]]):
     """Batches of one part of a stream, none of which lies across the border of two files."""
 
@@ -164,18 +197,32 @@ class _InOrder(IterableDataset[list[Read]]):
             yield batch
 
 
-def _as_list(items: list[Read]) -> list[Read]:
-    return items
-
-
 # ------------------------------------------------------------------------------------------------------ shards
+
+
+Shapes = dict[str, torch.Size]
+"""Of each kind of features of an image."""
+
+
+def shapes_of(cfg: FeaturesConfig, model: FrozenModel) -> Shapes:
+    """What a shard has of each image, also where none can be read.
+
+    Raises: UserError if the model has no such features.
+    """
+    out = model(model.blank(cfg.resolution), check_finite=False)
+    rows = {kind: KINDS[kind](out) for kind in cfg.features}
+    if rows.get("registers", out.global_repr) is None:
+        raise UserError(f"features={cfg.features}: {model.name} has no registers; leave them out")
+    return {kind: x.shape[1:] for kind, x in rows.items() if x is not None}
 
 
 class Writer:
     """Collects the features of up to `capacity` images and writes them as one file, which says what it is made of."""
 
-    def __init__(self, cfg: FeaturesConfig, capacity: int, made_of: dict[str, Any]) -> None:
-        self.cfg, self.capacity, self.made_of = cfg, capacity, made_of
+    def __init__(
+        self, cfg: FeaturesConfig, capacity: int, made_of: dict[str, Any], shapes: Shapes, part: int | None = None
+    ) -> None:
+        self.cfg, self.capacity, self.made_of, self.shapes, self.part = cfg, capacity, made_of, shapes, part
         self.dtype: torch.dtype = getattr(torch, cfg.feature_dtype)
         self._clear()
 
@@ -186,30 +233,42 @@ class Writer:
         self.features: dict[str, Tensor] = {}
         self.num_seen = 0
 
-    def add(self, batch: list[Read], model: FrozenModel) -> None:
-        """Run the model on the readable images of a batch."""
-        self.num_seen += len(batch)
-        self.skipped += [Skipped(name, x) for _, name, x in batch if isinstance(x, str)]
-        good = [(index, name, x) for index, name, x in batch if isinstance(x, Tensor)]
-        if not good:
+    def add(self, batch: Batch, model: FrozenModel) -> None:
+        """Run the model on the readable images of a batch.
+
+        Raises: UserError if the type of the files does not reach to the values.
+        """
+        self.num_seen += batch.num_seen
+        self.skipped += batch.skipped
+        if batch.images is None:
             return
-        out = model(torch.stack([x for _, _, x in good]))
+        out = model(batch.images)
         start = len(self.names)
         for kind in self.cfg.features:
             rows = KINDS[kind](out)
-            if rows is None:
-                raise UserError(f"features={self.cfg.features}: {model.name} has no registers; leave them out")
-            if kind not in self.features:  # all memory at once: pieces would be there twice when they are joined
-                self.features[kind] = torch.empty(self.capacity, *rows.shape[1:], dtype=self.dtype)
-            self.features[kind][start : start + len(rows)] = rows.to(self.dtype)
-        self.names += [name for _, name, _ in good]
-        self.index += [index for index, _, _ in good]
+            assert rows is not None, f"{kind} are there for one batch and not for another"
+            converted = rows.to(self.dtype)
+            if not converted.isfinite().all():  # the model's own are
+                raise UserError(
+                    f"feature_dtype={self.cfg.feature_dtype}: {kind} features of {model.name} reach "
+                    f"{rows.abs().max():.3g}, and {self.cfg.feature_dtype} ends at {torch.finfo(self.dtype).max:.3g}; "
+                    "use float32, or bfloat16 with format=safetensors"
+                )
+            self._room(kind)[start : start + len(rows)] = converted
+        self.names += batch.names
+        self.index += batch.indices
+
+    def _room(self, kind: str) -> Tensor:
+        """All memory at once: pieces would be there twice when they are joined."""
+        if kind not in self.features:
+            self.features[kind] = torch.empty(self.capacity, *self.shapes[kind], dtype=self.dtype)
+        return self.features[kind]
 
     def write(self, path: Path, *, is_last: bool) -> None:
         """Write the file in one step and begin the next."""
-        features = {kind: rows[: len(self.names)] for kind, rows in self.features.items()}
+        features = {kind: self._room(kind)[: len(self.names)] for kind in self.cfg.features}
         index = torch.tensor(self.index, dtype=torch.int64)
-        shard = Shard(self.names, features, index, self.skipped, is_last, self.made_of)
+        shard = Shard(self.names, features, index, self.skipped, is_last, self.made_of, self.part)
         try:
             with replacing(path) as temporary:
                 (_write_parquet if path.suffix == ".parquet" else _write_safetensors)(temporary, shard)
@@ -224,9 +283,10 @@ def _write_safetensors(path: Path, shard: Shard) -> None:
         "skipped": [s._asdict() for s in shard.skipped],
         "is_last": shard.is_last,
         "made_of": shard.made_of,
+        "part": shard.part,
     }
     # One entry, as several come in a random order and the same features would make different files.
-    save_safetensors(shard.features | {"index": shard.indices}, path, {"images": json.dumps(notes)})
+    save_safetensors(shard.features | shard.keys, path, {"images": json.dumps(notes)})
 
 
 def _write_parquet(path: Path, shard: Shard) -> None:
@@ -234,7 +294,8 @@ def _write_parquet(path: Path, shard: Shard) -> None:
     import pyarrow.parquet as pq
 
     names = [name.encode(errors="backslashreplace").decode() for name in shard.names]  # a file's name may be any bytes
-    columns: dict[str, Any] = {"name": pa.array(names, pa.string()), "index": pa.array(shard.indices.numpy())}
+    columns: dict[str, Any] = {"name": pa.array(names, pa.string())}
+    columns |= {key: pa.array(numbers.numpy()) for key, numbers in shard.keys.items()}
     for kind, rows in shard.features.items():
         flat = rows.flatten(1)
         columns[kind] = pa.FixedSizeListArray.from_arrays(pa.array(flat.flatten().numpy()), flat.shape[1])
@@ -243,6 +304,7 @@ def _write_parquet(path: Path, shard: Shard) -> None:
         "skipped": [s._asdict() for s in shard.skipped],
         "is_last": shard.is_last,
         "made_of": shard.made_of,
+        "part": shard.part,
     }
     table = pa.table(columns).replace_schema_metadata({key: json.dumps(v) for key, v in metadata.items()})
     pq.write_table(table, path)
@@ -265,7 +327,7 @@ def _read_safetensors(path: Path, only_notes: bool) -> Shard:
     try:
         with safe_open(path, "pt") as file:
             notes = json.loads(file.metadata()["images"])
-            kinds = [key for key in file.keys() if key != "index"]  # noqa: SIM118  # not a dict
+            kinds = [key for key in file.keys() if key not in ("part", "index")]  # noqa: SIM118  # not a dict
             features = {} if only_notes else {kind: file.get_tensor(kind) for kind in kinds}
             index = file.get_tensor("index")
     except SafetensorError as error:
@@ -275,7 +337,7 @@ def _read_safetensors(path: Path, only_notes: bool) -> Shard:
 
 def _noted(notes: dict[str, Any], names: list[str], features: dict[str, Tensor], index: Tensor) -> Shard:
     skipped = [Skipped(**image) for image in notes["skipped"]]
-    return Shard(names, features, index, skipped, notes["is_last"], notes.get("made_of", {}))
+    return Shard(names, features, index, skipped, notes["is_last"], notes.get("made_of", {}), notes.get("part"))
 
 
 def _read_parquet(path: Path, only_notes: bool) -> Shard:
@@ -298,6 +360,7 @@ def _read_parquet(path: Path, only_notes: bool) -> Shard:
 def extract_features(cfg: FeaturesConfig, model: FrozenModel, results: Results) -> None:
     """Write all shards that are missing; all ranks call this together."""
     model.grid(cfg.resolution)  # raises
+    shapes = shapes_of(cfg, model)
     dataset = make_dataset(cfg.dataset, key="dataset")
     if rank() == 0:
         log_pixels(dataset, "dataset", model.bands, only_warnings=True)
@@ -308,14 +371,14 @@ def extract_features(cfg: FeaturesConfig, model: FrozenModel, results: Results) 
             f"dataset={cfg.dataset}: has {size} images, and had {before} when output_dir={cfg.output_dir} was begun; "
             "choose another output_dir"
         )
-    results.note(num_samples=size)
+    results.about["num_samples"] = size  # as the data, not written before there is a result
     results.note_data(dataset=dataset)
     made_of = results.identity()
     on_rank_0(lambda: _check_shards(cfg, made_of))
     if isinstance(dataset, ImageStream):
-        _extract_stream(cfg, model, dataset, made_of)
+        _extract_stream(cfg, model, dataset, made_of, shapes)
     else:
-        _extract_dataset(cfg, model, dataset, made_of)
+        _extract_dataset(cfg, model, dataset, made_of, shapes)
     barrier()
     _summarise(cfg, results)
 
@@ -342,7 +405,7 @@ def _check_shards(cfg: FeaturesConfig, made_of: dict[str, Any]) -> None:
 def _loader(cfg: FeaturesConfig, model: FrozenModel, data: Any, most_workers: int, **batching: Any) -> DataLoader[Any]:
     batch_bytes = cfg.batch_size * model.blank(cfg.resolution).nbytes
     workers = reader_processes(cfg.num_workers, batch_bytes, most_workers)
-    return DataLoader(data, num_workers=workers, collate_fn=_as_list, timeout=worker_poll_s(workers), **batching)
+    return DataLoader(data, num_workers=workers, collate_fn=_stack, timeout=worker_poll_s(workers), **batching)
 
 
 def _reader(cfg: FeaturesConfig, model: FrozenModel) -> Callable[[int, Sample], Read]:
@@ -353,7 +416,9 @@ def _bar(total: int | None) -> Any:
     return tqdm(total=total, unit="img", dynamic_ncols=True, disable=None if rank() == 0 else True)
 
 
-def _extract_dataset(cfg: FeaturesConfig, model: FrozenModel, dataset: ImageDataset, made_of: dict[str, Any]) -> None:
+def _extract_dataset(
+    cfg: FeaturesConfig, model: FrozenModel, dataset: ImageDataset, made_of: dict[str, Any], shapes: Shapes
+) -> None:
     """Shard k has the images from k * shard_size on, whatever the number of processes."""
     starts = range(0, len(dataset), cfg.shard_size)
     own_shards = list(enumerate(starts))[rank() :: world_size()]
@@ -367,15 +432,17 @@ def _extract_dataset(cfg: FeaturesConfig, model: FrozenModel, dataset: ImageData
     batches = read_batches(loader, "num_workers")
     with _bar(sum(len(images) for _, images in missing)) as bar:
         for path, images in missing:
-            writer = Writer(cfg, len(images), made_of)
+            writer = Writer(cfg, len(images), made_of, shapes)
             while writer.num_seen < len(images):
                 batch = next(batches)
                 writer.add(batch, model)
-                bar.update(len(batch))
+                bar.update(batch.num_seen)
             writer.write(path, is_last=True)
 
 
-def _extract_stream(cfg: FeaturesConfig, model: FrozenModel, stream: ImageStream, made_of: dict[str, Any]) -> None:
+def _extract_stream(
+    cfg: FeaturesConfig, model: FrozenModel, stream: ImageStream, made_of: dict[str, Any], shapes: Shapes
+) -> None:
     """Each part of the stream is read by one process from start to end, and becomes as many files as it needs."""
     with _bar(None) as bar:
         for part in range(stream.num_shards)[rank() :: world_size()]:
@@ -385,14 +452,14 @@ def _extract_stream(cfg: FeaturesConfig, model: FrozenModel, stream: ImageStream
             if number and read_shard(_path(cfg, part, number - 1), only_notes=True).is_last:
                 continue
             data = _InOrder(stream, part, number * cfg.shard_size, _reader(cfg, model), cfg)
-            writer = Writer(cfg, cfg.shard_size, made_of)
+            writer = Writer(cfg, cfg.shard_size, made_of, shapes, part)
             loader = _loader(cfg, model, data, 1, batch_size=None)
             for batch in read_batches(loader, "num_workers"):
                 if writer.num_seen == cfg.shard_size:
                     writer.write(_path(cfg, part, number), is_last=False)
                     number += 1
                 writer.add(batch, model)
-                bar.update(len(batch))
+                bar.update(batch.num_seen)
             writer.write(_path(cfg, part, number), is_last=True)
 
 
@@ -408,6 +475,12 @@ def _summarise(cfg: FeaturesConfig, results: Results) -> None:
     names = sorted(path.name for path in _folder(cfg).glob(f"*.{cfg.format}") if not path.name.startswith("."))
     notes = [read_shard(_folder(cfg) / name, only_notes=True) for name in names]
     skipped = [image for note in notes for image in note.skipped]
+    if skipped and not any(note.names for note in notes):
+        barrier()  # all have read them
+        on_rank_0(lambda: [(_folder(cfg) / name).unlink() for name in names])  # so that they do not refuse other images
+        raise UserError(
+            f"dataset={cfg.dataset}: none of {len(skipped)} images can be read; the first is {': '.join(skipped[0])}"
+        )
     results.add("num_images", sum(len(note.names) for note in notes))
     results.add("shards", names)
     results.add("skipped", [image._asdict() for image in skipped])

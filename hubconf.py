@@ -157,11 +157,14 @@ def capi(weights: str | _Path, config: str | _Path | dict[str, _Any] | None = No
         config: the training configuration, or its section `model` as a dict, which come on top of the released
             architecture. None: the .yaml of the same name beside the weights, if there is one.
     """
-    source, section = _source_and_section(weights, config)
+    source, section, path = _source_and_section(weights, config, "capi")
     try:
         return _load(_merged(VIT_L14, section), source)
     except TypeError as error:
-        raise _model.UserError(f"config={str(config)!r}: the section model has a wrong key: {error}") from error
+        raise _model.UserError(
+            f"config={str(path or config)!r}: the section model has a wrong key: {error}; models of other methods are "
+            "'ijepa' and 'cae' of torch.hub"
+        ) from error
 
 
 def ijepa(
@@ -181,7 +184,7 @@ def ijepa(
         encoder: which one of a published file; `target_encoder` is the one that the paper evaluates, the other is
             `encoder`.
     """
-    source, section = _source_and_section(weights, config)
+    source, section, _ = _source_and_section(weights, config, "ijepa")
     return _import("ijepa").load_model(pretrained_weights=source, encoder=encoder, **_told(section, num_heads))
 
 
@@ -197,22 +200,31 @@ def cae(
         num_heads: attention heads, which no shape tells, where there is no configuration: 12 for ViT-Ti, S and B, 16
             for ViT-L.
     """
-    source, section = _source_and_section(weights, config, exported="student")
+    source, section, _ = _source_and_section(weights, config, "cae", exported="student")
     return _import("cae").load_model(pretrained_weights=source, **_told(section, num_heads))
 
 
-def _source_and_section(
-    weights: str | _Path, config: str | _Path | dict[str, _Any] | None, exported: str = "student_ema"
-) -> tuple[str | _Path, dict[str, _Any]]:
-    """Address or file of the weights, and the section `model` of their configuration, empty if there is none.
+_ENTRIES = {"capi": "capi", "predictor": "ijepa", "regressor": "cae"}
+"""By the section that the configurations of a method alone have."""
 
-    `exported` is the network of a run's folder.
+
+def _source_and_section(
+    weights: str | _Path, config: str | _Path | dict[str, _Any] | None, entry: str, exported: str = "student_ema"
+) -> tuple[str | _Path, dict[str, _Any], _Path | None]:
+    """Address or file of the weights, the section `model` of their configuration, empty if there is none, and its file.
+
+    Args:
+        weights: as for `capi`.
+        config: as for `capi`.
+        entry: by which the user asks.
+        exported: the network of a run's folder.
     """
     file = _Path(weights)
     beside = file.parent / f"{file.stem}.yaml"
     if file.is_dir() and (file / "config.json").is_file():
         file, beside = file / "model.safetensors", file / "config.json"
     elif file.is_dir():
+        _check_entry(entry, file / "config.yaml")
         file, beside = file / f"{exported}.pth", file / f"{exported}.yaml"
         if not file.is_file():
             raise _model.UserError(
@@ -221,10 +233,21 @@ def _source_and_section(
             )
     if config is None and beside.is_file():
         config = beside
-    section = config if isinstance(config, dict) else {} if config is None else _model_section(_Path(config))
-    if config is not None and not isinstance(config, dict) and _Path(config).suffix != ".json":
-        section = section | {"normalisation": _normalisation(_Path(config)) or None}
-    return (weights if "://" in str(weights) else file), section
+    path = None if config is None or isinstance(config, dict) else _Path(config)
+    if path is not None:
+        _check_entry(entry, path)
+    section = config if isinstance(config, dict) else {} if path is None else _model_section(path)
+    if path is not None and path.suffix != ".json":
+        section = section | {"normalisation": _normalisation(path) or None}
+    return (weights if "://" in str(weights) else file), section, path
+
+
+def _check_entry(entry: str, path: _Path) -> None:
+    """Raise UserError if a configuration, where there is one, is of another method."""
+    names = [line.partition(":")[0] for line in _lines(path)] if path.is_file() and path.suffix != ".json" else []
+    others = [_ENTRIES[name] for name in names if _ENTRIES.get(name, entry) != entry]
+    if others:
+        raise _model.UserError(f"config={str(path)!r} is of a model which torch.hub has as {others[0]!r}")
 
 
 def _told(section: _Mapping[str, _Any], num_heads: int | None) -> dict[str, _Any]:

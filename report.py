@@ -899,7 +899,10 @@ def _notes_of_files(run_dir: Path) -> list[str]:
 
 def _warnings_of(log: Sequence[str]) -> list[str]:
     found = [re.match(r"(\S+) [WEC] (.*)", line) for line in log]
-    last = {match[2]: match[1] for match in found if match}
+    last: dict[str, str] = {}
+    for match in filter(None, found):
+        last.pop(match[2], None)  # else it would keep the place of its first time
+        last[match[2]] = match[1]
     told = [f"log, {when}: {words}" for words, when in last.items()]
     left_out = [f"{len(told) - NOTED} earlier warnings are in log.txt"] if len(told) > NOTED else []
     return [*told[-NOTED:], *left_out]
@@ -957,6 +960,7 @@ def _sheet_section(run_dir: Path, notes: list[str]) -> "Markup | str":
 def _evaluation_curves(records: Sequence[Mapping[str, Any]]) -> "Markup | str":
     """Scores of evaluations over the step that they are of: a drawing for each score, a curve for each method."""
     scored = [{**record, "step": record["eval_step"]} for record in records if _is_number(record.get("eval_step"))]
+    scored.sort(key=lambda record: record["step"])  # those that run beside the training end in any order
     keys = dict.fromkeys(key for record in scored for key in record if key.startswith("eval/") and key.count("/") >= 4)
     groups: dict[tuple[str, ...], dict[str, str]] = collections.defaultdict(dict)
     for key in keys:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import http.client
 import logging
+import os
 import pickle
 import pickletools
 import re
@@ -315,12 +316,22 @@ def _first_sentence(error: Exception) -> str:
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """`safetensors.torch.save_file`, but others may read the file as they may any new one; it forbids them."""
+    """`safetensors.torch.save_file`, but others may read the file as they may any new one; it forbids them.
+
+    Raises: OSError if it cannot be written, a full disk included.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path.touch()
     mode = path.stat().st_mode
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
     path.chmod(mode)
 
 

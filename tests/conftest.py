@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -52,6 +53,17 @@ def load_golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def load_golden_json(name: str) -> Any:
     return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+@contextlib.contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """Every file of this process ends at `size` bytes, as on a disk that is full by then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextlib.contextmanager

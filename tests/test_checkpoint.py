@@ -10,7 +10,6 @@ import logging
 import os
 import pickle
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -26,7 +25,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from commands import run_forked
-from conftest import ROOT
+from conftest import ROOT, files_limited_to
 from golden import tiny_model
 from ranks import run_on_ranks
 from torch import Tensor, nn
@@ -484,17 +483,6 @@ def test_without_a_good_one_the_user_is_told_how_to_start_anew(three):
 
 
 # Full disks
-
-
-@contextlib.contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    """Every file of this process ends at `size` bytes, as on a disk that is full by then."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # At the first byte, in small tensors, in a large one (a path of its own in torch), in state.json.
@@ -1151,7 +1139,7 @@ def test_an_export_to_a_full_disk_keeps_the_last_one(size, tmp_path):
     before = path.read_bytes()
     message = r"could not be exported to .*student.pth.*File too large"
     with pytest.raises(UserError, match=message), files_limited_to(size):
-        export_weights(path, {"backbone": nn.Linear(300, 300) if size > 500 else Tower()}, YAML)
+        export_weights(path, {"backbone": nn.Linear(300, 300) if size > 500 else Tower()}, "model:\n  depth: 3\n")
     assert path.read_bytes() == before
     assert path.with_suffix(".yaml").read_text() == YAML
     assert names(tmp_path) == ["student.pth", "student.yaml"]

@@ -294,6 +294,15 @@ def test_what_is_there_is_not_drawn_again_and_what_is_asked_for_anew_is(place, c
     assert run(place, drawn, *same, "whiten=false") == 2, "another config needs another folder"
 
 
+def test_the_overview_names_the_patch_that_its_similarities_are_to(place, tmp_path):
+    query = "query=[3,0,1]"
+    assert run(place, tmp_path / "both", "pictures=[norms,nearest]", query) == 0
+    for one in (["pictures=[nearest]", query], ["pictures=[norms]"]):
+        assert run(place, tmp_path / "each", *one) == 0
+    both, each = (pixels(tmp_path / name / "artifacts" / "overview.png") for name in ("both", "each"))
+    assert np.array_equal(both, each), "it names the patch of the last command"
+
+
 def pictures_on_rank(args):
     vis.EVALUATION.run(load_config(vis.VisualizationsConfig, None, args), torch.device("cpu"))
 

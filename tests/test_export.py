@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from commands import make_images, run_forked, run_main, tiny
+from conftest import files_limited_to
 from finetunes import CASES, write_classes
 from golden_ijepa import tiny_run
 from methods import METHODS, images_for_all
@@ -167,9 +168,12 @@ def test_without_the_extra_onnx_says_what_to_install(run, tmp_path, monkeypatch,
         ("nothing.pth", "w.pth", "there is no such file"),
         ("checkpoints", "w.pth", "neither a checkpoint nor the folder of a run"),
         ("other.pth", "w.pth", "do not fit the model"),
+        ("tuned.pth", "w.pth", "is of a fine-tuned model, which is not exported: finetuning.load_model loads it"),
     ],
 )
 def test_mistakes_are_explained(run, tmp_path, capsys, source, file, message):
+    tuned = shutil.copyfile(run / "student_ema.pth", run / "tuned.pth")
+    tuned.with_suffix(".yaml").write_text("backbone: {model_path: model.py}\nclassification: {}\n")
     torch.save({"backbone.mask_token": torch.zeros(1, 2)}, run / "other.pth")
     assert export.main([str(run / source), str(tmp_path / file)]) == 2
     assert message in capsys.readouterr().err
@@ -502,6 +506,20 @@ def test_a_run_is_written_in_the_layout_of_the_authors(ijepa_run, published):
         assert_equal_weights(model.state_dict(), exported.state_dict())
 
 
+def test_all_files_are_of_one_checkpoint_of_a_run_that_trains(ijepa_run, tmp_path, monkeypatch):
+    run, read, seen = Path(shutil.copytree(ijepa_run, tmp_path / "run")), export.read_weights, []
+
+    def read_while_it_trains(folder: Path, name: str) -> dict[str, Tensor]:
+        weights = read(folder, name)
+        seen.append(folder.name)
+        shutil.copytree(folder, run / "checkpoints" / f"step_{len(seen) + 2:09d}")
+        return weights
+
+    monkeypatch.setattr(export, "read_weights", read_while_it_trains)
+    assert export.main([str(run), str(tmp_path / "w.pth"), str(tmp_path / "w.pth.tar")]) == 0
+    assert seen == 3 * ["step_000000002"]
+
+
 @pytest.mark.parametrize("model", ["student", "student_ema"])
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 def test_a_file_of_the_authors_becomes_what_a_run_exports(ijepa_run, published, tmp_path, model, name):
@@ -527,6 +545,11 @@ def test_a_training_starts_from_a_run_in_the_layout_of_the_authors(images, ijepa
         (("{ijepa}/student.pth", "w.pth.tar"), "is to hold student and average: give a run or a checkpoint, not"),
         (("{capi}", "w.pth.tar"), "what the authors of this method publish is what .pth holds"),
         (("{ijepa}", "w.tar"), "the name must end in one of .pth, .safetensors, .onnx, .pth.tar"),
+        (("{capi}/student_ema.pth", "w.pth", "--model", "student"), "student_ema.pth' there is one network"),
+        (
+            ("{capi}", "w.pth", "--config", "{ijepa}/config.yaml"),
+            "--config='{ijepa}/config.yaml': '{capi}/checkpoints",
+        ),
     ],
 )
 def test_mistakes_with_files_of_the_authors_are_explained(
@@ -535,8 +558,23 @@ def test_mistakes_with_files_of_the_authors_are_explained(
     monkeypatch.chdir(tmp_path)
     places = {"published": published, "ijepa": ijepa_run, "capi": run}
     assert export.main([argument.format(**places) for argument in arguments]) == 2
-    assert says in capsys.readouterr().err
+    assert says.format(**places) in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "w.pth.tar"])
+def test_a_full_disk_is_explained_and_leaves_an_earlier_export_with_its_configuration(
+    ijepa_run, tmp_path, capsys, name
+):
+    out = tmp_path / name
+    assert export.main([str(ijepa_run), str(out)]) == 0
+    for config in tmp_path.glob("*.yaml"):
+        config.write_text(f"{config.read_text()}# an earlier one\n")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with files_limited_to(20_000):  # room for a configuration
+        assert export.main([str(ijepa_run), str(out)]) == 2
+    assert re.search(f"{name}'.*: .*File too large", capsys.readouterr().err)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """extract_features.py: every image once, in files that survive interruptions, on any number of processes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import files_limited_to, run_cli
+from methods import METHODS, write_export
 from PIL import Image
 from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
@@ -145,13 +148,22 @@ def broken_number(images: Path) -> int:
     return next(i for i in range(len(dataset)) if "broken" in dataset[i].name)
 
 
-def test_a_shard_of_unreadable_images_is_written_too(weights, tmp_path):
+@pytest.mark.parametrize("file_format", ["safetensors", "parquet"])
+def test_a_shard_of_unreadable_images_has_the_columns_of_the_others(weights, tmp_path, file_format):
     (tmp_path / "images").mkdir()
     for number in range(5):
         (tmp_path / "images" / f"{number}.jpg").write_bytes(b"no")
     (tmp_path / "images" / "9.png").write_bytes(encode(photo(0)))
-    assert extract(tmp_path / "images", weights, tmp_path / "out", "format=parquet") == 0
-    assert [len(shard.names) for shard in shards(tmp_path / "out")] == [0, 1]
+    kinds = "features=[global,patches,registers]"
+    more = [kinds, f"format={file_format}", "feature_dtype=float16"]
+    assert extract(tmp_path / "images", weights, tmp_path / "out", *more) == 0
+    empty, other = shards(tmp_path / "out")
+    assert [len(shard.names) for shard in (empty, other)] == [0, 1]
+    for kind, rows in other.features.items():
+        assert (empty.features[kind].dtype, empty.features[kind].shape) == (rows.dtype, (0, *rows.shape[1:]))
+    if file_format == "parquet":
+        table = pq.read_table(tmp_path / "out" / "shards")  # by the columns of the first file
+        assert table.num_rows == 1 and {"global", "patches", "registers"} <= set(table.column_names)
 
 
 @pytest.mark.parametrize("source", ["folder", "stream"])
@@ -181,11 +193,11 @@ def test_an_interrupted_extraction_goes_on_with_what_is_missing(images, weights,
     assert written[0].stat().st_mtime_ns == before, "what was there was computed again"
 
 
-def stream_of(images: Path, folder: Path) -> str:
-    """Two Parquet files, one of more than two shards' images, as a stream."""
+def stream_of(images: Path, folder: Path, at: int = 9) -> str:
+    """Two Parquet files, the first with so many images, more than two shards', as a stream."""
     datasets: Any = pytest.importorskip("datasets")
     files = sorted(images.rglob("*.png"))
-    for number, part in enumerate((files[:9], files[9:])):
+    for number, part in enumerate((files[:at], files[at:])):
         rows = [{"image": {"bytes": file.read_bytes(), "path": None}} for file in part]
         table = datasets.Dataset.from_list(rows, features=datasets.Features({"image": datasets.Image()}))
         table.to_parquet(folder / f"{number}.parquet")
@@ -199,6 +211,21 @@ def test_a_stream_gives_the_features_of_its_images(images, weights, tmp_path):
     assert sorted(contents(tmp_path / "stream")) == files
     a, b = (joined(tmp_path / name, "global").sort(dim=0).values for name in ("stream", "folder"))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "parquet"])
+@pytest.mark.parametrize("source", ["folder", "stream"])
+def test_numbers_are_of_one_image_each(images, weights, tmp_path, source, file_format):
+    data = images if source == "folder" else stream_of(images, tmp_path)
+    assert extract(data, weights, tmp_path / "out", f"format={file_format}") == 0
+    assert {shard.part for shard in shards(tmp_path / "out")} == ({None} if source == "folder" else {0, 1})
+    keys = ["index"] if source == "folder" else ["part", "index"]
+    rows = []
+    for path in (tmp_path / "out" / "shards").iterdir():
+        columns = pq.read_table(path).to_pydict() if file_format == "parquet" else load_file(path)
+        assert ("part" in columns) == (source == "stream")
+        rows += zip(*(map(int, columns[key]) for key in keys), strict=True)
+    assert len(rows) == len(set(rows)) == 10
 
 
 def test_a_stream_whose_end_is_that_of_a_shard_is_not_begun_again(images, weights, tmp_path):
@@ -233,6 +260,21 @@ def test_processes_that_read_change_nothing(images, weights, tmp_path, source):
     assert extract(data, weights, tmp_path / "none", "num_workers=0") == 0
     assert extract(data, weights, tmp_path / "two", "num_workers=2") == 0
     assert contents(tmp_path / "two") == contents(tmp_path / "none")
+
+
+@pytest.mark.parametrize("source", ["folder", "stream"])
+def test_few_files_may_be_open(images, weights, tmp_path, source):
+    """A batch is one tensor between processes: each takes a descriptor, of which a shell often gives 1024."""
+    program = "import resource as r, sys, extract_features as e; r.setrlimit(r.RLIMIT_NOFILE, (150, 150))"
+    (tmp_path / "images").mkdir()
+    for number in range(240):
+        shutil.copyfile(images / "0.png", tmp_path / "images" / f"{number}.png")
+    data = tmp_path / "images" if source == "folder" else stream_of(tmp_path / "images", tmp_path, at=231)
+    more = ["num_workers=2", "batch_size=120", "shard_size=240"]
+    command = arguments(data, weights, tmp_path / "out", *more)
+    done = run_cli("-c", f"{program}; sys.exit(e.main(sys.argv[1:]))", *command, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert len(joined(tmp_path / "out", "global")) == 240
 
 
 @pytest.mark.parametrize("source", ["folder", "stream"])
@@ -314,6 +356,63 @@ def test_a_folder_that_has_changed_is_not_mixed_with_what_it_was(weights, tmp_pa
         (tmp_path / "images" / f"{number}.png").write_bytes(encode(photo(number)))
         assert extract(tmp_path / "images", weights, tmp_path / "out") == (2 if number else 0)
     assert "has 3 images, and had 1 when" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "parquet"])
+def test_a_full_disk_is_explained_and_the_same_command_goes_on(images, weights, tmp_path, capsys, file_format):
+    command = (images, weights, tmp_path / "out", f"format={file_format}", "features=[patches]", "shard_size=100")
+    with files_limited_to(4000):
+        assert extract(*command) == 2
+    assert f"000000.{file_format} could not be written: [Errno 27] " in capsys.readouterr().err
+    assert extract(*command) == 0
+    assert joined(tmp_path / "out", "patches").shape == (10, 2, 2, 32)
+
+
+def test_an_attempt_that_failed_does_not_keep_the_next_from_its_folder(images, tmp_path, capsys):
+    weights, _ = write_export(METHODS["ijepa"], tmp_path / "run")
+    others = ["model_path=ijepa.py", "resolution=32"]
+    assert extract(images, weights, tmp_path / "out", *others, "features=[registers]") == 2
+    assert "ijepa.py has no registers; leave them out" in capsys.readouterr().err
+    assert extract(images, weights, tmp_path / "out", *others) == 0
+
+
+def test_without_a_readable_image_the_command_fails_and_goes_on_once_they_are_repaired(weights, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for number in range(5):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(b"no")
+    assert extract(tmp_path / "images", weights, tmp_path / "out") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "none of 5 images can be read" in message and "images/0.jpg: not an image of a known format" in message
+    (tmp_path / "images" / "0.jpg").write_bytes(encode(photo(0)))
+    assert extract(tmp_path / "images", weights, tmp_path / "out", "fit=squash") == 0
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "parquet"])
+def test_features_beyond_the_range_of_their_type_are_refused(images, tmp_path, capsys, file_format):
+    (tmp_path / "large.py").write_text(LARGE)
+    own = [f"dataset={images}", f"output_dir={tmp_path / 'out'}", f"model_path={tmp_path / 'large.py'}"]
+    command = [*own, "resolution=8", "device=cpu", "num_workers=0", f"format={file_format}"]
+    assert extract_features.main([*command, "feature_dtype=float16"]) == 2
+    said = "feature_dtype=float16: global features of .*large.py reach 1e+05, and float16 ends at 6.55e+04; use float32"
+    assert re.search(said.replace("+", "\\+"), capsys.readouterr().err)
+    assert not list(tmp_path.glob("out/shards/*"))
+    for dtype in ("float32", "bfloat16")[: 2 if file_format == "safetensors" else 1]:
+        assert extract_features.main([*command, f"output_dir={tmp_path / dtype}", f"feature_dtype={dtype}"]) == 0
+        assert joined(tmp_path / dtype, "global").isfinite().all()
+
+
+LARGE = """
+import torch
+
+class Large(torch.nn.Module):
+    patch_size = 4
+
+    def forward(self, images):
+        b, _, h, w = images.shape
+        return torch.full((b, 2), -1e5), None, torch.ones(b, h // 4, w // 4, 2)
+
+__model_loader__ = Large
+"""
 
 
 @pytest.mark.parametrize(

@@ -261,6 +261,19 @@ def test_a_folder_without_weights_says_how_to_have_them(tmp_path):
         hubconf.capi(tmp_path)
 
 
+@pytest.mark.parametrize("given", ["folder", "file", "hub"])
+@pytest.mark.parametrize(("method", "entry"), [("capi", "capi"), ("ijepa", "ijepa"), ("stop", "ijepa"), ("cae", "cae")])
+def test_a_model_of_another_method_is_told_its_entry(tmp_path, method, entry, given):
+    weights, backbone = write_export(METHODS[method], tmp_path)
+    shutil.copyfile(weights.with_suffix(".yaml"), tmp_path / "config.yaml")
+    backbone.save_pretrained(tmp_path / "hub")
+    for other in {"capi", "ijepa", "cae"} - {entry}:
+        source = {"folder": tmp_path, "file": weights, "hub": tmp_path / "hub"}[given]
+        says = rf"config='{tmp_path}/.*' is of a model which torch.hub has as {entry!r}"
+        with pytest.raises(UserError, match=says if given != "hub" else "config.json'|do not fit|holds no encoder of"):
+            getattr(hubconf, other)(source)
+
+
 # ---------------------------------------------------------------------------------- in a program of somebody else
 
 PROGRAM = """

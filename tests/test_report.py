@@ -474,6 +474,25 @@ def test_the_page_of_a_training_shows_all_there_is_and_nothing_of_it_becomes_an_
     assert all(str(image["src"]).startswith("data:image/") for image in page.of("img"))
 
 
+def test_scores_are_in_the_order_of_the_steps_that_they_are_of(tmp_path):
+    scores = {200: 0.3, 300: 0.5, 100: 0.1}  # as they landed
+    lines = [{"step": 400, "eval_step": step, "eval/fast/seg/knn/mIoU": score} for step, score in scores.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.write_run_report(tmp_path, tmp_path / "report.html")
+    alts = [str(image["alt"]) for image in Page((tmp_path / "report.html").read_text()).of("img")]
+    assert any("from 0.1 to 0.5" in alt for alt in alts), alts
+
+
+def test_a_warning_that_came_again_is_among_the_last_ones(tmp_path):
+    often = [f"{hour}:00:00 W data: the disk is slow" for hour in (10, 18)]
+    others = [f"11:00:{second:02d} W data: other {second}" for second in range(report.NOTED + 2)]
+    (tmp_path / "log.txt").write_text("\n".join([often[0], *others, often[1]]) + "\n")
+    report.write_run_report(tmp_path, tmp_path / "report.html")
+    words = "".join(Page((tmp_path / "report.html").read_text()).words)
+    assert words.count("log, ") == report.NOTED
+    assert "log, 18:00:00: data: the disk is slow3 earlier warnings" in words
+
+
 def test_a_training_without_metrics_is_said_to_have_none(tmp_path):
     noise(tmp_path / "dry_run.png", 30, 20)
     report.write_run_report(tmp_path, tmp_path / "page.html")

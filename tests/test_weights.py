@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import fractions
 import hashlib
 import http.server
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import files_limited_to
 from safetensors.torch import save_file
 
 from utils import UserError
@@ -109,6 +111,13 @@ def test_safetensors_may_be_read_by_whom_any_new_file_may(tmp_path):
     save_safetensors(WEIGHTS, tmp_path / "w.safetensors")
     assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
     assert_are_the_weights(read_state_dict(tmp_path / "w.safetensors"))
+
+
+def test_safetensors_on_a_full_disk_are_an_error_of_the_system(tmp_path):
+    with pytest.raises(OSError, match="File too large") as caught, files_limited_to(100):
+        save_safetensors({"w": torch.zeros(1000)}, tmp_path / "w.safetensors")
+    assert caught.value.errno == errno.EFBIG
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"], "something else was left behind"
 
 
 def test_a_missing_file_is_named_with_the_key_by_which_it_was_given(tmp_path):
