@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import sys
