@@ -538,7 +538,7 @@ def test_blocks_are_compiled_if_asked_for(arguments, own):
 )
 def test_ranks_divide_an_update_without_changing_it(arguments, tmp_path, name, mode, own, tolerances):
     more = [f"efficiency.fsdp={mode}", "optim.total_iters=3", *own]
-    run_on_ranks(train_on_this_rank, 1, name, arguments(name, "alone", *more))
-    run_on_ranks(train_on_this_rank, 2, name, arguments(name, "ranks", *more))
+    run_on_ranks(train_on_this_rank, 1, name, arguments(name, "alone", *more), timeout_s=290)
+    run_on_ranks(train_on_this_rank, 2, name, arguments(name, "ranks", *more), timeout_s=290)
     losses = ["loss", *CASES[name].script.TASK.losses]
     assert_close_runs(tmp_path / "ranks", tmp_path / "alone", *losses, export="model", **tolerances)
