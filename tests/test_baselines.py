@@ -834,9 +834,10 @@ def test_a_histogram_of_nothing_is_refused(wrong):
 # -------------------------------------------------------------------------------------------- the benchmark
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("family", sorted(SMALLEST))
+@pytest.mark.parametrize(
+    "family", [pytest.param(each, marks=pytest.mark.long if each == "timm" else pytest.mark.slow) for each in SMALLEST]
+)
 def test_every_family_runs_through_the_benchmark_on_the_demo_data(family, tmp_path):
     data = "demo_data/emoji_on_scenes"
     keys = [
@@ -845,6 +846,7 @@ def test_every_family_runs_through_the_benchmark_on_the_demo_data(family, tmp_pa
             f"train_dataset_name=custom://Segmentation?root='{data}/train'",
             f"test_dataset_name=custom://Segmentation?root='{data}/val'",
             "max_train_images=6",
+            "labelled_images=[]",
             "classifiers=[knn]",
             "knn_ks=[1]",
             "resolution=112",
