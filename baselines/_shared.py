@@ -134,13 +134,6 @@ def rename_keys(state: StateDict, *rules: tuple[str, str]) -> StateDict:
 # ---------------------------------------------------------------------------------------- positions
 
 
-def fix_positions_(network: nn.Module) -> None:
-    """Make `pos_embed` a buffer: a table of sines and cosines, which no training changes."""
-    table: Any = network.pos_embed
-    del network.pos_embed
-    network.register_buffer("pos_embed", table.detach())
-
-
 def resize_like_dino(table: Float[Tensor, "1 n d"], grid: Grid) -> Float[Tensor, "1 n2 d"]:
     """The rule of DINO, iBOT and DINOv2 without registers: scaled by (n + 0.1) / side, not antialiased."""
     return resize_positions(table, grid, antialias=False, offset=0.1)
@@ -185,6 +178,7 @@ class PatchFeatures(nn.Module):
         patch_size: pixels.
         positions: the family's rule that makes the table for a grid from `network.pos_embed`; None if the network
             has its own way with other image sizes.
+        is_formula: whether that table is of sines and cosines, which no training changes; it becomes a buffer.
         class_token: as in `split_tokens`.
         num_registers: as in `split_tokens`.
         published_grid: for families that were published for one image size only, and say nothing about others.
@@ -196,6 +190,7 @@ class PatchFeatures(nn.Module):
         patch_size: int,
         positions: Callable[[Tensor, Grid], Tensor] | None = None,
         *,
+        is_formula: bool = False,
         class_token: bool = True,
         num_registers: int | None = None,
         published_grid: Grid | None = None,
@@ -204,6 +199,10 @@ class PatchFeatures(nn.Module):
         self.network, self.patch_size, self.positions = network, patch_size, positions
         self.class_token, self.num_registers = class_token, num_registers
         self.known_grids = None if published_grid is None else {published_grid}
+        if is_formula:
+            table: Any = network.pos_embed
+            del network.pos_embed
+            network.register_buffer("pos_embed", table.detach())
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Output:
         """Features of normalised images; both sides must be multiples of the patch size."""

@@ -11,15 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from baselines._shared import (
-    PatchFeatures,
-    create_vit,
-    fix_positions_,
-    load_published,
-    look_up,
-    resize_plainly,
-    weights_source,
-)
+from baselines._shared import PatchFeatures, create_vit, load_published, look_up, resize_plainly, weights_source
 
 MODELS = {"cae_base_patch16_224": "beit_base_patch16_224", "cae_large_patch16_224": "beit_large_patch16_224"}
 NOT_ENCODER = (
@@ -53,8 +45,7 @@ def load_model(
     how_to_get = "its folder is linked in the README of https://github.com/Atten4Vis/CAE"
     source = weights_source(None, pretrained_weights, pretrained, how_to_get)
     load_weights(vit, source)
-    fix_positions_(vit)
-    return PatchFeatures(vit, 16, resize_plainly, published_grid=(14, 14)).to(device).eval()
+    return PatchFeatures(vit, 16, resize_plainly, is_formula=True, published_grid=(14, 14)).to(device).eval()
 
 
 __model_loader__ = load_model

@@ -9,15 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from baselines._shared import (
-    PatchFeatures,
-    create_vit,
-    fix_positions_,
-    load_published,
-    look_up,
-    resize_plainly,
-    weights_source,
-)
+from baselines._shared import PatchFeatures, create_vit, load_published, look_up, resize_plainly, weights_source
 from utils import UserError
 
 BASE_URL = "https://dl.fbaipublicfiles.com/ijepa/"
@@ -44,8 +36,7 @@ def load_model(
     vit = create_vit(architecture)
     source = weights_source(BASE_URL + file_name, pretrained_weights, pretrained)
     load_published(vit, source, path=(encoder,), prefix="module.", exports=True)
-    fix_positions_(vit)
-    return PatchFeatures(vit, patch_size, resize_plainly, class_token=False).to(device).eval()
+    return PatchFeatures(vit, patch_size, resize_plainly, is_formula=True, class_token=False).to(device).eval()
 
 
 __model_loader__ = load_model

@@ -9,15 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from baselines._shared import (
-    PatchFeatures,
-    create_vit,
-    fix_positions_,
-    load_published,
-    look_up,
-    resize_plainly,
-    weights_source,
-)
+from baselines._shared import PatchFeatures, create_vit, load_published, look_up, resize_plainly, weights_source
 
 BASE_URL = "https://huggingface.co/amirbar1/StoP/resolve/main/"
 MODELS = {
@@ -39,8 +31,8 @@ def load_model(
     vit = create_vit(architecture, img_size=224, class_token=False, fc_norm=False)
     source = weights_source(BASE_URL + file_name, pretrained_weights, pretrained)
     load_published(vit, source, path=("target_encoder",), prefix="module.", exports=True)
-    fix_positions_(vit)
-    return PatchFeatures(vit, 16, resize_plainly, class_token=False, published_grid=(14, 14)).to(device).eval()
+    model = PatchFeatures(vit, 16, resize_plainly, is_formula=True, class_token=False, published_grid=(14, 14))
+    return model.to(device).eval()
 
 
 __model_loader__ = load_model
